@@ -1,0 +1,252 @@
+"""The command line: each command is one arrow of the way, over the public API."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from headprune.errors import HeadpruneError
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders here; nothing is ever fetched
+app = typer.Typer(
+    name="headprune",
+    help="Score, choose, cut and recover attention heads: smaller dense transformers that run faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+progress_console = Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, or an embedded model: minilm, stdlib-lm.")]
+TaskOption = Annotated[str, typer.Option("--task", help="The data: docstring-retrieval, stdlib-text.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), e.g. recipes/minilm.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. plan.budget.heads=0.3")] = None,
+) -> None:
+    """Carry out a recipe: score, plan, cut, compensate, evaluate, save. A killed run goes on where it stopped."""
+    from headprune.recipe import load_recipe
+
+    carry_out(load_recipe(recipe, overrides or ()))
+
+
+@app.command("demo")
+def demo_command(
+    model: Annotated[
+        str, typer.Option(help="minilm (pretrained encoder) or stdlib-lm (a small decoder, trained first).")
+    ] = "minilm",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
+) -> None:
+    """The main job on an embedded model: half of its heads go, the gain is measured."""
+    from headprune.recipe import parse_recipe
+    from headprune.sources import demo_recipe
+
+    content = demo_recipe(model)
+    if output:
+        content["output"] = str(output)
+    carry_out(parse_recipe(content, f"of the {model} demo"))
+
+
+def carry_out(recipe) -> None:
+    from headprune.report.progress import Stages
+    from headprune.report.tables import run_tables
+    from headprune.run import run as run_recipe
+
+    with logged_to(Path(recipe.output)):
+        result = run_recipe(recipe, Stages(progress_console))
+    for table in run_tables(result):
+        console.print(table)
+
+
+@app.command()
+def score(
+    model: ModelArgument,
+    task: TaskOption = "docstring-retrieval",
+    criterion: Annotated[str, typer.Option(help="See `headprune criteria`.")] = "fisher",
+    normalize: Annotated[str, typer.Option(help="none, layer_l2 or layer_sum.")] = "none",
+    output: OutputOption = Path("scores.json"),
+) -> None:
+    """Score every head of a model."""
+    from headprune import scoring
+
+    scoring.get_criterion(criterion)
+    dense, data = opened(model, task)
+    scores = with_bar(f"score heads by {criterion}", lambda progress: scoring.score(
+        dense, data.calibration, criterion, normalize=normalize, loss_fn=data.loss,
+        progress=lambda done: progress(done, len(data.calibration)),
+    ))  # fmt: skip
+    scores.save(output)
+    console.print(scores)
+    console.print(f"written to {output}")
+
+
+@app.command()
+def criteria() -> None:
+    """List the criteria: what each reads, what it costs, where it comes from."""
+    from headprune import scoring
+
+    table = Table("criterion", "needs", "cost", "what it is", "source")
+    for name, found in scoring.criteria().items():
+        table.add_row(name, ", ".join(need.value for need in found.needs) or "nothing", found.cost, found.summary, found.source)
+    console.print(table)
+
+
+@app.command("plan")
+def plan_command(
+    scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
+    heads: Annotated[float | None, typer.Option(help="Fraction of the query heads to remove.")] = None,
+    params: Annotated[float | None, typer.Option(help="Fraction of the attention parameters to remove.")] = None,
+    kv_cache: Annotated[float | None, typer.Option(help="Fraction of the key/value cache to remove.")] = None,
+    allocation: Annotated[str, typer.Option(help="global or uniform.")] = "global",
+    granularity: Annotated[str, typer.Option(help="query_head (ragged groups) or kv_group (whole groups).")] = "query_head",
+    min_heads: Annotated[int, typer.Option(help="Query heads that every attention keeps.")] = 1,
+    protect: Annotated[list[str] | None, typer.Option(help="Attention sites that lose nothing.")] = None,
+    output: OutputOption = Path("plan.json"),
+) -> None:
+    """Choose the heads to keep under a budget."""
+    from headprune.planning import Budget, plan
+    from headprune.scoring import HeadScores
+
+    budget = Budget(heads, params, kv_cache)
+    chosen = plan(
+        HeadScores.load(scores), budget, allocation=allocation, granularity=granularity, min_heads=min_heads, protect=protect or ()
+    )
+    chosen.save(output)
+    console.print(chosen)
+    console.print(f"written to {output}")
+
+
+@app.command("prune")
+def prune_command(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Argument(help="plan.json from `headprune plan`.")],
+    output: OutputOption,
+    task: Annotated[str | None, typer.Option(help="Re-solve the output projections on this task's calibration data.")] = None,
+) -> None:
+    """Cut the heads that a plan lets go and save the smaller model."""
+    from headprune.planning import PruningPlan
+    from headprune.sources import open_model
+    from headprune.surgery import prune, save
+
+    chosen = PruningPlan.load(plan)
+    if task is None:
+        dense, tokenizer = open_model(model)
+        prune(dense, chosen)
+    else:
+        dense, data = opened(model, task)
+        tokenizer = data.tokenizer
+        with_bar("re-solve output projections", lambda progress: prune(
+            dense, chosen, data.calibration, forward=data.forward, progress=progress
+        ))  # fmt: skip
+    save(dense, output, tokenizer=tokenizer)
+    console.print(chosen)
+    console.print(f"written to {output}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelArgument,
+    task: TaskOption = "docstring-retrieval",
+    against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
+) -> None:
+    """Quality and cost of a model, alone or beside its dense original."""
+    from headprune.evaluation import compare, evaluate
+    from headprune.sources import open_model
+
+    found, data = opened(model, task)
+    if against is None:
+        console.print(with_bar("evaluate", lambda progress: evaluate(found, data, progress=progress)))
+    else:
+        dense, _ = open_model(against)
+        console.print(with_bar("evaluate", lambda progress: compare(dense, found, data, progress=progress)))
+
+
+@app.command()
+def inspect(model: ModelArgument) -> None:
+    """The attention sites and head maps of a model folder."""
+    from headprune.report.tables import sites_table
+    from headprune.sources import model_folder
+    from headprune.surgery.checkpoint import skeleton
+
+    console.print(sites_table(skeleton(model_folder(model))))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and which backend runs each operator and why."""
+    from headprune.report.doctor import doctor_tables
+
+    for table in doctor_tables():
+        console.print(table)
+
+
+def opened(model: str, task: str):
+    from headprune.evaluation.tasks import build_task, check_task
+    from headprune.sources import open_model
+
+    check_task(task)
+    found, tokenizer = open_model(model)
+    return found, build_task(task, found, tokenizer)
+
+
+def with_bar(title: str, work):
+    from headprune.report.progress import Stages
+
+    with Stages(progress_console).stage(title) as progress:
+        return work(progress)
+
+
+@contextlib.contextmanager
+def logged_to(folder: Path):
+    """Keeps what headprune logs in `folder`/log.txt, once the run has made the folder its own."""
+    handler = logging.FileHandler(folder / "log.txt", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("headprune")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def quiet_transformers() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Runs the command line: errors that the user can put right are one line on stderr and exit code 2."""
+    try:
+        quiet_transformers()
+        app()
+    except HeadpruneError as error:
+        progress_console.print(f"[bold red]error:[/] {one_line(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        progress_console.print("stopped; the same command goes on from here")
+        sys.exit(130)
+
+
+def one_line(error: Exception) -> str:
+    return escape(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

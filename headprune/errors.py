@@ -1,0 +1,38 @@
+"""Every error that headprune raises on purpose, under one class: the command line turns it into one line and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HeadpruneError(Exception):
+    """Something that the caller can put right; the message says what was found, what was expected and what to do."""
+
+
+class InvalidInput(HeadpruneError, ValueError):
+    """An argument, recipe key or file that cannot be used as it is."""
+
+
+class UnsupportedModel(HeadpruneError):
+    """A model (or one attention in it) whose heads headprune cannot find or cut safely."""
+
+
+class InvalidPlan(HeadpruneError, ValueError):
+    """A pruning plan that does not fit the model or contradicts itself."""
+
+
+class InfeasibleBudget(HeadpruneError, ValueError):
+    """A budget that no plan can meet under the given constraints."""
+
+
+class CorruptCheckpoint(HeadpruneError):
+    """A folder whose files do not belong together, are missing or were written by a newer headprune."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> InvalidInput:
+    """The error for a `name` that is none of the `known` ones; it names the nearest right one and lists them all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return InvalidInput(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")

@@ -1,0 +1,112 @@
+"""Files and folders that are either written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
+
+SCHEMA_VERSION = 1
+_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file would be too large"}
+
+
+@contextmanager
+def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """A new folder beside `target` to write into, which takes `target`'s place when the block ends well.
+
+    A failure (a full disk too) leaves `target` as it was and nothing else behind; HeadpruneError says what happened.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise InvalidInput(f"{target} is a file; give a folder to write to.")
+    with clear_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with clear_disk_errors(target):
+            yield draft
+            draft.chmod(0o755)
+            replace_folder(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_folder(draft: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(draft, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.replace(target, old / "old")
+    try:
+        os.replace(draft, target)
+    except OSError:
+        os.replace(old / "old", target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(target: str | os.PathLike, text: str) -> None:
+    """Writes a file through a temporary name, so that a killed run leaves the old one or the new one."""
+    target = Path(target)
+    with clear_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(draft, 0o644)
+            os.replace(draft, target)
+        finally:
+            Path(draft).unlink(missing_ok=True)
+
+
+def write_json(target: str | os.PathLike, kind: str, content: dict[str, Any]) -> None:
+    """Writes {"kind", "schema_version", **content}; floats are kept to the last bit."""
+    document = {"kind": kind, "schema_version": SCHEMA_VERSION, **content}
+    write_text(target, json.dumps(document, indent=1) + "\n")
+
+
+def read_json(source: str | os.PathLike, kind: str) -> dict[str, Any]:
+    """What `write_json` wrote. Raises InvalidInput where the file is missing or not JSON of this kind, CorruptCheckpoint
+    where it was written by a newer schema."""
+    source = Path(source)
+    try:
+        document = json.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidInput(f"{source} does not exist; expected a {kind} file (JSON).") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidInput(f"{source} cannot be read as a {kind} file (JSON): {error}.") from None
+    found = document.get("kind") if isinstance(document, dict) else None
+    if found != kind:
+        raise InvalidInput(f"{source} holds {found or 'something else'}; expected a {kind} file.")
+    version = document.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise CorruptCheckpoint(
+            f"{source} has schema version {version}; this headprune reads up to {SCHEMA_VERSION}. Update headprune to read it."
+        )
+    return document
+
+
+@contextmanager
+def clear_disk_errors(target: Path) -> Iterator[None]:
+    """Turns the operating system's refusals (and safetensors' wrapping of them) into one clear line about `target`."""
+    try:
+        yield
+    except OSError as error:
+        reason = _DISK.get(error.errno) or os.strerror(error.errno or errno.EIO)
+        raise HeadpruneError(f"cannot write {target}: {reason}. Nothing was changed there.") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise HeadpruneError(f"cannot write {target}: {error}. Nothing was changed there.") from error
+        raise

@@ -1,0 +1,108 @@
+"""Which key/value head each query head reads: the one place that knows the arithmetic of ragged groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from headprune.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """The head layout of one attention layer; immutable, hashable.
+
+    `kv_of_query[h]` is the key/value head that query head `h` reads, non-decreasing, so that the query heads of one
+    group are neighbours. A layer is *ragged* when its groups differ in size. A layer may have no heads at all.
+
+    Raises InvalidInput where an index is out of range or the order decreases.
+    """
+
+    kv_of_query: tuple[int, ...]
+    kv_heads: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_of_query", tuple(int(kv) for kv in self.kv_of_query))
+        if self.kv_heads < 0:
+            raise InvalidInput(f"kv_heads is {self.kv_heads}; it must be 0 or more.")
+        previous = 0
+        for head, kv in enumerate(self.kv_of_query):
+            if not 0 <= kv < self.kv_heads:
+                raise InvalidInput(
+                    f"query head {head} reads key/value head {kv}, but there are {self.kv_heads} (0..{self.kv_heads - 1})."
+                )
+            if kv < previous:
+                raise InvalidInput(
+                    f"kv_of_query must not decrease: query head {head} reads {kv} after {previous}. "
+                    "Reorder the query heads so that those of one group are neighbours."
+                )
+            previous = kv
+
+    @classmethod
+    def uniform(cls, query_heads: int, kv_heads: int | None = None) -> HeadMap:
+        """`query_heads` spread evenly over `kv_heads` (default: one each, plain multi-head attention)."""
+        kv_heads = query_heads if kv_heads is None else kv_heads
+        if query_heads == 0:
+            return cls((), 0)
+        if kv_heads < 1 or query_heads % kv_heads:
+            raise InvalidInput(
+                f"{query_heads} query heads cannot be spread evenly over {kv_heads} key/value heads; "
+                "give HeadMap(kv_of_query, kv_heads) for a ragged layer."
+            )
+        group = query_heads // kv_heads
+        return cls(tuple(head // group for head in range(query_heads)), kv_heads)
+
+    @property
+    def query_heads(self) -> int:
+        return len(self.kv_of_query)
+
+    @cached_property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Number of query heads that read each key/value head."""
+        sizes = [0] * self.kv_heads
+        for kv in self.kv_of_query:
+            sizes[kv] += 1
+        return tuple(sizes)
+
+    @cached_property
+    def group_offsets(self) -> tuple[int, ...]:
+        """CSR offsets, [kv_heads + 1]: group `g` is the query heads `offsets[g]` up to `offsets[g + 1]`."""
+        offsets = [0]
+        for size in self.group_sizes:
+            offsets.append(offsets[-1] + size)
+        return tuple(offsets)
+
+    @property
+    def is_uniform(self) -> bool:
+        """True where all groups have the same size, so that stock attention kernels can run the layer."""
+        return len(set(self.group_sizes)) <= 1
+
+    def kept_kv_heads(self, query_heads: Iterable[int]) -> tuple[int, ...]:
+        """The key/value heads that some of `query_heads` still reads, ascending."""
+        return tuple(sorted({self.kv_of_query[head] for head in self.checked(query_heads)}))
+
+    def keep(self, query_heads: Iterable[int]) -> HeadMap:
+        """The map that is left when only `query_heads` stay; key/value heads that nobody reads any more go."""
+        kept = self.checked(query_heads)
+        kv = self.kept_kv_heads(kept)
+        renumbered = {old: new for new, old in enumerate(kv)}
+        return HeadMap(tuple(renumbered[self.kv_of_query[head]] for head in kept), len(kv))
+
+    def checked(self, query_heads: Iterable[int]) -> tuple[int, ...]:
+        """`query_heads` sorted; InvalidInput where one is out of range or named twice."""
+        heads = sorted(int(head) for head in query_heads)
+        for head in heads:
+            if not 0 <= head < self.query_heads:
+                raise InvalidInput(f"query head {head} does not exist: there are {self.query_heads} (0..{self.query_heads - 1}).")
+        if len(set(heads)) != len(heads):
+            twice = sorted({head for head in heads if heads.count(head) > 1})
+            raise InvalidInput(f"query heads {twice} are named more than once.")
+        return tuple(heads)
+
+    def __str__(self) -> str:
+        if not self.query_heads:
+            return "no heads"
+        if self.is_uniform:
+            return f"{self.query_heads}q/{self.kv_heads}kv"
+        return f"{self.query_heads}q/{self.kv_heads}kv ragged {'+'.join(map(str, self.group_sizes))}"

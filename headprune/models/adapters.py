@@ -1,0 +1,93 @@
+"""How the attentions of a model are found: one adapter per kind of layout, registered by itself."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import nn
+
+from headprune.errors import UnsupportedModel
+from headprune.head_map import HeadMap
+from headprune.models.site import AttentionSite
+
+
+class Adapter(Protocol):
+    """Recognises one kind of attention module by its structure."""
+
+    name: str
+
+    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+        """The site of `module`, which stands at `name` in its model; None where it is not of this kind."""
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap) -> None:
+        """Sets the attributes that the module's forward reads, once its weights hold the heads of `head_map`."""
+
+
+_adapters: dict[str, Adapter] = {}
+
+
+def register_adapter(adapter: Adapter) -> Adapter:
+    """Adds `adapter`; a later one of the same name takes the earlier one's place."""
+    _adapters[adapter.name] = adapter
+    return adapter
+
+
+def attention_sites(model: nn.Module) -> list[AttentionSite]:
+    """Every attention of `model`, in the order of its modules.
+
+    Raises UnsupportedModel where none is found, or where a module looks like an attention that no adapter knows: a model
+    is never pruned in part without saying so.
+    """
+    sites: list[AttentionSite] = []
+    unknown: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{site.name}.") for site in sites):
+            continue
+        site = find_site(name, module)
+        if site is not None:
+            sites.append(site)
+        elif looks_like_attention(module):
+            unknown.append(f"{name} ({type(module).__name__})")
+    unknown = [entry for entry in unknown if not any(site.name.startswith(f"{entry.split(' ')[0]}.") for site in sites)]
+    if unknown:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: no adapter knows {', '.join(unknown[:3])}{' and more' if len(unknown) > 3 else ''}. "
+            f"Known kinds: {', '.join(sorted(_adapters))}. CONTRIBUTING.md shows how to add one."
+        )
+    if not sites:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no attention that headprune knows (kinds: {', '.join(sorted(_adapters))}). "
+            "CONTRIBUTING.md shows how to add one."
+        )
+    return sites
+
+
+def find_site(name: str, module: nn.Module) -> AttentionSite | None:
+    found = (adapter.site(name, module) for adapter in _adapters.values())
+    return next((site for site in found if site is not None), None)
+
+
+def adapter_of(site: AttentionSite) -> Adapter:
+    """The adapter that found `site`."""
+    for adapter in _adapters.values():
+        if adapter.site(site.name, site.module) is not None:
+            return adapter
+    raise UnsupportedModel(f"{site.name} ({type(site.module).__name__}) is not recognised any more; was it changed by hand?")
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """A module named as an attention that has linear layers of its own or below."""
+    named = type(module).__name__.lower().endswith(("attention", "selfattention", "attn"))
+    return named and any(hasattr(child, "weight") and child.weight is not None for child in module.modules())
+
+
+def head_map_of(dispatcher: nn.Module, query_features: int, kv_features: int, head_dim: int, name: str) -> HeadMap:
+    """The head map that surgery left on `dispatcher`, else equal groups derived from the projections' sizes."""
+    carried = getattr(dispatcher, "head_map", None)
+    if isinstance(carried, HeadMap):
+        return carried
+    if query_features % head_dim or kv_features % head_dim or (kv_features and query_features % kv_features):
+        raise UnsupportedModel(
+            f"{name}: {query_features} query and {kv_features} key features do not make equal groups of heads of {head_dim}."
+        )
+    return HeadMap.uniform(query_features // head_dim, kv_features // head_dim)

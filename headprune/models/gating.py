@@ -1,0 +1,64 @@
+"""Gates on heads without touching a weight: the yardstick of surgery (cutting must equal gating)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import InvalidPlan, unknown_name
+from headprune.models.adapters import attention_sites
+from headprune.models.site import AttentionSite
+
+
+@contextmanager
+def gated(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Iterator[nn.Module]:
+    """The same model with the gates of all other heads at 0; nothing is cut, and it is as before afterwards.
+
+    keep: site name -> the query heads that stay open; sites left out keep all.
+    Raises InvalidInput for an unknown site or head.
+    """
+    sites = sites_by_name(model)
+    with ExitStack() as stack:
+        for name, heads in checked_keep(sites, keep).items():
+            site = sites[name]
+            open_heads = torch.zeros(site.head_map.query_heads)
+            open_heads[list(heads)] = 1.0
+            stack.enter_context(output_input_hook(site, gate_columns(open_heads[site.head_of_column()])))
+        yield model
+
+
+def gate_columns(columns: Tensor) -> Callable[[Tensor], Tensor]:
+    def gate(inputs: Tensor) -> Tensor:
+        return inputs * columns.to(inputs)
+
+    return gate
+
+
+@contextmanager
+def output_input_hook(site: AttentionSite, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Inside the block `change` sees the output projection's input [batch, tokens, features], and may return another."""
+
+    def hook(_module: nn.Module, args: tuple) -> tuple | None:
+        changed = change(args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    handle = site.output.module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def sites_by_name(model: nn.Module) -> dict[str, AttentionSite]:
+    return {site.name: site for site in attention_sites(model)}
+
+
+def checked_keep(sites: Mapping[str, AttentionSite], keep: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """`keep` with sorted heads, each of which exists; InvalidPlan or InvalidInput otherwise."""
+    for name in keep:
+        if name not in sites:
+            raise InvalidPlan(str(unknown_name("attention site", name, sites)))
+    return {name: sites[name].head_map.checked(heads) for name, heads in keep.items()}

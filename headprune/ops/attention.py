@@ -1,0 +1,203 @@
+"""The attention operator: schema, fake, autograd. What computes it is chosen in `backend.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headprune.head_map import HeadMap
+from headprune.ops import reference
+from headprune.ops.backend import Implementation, choose, register
+from headprune.ops.call import AttentionCall, check_call
+from headprune.ops.stats import HeadStats
+
+# window and softcap are 0 where they are off; kv_of_query and kv_heads are the head map.
+_OPTIONS = (
+    "int[] kv_of_query, bool causal, int window, float scale, float softcap, Tensor? bias, Tensor? alibi_slopes, "
+    "Tensor? sinks, Tensor? key_mask, Tensor? query_mask, Tensor? gate, bool stats"
+)
+library = torch.library.Library("headprune", "DEF")
+library.define(f"attention(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+library.define(
+    f"attention_backward(Tensor grad_output, Tensor output, Tensor lse, bool[] needs, Tensor query, Tensor key, Tensor value, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: HeadMap | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    gate: Tensor | None = None,
+    stats: bool = False,
+) -> Tensor | tuple[Tensor, HeadStats]:
+    """Softmax attention with any number of query heads per key/value head.
+
+    Args:
+        query: [batch, query_heads, query_len, head_dim]; fp16, bf16, fp32 (fp64 through the reference); any strides.
+        key: [batch, kv_heads, kv_len, head_dim].
+        value: [batch, kv_heads, kv_len, value_dim].
+        head_map: which key/value head each query head reads; None for equal groups.
+        causal: query i sees keys up to i + kv_len - query_len (bottom-right aligned, as with a cache).
+        window: keys nearer than this many positions are seen, the query's own counted (with causal: i - window < j <= i).
+        scale: factor on the scores; default 1 / sqrt(head_dim).
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        bias: added to the scores, or bool (True = attend); broadcasts to [batch, query_heads, query_len, kv_len].
+        alibi_slopes: [query_heads]; subtracts slope * distance from the scores (Press et al. 2022).
+        sinks: [query_heads]; a logit that takes part in the softmax and has no value (gpt-oss).
+        key_mask: bool [batch, kv_len], True = may be attended to, any pattern.
+        query_mask: bool [batch, query_len], True = counts in the statistics; it does not change the output.
+        gate: [query_heads] or [batch, query_heads], factor on each head's output, differentiable; heads whose gate is
+            exactly 0 are not computed where the gate itself needs no gradient.
+        stats: also return HeadStats.
+
+    Returns: [batch, query_heads, query_len, value_dim] in the query's dtype, laid out token by token
+        (`.transpose(1, 2)` is contiguous); a query with nothing to attend to gives 0. With stats: (output, HeadStats).
+
+    Raises InvalidInput for shapes, dtypes or options that do not fit each other.
+    """
+    head_map = HeadMap.uniform(query.shape[1], key.shape[1]) if head_map is None else head_map
+    # The gate's own gradient needs the ungated output, so a learning gate is applied outside the kernel.
+    learning = gate is not None and gate.requires_grad and torch.is_grad_enabled()
+    call = check_call(
+        AttentionCall(
+            query,
+            key,
+            value,
+            head_map,
+            causal,
+            window or 0,
+            1 / math.sqrt(query.shape[3]) if scale is None else scale,
+            softcap or 0.0,
+            bias,
+            alibi_slopes,
+            sinks,
+            key_mask,
+            query_mask,
+            None if learning else gate,
+            stats,
+        )
+    )
+    if learning:
+        check_call(AttentionCall(**{**vars(call), "gate": gate}))
+    output, _, packed = torch.ops.headprune.attention(*operands(call))
+    if learning:
+        factor = reference.per_sample(gate)
+        output = output * factor[..., None, None].to(output.dtype)
+        if stats:
+            packed = torch.cat([packed[:5], packed[5:] * factor.detach().abs()])
+    return (output, HeadStats.from_packed(packed)) if stats else output
+
+
+def operands(call: AttentionCall) -> tuple:
+    return (
+        call.query,
+        call.key,
+        call.value,
+        list(call.head_map.kv_of_query),
+        call.causal,
+        call.window,
+        call.scale,
+        call.softcap,
+        call.bias,
+        call.alibi_slopes,
+        call.sinks,
+        call.key_mask,
+        call.query_mask,
+        call.gate,
+        call.stats,
+    )
+
+
+def as_call(query: Tensor, key: Tensor, value: Tensor, kv_of_query: Sequence[int], *options) -> AttentionCall:
+    return AttentionCall(query, key, value, HeadMap(tuple(kv_of_query), key.shape[1]), *options)
+
+
+def _run(*args) -> tuple[Tensor, Tensor, Tensor]:
+    call = as_call(*args)
+    return choose("attention", call).run(call)
+
+
+def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
+    query, value, stats = args[0], args[2], args[-1]
+    batch, heads, length, _ = query.shape
+    output = query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
+    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
+    return output, lse, query.new_empty((6, batch, heads) if stats else (0,), dtype=torch.float32)
+
+
+def _run_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
+    call = as_call(*args)
+    grads = choose("attention_backward", call).run(call, grad_output, output, lse, tuple(needs))
+    return tuple(call.query.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
+    tensors = (args[0], args[1], args[2], args[8], args[10])
+    return tuple(torch.empty_like(tensor) if need else args[0].new_empty(0) for tensor, need in zip(tensors, needs))
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(output[1], output[2])
+    query, key, value, kv_of_query, causal, window, scale, softcap, *tensors, _ = inputs
+    ctx.options = (kv_of_query, causal, window, scale, softcap)
+    ctx.save_for_backward(query, key, value, *tensors, output[0], output[1])
+
+
+def _backward(ctx, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple:
+    query, key, value, bias, alibi_slopes, sinks, key_mask, query_mask, gate, output, lse = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    needs = [wanted[0], wanted[1], wanted[2], wanted[8], wanted[10]]
+    grads = torch.ops.headprune.attention_backward(
+        grad_output,
+        output,
+        lse,
+        needs,
+        query,
+        key,
+        value,
+        *ctx.options,
+        bias,
+        alibi_slopes,
+        sinks,
+        key_mask,
+        query_mask,
+        gate,
+        False,
+    )
+    dq, dk, dv, dbias, dsinks = (grad if need else None for grad, need in zip(grads, needs))
+    return dq, dk, dv, None, None, None, None, None, dbias, None, dsinks, None, None, None, None
+
+
+for _name, _function, _shape in (("attention", _run, _fake), ("attention_backward", _run_backward, _fake_backward)):
+    for _device in ("CPU", "CUDA"):
+        library.impl(_name, _function, _device)
+    torch.library.register_fake(f"headprune::{_name}", _shape, lib=library)
+torch.library.register_autograd("headprune::attention", _backward, setup_context=_setup_context, lib=library)
+
+
+def register_reference() -> None:
+    """The reference comes last, after every faster implementation."""
+    register("attention", Implementation("reference", reference.attention_forward, refuses=lambda call: None))
+    register(
+        "attention_backward",
+        Implementation(
+            "reference",
+            lambda call, grad_output, output, lse, needs: reference.attention_backward(call, grad_output, needs),
+            refuses=lambda call: None,
+        ),
+    )

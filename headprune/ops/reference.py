@@ -1,0 +1,125 @@
+"""Every operator in plain PyTorch: the specification that the kernels are tested against, and the last resort.
+
+It forms the whole [query_len, kv_len] matrix and computes in fp32, or in fp64 where the input is fp64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from headprune.ops.call import AttentionCall
+
+
+def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """output [batch, query_heads, query_len, value_dim] in the query's dtype, lse fp32 [batch, query_heads, query_len]
+    (natural logarithm of the softmax denominator, -inf where a row attends to nothing), packed statistics (HeadStats)."""
+    work = torch.promote_types(call.query.dtype, torch.float32)
+    groups = torch.tensor(call.head_map.kv_of_query, dtype=torch.long, device=call.query.device)
+    key = call.key.to(work).index_select(1, groups)
+    value = call.value.to(work).index_select(1, groups)
+    allowed = visible(call)
+    scores = torch.matmul(call.query.to(work) * call.scale, key.transpose(2, 3))
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.alibi_slopes is not None:
+        scores = scores - call.alibi_slopes.to(work)[None, :, None, None] * distances(call).to(work)
+    if call.bias is not None and call.bias.dtype != torch.bool:
+        scores = scores + call.bias.to(work)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    denominators = scores
+    if call.sinks is not None:
+        sink = call.sinks.to(work)[None, :, None, None].expand(*scores.shape[:3], 1)
+        denominators = torch.cat([scores, sink], dim=3)
+    lse = torch.logsumexp(denominators, dim=3) if denominators.shape[3] else scores.new_full(scores.shape[:3], float("-inf"))
+    attends = allowed.any(dim=3) & lse.isfinite()
+    probs = torch.exp(scores - lse.masked_fill(~attends, 0.0)[..., None])
+    probs = probs.masked_fill(~(allowed & attends[..., None]), 0.0)
+    # A masked key may hold inf or NaN in its value; 0 * inf must not reach the output.
+    unused = ~allowed.any(dim=2)[..., None]
+    output = torch.matmul(probs, value.masked_fill(unused, 0.0))
+    if call.gate is not None:
+        output = output * per_sample(call.gate).to(work)[..., None, None]
+    packed = attention_stats(call, scores, probs, lse, attends, output) if call.stats else call.empty_stats()
+    output = output.to(call.query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return output, lse.float(), packed
+
+
+def attention_stats(call: AttentionCall, scores: Tensor, probs: Tensor, lse: Tensor, attends: Tensor, output: Tensor) -> Tensor:
+    counted = attends if call.query_mask is None else attends & call.query_mask[:, None, :]
+    if call.gate is not None:
+        counted = counted & (per_sample(call.gate) != 0)[..., None]
+    rows = counted.sum(dim=2).clamp(min=1)
+
+    def row_mean(values: Tensor) -> Tensor:
+        return values.masked_fill(~counted, 0.0).sum(dim=2) / rows
+
+    first = torch.zeros_like(lse)
+    max_prob, max_logit = torch.zeros_like(lse), torch.full_like(lse, float("-inf"))
+    if call.kv_len:
+        first = probs.gather(3, first_valid_key(call)[:, None, None, None].expand(*probs.shape[:3], 1)).squeeze(3)
+        max_prob, max_logit = probs.amax(dim=3), scores.amax(dim=3)
+    max_logit = max_logit.masked_fill(~counted, float("-inf"))
+    entropy = -torch.where(probs > 0, probs * (scores - lse[..., None]), 0.0).sum(dim=3)
+    distance = (probs * distances(call).to(probs.dtype)).sum(dim=3)
+    top = max_logit.amax(dim=2) if call.query_len else max_logit.new_full(max_logit.shape[:2], float("-inf"))
+    fields = [row_mean(entropy), row_mean(max_prob), top, row_mean(first), row_mean(distance), row_mean(output.norm(dim=3))]
+    return torch.stack([field.float() for field in fields])
+
+
+def attention_backward(
+    call: AttentionCall, grad_output: Tensor, needs: tuple[bool, bool, bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, bias and sinks (None where `needs` says no), each in its tensor's dtype."""
+    inputs = {"query": call.query, "key": call.key, "value": call.value, "bias": call.bias, "sinks": call.sinks}
+    wanted = [name for name, need in zip(inputs, needs) if need]
+    leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
+    with torch.enable_grad():
+        output, _, _ = attention_forward(replace(call, stats=False, **leaves))
+    # A detached output (no head, no key) leaves every gradient zero.
+    grads = torch.autograd.grad(output, list(leaves.values()), grad_output, allow_unused=True) if output.requires_grad else []
+    found = {name: grad for name, grad in zip(wanted, grads) if grad is not None}
+    return tuple(found.get(name, torch.zeros_like(inputs[name])) if name in leaves else None for name in inputs)
+
+
+def visible(call: AttentionCall) -> Tensor:
+    """bool, broadcast to [batch, query_heads, query_len, kv_len]: which key each query may attend to."""
+    ahead = key_positions(call)[None, :] - query_positions(call)[:, None]
+    allowed = torch.ones_like(ahead, dtype=torch.bool)
+    if call.causal:
+        allowed = ahead <= 0
+    if call.window:
+        allowed = allowed & (ahead.abs() < call.window)
+    allowed = allowed[None, None]
+    if call.key_mask is not None:
+        allowed = allowed & call.key_mask[:, None, None, :]
+    if call.bias is not None:
+        allowed = allowed & (call.bias if call.bias.dtype == torch.bool else call.bias != float("-inf"))
+    return allowed.expand(call.batch, call.query_heads, call.query_len, call.kv_len)
+
+
+def query_positions(call: AttentionCall) -> Tensor:
+    """Position of each query among the keys, [query_len]: bottom-right aligned, the last query stands at the last key."""
+    return torch.arange(call.query_len, device=call.query.device) + (call.kv_len - call.query_len)
+
+
+def key_positions(call: AttentionCall) -> Tensor:
+    return torch.arange(call.kv_len, device=call.query.device)
+
+
+def distances(call: AttentionCall) -> Tensor:
+    return (query_positions(call)[:, None] - key_positions(call)[None, :]).abs()
+
+
+def first_valid_key(call: AttentionCall) -> Tensor:
+    """[batch]: the first key that key_mask lets through (0 without a mask)."""
+    if call.key_mask is None:
+        return torch.zeros(call.batch, dtype=torch.long, device=call.query.device)
+    return call.key_mask.int().argmax(dim=1)
+
+
+def per_sample(gate: Tensor) -> Tensor:
+    """`gate` as [batch or 1, query_heads]."""
+    return gate if gate.dim() == 2 else gate[None]

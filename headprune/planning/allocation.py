@@ -1,0 +1,103 @@
+"""How a budget is spread over the layers: registered strategies over removable units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from headprune.errors import InfeasibleBudget, unknown_name
+from headprune.head_map import HeadMap
+from headprune.planning.budget import Budget
+from headprune.scoring.scores import HeadScores
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What can be removed at once: one query head, or a whole key/value group."""
+
+    site: str
+    heads: tuple[int, ...]
+    score: float
+
+
+@dataclass
+class Selection:
+    """The heads that are still kept while units are taken away, and what they cost."""
+
+    scores: HeadScores
+    budget: Budget
+    min_heads: int
+    kept: dict[str, set[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = {name: set(range(shape.head_map.query_heads)) for name, shape in self.scores.shapes.items()}
+
+    def may_remove(self, unit: Unit) -> bool:
+        return len(self.kept[unit.site]) - len(unit.heads) >= self.min_heads
+
+    def remove(self, unit: Unit) -> None:
+        self.kept[unit.site] -= set(unit.heads)
+
+    def head_map(self, site: str) -> HeadMap:
+        return self.scores.shapes[site].head_map.keep(self.kept[site])
+
+    def cost(self, site: str) -> int:
+        return self.budget.cost(self.scores.shapes[site], self.head_map(site))
+
+    def full_cost(self, site: str) -> int:
+        shape = self.scores.shapes[site]
+        return self.budget.cost(shape, shape.head_map)
+
+
+Allocation = Callable[[Selection, list[Unit]], None]
+_allocations: dict[str, Allocation] = {}
+
+
+def allocation(name: str) -> Callable[[Allocation], Allocation]:
+    """Registers a strategy: it removes units (sorted by score, lowest first) from the selection until the budget is met,
+    and raises InfeasibleBudget where it cannot be."""
+
+    def register(function: Allocation) -> Allocation:
+        _allocations[name] = function
+        return function
+
+    return register
+
+
+def get_allocation(name: str) -> Allocation:
+    if name not in _allocations:
+        raise unknown_name("allocation", name, _allocations)
+    return _allocations[name]
+
+
+@allocation("global")
+def global_ranking(selection: Selection, units: list[Unit]) -> None:
+    """All heads of the model in one ranking."""
+    remove_lowest(selection, units, list(selection.kept))
+
+
+@allocation("uniform")
+def uniform(selection: Selection, units: list[Unit]) -> None:
+    """The same fraction in every layer."""
+    for site in selection.kept:
+        remove_lowest(selection, [unit for unit in units if unit.site == site], [site])
+
+
+def remove_lowest(selection: Selection, units: list[Unit], sites: list[str]) -> None:
+    """Removes units, lowest score first, until `sites` together cost no more than the budget leaves them."""
+    full = sum(selection.full_cost(site) for site in sites)
+    # Rounded so that half of 7 heads is met by 3 of them, whatever the float says.
+    target = full - int(selection.budget.fraction * full + 1e-9)
+    cost = sum(selection.cost(site) for site in sites)
+    for unit in units:
+        if cost <= target:
+            return
+        if selection.may_remove(unit):
+            before = selection.cost(unit.site)
+            selection.remove(unit)
+            cost += selection.cost(unit.site) - before
+    if cost > target:
+        raise InfeasibleBudget(
+            f"{selection.budget} cannot be met: {cost} of {full} {selection.budget.quantity} are left over {len(sites)} sites, "
+            f"{target} allowed. Lower the fraction, min_heads (now {selection.min_heads}) or what is protected."
+        )

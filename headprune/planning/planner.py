@@ -1,0 +1,72 @@
+"""From scores and a budget to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+from headprune.errors import InvalidInput, unknown_name
+from headprune.planning.allocation import Selection, Unit, get_allocation
+from headprune.planning.budget import Budget
+from headprune.planning.pruning_plan import PruningPlan
+from headprune.scoring.scores import HeadScores
+
+GRANULARITIES = ("query_head", "kv_group")
+
+
+def plan(
+    scores: HeadScores,
+    budget: Budget,
+    *,
+    allocation: str = "global",
+    granularity: str = "query_head",
+    min_heads: int = 1,
+    protect: Mapping[str, Iterable[int] | None] | Iterable[str] = (),
+) -> PruningPlan:
+    """Which heads to keep so that `budget` is met and the lowest scores go.
+
+    Args:
+        allocation: "global" ranks all heads together, "uniform" takes the same fraction of every layer.
+        granularity: "query_head" removes query heads one by one and leaves ragged groups; "kv_group" removes a key/value
+            head with all its query heads, so that groups stay equal.
+        min_heads: query heads that every site keeps at least (1 or more).
+        protect: sites that lose nothing, or a mapping of site -> heads that must stay (None: all of them).
+
+    Raises InfeasibleBudget where the constraints leave too little to remove; InvalidInput for unknown names.
+    """
+    if granularity not in GRANULARITIES:
+        raise unknown_name("granularity", granularity, GRANULARITIES)
+    if min_heads < 1:
+        raise InvalidInput(f"min_heads is {min_heads}; every site keeps at least 1 query head.")
+    protected = protected_heads(scores, protect)
+    units = [unit for unit in removable_units(scores, granularity) if not protected[unit.site] & set(unit.heads)]
+    selection = Selection(scores, budget, min_heads)
+    # Equal scores go by position, so that a plan does not depend on the order of a hash.
+    order = {name: index for index, name in enumerate(scores)}
+    get_allocation(allocation)(selection, sorted(units, key=lambda unit: (unit.score, order[unit.site], unit.heads)))
+    keep = {name: tuple(sorted(heads)) for name, heads in selection.kept.items()}
+    return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores)
+
+
+def removable_units(scores: HeadScores, granularity: str) -> list[Unit]:
+    units = []
+    for name, shape in scores.shapes.items():
+        if granularity == "query_head":
+            groups = [(head,) for head in range(shape.head_map.query_heads)]
+        else:
+            offsets = shape.head_map.group_offsets
+            groups = [tuple(range(start, stop)) for start, stop in pairwise(offsets) if stop > start]
+        values = scores[name].tolist()
+        units += [Unit(name, heads, sum(values[head] for head in heads)) for heads in groups]
+    return units
+
+
+def protected_heads(scores: HeadScores, protect: Mapping[str, Iterable[int] | None] | Iterable[str]) -> dict[str, set[int]]:
+    given = protect if isinstance(protect, Mapping) else dict.fromkeys([protect] if isinstance(protect, str) else protect)
+    protected: dict[str, set[int]] = {name: set() for name in scores}
+    for name, heads in given.items():
+        if name not in protected:
+            raise unknown_name("attention site in protect", name, protected)
+        head_map = scores.shapes[name].head_map
+        protected[name] = set(range(head_map.query_heads)) if heads is None else set(head_map.checked(heads))
+    return protected

@@ -1,0 +1,150 @@
+"""PruningPlan: per site the query heads to keep, with the budget and the scores it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from headprune.errors import HeadpruneError, InvalidInput, InvalidPlan
+from headprune.files import read_json, write_json
+from headprune.head_map import HeadMap
+from headprune.models import attention_sites
+from headprune.models.gating import checked_keep
+from headprune.planning.budget import Budget
+from headprune.scoring.observations import SiteShape
+from headprune.scoring.scores import HeadScores
+
+
+@dataclass(frozen=True)
+class PruningPlan(Mapping[str, tuple[int, ...]]):
+    """Site name -> the query heads to keep, ascending, for every site of one model.
+
+    shapes: the sites' geometry, by which a plan for another model is refused. budget, criterion and scores say where the
+    plan came from; None in a plan made by hand.
+    """
+
+    keep: dict[str, tuple[int, ...]]
+    shapes: dict[str, SiteShape]
+    budget: Budget | None = None
+    criterion: str | None = None
+    scores: HeadScores | None = None
+
+    def __post_init__(self) -> None:
+        if set(self.keep) != set(self.shapes):
+            raise InvalidPlan(f"a plan must name every site once; it differs at {sorted(set(self.keep) ^ set(self.shapes))[:3]}.")
+        checked = {}
+        for name, shape in self.shapes.items():
+            try:
+                checked[name] = shape.head_map.checked(self.keep[name])
+            except InvalidInput as error:
+                raise InvalidPlan(f"{name}: {error}") from None
+        object.__setattr__(self, "keep", checked)
+        if checked and not any(checked.values()):
+            raise InvalidPlan("the plan removes every head of every site; keep at least one.")
+
+    @classmethod
+    def from_keep(cls, model: nn.Module, keep: Mapping[str, Sequence[int]]) -> PruningPlan:
+        """A plan by hand: site name -> query heads to keep; sites left out keep all their heads.
+
+        Raises InvalidPlan for a site that the model does not have, a head that does not exist or is named twice.
+        """
+        sites = {site.name: site for site in attention_sites(model)}
+        try:
+            given = checked_keep(sites, keep)
+        except InvalidInput as error:
+            raise InvalidPlan(str(error)) from None
+        shapes = {name: SiteShape.of(site) for name, site in sites.items()}
+        return cls({name: given.get(name, tuple(range(shapes[name].head_map.query_heads))) for name in sites}, shapes)
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return self.keep[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keep)
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def head_map(self, name: str) -> HeadMap:
+        """The head map that the site will have after the cut."""
+        return self.shapes[name].head_map.keep(self.keep[name])
+
+    @property
+    def removed_heads(self) -> int:
+        return self.total_heads - sum(len(heads) for heads in self.values())
+
+    @property
+    def total_heads(self) -> int:
+        return sum(shape.head_map.query_heads for shape in self.shapes.values())
+
+    @property
+    def removed_parameters(self) -> int:
+        return sum(shape.parameters(shape.head_map) - shape.parameters(self.head_map(name)) for name, shape in self.shapes.items())
+
+    def check_fits(self, model: nn.Module) -> None:
+        """InvalidPlan unless `model` has exactly the sites, head maps and sizes that the plan was made for."""
+        found = {site.name: SiteShape.of(site) for site in attention_sites(model)}
+        for name in [*self.shapes, *found]:
+            if self.shapes.get(name) != found.get(name):
+                planned, there = (shapes.get(name) for shapes in (self.shapes, found))
+                raise InvalidPlan(
+                    f"the plan is for another model: at {name} it expects {describe(planned)}, the model has {describe(there)}."
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Writes plan.json, through a temporary name; "keep" in it may be edited by hand."""
+        sites = {name: {"keep": list(self[name]), "shape": self.shapes[name].to_json()} for name in self}
+        if self.scores is not None:
+            for name in self:
+                sites[name]["scores"] = self.scores[name].tolist()
+        budget = None if self.budget is None else self.budget.to_json()
+        write_json(path, "pruning_plan", {"criterion": self.criterion, "budget": budget, "sites": sites})
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Raises InvalidInput where the file is no plan.json, InvalidPlan where it contradicts itself."""
+        document = read_json(path, "pruning_plan")
+        try:
+            sites = document["sites"]
+            shapes = {name: SiteShape.from_json(site["shape"]) for name, site in sites.items()}
+            budget = None if document["budget"] is None else Budget(**document["budget"])
+            scores = None
+            if sites and all("scores" in site for site in sites.values()):
+                values = {name: torch.tensor(site["scores"], dtype=torch.float32) for name, site in sites.items()}
+                scores = HeadScores(document["criterion"], values, shapes)
+            keep = {name: tuple(site["keep"]) for name, site in sites.items()}
+            return cls(keep, shapes, budget, document["criterion"], scores)
+        except HeadpruneError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"{path} is not a complete pruning_plan file: {error!r}.") from None
+
+    def __str__(self) -> str:
+        origin = f" by {self.criterion}, {self.budget}" if self.budget else ""
+        rows = (f"  {name}: keep {list(self[name])} ({self.shapes[name].head_map} -> {self.head_map(name)})" for name in self)
+        return "\n".join([f"PruningPlan{origin}: {self.removed_heads} of {self.total_heads} query heads go", *rows])
+
+    def __rich__(self) -> Table:
+        """Layer by head: a filled square stays, a dot goes."""
+        title = f"plan: {self.removed_heads} of {self.total_heads} query heads go, {self.removed_parameters:,} parameters"
+        table = Table(title=title, title_justify="left")
+        table.add_column("attention", overflow="fold")
+        table.add_column("heads (■ stays, · goes)", overflow="fold")
+        table.add_column("before")
+        table.add_column("after")
+        for name, heads in self.items():
+            row = Text()
+            for head in range(self.shapes[name].head_map.query_heads):
+                row.append("■ " if head in heads else "· ", style="green" if head in heads else "dim")
+            table.add_row(name, row, str(self.shapes[name].head_map), str(self.head_map(name)))
+        return table
+
+
+def describe(shape: SiteShape | None) -> str:
+    return "no such site" if shape is None else f"{shape.head_map}, head_dim {shape.head_dim}, hidden size {shape.hidden_size}"

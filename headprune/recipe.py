@@ -1,0 +1,167 @@
+"""Recipes: one YAML file that says what a run does, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from headprune.errors import HeadpruneError, InvalidInput, unknown_name
+from headprune.planning.allocation import get_allocation
+from headprune.planning.budget import Budget
+from headprune.planning.planner import GRANULARITIES
+from headprune.scoring.criterion import get_criterion
+from headprune.scoring.scores import NORMALIZATIONS
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskSection(Section):
+    """The data: what is scored on, compensated on and evaluated on."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class ScoreSection(Section):
+    criterion: str = "fisher"
+    normalize: str = "none"
+
+    @field_validator("criterion")
+    @classmethod
+    def known_criterion(cls, name: str) -> str:
+        get_criterion(name)
+        return name
+
+    @field_validator("normalize")
+    @classmethod
+    def known_normalization(cls, name: str) -> str:
+        return one_of("normalization", name, NORMALIZATIONS)
+
+
+class PlanSection(Section):
+    budget: dict[str, float] = Field(default_factory=lambda: {"heads": 0.5})
+    allocation: str = "global"
+    granularity: str = "query_head"
+    min_heads: int = Field(default=1, ge=1)
+    protect: dict[str, list[int] | None] = Field(default_factory=dict)
+
+    @field_validator("budget")
+    @classmethod
+    def valid_budget(cls, budget: dict[str, float]) -> dict[str, float]:
+        known = Budget.__dataclass_fields__
+        for name in budget:
+            one_of("budget", name, known)
+        Budget(**budget)
+        return budget
+
+    @field_validator("allocation")
+    @classmethod
+    def known_allocation(cls, name: str) -> str:
+        get_allocation(name)
+        return name
+
+    @field_validator("granularity")
+    @classmethod
+    def known_granularity(cls, name: str) -> str:
+        return one_of("granularity", name, GRANULARITIES)
+
+
+class PruneSection(Section):
+    compensate: bool = True
+
+
+class EvaluateSection(Section):
+    repeats: int = Field(default=30, ge=1, description="timed forward passes of each model")
+
+
+class Recipe(Section):
+    """One run: model -> scores -> plan -> cut -> evaluation, into `output`."""
+
+    model: str
+    task: TaskSection
+    score: ScoreSection = ScoreSection()
+    plan: PlanSection = PlanSection()
+    prune: PruneSection = PruneSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    output: str
+    seed: int = 0
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a recipe; each override is `section.key=value` with a YAML value.
+
+    Raises InvalidInput that names the file, the key and, for an unknown key, the nearest right one.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidInput(f"recipe {path} does not exist; expected a YAML file such as recipes/minilm.yaml.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidInput(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise InvalidInput(f"recipe {path} holds no keys; expected model, task, output and optional sections.")
+    for override in overrides:
+        apply_override(content, override)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], origin: str) -> Recipe:
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InvalidInput(f"recipe {origin}: {explain(error.errors()[0])}") from None
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    key, found, value = override.partition("=")
+    if not found or not key:
+        raise InvalidInput(f"override {override!r}: expected section.key=value, for example plan.budget.heads=0.3.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise InvalidInput(f"override {override!r}: {parent} is no section.")
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InvalidInput(f"override {override!r}: {value!r} is not a YAML value.") from None
+
+
+def explain(problem: dict[str, Any]) -> str:
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = fields_at(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {location!r}.{hint} Known: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"the key {location!r} is missing."
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, HeadpruneError):
+        return f"{location}: {cause}"
+    return f"{location}: {problem['msg']} (got {problem['input']!r})."
+
+
+def fields_at(location: tuple) -> list[str]:
+    section: Any = Recipe
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        section = next((kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)), annotation)
+    return list(section.model_fields)
+
+
+def one_of(kind: str, name: str, known: Iterable[str]) -> str:
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    return name

@@ -1,0 +1,1 @@
+"""Fine-tuning, distillation and rewinding after the cut."""

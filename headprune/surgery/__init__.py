@@ -1,0 +1,8 @@
+"""Applying a plan: compensation, the cut, and pruned models on disk."""
+
+from headprune.surgery.checkpoint import load, save
+from headprune.surgery.compensate import Resolved, resolve_outputs
+from headprune.surgery.cut import cut
+from headprune.surgery.prune import prune
+
+__all__ = ["Resolved", "cut", "load", "prune", "resolve_outputs", "save"]

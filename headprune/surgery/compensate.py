@@ -1,0 +1,225 @@
+"""Re-solves output projections after heads are removed, so that each layer gives again what the dense layer gave.
+
+Layer by layer, in order: X are the inputs that the already pruned model really gives to the layer's output projection
+(kept heads only), Y what the dense model's projection gave for the same tokens; W, b minimise
+||X W^T + b - Y||^2 + lambda ||W - W_0||^2 (least squares, ridge towards the old weights). No gradient, no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.models.gating import output_input_hook
+from headprune.models.site import AttentionSite, is_conv1d
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What became of one site: relative squared error of the layer's output on held-out batches, before and after."""
+
+    site: str
+    error_before: float
+    error_after: float
+    ridge: float | None  # None: the re-solve did not lower the held-out error and was not applied
+
+
+@dataclass
+class NormalEquations:
+    """Sums over tokens of what least squares needs, in fp64: X^T X, X^T R, sum of R^2, with a last column of ones in X."""
+
+    gram: Tensor  # [inputs + 1, inputs + 1]
+    cross: Tensor  # [inputs + 1, outputs]
+    squares: Tensor  # [outputs]
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int) -> NormalEquations:
+        sizes = ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs,))
+        return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
+
+    def add(self, inputs: Tensor, residual: Tensor) -> None:
+        """inputs [tokens, inputs], residual [tokens, outputs]: what the present weights leave to be explained."""
+        padded = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1).float()
+        residual = residual.float()
+        self.gram += (padded.T @ padded).cpu()
+        self.cross += (padded.T @ residual).cpu()
+        self.squares += residual.square().sum(dim=0).cpu()
+
+    def error(self, change: Tensor) -> float:
+        """Squared residual that is left after adding `change` [inputs + 1, outputs] to the weights."""
+        return float((self.squares.sum() - 2 * (change * self.cross).sum() + (change * (self.gram @ change)).sum()).clamp(min=0))
+
+    def solve(self, ridge: float, bias: bool) -> Tensor:
+        """The change of weights and bias [inputs + 1, outputs] (its last row 0 where there is no bias); `ridge` is relative
+        to the Gram's mean diagonal and leaves the bias free."""
+        inputs = self.gram.shape[0] - 1
+        used = inputs + int(bias)
+        mean = self.gram.diagonal()[:inputs].mean().clamp(min=torch.finfo(torch.float64).tiny)
+        damping = torch.full((used,), float(ridge * mean), dtype=torch.float64)
+        damping[inputs:] = 1e-9 * float(self.gram[-1, -1])
+        change = torch.zeros_like(self.cross)
+        factor, failed = torch.linalg.cholesky_ex(self.gram[:used, :used] + torch.diag(damping))
+        if not failed:
+            change[:used] = torch.cholesky_solve(self.cross[:used], factor)
+        return change
+
+
+class _Reached(Exception):
+    """Stops a forward pass at the layer that is being measured."""
+
+
+def resolve_outputs(
+    model: nn.Module,
+    sites: Sequence[AttentionSite],
+    keep: Mapping[str, Sequence[int]],
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    token_mask: Callable[[Any], Tensor | None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Resolved]:
+    """Re-solves the output projection of every site in `keep`, before the cut, in place.
+
+    Afterwards the projections are those of the pruned model: with the other heads gated or cut they reproduce the dense
+    outputs as well as least squares can. `sites` must be in the order of the forward pass.
+
+    Args:
+        batches: calibration batches, a list or anything that can be read more than once.
+        forward: runs the model on a batch; default `model(**batch)`.
+        token_mask: bool [batch, tokens] of the tokens that count; default the batch's "attention_mask".
+        progress: called with (layers done, layers).
+    """
+    batches = list(batches)
+    if not batches:
+        raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
+    forward = forward or (lambda model, batch: model(**batch))
+    token_mask = token_mask or attention_mask_of
+    training = model.training
+    model.eval()
+    chosen = [site for site in sites if len(keep.get(site.name, ())) < site.head_map.query_heads and site.name in keep]
+    dense = {site.name: weight_and_bias(site) for site in chosen}
+    solved: dict[str, tuple[Tensor, Tensor | None]] = dict(dense)
+    reports = []
+    try:
+        with torch.no_grad():
+            for done, site in enumerate(chosen):
+                train, held_out = gather(model, site, chosen, keep, dense, solved, batches, forward, token_mask)
+                report, solved[site.name] = resolve(site, keep[site.name], dense[site.name], train, held_out)
+                reports.append(report)
+                if progress:
+                    progress(done + 1, len(chosen))
+    finally:
+        for site in chosen:
+            set_weight_and_bias(site, dense[site.name])
+        model.train(training)
+    for site in chosen:
+        set_weight_and_bias(site, solved[site.name])
+    return reports
+
+
+def gather(model, site, chosen, keep, dense, solved, batches, forward, token_mask) -> tuple[NormalEquations, NormalEquations]:
+    """Normal equations of `site`: the dense model's outputs against the inputs that the model pruned so far gives."""
+    columns = site.columns(tuple(keep[site.name]))
+    weight, _ = dense[site.name]
+    train, held_out = (NormalEquations.empty(len(columns), weight.shape[0]) for _ in range(2))
+    for index, batch in enumerate(batches):
+        with weights_in_place(chosen, dense):
+            dense_inputs = inputs_at(model, site, batch, forward)
+        with weights_in_place(chosen, solved), ExitStack() as stack:
+            for other in chosen:
+                if other is not site:
+                    stack.enter_context(output_input_hook(other, masked_to(other, keep[other.name])))
+            pruned_inputs = inputs_at(model, site, batch, forward)
+        mask = token_mask(batch)
+        if mask is not None:
+            mask = mask.to(dense_inputs.device).bool()
+            dense_inputs, pruned_inputs = dense_inputs[mask], pruned_inputs[mask]
+        dense_inputs, pruned_inputs = dense_inputs.flatten(0, -2), pruned_inputs.flatten(0, -2)
+        # The biases are the same on both sides, so the residual is of the weights alone.
+        kept_inputs = pruned_inputs[:, columns.to(pruned_inputs.device)]
+        kept_weight = weight[:, columns.to(weight.device)]
+        residual = dense_inputs.float() @ weight.T.float() - kept_inputs.float() @ kept_weight.T.float()
+        last = held_out if len(batches) > 1 and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else train
+        last.add(kept_inputs, residual)
+        if len(batches) < HELD_OUT_EVERY and index == len(batches) - 1:
+            held_out.add(kept_inputs, residual)
+    return train, held_out
+
+
+def resolve(site, keep, old, train, held_out) -> tuple[Resolved, tuple[Tensor, Tensor | None]]:
+    """The ridge that leaves the smallest held-out error, and the weights that it gives; the old ones where none helps."""
+    weight, bias = old
+    before = held_out.error(torch.zeros_like(held_out.cross))
+    best, ridge, change = before, None, None
+    for candidate in RIDGES:
+        solution = train.solve(candidate, bias is not None)
+        error = held_out.error(solution)
+        if error < best:
+            best, ridge, change = error, candidate, solution
+    scale = max(before, torch.finfo(torch.float64).tiny)
+    report = Resolved(site.name, 1.0 if before else 0.0, best / scale, ridge)
+    if change is None:
+        return report, old
+    columns = site.columns(tuple(keep)).to(weight.device)
+    new_weight = weight.clone()
+    new_weight[:, columns] += change[:-1].T.to(weight)
+    new_bias = None if bias is None else bias + change[-1].to(bias)
+    return report, (new_weight, new_bias)
+
+
+def inputs_at(model: nn.Module, site: AttentionSite, batch: Any, forward: Callable) -> Tensor:
+    """The output projection's input at `site` [batch, tokens, features]; the forward pass stops there."""
+    found: list[Tensor] = []
+
+    def stop(inputs: Tensor) -> None:
+        found.append(inputs)
+        raise _Reached
+
+    with output_input_hook(site, stop):
+        try:
+            forward(model, batch)
+        except _Reached:
+            return found[0]
+    raise InvalidInput(f"{site.name} was not reached by the calibration data.")
+
+
+def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    columns = torch.zeros(site.output.features.numel())
+    columns[site.columns(tuple(keep))] = 1.0
+    return lambda inputs: inputs * columns.to(inputs)
+
+
+@contextmanager
+def weights_in_place(sites: Sequence[AttentionSite], weights: Mapping[str, tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+    for site in sites:
+        set_weight_and_bias(site, weights[site.name])
+    yield
+
+
+def weight_and_bias(site: AttentionSite) -> tuple[Tensor, Tensor | None]:
+    """(weight [hidden, features], bias [hidden] or None) of the output projection, detached."""
+    module = site.output.module
+    weight = module.weight.data
+    return (weight.T if is_conv1d(module) else weight), None if module.bias is None else module.bias.data
+
+
+def set_weight_and_bias(site: AttentionSite, values: tuple[Tensor, Tensor | None]) -> None:
+    module, (weight, bias) = site.output.module, values
+    module.weight.data = weight.T if is_conv1d(module) else weight
+    if bias is not None:
+        module.bias.data = bias
+
+
+def attention_mask_of(batch: Any) -> Tensor | None:
+    """The batch's 2-D "attention_mask", where it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if mask is not None and mask.dim() == 2 else None

@@ -1,0 +1,54 @@
+"""Proof that a pruned model is what its plan says: cutting heads must equal gating them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headprune.models import attention_sites, gated
+from headprune.models.site import is_conv1d
+
+
+@torch.no_grad()
+def gated_twin(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A copy of `dense` that carries the output projections of `pruned` in the columns of the kept heads.
+
+    Under `gated(twin, keep)` it must give exactly what `pruned` gives, compensated or not.
+    """
+    twin = copy.deepcopy(dense)
+    small = {site.name: site for site in attention_sites(pruned)}
+    for site in attention_sites(twin):
+        module, source = site.output.module, small[site.name].output.module
+        columns = site.columns(tuple(keep[site.name])).to(module.weight.device)
+        module.weight.data.index_copy_(0 if is_conv1d(module) else 1, columns, source.weight.data)
+        if module.bias is not None:
+            module.bias.data.copy_(source.bias.data)
+    return twin
+
+
+def cut_error(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[int]], run: Callable[[nn.Module], Tensor]) -> float:
+    """Largest absolute difference between `run(pruned)` and the same model with its removed heads gated to zero instead,
+    relative to the largest absolute value."""
+    twin = gated_twin(dense, pruned, keep)
+    with gated(twin, keep):
+        expected = run(twin)
+    return relative_difference(run(pruned), expected)
+
+
+def same_tokens(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[int]], prompt: Any, tokens: int = 32) -> bool:
+    """Whether greedy generation with a cache gives the same tokens cut and gated; `prompt` is what `generate` takes."""
+    twin = gated_twin(dense, pruned, keep)
+    options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
+    with gated(twin, keep):
+        expected = twin.generate(**prompt, **options)
+    return bool(torch.equal(pruned.generate(**prompt, **options), expected))
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute expected value."""
+    scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    return float((found - expected).abs().max() / scale)

@@ -1,0 +1,55 @@
+"""Build of the package: Python, Triton kernels (as headprune.kernels) and the C++/CUDA extension.
+
+The CPU kernels are built once per instruction set, each into its own library; at import the best one that this
+processor runs is loaded (headprune/ops/extension.py), so that a wheel is portable and never needs -march=native.
+HEADPRUNE_NO_EXT=1 skips all compilation.
+"""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+COMMON_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+INSTRUCTION_SETS = {
+    "default": [],
+    "avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+        "-mfma", "-mf16c",
+    ],
+}  # fmt: skip
+
+
+def sources(folder: str, suffix: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+
+
+def extensions() -> tuple[list, dict]:
+    if os.environ.get("HEADPRUNE_NO_EXT") == "1":
+        return [], {}
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+    names = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": []}
+    built = [
+        CppExtension(f"headprune._cpu_{name}", sources("cpu", ".cpp"), extra_compile_args=COMMON_FLAGS + flags)
+        for name, flags in names.items()
+    ]
+    cuda = sources("cuda", ".cu") + sources("cuda", ".cpp")
+    if cuda and torch.version.cuda and CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"):
+        built.append(CUDAExtension("headprune._cuda", cuda, extra_compile_args={"cxx": COMMON_FLAGS, "nvcc": ["-O3", "-lineinfo"]}))
+    return built, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}
+
+
+ext_modules, cmdclass = extensions()
+folders = sorted(path.parent.relative_to(ROOT) for path in (ROOT / "headprune").rglob("__init__.py"))
+setup(
+    packages=[*(".".join(folder.parts) for folder in folders), "headprune.kernels"],
+    package_dir={"headprune": "headprune", "headprune.kernels": "kernels/triton"},
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+)

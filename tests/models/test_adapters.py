@@ -1,0 +1,83 @@
+import pytest
+import torch
+from tiny_models import bert, hidden, llama, padded
+from torch import nn
+
+import headprune.models as models
+from headprune.errors import InvalidInput, InvalidPlan, UnsupportedModel
+from headprune.head_map import HeadMap
+
+
+def test_llama_sites_have_their_names_and_groups():
+    sites = models.attention_sites(llama())
+    assert [site.name for site in sites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert sites[0].head_map == HeadMap.uniform(8, 4)
+    assert (sites[0].head_dim, sites[0].hidden_size, sites[0].kind) == (8, 32, "self")
+
+
+def test_bert_sites_reach_the_sibling_output_projection():
+    site = models.attention_sites(bert())[1]
+    assert site.name == "encoder.layer.1.attention"
+    assert site.output.name == "encoder.layer.1.attention.output.dense"
+    assert site.head_map == HeadMap.uniform(4)
+
+
+def test_parameters_of_a_site_are_those_of_its_projections():
+    site = models.attention_sites(bert())[0]
+    # The output bias belongs to no head.
+    whole = sum(p.numel() for name, p in site.module.named_parameters() if "LayerNorm" not in name)
+    assert site.parameters() == whole - site.output.module.bias.numel()
+
+
+def test_head_weights_are_the_rows_and_columns_of_the_head():
+    site = models.attention_sites(llama())[0]
+    q, o = site.projection("query"), site.output
+    assert torch.equal(q.head_weights()[3], q.module.weight[24:32])
+    assert torch.equal(o.head_weights()[3], o.module.weight[:, 24:32].T)
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_a_gate_at_zero_equals_zeroed_columns_of_the_output_projection(make):
+    model, inputs = make(), padded()
+    site = models.attention_sites(model)[0]
+    with models.gated(model, {site.name: [1, 2]}):
+        gated = hidden(model, **inputs)
+    before = hidden(model, **inputs)
+    removed = [column for column in range(site.output.features.numel()) if column not in site.columns((1, 2)).tolist()]
+    site.output.module.weight.data[:, removed] = 0.0
+    assert torch.allclose(gated, hidden(model, **inputs), atol=1e-6)
+    assert not torch.allclose(gated, before, atol=1e-2)
+
+
+def test_gating_an_unknown_site_names_the_nearest():
+    with pytest.raises(InvalidPlan, match=r"model\.layers\.0\.self_attn"), models.gated(llama(), {"model.layers.0.self_atn": [0]}):
+        pass
+    with pytest.raises(InvalidInput, match="query head 8"), models.gated(llama(), {"model.layers.0.self_attn": [8]}):
+        pass
+
+
+def test_a_model_without_attention_is_refused():
+    with pytest.raises(UnsupportedModel, match="no attention"):
+        models.attention_sites(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_an_unknown_attention_beside_known_ones_is_refused_by_name():
+    model = bert()
+    model.extra = nn.MultiheadAttention(8, 2)
+    with pytest.raises(UnsupportedModel, match=r"extra \(MultiheadAttention\)"):
+        models.attention_sites(model)
+
+
+def test_a_wrapped_projection_is_refused():
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = type("LoraLinear", (nn.Linear,), {})(32, 64)
+    with pytest.raises(UnsupportedModel, match="LoraLinear"):
+        models.attention_sites(model)
+
+
+def test_a_norm_over_all_heads_is_refused_with_the_reason():
+    model = llama()
+    model.model.layers[0].self_attn.q_norm = nn.RMSNorm(64)
+    with pytest.raises(UnsupportedModel, match="changes the statistic"):
+        models.attention_sites(model)

@@ -1,0 +1,157 @@
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import bert, hidden, llama, padded, tokens
+
+from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput, UnsupportedModel
+from headprune.models import attention_sites
+from headprune.surgery import cut, load, save
+from headprune.surgery.checkpoint import skeleton
+
+PLANS = {
+    "llama": (llama, {"model.layers.0.self_attn": [0, 1, 3, 6], "model.layers.1.self_attn": [2]}),
+    "bert": (bert, {"encoder.layer.0.attention": [1], "encoder.layer.1.attention": [0, 2, 3]}),
+    "tied": (lambda: llama(tie_word_embeddings=True), {"model.layers.0.self_attn": [4, 5]}),
+    "dense": (bert, {}),
+}
+
+
+def pruned(family: str):
+    make, keep = PLANS[family]
+    model = make()
+    cut(model, keep)
+    return model
+
+
+@pytest.mark.parametrize("family", PLANS)
+def test_a_pruned_model_survives_the_disk(tmp_path, family):
+    model = pruned(family)
+    save(model, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert type(again).__name__ == type(model).__name__
+    assert torch.equal(hidden(again, **padded()), hidden(model, **padded()))
+    assert [site.head_map for site in attention_sites(again)] == [site.head_map for site in attention_sites(model)]
+    save(again, tmp_path / "again")
+    assert torch.equal(hidden(load(tmp_path / "again"), **padded()), hidden(model, **padded()))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["again", "model"]
+
+
+def test_a_loaded_model_can_be_pruned_further(tmp_path):
+    model = pruned("llama")
+    save(model, tmp_path / "model")
+    again = load(tmp_path / "model")
+    for found in (model, again):
+        cut(found, {"model.layers.0.self_attn": [1, 3]})
+    assert again.config.headprune["sites"]["model.layers.0.self_attn"]["kept"] == [1, 6]
+    assert torch.equal(hidden(again, input_ids=tokens()), hidden(model, input_ids=tokens()))
+
+
+def test_shards_and_dtype_are_kept(tmp_path):
+    model = pruned("llama").to(torch.bfloat16)
+    save(model, tmp_path / "model", max_shard_size="20KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    again = load(tmp_path / "model", dtype=torch.bfloat16)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_skeleton_has_the_shapes_and_no_weights(tmp_path):
+    model = pruned("llama")
+    save(model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    bones = skeleton(tmp_path / "model")
+    assert {parameter.device.type for parameter in bones.parameters()} == {"meta"}
+    assert {name: value.shape for name, value in bones.state_dict().items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+
+
+def test_saving_replaces_a_folder_only_when_all_is_written(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    save(pruned("bert"), target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    model = pruned("llama")
+
+    def interrupted(folder, **_):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", interrupted)
+    with pytest.raises(HeadpruneError, match="the disk is full"):
+        save(model, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing_behind(tmp_path):
+    """For real: a child process that may write files of at most 4 KiB."""
+    save(llama(), tmp_path / "dense")
+    script = (
+        "import resource, signal, sys;"
+        "from headprune.surgery import load, save; from headprune.errors import HeadpruneError;"
+        "model = load(sys.argv[1]);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (4096, {resource.RLIM_INFINITY}));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "try:\n    save(model, sys.argv[2])\n"
+        "except HeadpruneError as error:\n    print('refused:', error)"
+    )
+    target = tmp_path / "out" / "model"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "dense"), str(target)], capture_output=True, text=True, check=True
+    )
+    assert f"refused: cannot write {target}" in done.stdout, done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(InvalidInput, match=r"no config\.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(InvalidInput, match="no model folder that transformers knows"):
+        load(tmp_path)
+
+
+def change_config(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def test_a_config_and_weights_that_disagree_are_refused(tmp_path):
+    target = tmp_path / "model"
+    save(pruned("bert"), target)
+    change_config(target, lambda config: config["headprune"]["sites"]["encoder.layer.0.attention"].update(kept=[0, 1]))
+    with pytest.raises(CorruptCheckpoint, match=str(target)):
+        load(target)
+
+
+def test_a_newer_or_broken_section_is_refused(tmp_path):
+    target = tmp_path / "model"
+    save(pruned("bert"), target)
+    change_config(target, lambda config: config["headprune"].update(version=99))
+    with pytest.raises(CorruptCheckpoint, match="version 99"):
+        load(target)
+    change_config(target, lambda config: config["headprune"].update(version=1, sites={"encoder.layer.0.attention": {}}))
+    with pytest.raises(CorruptCheckpoint, match="incomplete"):
+        load(target)
+
+
+def test_missing_weights_are_named(tmp_path):
+    target = tmp_path / "model"
+    save(pruned("bert"), target)
+    (target / "model.safetensors").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors"):
+        load(target)
+
+
+def test_a_target_that_is_a_file_and_a_model_of_another_kind_are_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InvalidInput, match="is a file"):
+        save(bert(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(UnsupportedModel, match="state_dict"):
+        save(torch.nn.Linear(2, 2), tmp_path / "linear")

@@ -1,0 +1,118 @@
+import copy
+
+import pytest
+import torch
+from tiny_models import bert, llama, tokens
+
+from headprune.errors import InvalidInput
+from headprune.models import attention_sites, gated
+from headprune.planning import PruningPlan
+from headprune.surgery import prune
+from headprune.surgery.compensate import NormalEquations
+
+
+def batches_for(count: int = 10) -> list[dict]:
+    ids = [tokens(6, 16, seed) for seed in range(count)]
+    return [{"input_ids": found, "attention_mask": torch.ones_like(found)} for found in ids]
+
+
+def output_of(model, batch) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(**batch)
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+@pytest.mark.parametrize(
+    ("make", "keep"),
+    [
+        (llama, {"model.layers.0.self_attn": [0, 3, 5], "model.layers.1.self_attn": [1, 2, 7]}),
+        (bert, {"encoder.layer.0.attention": [1, 2], "encoder.layer.1.attention": [0, 3]}),
+    ],
+)
+def test_compensation_brings_the_output_nearer_to_the_dense_one_on_unseen_data(make, keep):
+    dense, plain, solved = make(), make(), make()
+    prune(plain, PruningPlan.from_keep(plain, keep))
+    reports = prune(solved, PruningPlan.from_keep(solved, keep), batches_for(30))
+    unseen = {"input_ids": tokens(8, 16, seed=99)}
+    expected = output_of(dense, unseen)
+    assert (output_of(solved, unseen) - expected).norm() < 0.95 * (output_of(plain, unseen) - expected).norm()
+    assert [report.site for report in reports] == list(keep)
+    assert all(report.error_after <= report.error_before for report in reports)
+
+
+def test_the_normal_equations_give_the_ridge_solution():
+    torch.manual_seed(0)
+    inputs, residual, ridge = torch.randn(50, 6), torch.randn(50, 4), 0.1
+    equations = NormalEquations.empty(6, 4)
+    for part in torch.arange(50).split(17):
+        equations.add(inputs[part], residual[part])
+    found = equations.solve(ridge, bias=True)
+    # The same by a stacked least-squares problem in fp64; the bias column carries almost no penalty.
+    padded = torch.cat([inputs, torch.ones(50, 1)], dim=1).double()
+    penalty = torch.full((7,), (ridge * inputs.double().square().sum(0).mean()).item()).double().sqrt()
+    penalty[-1] = (1e-9 * 50) ** 0.5
+    stacked = torch.cat([padded, torch.diag(penalty)])
+    expected = torch.linalg.lstsq(stacked, torch.cat([residual.double(), torch.zeros(7, 4).double()])).solution
+    assert torch.allclose(found, expected, atol=1e-5)
+    error = (residual.double() - padded @ found).square().sum()
+    assert equations.error(found) == pytest.approx(float(error), rel=1e-4)
+    assert equations.solve(ridge, bias=False)[-1].abs().max() == 0
+
+
+def test_a_redundant_head_is_replaced_without_loss():
+    """Two heads that give the same output: the one that stays takes over the other's columns."""
+    model = bert(layers=1)
+    inner, dense = model.encoder.layer[0].attention.self, model.encoder.layer[0].attention.output.dense
+    for projection in (inner.query, inner.key, inner.value):
+        projection.weight.data[8:16] = projection.weight.data[:8]
+        projection.bias.data[8:16] = projection.bias.data[:8]
+    pruned = copy.deepcopy(model)
+    (report,) = prune(pruned, PruningPlan.from_keep(model, {"encoder.layer.0.attention": [0, 2, 3]}), batches_for(20))
+    assert report.error_after < 1e-4
+    unseen = {"input_ids": tokens(4, 16, seed=50)}
+    assert torch.allclose(output_of(pruned, unseen), output_of(model, unseen), atol=0.02)
+    assert dense.weight.shape == (32, 32)
+
+
+def test_padded_tokens_do_not_count():
+    keep = {"encoder.layer.0.attention": [1, 2], "encoder.layer.1.attention": [0, 3]}
+    short, long = bert(), bert()
+    batches = batches_for()
+    padding = torch.zeros(6, 5, dtype=torch.long)
+    longer = [{name: torch.cat([values, padding], dim=1) for name, values in batch.items()} for batch in batches]
+    prune(short, PruningPlan.from_keep(short, keep), batches)
+    prune(long, PruningPlan.from_keep(long, keep), longer)
+    for first, second in zip(attention_sites(short), attention_sites(long)):
+        assert torch.allclose(first.output.module.weight, second.output.module.weight, atol=1e-4)
+
+
+def test_a_resolve_that_does_not_help_is_not_applied():
+    """Removed heads that give pure noise to the layer cannot be explained by the others."""
+    model = bert(layers=1)
+    dense = model.encoder.layer[0].attention.output.dense
+    dense.weight.data[:, 8:] = 0.0  # heads 1, 2, 3 do nothing: the removal changes nothing
+    before = dense.weight[:, :8].clone()
+    (report,) = prune(model, PruningPlan.from_keep(model, {"encoder.layer.0.attention": [0]}), batches_for())
+    assert report.ridge is None
+    assert torch.equal(dense.weight, before)
+
+
+def test_the_weights_of_a_failed_compensation_are_put_back():
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    plan = PruningPlan.from_keep(model, {"model.layers.0.self_attn": [0], "model.layers.1.self_attn": [0]})
+    with pytest.raises(InvalidInput, match="calibration set is empty"):
+        prune(model, plan, [])
+    calls = []
+
+    def fails_later(model, batch):
+        calls.append(batch)
+        if len(calls) > 50:
+            raise RuntimeError("killed")
+        model(**batch)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        prune(model, plan, batches_for(20), forward=fails_later)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with gated(model, plan):
+        assert output_of(model, {"input_ids": tokens()}).isfinite().all()
