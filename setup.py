@@ -34,11 +34,9 @@ def extensions() -> tuple[list, dict]:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    names = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": []}
-    built = [
-        CppExtension(f"headprune._cpu_{name}", sources("cpu", ".cpp"), extra_compile_args=COMMON_FLAGS + flags)
-        for name, flags in names.items()
-    ]
+    cpu = sources("cpu", ".cpp")
+    names = {} if not cpu else INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": []}
+    built = [CppExtension(f"headprune._cpu_{name}", cpu, extra_compile_args=COMMON_FLAGS + flags) for name, flags in names.items()]
     cuda = sources("cuda", ".cu") + sources("cuda", ".cpp")
     if cuda and torch.version.cuda and CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"):
         built.append(CUDAExtension("headprune._cuda", cuda, extra_compile_args={"cxx": COMMON_FLAGS, "nvcc": ["-O3", "-lineinfo"]}))
