@@ -1,3 +1,54 @@
-"""headprune: score, choose, cut and recover attention heads."""
+"""headprune: score every attention head, choose which to remove, cut them out, recover the quality, prove the gain.
 
-__version__ = "0.1.0"
+    import headprune as hp
+    scores = hp.score(model, batches, criterion="fisher")
+    plan = hp.plan(scores, hp.Budget(heads=0.5))
+    hp.prune(model, plan, calibration=batches)
+    hp.save(model, "pruned")
+    model = hp.load("pruned")
+
+Importing headprune also registers attn_implementation="headprune" with transformers.
+"""
+
+from headprune import ops
+from headprune.errors import CorruptCheckpoint, HeadpruneError, InfeasibleBudget, InvalidInput, InvalidPlan, UnsupportedModel
+from headprune.evaluation import Evaluation, evaluate
+from headprune.head_map import HeadMap
+from headprune.models import AttentionSite, attention_sites, gated, register_adapter
+from headprune.planning import Budget, PruningPlan, plan
+from headprune.scoring import HeadScores, Need, Observations, criteria, criterion, observe, score, score_observations
+from headprune.surgery import cut, load, prune, save
+from headprune.version import __version__
+
+__all__ = [
+    "AttentionSite",
+    "Budget",
+    "CorruptCheckpoint",
+    "Evaluation",
+    "HeadMap",
+    "HeadScores",
+    "HeadpruneError",
+    "InfeasibleBudget",
+    "InvalidInput",
+    "InvalidPlan",
+    "Need",
+    "Observations",
+    "PruningPlan",
+    "UnsupportedModel",
+    "__version__",
+    "attention_sites",
+    "criteria",
+    "criterion",
+    "cut",
+    "evaluate",
+    "gated",
+    "load",
+    "observe",
+    "ops",
+    "plan",
+    "prune",
+    "register_adapter",
+    "save",
+    "score",
+    "score_observations",
+]

@@ -27,8 +27,8 @@ app = typer.Typer(
 console = Console()
 progress_console = Console(stderr=True)
 
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, or an embedded model: minilm, stdlib-lm.")]
-TaskOption = Annotated[str, typer.Option("--task", help="The data: docstring-retrieval, stdlib-text.")]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, or an embedded model: minilm.")]
+TaskOption = Annotated[str, typer.Option("--task", help="The data: docstring-retrieval.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
 
@@ -45,9 +45,7 @@ def run(
 
 @app.command("demo")
 def demo_command(
-    model: Annotated[
-        str, typer.Option(help="minilm (pretrained encoder) or stdlib-lm (a small decoder, trained first).")
-    ] = "minilm",
+    model: Annotated[str, typer.Option(help="minilm: a pretrained sentence encoder.")] = "minilm",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
 ) -> None:
     """The main job on an embedded model: half of its heads go, the gain is measured."""
@@ -199,7 +197,7 @@ def opened(model: str, task: str):
 
     check_task(task)
     found, tokenizer = open_model(model)
-    return found, build_task(task, found, tokenizer)
+    return found, build_task(task, tokenizer)
 
 
 def with_bar(title: str, work):

@@ -51,7 +51,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     with stages.stage(f"load {recipe.model}") as progress:
         dense, tokenizer = open_model(recipe.model, progress)
     with stages.stage(f"prepare {recipe.task.name}"):
-        task = build_task(recipe.task.name, dense, tokenizer, **recipe.task.options)
+        task = build_task(recipe.task.name, tokenizer, **recipe.task.options)
     scores = kept(folder / "scores.json", HeadScores.load, lambda: scored(dense, task, recipe, stages))
     chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe))
     pruned, checks = pruned_model(dense, task, chosen, recipe, tokenizer, folder, stages)

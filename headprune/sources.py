@@ -14,14 +14,11 @@ from headprune.surgery import load
 
 Progress = Callable[[int, int], None]
 # Models that need no folder: name -> function that gives one (training it first, where need be).
-EMBEDDED: dict[str, Callable[[Progress | None], Path]] = {
-    "minilm": lambda progress: demo.minilm_path(),
-    "stdlib-lm": lambda progress: demo.stdlib_lm(progress=progress),
-}
+EMBEDDED: dict[str, Callable[[Progress | None], Path]] = {"minilm": lambda progress: demo.minilm_path()}
 
 
 def model_folder(name: str, progress: Progress | None = None) -> Path:
-    """The folder of an embedded model ("minilm", "stdlib-lm") or of any model that transformers or headprune saved."""
+    """The folder of an embedded model ("minilm") or of any model that transformers or headprune saved."""
     if name in EMBEDDED:
         return Path(EMBEDDED[name](progress))
     if not Path(name).exists() and "/" not in name:
@@ -31,7 +28,7 @@ def model_folder(name: str, progress: Progress | None = None) -> Path:
 
 def demo_recipe(name: str) -> dict[str, Any]:
     """The recipe of the demo on an embedded model, ready to be changed."""
-    tasks = {"minilm": "docstring-retrieval", "stdlib-lm": "stdlib-text"}
+    tasks = {"minilm": "docstring-retrieval"}
     if name not in tasks:
         raise unknown_name("demo model", name, tasks)
     return {"model": name, "task": {"name": tasks[name]}, "output": f"runs/{name}"}

@@ -1,0 +1,99 @@
+"""Retrieval with a sentence encoder: the first sentence of a docstring finds the rest of it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headprune.evaluation.tasks.docstrings import Pair, docstring_pairs
+from headprune.evaluation.tasks.task import Progress, Task, register_task
+
+SCALE = 20.0  # of the cosine similarities in the contrastive loss, as sentence-transformers trains
+
+
+@register_task
+class DocstringRetrieval(Task):
+    """First sentence of a docstring -> the rest of it, over this Python's standard library.
+
+    Embeddings are mean-pooled and normalised. The loss is cross entropy of each sentence over the batch's documents
+    (multiple negatives ranking, Henderson et al. 2017); a batch holds its sentences first, then their documents.
+    """
+
+    name = "docstring-retrieval"
+    headline = "mrr"
+    higher_is_better = True
+
+    def __init__(
+        self, tokenizer: Any, calibration_pairs: int = 384, test_pairs: int = 600, batch: int = 32, max_tokens: int = 96
+    ) -> None:
+        self.tokenizer, self.max_tokens, self.batch = tokenizer, max_tokens, batch
+        calibration, test = docstring_pairs()
+        self.test = shuffled(test)[:test_pairs]
+        chosen = sorted(shuffled(calibration)[:calibration_pairs], key=lambda pair: len(pair.document))
+        groups = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+        self.calibration = [
+            self.encoded([pair.query for pair in group] + [pair.document for pair in group]) for group in shuffled(groups)
+        ]
+        self.digest = hashlib.sha256(repr(self.test).encode()).hexdigest()[:16]
+
+    def encoded(self, texts: list[str]) -> dict[str, Tensor]:
+        found = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+    def embed(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """[texts, hidden], of length 1."""
+        device = next(model.parameters()).device
+        batch = {name: values.to(device) for name, values in batch.items()}
+        mask = batch["attention_mask"][..., None]
+        states = model(**batch).last_hidden_state
+        return F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        queries, documents = self.embed(model, batch).chunk(2)
+        return F.cross_entropy(SCALE * queries @ documents.T, torch.arange(len(queries), device=queries.device), reduction="none")
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        device = next(model.parameters()).device
+        return model(**{name: values.to(device) for name, values in batch.items()})
+
+    def evaluate(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float]:
+        """accuracy@1 and mean reciprocal rank of each sentence's own document among all test documents."""
+        texts = [pair.query for pair in self.test] + [pair.document for pair in self.test]
+        queries, documents = self.embed_all(model, texts, progress).chunk(2)
+        similarity = queries @ documents.T
+        ranks = 1 + (similarity > similarity.diagonal()[:, None]).sum(dim=1)
+        return {"mrr": float((1 / ranks.double()).mean()), "accuracy@1": float((ranks == 1).double().mean())}
+
+    @torch.inference_mode()
+    def embed_all(self, model: nn.Module, texts: list[str], progress: Progress | None = None) -> Tensor:
+        """[texts, hidden], fp32 on the CPU; texts of like length share a batch."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        rows: list[Tensor | None] = [None] * len(texts)
+        for start in range(0, len(order), 2 * self.batch):
+            chosen = order[start : start + 2 * self.batch]
+            for index, row in zip(chosen, self.embed(model, self.encoded([texts[index] for index in chosen])).float().cpu()):
+                rows[index] = row
+            if progress:
+                progress(min(start + 2 * self.batch, len(order)), len(order))
+        return torch.stack(rows)
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        return self.embed_all(model, [pair.query for pair in self.test[:64]])
+
+    def latency_inputs(self) -> dict[str, Tensor]:
+        return self.encoded([pair.document for pair in self.test[:16]])
+
+
+def shuffled(items: list) -> list:
+    """The same order for the same items, every time."""
+    items = list(items)
+    random.Random(0).shuffle(items)
+    return items
+
+
+__all__ = ["DocstringRetrieval", "Pair"]

@@ -1,0 +1,62 @@
+"""The docstrings of the running Python's standard library, as pairs of first sentence and rest."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "turtledemo"}
+FIRST_SENTENCE = re.compile(r"(.+?[.!?])\s+(.+)")
+
+
+@dataclass(frozen=True)
+class Pair:
+    query: str  # the first sentence
+    document: str  # the rest
+
+
+def standard_library_files() -> Iterator[tuple[str, Path]]:
+    """(path inside the library, file) of every module of the standard library but its tests, in order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if not SKIPPED & set(relative.parts):
+            yield relative.as_posix(), path
+
+
+def is_test_file(name: str) -> bool:
+    """Half of all files, by a hash of their name, so that a file's text never stands on both sides."""
+    return hashlib.sha256(name.encode()).digest()[0] % 2 == 1
+
+
+def docstring_pairs() -> tuple[list[Pair], list[Pair]]:
+    """(calibration pairs, test pairs), split by file; no sentence and no rest stands twice in either or both."""
+    split: tuple[list[Pair], list[Pair]] = ([], [])
+    seen: set[str] = set()
+    for name, path in standard_library_files():
+        for pair in pairs_in(path):
+            if pair.query not in seen and pair.document not in seen:
+                seen |= {pair.query, pair.document}
+                split[is_test_file(name)].append(pair)
+    return split
+
+
+def pairs_in(path: Path) -> Iterator[Pair]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, OSError):
+        return
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        found = FIRST_SENTENCE.match(" ".join((ast.get_docstring(node) or "").split()))
+        if found and 15 <= len(found[1]) <= 300 and len(found[2]) >= 40:
+            yield Pair(found[1], found[2])
