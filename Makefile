@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint aot bench gpu
+.PHONY: venv demo test lint
 
 venv: $(VENV)/.ready
 

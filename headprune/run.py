@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation import Comparison, compare
-from headprune.evaluation.tasks import Task, build_task
+from headprune.evaluation.tasks import Task, build_task, check_task
 from headprune.files import read_json, write_json, write_text
 from headprune.planning import Budget, PruningPlan, plan
 from headprune.recipe import Recipe
@@ -46,30 +46,31 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
 
     Raises InvalidInput where the folder holds a run of another recipe; HeadpruneError where a check fails.
     """
-    folder = claim(Path(recipe.output), recipe)
+    folder = Path(recipe.output)
+    refuse_foreign(folder, recipe)
+    check_task(recipe.task.name)
     torch.manual_seed(recipe.seed)
     with stages.stage(f"load {recipe.model}") as progress:
         dense, tokenizer = open_model(recipe.model, progress)
     with stages.stage(f"prepare {recipe.task.name}"):
         task = build_task(recipe.task.name, tokenizer, **recipe.task.options)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
     scores = kept(folder / "scores.json", HeadScores.load, lambda: scored(dense, task, recipe, stages))
     chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe))
-    pruned, checks = pruned_model(dense, task, chosen, recipe, tokenizer, folder, stages)
+    pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
         comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
     write_json(folder / "result.json", "run_result", {"checks": checks, "comparison": comparison.to_json()})
     return RunResult(folder, chosen, comparison, checks)
 
 
-def claim(folder: Path, recipe: Recipe) -> Path:
-    """The run's folder, with the recipe as resolved in it."""
+def refuse_foreign(folder: Path, recipe: Recipe) -> None:
+    """InvalidInput unless `folder` is new, empty, or holds a run of this very recipe."""
     existing = folder / "recipe.yaml"
     if existing.exists() and yaml.safe_load(existing.read_text(encoding="utf-8")) != yaml.safe_load(recipe.to_yaml()):
         raise InvalidInput(f"{folder} holds a run of another recipe; give another output (output=...), or remove that folder.")
     if not existing.exists() and folder.exists() and any(folder.iterdir()):
         raise InvalidInput(f"{folder} is not empty and holds no run; give another output (output=...).")
-    write_text(existing, recipe.to_yaml())
-    return folder
 
 
 def kept(path: Path, read: Callable[[Path], Value], make: Callable[[], Value]) -> Value:
@@ -108,7 +109,7 @@ def planned(scores: HeadScores, recipe: Recipe) -> PruningPlan:
 
 
 def pruned_model(
-    dense: PreTrainedModel, task: Task, chosen: PruningPlan, recipe: Recipe, tokenizer: Any, folder: Path, stages: Stages
+    dense: PreTrainedModel, task: Task, chosen: PruningPlan, recipe: Recipe, folder: Path, stages: Stages
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The pruned model as it loads from disk, and what was checked when it was made."""
     target = folder / "model"
@@ -127,7 +128,7 @@ def pruned_model(
         if prompt is not None:
             checks["generates_as_gated"] = same_tokens(dense, pruned, chosen, prompt)
         expected = task.outputs(pruned)
-        save(pruned, target, tokenizer=tokenizer)
+        save(pruned, target, tokenizer=task.tokenizer)
         loaded = load(target)
         checks["reload"] = relative_difference(task.outputs(loaded), expected)
     refuse_failed(checks)

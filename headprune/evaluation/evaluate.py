@@ -50,9 +50,7 @@ class Comparison:
         return asdict(self)
 
     def __rich__(self) -> Table:
-        table = Table(
-            "", "dense", "pruned", "pruned / dense", title=f"{self.task}: dense and pruned, same run", title_justify="left"
-        )
+        table = Table("", "dense", "pruned", "pruned / dense", title=f"{self.task}, one run", title_justify="left")
         for metric in self.dense.quality:
             table.add_row(
                 metric, f"{self.dense.quality[metric]:.4f}", f"{self.pruned.quality[metric]:.4f}", f"{self.ratio(metric):.3f}"

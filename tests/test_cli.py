@@ -1,0 +1,93 @@
+"""The command line from outside: exit codes, one-line errors, and that nothing is half-written."""
+
+import json
+
+import pytest
+from tiny_models import bert
+
+from headprune import cli
+from headprune.planning import PruningPlan
+from headprune.scoring import score
+from headprune.surgery import load, save
+
+
+def headprune(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one call."""
+    monkeypatch.setattr("sys.argv", ["headprune", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capsys.readouterr()
+    return stopped.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    for name in ("console", "progress_console"):
+        monkeypatch.setattr(cli, name, type(cli.console)(stderr=name != "console", width=160))
+    return lambda *arguments: headprune(monkeypatch, capsys, *arguments)
+
+
+def test_plan_prune_and_inspect_on_a_folder(call, tmp_path):
+    save(bert(), "dense")
+    score(bert(), criterion="magnitude_l1").save("scores.json")
+    code, out, err = call("plan", "scores.json", "--heads", "0.5")
+    assert code == 0, err
+    assert "4 of 8 query heads go" in out
+    code, out, err = call("prune", "./dense", "plan.json", "-o", "pruned")
+    assert code == 0, err
+    kept = PruningPlan.load("plan.json")
+    assert {name: tuple(site["kept"]) for name, site in load("pruned").config.headprune["sites"].items()} == kept.keep
+    code, out, err = call("inspect", "./pruned")
+    assert code == 0, err
+    assert "encoder.layer.1.attention" in out
+
+
+def test_doctor_says_what_runs_each_operator(call):
+    code, out, err = call("doctor")
+    assert code == 0, err
+    assert "attention_backward" in out
+    assert "reference" in out
+
+
+def test_criteria_lists_names_and_sources(call):
+    code, out, _ = call("criteria")
+    assert code == 0
+    assert "fisher" in out
+    assert "Kwon" in out
+
+
+RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": "out"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["run", "none.yaml"], "recipe none.yaml does not exist"),
+        (["run", "recipe.yaml", "plann.budget=1"], "Did you mean 'plan'"),
+        (["run", "recipe.yaml", "plan.budget.heads=1"], "budget heads=1"),
+        (["run", "recipe.yaml", "score.criterion=fischer"], "Did you mean 'fisher'"),
+        (["run", "recipe.yaml", "task.name=docstring"], "Did you mean 'docstring-retrieval'"),
+        (["run", "recipe.yaml", "model=minlm"], "Did you mean 'minilm'"),
+        (["inspect", "empty"], "no config.json"),
+        (["prune", "empty", "empty/none.json", "-o", "out"], "does not exist"),
+        (["plan", "bad.json", "--heads", "0.5"], "expected a head_scores file"),
+        (["plan", "scores.json", "--heads", "1.5"], "heads=1.5"),
+        (["plan", "scores.json"], "exactly one"),
+        (["score", "minilm", "--criterion", "fischer"], "Did you mean 'fisher'"),
+        (["demo", "--model", "minlm"], "Did you mean 'minilm'"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(call, tmp_path, arguments, names):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    score(bert(), criterion="random").save("scores.json")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert names in err
+    assert err.strip().count("\n") == 0
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before

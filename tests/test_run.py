@@ -1,0 +1,113 @@
+"""A run of a recipe: whole, taken up after a kill, and refused where the folder is another's."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import bert, hidden, tokens
+
+from headprune import run as run_module
+from headprune.errors import HeadpruneError, InvalidInput
+from headprune.evaluation.tasks import Task, register_task
+from headprune.planning import PruningPlan
+from headprune.recipe import parse_recipe
+from headprune.report.progress import Stages
+from headprune.surgery import load
+
+
+@register_task
+class Norms(Task):
+    """Random tokens whose last states should be small: a task for a random encoder."""
+
+    name = "norms-for-tests"
+    headline = "norm"
+    higher_is_better = False
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = None
+        self.calibration = [{"input_ids": tokens(4, 8, seed)} for seed in range(6)]
+
+    def loss(self, model, batch):
+        return model(**batch).last_hidden_state[:, 0, :5].square().mean(dim=1)
+
+    def forward(self, model, batch):
+        return model(**batch)
+
+    def evaluate(self, model, progress=None):
+        return {"norm": float(self.outputs(model).norm())}
+
+    def outputs(self, model):
+        return hidden(model, input_ids=tokens(4, 8, 50))
+
+    def latency_inputs(self):
+        return {"input_ids": tokens(2, 8)}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "open_model", lambda name, progress: (bert(), object()))
+    return parse_recipe(
+        {"model": "bert", "task": {"name": "norms-for-tests"}, "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}}, "test"
+    )
+
+
+def carried_out(recipe):
+    return run_module.run(recipe, Stages(Console(quiet=True)))
+
+
+def test_a_run_leaves_every_value_of_the_way(recipe):
+    result = carried_out(recipe)
+    assert {path.name for path in result.folder.iterdir()} == {
+        "recipe.yaml", "scores.json", "plan.json", "model", "checks.json", "result.json",
+    }  # fmt: skip
+    assert result.plan.removed_heads == 4
+    assert result.checks["reload"] == 0.0
+    assert result.checks["cut_equals_gated"] < 1e-5
+    written = json.loads((result.folder / "result.json").read_text())
+    assert written["comparison"]["pruned"]["parameters"] == result.comparison.pruned.parameters
+    assert PruningPlan.load(result.folder / "plan.json").keep == result.plan.keep
+
+
+@pytest.mark.parametrize("stage", ["planned", "prune", "save", "compare"])
+def test_a_killed_run_goes_on_and_ends_the_same(recipe, monkeypatch, stage):
+    expected = carried_out(recipe.model_copy(update={"output": recipe.output + "-whole"}))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, stage, killed)
+        with pytest.raises(KeyboardInterrupt):
+            carried_out(recipe)
+    result = carried_out(recipe)
+    assert result.plan.keep == expected.plan.keep
+    assert all(
+        torch.equal(value, load(expected.folder / "model").state_dict()[name])
+        for name, value in load(result.folder / "model").state_dict().items()
+    )
+
+
+def test_a_finished_stage_is_not_done_again(recipe, monkeypatch):
+    carried_out(recipe)
+    for stage in ("score", "plan", "prune"):
+        monkeypatch.setattr(run_module, stage, lambda *_, **__: pytest.fail("done twice"))
+    assert carried_out(recipe).plan.removed_heads == 4
+
+
+def test_a_folder_of_another_run_is_refused(recipe, tmp_path):
+    carried_out(recipe)
+    with pytest.raises(InvalidInput, match="another recipe"):
+        carried_out(recipe.model_copy(update={"seed": 1}))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(InvalidInput, match="holds no run"):
+        carried_out(recipe.model_copy(update={"output": str(tmp_path / "mine")}))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_model_that_fails_its_checks_is_not_passed_on(recipe, monkeypatch):
+    monkeypatch.setattr(run_module, "cut_error", lambda *_: 0.5)
+    with pytest.raises(HeadpruneError, match=r"cut_equals_gated.*0\.5"):
+        carried_out(recipe)
+    assert not (run_module.Path(recipe.output) / "checks.json").exists()
