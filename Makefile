@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint
+.PHONY: venv demo test lint aot
 
 venv: $(VENV)/.ready
 
@@ -26,3 +26,6 @@ test: venv lint
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+aot: venv
+	$(BIN)/python bench/aot.py

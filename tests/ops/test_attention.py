@@ -1,0 +1,164 @@
+"""The attention operator: the reference against PyTorch's own attention, and what torch.library asks of an operator."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from headprune import ops
+from headprune.errors import InvalidInput
+from headprune.head_map import HeadMap
+
+RAGGED = HeadMap((0, 0, 0, 1, 2, 2, 2), 3)
+
+
+def inputs(head_map=RAGGED, batch=2, q_len=5, kv_len=9, dim=16, value_dim=12, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    make = lambda heads, length, width: torch.randn(batch, heads, length, width, dtype=dtype)  # noqa: E731
+    return make(head_map.query_heads, q_len, dim), make(head_map.kv_heads, kv_len, dim), make(head_map.kv_heads, kv_len, value_dim)
+
+
+def expanded(head_map, *tensors):
+    return [tensor[:, list(head_map.kv_of_query)] for tensor in tensors]
+
+
+@pytest.mark.parametrize("head_map", [RAGGED, HeadMap.uniform(1), HeadMap.uniform(17, 1), HeadMap.uniform(131)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_sdpa_on_expanded_heads(head_map, causal):
+    q, k, v = inputs(head_map)
+    mask = torch.ones(5, 9).tril(4).bool() if causal else None
+    expected = F.scaled_dot_product_attention(q, *expanded(head_map, k, v), attn_mask=mask)
+    assert torch.allclose(ops.attention(q, k, v, head_map, causal=causal), expected, atol=1e-12)
+
+
+def test_every_option_follows_its_definition():
+    q, k, v = inputs()
+    slopes, sinks, bias = torch.rand(7).double(), torch.randn(7).double(), torch.randn(1, 7, 5, 9).double()
+    key_mask = torch.rand(2, 9) > 0.4
+    keys, values = expanded(RAGGED, k, v)
+    scores = 6.0 * torch.tanh(q @ keys.transpose(2, 3) * 0.3 / 6.0)
+    ahead = torch.arange(9)[None] - (torch.arange(5)[:, None] + 4)
+    scores = scores - slopes[:, None, None] * ahead.abs() + bias
+    scores = scores.masked_fill(~((ahead <= 0) & (ahead > -3) & key_mask[:, None, None]), -math.inf)
+    probs = torch.cat([scores, sinks[:, None, None].expand(2, 7, 5, 1)], dim=3).softmax(dim=3)[..., :-1]
+    found, stats = ops.attention(
+        q, k, v, RAGGED, causal=True, window=3, scale=0.3, softcap=6.0, bias=bias, alibi_slopes=slopes, sinks=sinks,
+        key_mask=key_mask, stats=True,
+    )  # fmt: skip
+    assert torch.allclose(found, probs @ values, atol=1e-12)
+    rows = (probs.sum(3) > 0).double()
+    mean = lambda values: ((values * rows).sum(2) / rows.sum(2).clamp(min=1)).float()  # noqa: E731
+    assert torch.allclose(stats.entropy, mean(-torch.xlogy(probs, probs).sum(3)), atol=1e-6)
+    assert torch.allclose(stats.max_prob, mean(probs.amax(3)), atol=1e-6)
+    assert torch.allclose(stats.max_logit, scores.amax((2, 3)).float(), atol=1e-6)
+    assert torch.allclose(stats.distance, mean((probs * ahead.abs()).sum(3)), atol=1e-5)
+    assert torch.allclose(stats.output_norm, mean(found.norm(dim=3)), atol=1e-6)
+
+
+def test_a_row_with_nothing_to_attend_to_gives_zero_and_masked_nan_does_no_harm():
+    q, k, v = inputs()
+    key_mask = torch.ones(2, 9, dtype=torch.bool)
+    key_mask[0] = False
+    key_mask[1, 4:] = False
+    v[1, :, 5] = float("nan")
+    k[1, :, 6] = float("inf")
+    found = ops.attention(q, k, v, RAGGED, key_mask=key_mask)
+    assert (found[0] == 0).all()
+    assert torch.allclose(found[1:], ops.attention(q[1:], k[1:, :, :4], v[1:, :, :4], RAGGED), atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [{"batch": 0}, {"q_len": 0}, {"kv_len": 0}, {"head_map": HeadMap((), 0)}])
+def test_empty_inputs_give_empty_or_zero_outputs(shape):
+    q, k, v = inputs(**shape)
+    found = ops.attention(q, k, v, shape.get("head_map", RAGGED))
+    assert found.shape == (*q.shape[:3], v.shape[3])
+    assert (found == 0).all()
+
+
+def test_gradients_are_right_with_a_learning_gate_at_zero():
+    q, k, v = (tensor.requires_grad_() for tensor in inputs(q_len=3, kv_len=4, dim=4, value_dim=3))
+    gate = torch.rand(2, 7).double()
+    gate[0, 2] = 0.0
+    bias, sinks = torch.randn(1, 7, 3, 4).double(), torch.randn(7).double()
+    run = lambda q, k, v, bias, sinks, gate: ops.attention(q, k, v, RAGGED, causal=True, bias=bias, sinks=sinks, gate=gate)  # noqa: E731
+    assert torch.autograd.gradcheck(run, (q, k, v, bias.requires_grad_(), sinks.requires_grad_(), gate.requires_grad_()))
+
+
+def test_the_operator_passes_opcheck_and_compiles_whole():
+    q, k, v = inputs(dtype=torch.float32)
+    arguments = (list(RAGGED.kv_of_query), True, 0, 0.25, 0.0, None, None, None, None, None, None, True)
+    torch.library.opcheck(torch.ops.headprune.attention, (q.requires_grad_(), k, v, *arguments))
+    compiled = torch.compile(lambda q, k, v: ops.attention(q, k, v, RAGGED, causal=True), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), ops.attention(q, k, v, RAGGED, causal=True))
+
+
+def test_the_output_is_laid_out_token_by_token():
+    assert ops.attention(*inputs(), RAGGED).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"head_map": HeadMap.uniform(7)}, "key has shape"),
+        ({"head_map": HeadMap((0, 1, 2), 3)}, "query has 7 heads"),
+        ({"gate": torch.ones(3)}, "gate has shape"),
+        ({"key_mask": torch.ones(2, 9)}, "key_mask is torch.float32"),
+        ({"bias": torch.ones(2, 5, 5, 9)}, "bias has shape"),
+        ({"window": -1}, "window=-1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, names):
+    with pytest.raises(InvalidInput, match=names):
+        ops.attention(*inputs(), **{"head_map": RAGGED, **change})
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(InvalidInput, match="Did you mean 'triton'"), ops.backend("trition"):
+        pass
+
+
+TRITON_CASES = [
+    (RAGGED, 16, 12, 5, 9, True), (HeadMap.uniform(1), 80, 80, 40, 40, False), (HeadMap.uniform(3, 1), 33, 20, 1, 70, True),
+    (HeadMap.uniform(2), 16, 16, 37, 37, True),
+]  # fmt: skip
+
+
+def check_triton(device: str, dtype: torch.dtype) -> None:
+    """Error against fp64 at most twice that of PyTorch's attention in the same precision."""
+    for head_map, dim, value_dim, q_len, kv_len, causal in TRITON_CASES:
+        q, k, v = (t.to(device, dtype) for t in inputs(head_map, 2, q_len, kv_len, dim, value_dim))
+        key_mask = torch.rand(2, kv_len) > 0.3
+        key_mask[:, 0] = True
+        visible = torch.ones(q_len, kv_len).tril(kv_len - q_len).bool() if causal else torch.ones(q_len, kv_len).bool()
+        visible = (visible & key_mask[:, None, None]).to(device)
+        gate = torch.rand(2, head_map.query_heads, device=device)
+        gate[0, 0] = 0.0
+        with ops.backend("triton"):
+            found = ops.attention(q, k, v, head_map, causal=causal, key_mask=key_mask.to(device), gate=gate)
+        keys, values = expanded(head_map, k, v)
+        exact = F.scaled_dot_product_attention(q.double(), keys.double(), values.double(), attn_mask=visible)
+        exact = exact * gate.double()[..., None, None]
+        theirs = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible) * gate[..., None, None].to(dtype)
+        floor = 4 * torch.finfo(dtype).eps
+        assert (found - exact).abs().max() <= 2 * (theirs - exact).abs().max() + floor
+
+
+def test_triton_in_its_interpreter_is_as_exact_as_pytorch():
+    """In a process of its own: the variable must be set before triton is imported."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    script = "import torch, test_attention as t; [t.check_triton('cpu', d) for d in (torch.float32, torch.float16)]; print('done')"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "done", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_triton_on_a_gpu_is_as_exact_as_pytorch(dtype):
+    check_triton("cuda", dtype)
