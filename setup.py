@@ -13,7 +13,12 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-COMMON_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+COMMON_FLAGS = [
+    "-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas",
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC 12 sees them in its own AVX-512 intrinsics
+]  # fmt: skip
+# Compiled with OpenMP, linked without: the one and only OpenMP runtime is then the one that torch brought.
+CPU_FLAGS = [*COMMON_FLAGS, "-fopenmp", "-g0"]
 INSTRUCTION_SETS = {
     "default": [],
     "avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
@@ -36,7 +41,7 @@ def extensions() -> tuple[list, dict]:
 
     cpu = sources("cpu", ".cpp")
     names = {} if not cpu else INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": []}
-    built = [CppExtension(f"headprune._cpu_{name}", cpu, extra_compile_args=COMMON_FLAGS + flags) for name, flags in names.items()]
+    built = [CppExtension(f"headprune._cpu_{name}", cpu, extra_compile_args=CPU_FLAGS + flags) for name, flags in names.items()]
     cuda = sources("cuda", ".cu") + sources("cuda", ".cpp")
     if cuda and torch.version.cuda and CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"):
         built.append(CUDAExtension("headprune._cuda", cuda, extra_compile_args={"cxx": COMMON_FLAGS, "nvcc": ["-O3", "-lineinfo"]}))

@@ -1,0 +1,268 @@
+#include "forward.h"
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <cmath>
+
+#include "bias.h"
+#include "keys.h"
+#include "panel.h"
+
+namespace headprune::cpu {
+namespace {
+
+constexpr int64_t kMostPanels = 4;
+
+// The statistics of single rows before they are averaged, each [batches, query_heads, query_len].
+struct RowStats {
+  std::vector<float> values;
+  int64_t rows = 0;
+  enum Field { entropy, max_prob, max_logit, first_mass, distance, output_norm, counted };
+  float& at(Field field, int64_t row) { return values[field * rows + row]; }
+};
+
+// Everything that a thread needs for one block of rows.
+struct Workplace {
+  Panel panels[kMostPanels];
+  float *keys, *values, *scores, *rows;
+  BiasBlock bias;
+};
+
+Workplace set_up(const Problem& problem) {
+  const int64_t dim = std::max(problem.head_dim, problem.value_dim);
+  const int64_t panel_floats = kPanelRows * (problem.head_dim + problem.value_dim + 16);
+  Scratch& scratch = thread_scratch();
+  scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + 3 * kPanelRows) + kPanelRows * dim);
+  Workplace place;
+  for (Panel& panel : place.panels) {
+    panel.queries = scratch.take(problem.head_dim * kPanelRows);
+    panel.output = scratch.take(problem.value_dim * kPanelRows);
+    for (float** field : {&panel.position, &panel.slope, &panel.high, &panel.sum, &panel.stats.top, &panel.stats.mass,
+                          &panel.stats.weighted, &panel.stats.distance, &panel.stats.first}) {
+      *field = scratch.take(kPanelRows);
+    }
+  }
+  place.keys = scratch.take(kKeyBlock * dim);
+  place.values = scratch.take(kKeyBlock * dim);
+  place.scores = scratch.take(kKeyBlock * kPanelRows);
+  place.bias.rows = scratch.take(kKeyBlock * kPanelRows);
+  place.bias.transposed = scratch.take(kKeyBlock * kPanelRows);
+  place.rows = scratch.take(kPanelRows * dim);
+  return place;
+}
+
+void open_panel(const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, Panel& panel, float* buffer) {
+  panel.rows = rows;
+  panel.vecs = rows <= kLanes ? 1 : kPanelVecs;
+  const int64_t width = panel.width(), heads = static_cast<int64_t>(group.heads.size());
+  const float factor = problem.softcap != 0.f ? problem.scale / problem.softcap : problem.scale * kLog2e;
+  std::fill_n(panel.sum, width, 0.f);
+  std::fill_n(panel.high, width, -kInfinity);
+  for (int64_t r = 0; r < width; ++r) {
+    const int64_t row = first + std::min(r, rows - 1);
+    panel.query[r] = row / heads;
+    panel.head[r] = group.heads[row % heads];
+    panel.position[r] = static_cast<float>(problem.position(panel.query[r]));
+    panel.slope[r] = problem.alibi_slopes ? problem.alibi_slopes[panel.head[r]] * kLog2e : 0.f;
+    if (problem.sinks) {
+      panel.high[r] = problem.sinks[panel.head[r]] * kLog2e;
+      panel.sum[r] = panel.high[r] == -kInfinity ? 0.f : 1.f;
+    }
+    if (r >= rows) {
+      std::fill_n(buffer + r * problem.head_dim, problem.head_dim, 0.f);
+      continue;
+    }
+    const void* query = row_of(problem.query, problem.type, group.batch, panel.head[r], panel.query[r]);
+    read_row(query, problem.type, problem.head_dim, buffer + r * problem.head_dim);
+    scale_row(buffer + r * problem.head_dim, problem.head_dim, factor);
+  }
+  transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
+  std::fill_n(panel.output, width * problem.value_dim, 0.f);
+  std::fill_n(panel.stats.top, width, -kInfinity);
+  for (float* field : {panel.stats.mass, panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
+  panel.lowest = panel.position[0];
+  panel.highest = panel.position[rows - 1];
+  panel.slots_from = 0;
+  panel.slots_to = keys.count;
+  const int64_t lowest = problem.position(panel.query[0]), highest = problem.position(panel.query[rows - 1]);
+  if (problem.causal) panel.slots_to = keys.slot_from(highest + 1);
+  if (problem.window) {
+    panel.slots_from = keys.slot_from(lowest - problem.window + 1);
+    panel.slots_to = std::min(panel.slots_to, keys.slot_from(highest + problem.window));
+  }
+}
+
+Edits edits_of(const Problem& problem, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, const float* bias) {
+  const float first = static_cast<float>(keys.at(slot)), last = static_cast<float>(keys.at(slot + count - 1));
+  const float window = static_cast<float>(problem.window);
+  Edits edits{problem.softcap * kLog2e, problem.alibi_slopes != nullptr, bias, false, 0};
+  edits.causal = problem.causal && last > panel.lowest;
+  if (problem.window && (panel.highest - first >= window || last - panel.lowest >= window)) edits.window = problem.window;
+  return edits;
+}
+
+// The part of `block_*` (keys `slot` up to `slot + count`) that the panel sees, taken into its softmax and its output.
+template <int Vecs, bool Stats>
+void attend(const Problem& problem, int64_t batch, const Panel& panel, const Keys& keys, int64_t slot, int64_t count,
+            RowBlock key, RowBlock value, Workplace& place) {
+  float* bias = problem.bias.data ? place.bias.transposed : nullptr;
+  if (bias && !read_bias(problem.bias, batch, panel, keys, slot, count, place.bias)) return;
+  const Edits edits = edits_of(problem, panel, keys, slot, count, bias);
+  score_block<Vecs>(key.data, key.stride, count, panel.queries, problem.head_dim, place.scores);
+  if (edits.any()) edit_scores<Vecs>(edits, panel, keys, slot, count, place.scores);
+  softmax_step<Vecs, Stats>(panel, keys, slot, count, problem.value_dim, place.scores);
+  // Keys that the bias hides from the whole panel are left out: their values may hold inf or NaN.
+  for (int64_t from = 0, to; from < count; from = to) {
+    const bool hidden = bias && place.bias.best[from] == -kInfinity;
+    for (to = from + 1; to < count && (bias && place.bias.best[to] == -kInfinity) == hidden;) ++to;
+    if (hidden) continue;
+    const float* probs = place.scores + from * Vecs * kLanes;
+    value_block<Vecs>(value.data + from * value.stride, value.stride, to - from, probs, problem.value_dim, panel.output);
+  }
+}
+
+void record_stats(const Forward& problem, const Group& group, const Panel& panel, const float* lse, RowStats& stats) {
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    const bool wanted = !problem.query_mask || problem.query_mask[group.batch * problem.query_len + panel.query[r]];
+    if (!wanted || panel.stats.top[r] == -kInfinity) continue;
+    const int64_t row = (group.batch * problem.query_heads + panel.head[r]) * problem.query_len + panel.query[r];
+    const float inverse = 1.f / panel.sum[r];
+    const float mass = panel.stats.mass[r] * inverse;
+    stats.at(RowStats::counted, row) = 1.f;
+    stats.at(RowStats::entropy, row) = std::log(panel.sum[r]) * mass - kLn2 * panel.stats.weighted[r] * inverse;
+    stats.at(RowStats::max_prob, row) = std::exp2(panel.stats.top[r] - panel.high[r]) * inverse;
+    stats.at(RowStats::max_logit, row) = panel.stats.top[r] * kLn2;
+    stats.at(RowStats::first_mass, row) = panel.stats.first[r] * inverse;
+    stats.at(RowStats::distance, row) = panel.stats.distance[r] * inverse;
+    double square = 0;
+    for (int64_t c = 0; c < problem.value_dim; ++c) {
+      const float x = panel.output[c * panel.width() + r];
+      square += x * x;
+    }
+    stats.at(RowStats::output_norm, row) = static_cast<float>(std::sqrt(square));
+  }
+}
+
+template <int Vecs>
+void close_panel(const Forward& problem, const Group& group, const Panel& panel, float* buffer, RowStats* stats) {
+  float lse[kPanelRows], gate[kPanelRows];
+  for (int64_t r = 0; r < panel.width(); ++r) gate[r] = problem.gate_of(group.batch, panel.head[r]);
+  Vec factor[Vecs];
+  for (int v = 0; v < Vecs; ++v) {
+    const Vec sum = load(panel.sum + v * kLanes);
+    factor[v] = Vec::blendv(load(gate + v * kLanes) / sum, Vec(0.f), sum == Vec(0.f));
+    store(lse + v * kLanes, load(panel.high + v * kLanes) * Vec(kLn2) + sum.log());
+  }
+  rescale<Vecs>(panel.output, problem.value_dim, factor);
+  transpose(panel.output, panel.width(), problem.value_dim, panel.width(), buffer, problem.value_dim);
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    problem.lse[(group.batch * problem.query_heads + panel.head[r]) * problem.query_len + panel.query[r]] = lse[r];
+    void* output = row_of(problem.output, problem.type, group.batch, panel.head[r], panel.query[r]);
+    write_row(buffer + r * problem.value_dim, problem.value_dim, problem.type, output);
+  }
+  if (stats) record_stats(problem, group, panel, lse, *stats);
+}
+
+void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, Workplace& place, RowStats* stats) {
+  const int64_t panels = (block.rows + kPanelRows - 1) / kPanelRows;
+  int64_t from = keys.count, to = 0;
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t done = p * kPanelRows;
+    Panel& panel = place.panels[p];
+    open_panel(problem, group, keys, block.first_row + done, std::min<int64_t>(kPanelRows, block.rows - done), panel, place.rows);
+    from = std::min(from, panel.slots_from);
+    to = std::max(to, panel.slots_to);
+  }
+  for (int64_t slot = from; slot < to; slot += kKeyBlock) {
+    const int64_t end = std::min(to, slot + kKeyBlock);
+    const RowBlock key = row_block(
+        problem.key, problem.type, group.batch, group.kv_head, keys, slot, end - slot, problem.head_dim, place.keys);
+    const RowBlock value = row_block(
+        problem.value, problem.type, group.batch, group.kv_head, keys, slot, end - slot, problem.value_dim, place.values);
+    for (int64_t p = 0; p < panels; ++p) {
+      const Panel& panel = place.panels[p];
+      const int64_t first = std::max(slot, panel.slots_from), last = std::min(end, panel.slots_to);
+      if (first >= last) continue;
+      const RowBlock seen_key{key.data + (first - slot) * key.stride, key.stride};
+      const RowBlock seen_value{value.data + (first - slot) * value.stride, value.stride};
+      const auto run = panel.vecs == 1 ? (stats ? attend<1, true> : attend<1, false>)
+                                       : (stats ? attend<kPanelVecs, true> : attend<kPanelVecs, false>);
+      run(problem, group.batch, panel, keys, first, last - first, seen_key, seen_value, place);
+    }
+  }
+  for (int64_t p = 0; p < panels; ++p) {
+    const auto close = place.panels[p].vecs == 1 ? close_panel<1> : close_panel<kPanelVecs>;
+    close(problem, group, place.panels[p], place.rows, stats);
+  }
+}
+
+// Heads that are gated off.
+void clear_silent_heads(const Forward& problem) {
+  for (int64_t batch = 0; batch < problem.batches; ++batch) {
+    for (int64_t head = 0; head < problem.query_heads; ++head) {
+      if (problem.gate_of(batch, head) != 0.f) continue;
+      std::fill_n(problem.lse + (batch * problem.query_heads + head) * problem.query_len, problem.query_len, -kInfinity);
+      for (int64_t query = 0; query < problem.query_len; ++query) {
+        std::memset(row_of(problem.output, problem.type, batch, head, query), 0, problem.value_dim * element_size(problem.type));
+      }
+    }
+  }
+}
+
+void average_stats(const Forward& problem, RowStats& rows) {
+  const int64_t heads = problem.batches * problem.query_heads;
+  for (int64_t head = 0; head < heads; ++head) {
+    double sums[6] = {};
+    double counted = 0;
+    float top = -kInfinity;
+    for (int64_t row = head * problem.query_len; row < (head + 1) * problem.query_len; ++row) {
+      if (rows.at(RowStats::counted, row) == 0.f) continue;
+      counted += 1;
+      top = std::max(top, rows.at(RowStats::max_logit, row));
+      for (int field = 0; field < 6; ++field) sums[field] += rows.at(static_cast<RowStats::Field>(field), row);
+    }
+    for (int field = 0; field < 6; ++field) {
+      problem.stats[field * heads + head] = static_cast<float>(sums[field] / std::max(counted, 1.0));
+    }
+    problem.stats[RowStats::max_logit * heads + head] = top;
+  }
+}
+
+// As many rows per block as leave every thread a few blocks: more rows read keys and values less often.
+int64_t rows_per_block(const Problem& problem, const std::vector<Group>& groups, int64_t threads) {
+  for (int64_t panels = kMostPanels; panels > 1; panels /= 2) {
+    int64_t blocks = 0;
+    for (const Group& group : groups) blocks += (group.rows(problem) + panels * kPanelRows - 1) / (panels * kPanelRows);
+    if (blocks >= 4 * threads) return panels * kPanelRows;
+  }
+  return kPanelRows;
+}
+
+}  // namespace
+
+void attention_forward(const Forward& problem) {
+  if (problem.gate) clear_silent_heads(problem);
+  std::vector<Keys> keys;
+  for (int64_t batch = 0; batch < problem.batches; ++batch) keys.push_back(visible_keys(problem, batch));
+  const std::vector<Group> groups = groups_of(problem);
+  const int64_t threads = at::get_num_threads();
+  const std::vector<Block> blocks = blocks_of(problem, groups, rows_per_block(problem, groups, threads));
+  RowStats stats;
+  if (problem.stats) {
+    stats.rows = problem.batches * problem.query_heads * problem.query_len;
+    stats.values.assign(7 * stats.rows, 0.f);
+  }
+  const int64_t total = static_cast<int64_t>(blocks.size());
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, total), 1, [&](int64_t, int64_t) {
+    Workplace place = set_up(problem);
+    for (int64_t i; (i = next.fetch_add(1)) < total;) {
+      const Group& group = groups[blocks[i].group];
+      run_block(problem, group, keys[group.batch], blocks[i], place, problem.stats ? &stats : nullptr);
+    }
+  });
+  if (problem.stats) average_stats(problem, stats);
+}
+
+}  // namespace headprune::cpu

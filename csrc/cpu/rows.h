@@ -1,0 +1,64 @@
+// Moving rows between tensors of any supported type and fp32 scratch memory.
+#pragma once
+
+#include <cstring>
+
+#include <ATen/cpu/vec/functional.h>
+
+#include "problem.h"
+#include "vector.h"
+
+namespace headprune::cpu {
+
+inline int64_t element_size(Type type) { return type == Type::float32 ? 4 : 2; }
+
+inline char* row_of(const Operand& operand, Type type, int64_t batch, int64_t head, int64_t row) {
+  const int64_t offset = batch * operand.batch + head * operand.head + row * operand.row;
+  return static_cast<char*>(operand.data) + offset * element_size(type);
+}
+
+template <typename T>
+inline void widen(const T* from, int64_t count, float* to) {
+  using Wide = at::vec::Vectorized<T>;
+  int64_t i = 0;
+  for (; i + Wide::size() <= count; i += Wide::size()) {
+    auto [low, high] = at::vec::convert_to_float<T>(Wide::loadu(from + i));
+    store(to + i, low);
+    store(to + i + kLanes, high);
+  }
+  for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+template <typename T>
+inline void narrow(const float* from, int64_t count, T* to) {
+  using Wide = at::vec::Vectorized<T>;
+  int64_t i = 0;
+  for (; i + Wide::size() <= count; i += Wide::size()) {
+    at::vec::convert_from_float<T>(load(from + i), load(from + i + kLanes)).store(to + i);
+  }
+  for (; i < count; ++i) to[i] = static_cast<T>(from[i]);
+}
+
+inline void read_row(const void* from, Type type, int64_t count, float* to) {
+  switch (type) {
+    case Type::float32: std::memcpy(to, from, count * sizeof(float)); break;
+    case Type::bfloat16: widen(static_cast<const at::BFloat16*>(from), count, to); break;
+    case Type::float16: widen(static_cast<const at::Half*>(from), count, to); break;
+  }
+}
+
+inline void write_row(const float* from, int64_t count, Type type, void* to) {
+  switch (type) {
+    case Type::float32: std::memcpy(to, from, count * sizeof(float)); break;
+    case Type::bfloat16: narrow(from, count, static_cast<at::BFloat16*>(to)); break;
+    case Type::float16: narrow(from, count, static_cast<at::Half*>(to)); break;
+  }
+}
+
+inline void scale_row(float* row, int64_t count, float factor) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(row + i, load(row + i) * Vec(factor));
+  for (; i < count; ++i) row[i] *= factor;
+}
+
+}  // namespace headprune::cpu

@@ -1,0 +1,42 @@
+// Working memory of a thread, kept between calls: fresh pages would cost more than a small attention.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace headprune::cpu {
+
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  // Starts anew with room for `floats`.
+  void reset(int64_t floats) {
+    used_ = 0;
+    floats += kSlack;
+    if (floats <= size_) return;
+    std::free(memory_);
+    size_ = (floats + 1023) / 1024 * 1024;
+    memory_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
+    if (!memory_) throw std::bad_alloc();
+  }
+  // `count` floats, 64 bytes aligned.
+  float* take(int64_t count) {
+    float* taken = memory_ + used_;
+    used_ += (count + 15) / 16 * 16;
+    return taken;
+  }
+
+ private:
+  static constexpr int64_t kSlack = 1024;  // rounding of up to 64 takes
+  float* memory_ = nullptr;
+  int64_t size_ = 0;
+  int64_t used_ = 0;
+};
+
+inline Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+}  // namespace headprune::cpu

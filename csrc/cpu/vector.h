@@ -1,0 +1,104 @@
+// Vectors of floats and the elementary functions of the softmax, on top of at::vec.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace headprune::cpu {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int kLanes = Vec::size();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+inline Vec load(const float* from) { return Vec::loadu(from); }
+inline void store(float* to, Vec x) { x.store(to); }
+
+// One instruction each where at::vec's own maximum spends several on passing NaN on. With NaN in one of the operands
+// the second one is the result.
+inline Vec max_second(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return Vec::blendv(b, a, a > b);
+#endif
+}
+
+// 2^x, relative error 1.2e-7; exactly 0 below -126.5 (so for -inf as well), NaN stays NaN. x must not exceed 127.
+inline Vec exp2(Vec x) {
+  x = max_second(Vec(-127.f), x);
+  const Vec whole = x.round();
+  const Vec f = x - whole;
+  Vec p = at::vec::fmadd(f, Vec(1.3276450e-3f), Vec(9.6755400e-3f));
+  p = at::vec::fmadd(p, f, Vec(5.5507130e-2f));
+  p = at::vec::fmadd(p, f, Vec(2.4022120e-1f));
+  p = at::vec::fmadd(p, f, Vec(6.9314697e-1f));
+  p = at::vec::fmadd(p, f, Vec(1.0000001f));
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127));
+  return p * Vec(_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+  return p * Vec(_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+#else
+  float power[kLanes], scaled[kLanes];
+  store(power, whole);
+  store(scaled, p);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const bool tiny = power[lane] < -126.5f;
+    scaled[lane] = tiny ? 0.f : std::ldexp(scaled[lane], std::isnan(power[lane]) ? 0 : static_cast<int>(power[lane]));
+  }
+  return load(scaled);
+#endif
+}
+
+// tanh as a rational function (Eigen's coefficients), a few ulp.
+inline Vec tanh(Vec x) {
+  x = at::vec::clamp(x, Vec(-7.90531110763549805f), Vec(7.90531110763549805f));
+  const Vec x2 = x * x;
+  Vec p = at::vec::fmadd(x2, Vec(-2.76076847742355e-16f), Vec(2.00018790482477e-13f));
+  p = at::vec::fmadd(p, x2, Vec(-8.60467152213735e-11f));
+  p = at::vec::fmadd(p, x2, Vec(5.12229709037114e-08f));
+  p = at::vec::fmadd(p, x2, Vec(1.48572235717979e-05f));
+  p = at::vec::fmadd(p, x2, Vec(6.37261928875436e-04f));
+  p = at::vec::fmadd(p, x2, Vec(4.89352455891786e-03f));
+  Vec q = at::vec::fmadd(x2, Vec(1.19825839466702e-06f), Vec(1.18534705686654e-04f));
+  q = at::vec::fmadd(q, x2, Vec(2.26843463243900e-03f));
+  q = at::vec::fmadd(q, x2, Vec(4.89352518554385e-03f));
+  return x * p / q;
+}
+
+// to[column][row] = from[row][column] for `rows` x `columns` floats.
+inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  constexpr int64_t tile = kLanes;
+#else
+  constexpr int64_t tile = 4;
+#endif
+  for (int64_t r = 0; r < rows; r += tile) {
+    for (int64_t c = 0; c < columns; c += tile) {
+      const float* source = from + r * from_stride + c;
+      float* target = to + c * to_stride + r;
+      if (r + tile <= rows && c + tile <= columns) {
+#if defined(CPU_CAPABILITY_AVX512)
+        at::vec::transpose_mxn<float>(source, from_stride, target, to_stride, 16, 16);
+        continue;
+#elif defined(CPU_CAPABILITY_AVX2)
+        at::vec::transpose_mxn<float, 8, 8>(source, from_stride, target, to_stride);
+        continue;
+#endif
+      }
+      for (int64_t i = 0; i < std::min(tile, rows - r); ++i) {
+        for (int64_t j = 0; j < std::min(tile, columns - c); ++j) target[j * to_stride + i] = source[i * from_stride + j];
+      }
+    }
+  }
+}
+
+}  // namespace headprune::cpu

@@ -1,0 +1,283 @@
+"""The C++ kernels against the reference in fp64."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headprune import HeadMap
+from headprune.ops import attention, backend, reference
+from headprune.ops.attention import operands
+from headprune.ops.call import AttentionCall, check_call
+from headprune.ops.cpp import attention_forward, missing, refuses
+from headprune.ops.extension import cpu_extension
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Shape:
+    groups: tuple[int, ...] = (2, 1, 3)
+    batch: int = 2
+    query_len: int = 37
+    kv_len: int = 37
+    head_dim: int = 20
+    value_dim: int = 12
+
+    @property
+    def head_map(self) -> HeadMap:
+        return HeadMap(tuple(kv for kv, size in enumerate(self.groups) for _ in range(size)), len(self.groups))
+
+
+def make_call(
+    shape: Shape, options: tuple[str, ...] = (), dtype=torch.float32, layout: str = "heads", seed: int = 0
+) -> AttentionCall:
+    """A random call with the named options switched on."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    def rows(heads: int, length: int, dim: int) -> torch.Tensor:
+        size = (shape.batch, heads, length, dim)
+        if layout == "tokens":
+            return normal(shape.batch, length, heads, dim).transpose(1, 2).to(dtype)
+        if layout == "columns":
+            return normal(shape.batch, heads, dim, length).transpose(2, 3).to(dtype)
+        return normal(*size).to(dtype)
+
+    heads, full = shape.head_map.query_heads, (shape.batch, shape.head_map.query_heads, shape.query_len, shape.kv_len)
+    key_mask = torch.rand(shape.batch, shape.kv_len, generator=generator) < 0.7
+    gate = normal(heads)
+    gate[::3] = 0
+    chosen = {
+        "causal": {"causal": True},
+        "window": {"window": 9},
+        "softcap": {"softcap": 1.5},
+        "bias": {"bias": normal(*full).masked_fill(torch.rand(full, generator=generator) < 0.2, float("-inf"))},
+        "bool_bias": {"bias": torch.rand(full[0], 1, *full[2:], generator=generator) < 0.6},
+        "row_bias": {"bias": normal(1, heads, 1, shape.kv_len)},
+        "alibi": {"alibi_slopes": torch.rand(heads, generator=generator)},
+        "sinks": {"sinks": normal(heads)},
+        "key_mask": {"key_mask": key_mask},
+        "padding": {"key_mask": torch.arange(shape.kv_len)[None, :] >= torch.arange(shape.batch)[:, None] * 5 + 1},
+        "query_mask": {"query_mask": torch.rand(shape.batch, shape.query_len, generator=generator) < 0.5},
+        "gate": {"gate": gate},
+        "sample_gate": {"gate": torch.stack([gate.roll(b) for b in range(shape.batch)]) if shape.batch else gate[None][:0]},
+        "stats": {"stats": True},
+    }
+    scale = shape.head_dim**-0.5 if shape.head_dim else 1.0
+    call = AttentionCall(
+        rows(heads, shape.query_len, shape.head_dim), rows(len(shape.groups), shape.kv_len, shape.head_dim),
+        rows(len(shape.groups), shape.kv_len, shape.value_dim), shape.head_map, False, 0, scale,
+        0.0, None, None, None, None, None, None, False,
+    )  # fmt: skip
+    for option in options:
+        call = replace(call, **chosen[option])
+    return check_call(call)
+
+
+OPTIONS = ("causal", "window", "softcap", "bias", "bool_bias", "row_bias", "alibi", "sinks", "key_mask", "padding", "query_mask",
+           "gate", "sample_gate", "stats")  # fmt: skip
+
+
+def in_fp64(call: AttentionCall) -> AttentionCall:
+    return replace(call, query=call.query.double(), key=call.key.double(), value=call.value.double())
+
+
+def assert_matches_reference(call: AttentionCall) -> None:
+    output, lse, packed = attention_forward(call)
+    exact, exact_lse, exact_packed = reference.attention_forward(in_fp64(call))
+    same, _, _ = reference.attention_forward(call)
+    assert output.shape == exact.shape
+    assert output.dtype == call.query.dtype
+    assert output.transpose(1, 2).is_contiguous()
+    assert output.isfinite().all()
+    error = (output.double() - exact).abs()
+    allowed = 2 * (same.double() - exact).abs().amax() if error.numel() else 0
+    floor = EPSILON[call.query.dtype] * max(exact.abs().amax().item(), 1.0) if error.numel() else 0
+    assert (error <= allowed + 2 * floor).all(), f"{error.max()} > 2 x {allowed / 2} + {2 * floor}"
+    active = torch.ones_like(lse, dtype=torch.bool) if call.gate is None else (reference.per_sample(call.gate) != 0)[..., None]
+    active = active.expand_as(lse)
+    torch.testing.assert_close(lse[active], exact_lse[active], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed, exact_packed, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["heads", "tokens", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_option_alone_matches_the_reference(dtype, layout):
+    for option in OPTIONS:
+        assert_matches_reference(make_call(Shape(), (option,), dtype, layout))
+
+
+def test_every_pair_of_options_matches_the_reference():
+    shape = Shape(query_len=11, kv_len=19)
+    for pair in combinations(OPTIONS, 2):
+        assert_matches_reference(make_call(shape, pair))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(groups=(1,) * 131, batch=1, query_len=5, kv_len=7),
+        Shape(groups=(17, 1, 4), query_len=23, kv_len=140),
+        Shape(groups=(1,), batch=1, query_len=1, kv_len=1, head_dim=1, value_dim=1),
+        Shape(groups=(3, 0, 2)),
+        Shape(groups=()),
+        Shape(batch=0),
+        Shape(query_len=0),
+        Shape(kv_len=0),
+        Shape(query_len=0, kv_len=0),
+        Shape(head_dim=0),
+        Shape(value_dim=0),
+        Shape(groups=(2, 1), query_len=197, kv_len=197, head_dim=64, value_dim=64),
+        Shape(groups=(4, 3), batch=1, query_len=130, kv_len=300, head_dim=128, value_dim=128),
+        Shape(groups=(1,), batch=1, query_len=3, kv_len=517, head_dim=256, value_dim=40),
+        Shape(groups=(4, 1), batch=1, query_len=50, kv_len=33, head_dim=7, value_dim=3),
+    ],
+    ids=str,
+)
+def test_shapes_at_the_edge_match_the_reference(shape):
+    for options in [("stats",), ("key_mask", "stats", "sinks"), ("bool_bias", "gate"), ("alibi", "window", "stats")]:
+        assert_matches_reference(make_call(shape, options))
+    if shape.query_len <= shape.kv_len:
+        assert_matches_reference(make_call(shape, ("causal", "stats")))
+        assert_matches_reference(make_call(shape, ("causal", "window", "padding")))
+
+
+@st.composite
+def calls(draw) -> AttentionCall:
+    kv_len = draw(st.integers(0, 150))
+    options = tuple(draw(st.sets(st.sampled_from(OPTIONS), max_size=5)))
+    shape = Shape(
+        groups=tuple(draw(st.lists(st.integers(0, 6), max_size=4))),
+        batch=draw(st.integers(0, 3)),
+        query_len=draw(st.integers(0, kv_len if "causal" in options else 90)),
+        kv_len=kv_len,
+        head_dim=draw(st.integers(1, 70)),
+        value_dim=draw(st.integers(1, 70)),
+    )
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    return make_call(shape, options, dtype, draw(st.sampled_from(["heads", "tokens", "columns"])), draw(st.integers(0, 1000)))
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(calls())
+def test_random_calls_match_the_reference(call):
+    assert_matches_reference(call)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mask", ["key_mask", "bool_bias", "bias"])
+def test_masked_keys_and_values_may_hold_anything(mask, poison):
+    call = make_call(Shape(groups=(2, 1), query_len=40, kv_len=300), ("stats",))
+    hidden = torch.rand(2, 300, generator=torch.Generator().manual_seed(1)) < 0.4
+    hidden[:, 200:] = True
+    added = torch.zeros(2, 1, 1, 300).masked_fill(hidden[:, None, None], float("-inf"))
+    call = replace(
+        call, **{"key_mask": {"key_mask": ~hidden}, "bool_bias": {"bias": ~hidden[:, None, None]}, "bias": {"bias": added}}[mask]
+    )
+    clean = attention_forward(call)
+    where = hidden[:, None, :, None]
+    dirty = attention_forward(replace(call, key=call.key.masked_fill(where, poison), value=call.value.masked_fill(where, poison)))
+    for one, other in zip(clean, dirty):
+        assert torch.equal(one, other)
+
+
+def test_fully_masked_rows_give_zero_and_lse_minus_infinity():
+    call = make_call(Shape(), ("stats",))
+    call = replace(call, key_mask=torch.zeros(2, 37, dtype=torch.bool))
+    output, lse, packed = attention_forward(call)
+    assert (output == 0).all()
+    assert (lse == float("-inf")).all()
+    assert (packed[[0, 1, 3, 4, 5]] == 0).all()
+    assert (packed[2] == float("-inf")).all()
+
+
+def test_large_scores_do_not_overflow():
+    call = make_call(Shape(), ("stats",))
+    assert_matches_reference(replace(call, query=call.query * 40, key=call.key * 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "dim", "causal"), [(64, 32, False), (200, 64, False), (256, 128, True)])
+def test_error_is_at_most_twice_that_of_torch_sdpa(dtype, length, dim, causal):
+    call = make_call(Shape(groups=(1, 1, 1), batch=1, query_len=length, kv_len=length, head_dim=dim, value_dim=dim), (), dtype)
+    call = replace(call, causal=causal)
+    exact = reference.attention_forward(in_fp64(call))[0]
+    ours = (attention_forward(call)[0].double() - exact).abs()
+    torchs = (
+        torch.nn.functional.scaled_dot_product_attention(call.query, call.key, call.value, is_causal=causal).double() - exact
+    ).abs()
+    assert ours.max() <= 2 * torchs.max() + 1e-7
+    assert ours.mean() <= 2 * torchs.mean() + 1e-8
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    call = make_call(Shape(groups=(3, 2), query_len=150, kv_len=150), ("causal", "stats"))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = attention_forward(call)
+        torch.set_num_threads(2)
+        two = attention_forward(call)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_fp64_is_refused_with_a_reason():
+    assert "float64" in refuses(in_fp64(make_call(Shape())))
+
+
+def test_public_operator_runs_through_cpp_and_passes_opcheck():
+    call = make_call(Shape(), ("bias", "sinks", "padding", "gate", "stats"))
+    with backend("cpp"):
+        assert torch.equal(torch.ops.headprune.attention(*operands(call))[0], attention_forward(call)[0])
+    query = call.query.requires_grad_()
+    torch.library.opcheck(torch.ops.headprune.attention.default, operands(replace(call, query=query, stats=False)))
+
+
+def test_compiled_graph_gives_what_eager_gives():
+    call = make_call(Shape())
+
+    def run(query, key, value):
+        return attention(query, key, value, call.head_map, causal=True) * 2
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(call.query, call.key, call.value), run(call.query, call.key, call.value))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_each_instruction_set_loads_and_matches_the_reference(capability):
+    if capability not in ("default", torch.backends.cpu.get_cpu_capability().lower(), "avx2"):
+        pytest.skip(f"this processor lacks {capability}")
+    program = (
+        "from headprune.ops.extension import cpu_extension; import test_cpp as t; print(cpu_extension().instruction_set)\n"
+        "for options in [(), ('causal', 'alibi', 'stats'), ('bias', 'softcap'), ('key_mask', 'sinks', 'stats')]:\n"
+        "    for dtype in t.EPSILON: t.assert_matches_reference(t.make_call(t.Shape(query_len=50, kv_len=150), options, dtype))\n"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.path.dirname(__file__)}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.split() == [capability]
+
+
+def test_missing_library_is_reported_with_the_way_out(tmp_path):
+    found = cpu_extension(tmp_path)
+    assert found.path is None
+    assert "build_ext" in found.reason
+
+
+def test_library_that_does_not_load_is_reported(tmp_path):
+    (tmp_path / "_cpu_default.so").write_bytes(b"not a library")
+    found = cpu_extension(tmp_path)
+    assert found.path is None
+    assert "_cpu_default.so does not load" in found.reason
