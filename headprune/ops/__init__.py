@@ -3,13 +3,15 @@
 `headprune.ops.reference` is their specification in plain PyTorch.
 """
 
-from headprune.ops import cpp, triton
-from headprune.ops.attention import attention, register_reference
+from headprune.ops import cpp, fallback, triton
+from headprune.ops.attention import attention
 from headprune.ops.backend import backend, choose, operators
+from headprune.ops.decode import attention_decode
 from headprune.ops.stats import HeadStats
+from headprune.ops.varlen import attention_varlen
 
 cpp.register_cpp()
 triton.register_triton()
-register_reference()
+fallback.register_reference()
 
-__all__ = ["HeadStats", "attention", "backend", "choose", "operators"]
+__all__ = ["HeadStats", "attention", "attention_decode", "attention_varlen", "backend", "choose", "operators"]

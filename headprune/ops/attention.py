@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from headprune.head_map import HeadMap
-from headprune.ops import reference
-from headprune.ops.backend import Implementation, choose, register
+from headprune.ops.backend import choose
 from headprune.ops.call import AttentionCall, check_call
 from headprune.ops.stats import HeadStats
 
@@ -23,7 +22,7 @@ library = torch.library.Library("headprune", "DEF")
 library.define(f"attention(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 library.define(
     f"attention_backward(Tensor grad_output, Tensor output, Tensor lse, bool[] needs, Tensor query, Tensor key, Tensor value, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -62,7 +61,7 @@ def attention(
         key_mask: bool [batch, kv_len], True = may be attended to, any pattern.
         query_mask: bool [batch, query_len], True = counts in the statistics; it does not change the output.
         gate: [query_heads] or [batch, query_heads], factor on each head's output, differentiable; heads whose gate is
-            exactly 0 are not computed where the gate itself needs no gradient.
+            exactly 0 are not computed (their own gate's gradient, where asked, is computed in the backward pass).
         stats: also return HeadStats.
 
     Returns: [batch, query_heads, query_len, value_dim] in the query's dtype, laid out token by token
@@ -71,8 +70,6 @@ def attention(
     Raises InvalidInput for shapes, dtypes or options that do not fit each other.
     """
     head_map = HeadMap.uniform(query.shape[1], key.shape[1]) if head_map is None else head_map
-    # The gate's own gradient needs the ungated output, so a learning gate is applied outside the kernel.
-    learning = gate is not None and gate.requires_grad and torch.is_grad_enabled()
     call = check_call(
         AttentionCall(
             query,
@@ -88,18 +85,11 @@ def attention(
             sinks,
             key_mask,
             query_mask,
-            None if learning else gate,
+            gate,
             stats,
         )
     )
-    if learning:
-        check_call(AttentionCall(**{**vars(call), "gate": gate}))
     output, _, packed = torch.ops.headprune.attention(*operands(call))
-    if learning:
-        factor = reference.per_sample(gate)
-        output = output * factor[..., None, None].to(output.dtype)
-        if stats:
-            packed = torch.cat([packed[:5], packed[5:] * factor.detach().abs()])
     return (output, HeadStats.from_packed(packed)) if stats else output
 
 
@@ -147,7 +137,7 @@ def _run_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Seque
 
 
 def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
-    tensors = (args[0], args[1], args[2], args[8], args[10])
+    tensors = (args[0], args[1], args[2], args[8], args[10], args[13])
     return tuple(torch.empty_like(tensor) if need else args[0].new_empty(0) for tensor, need in zip(tensors, needs))
 
 
@@ -161,7 +151,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
 def _backward(ctx, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple:
     query, key, value, bias, alibi_slopes, sinks, key_mask, query_mask, gate, output, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    needs = [wanted[0], wanted[1], wanted[2], wanted[8], wanted[10]]
+    needs = [wanted[index] for index in (0, 1, 2, 8, 10, 13)]
     grads = torch.ops.headprune.attention_backward(
         grad_output,
         output,
@@ -179,8 +169,8 @@ def _backward(ctx, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple:
         gate,
         False,
     )
-    dq, dk, dv, dbias, dsinks = (grad if need else None for grad, need in zip(grads, needs))
-    return dq, dk, dv, None, None, None, None, None, dbias, None, dsinks, None, None, None, None
+    dq, dk, dv, dbias, dsinks, dgate = (grad if need else None for grad, need in zip(grads, needs))
+    return dq, dk, dv, None, None, None, None, None, dbias, None, dsinks, None, None, dgate, None
 
 
 for _name, _function, _shape in (("attention", _run, _fake), ("attention_backward", _run_backward, _fake_backward)):
@@ -188,16 +178,3 @@ for _name, _function, _shape in (("attention", _run, _fake), ("attention_backwar
         library.impl(_name, _function, _device)
     torch.library.register_fake(f"headprune::{_name}", _shape, lib=library)
 torch.library.register_autograd("headprune::attention", _backward, setup_context=_setup_context, lib=library)
-
-
-def register_reference() -> None:
-    """The reference comes last, after every faster implementation."""
-    register("attention", Implementation("reference", reference.attention_forward, refuses=lambda call: None))
-    register(
-        "attention_backward",
-        Implementation(
-            "reference",
-            lambda call, grad_output, output, lse, needs: reference.attention_backward(call, grad_output, needs),
-            refuses=lambda call: None,
-        ),
-    )

@@ -71,42 +71,212 @@ class AttentionCall:
         return self.query.new_empty(shape, dtype=torch.float32)
 
 
+@dataclass(frozen=True)
+class VarlenCall:
+    """Attention over packed sequences of different lengths, as in `headprune.ops.attention_varlen`, defaults resolved.
+
+    query [tokens, query_heads, head_dim], key [key_tokens, kv_heads, head_dim], value [key_tokens, kv_heads, value_dim];
+    cu_seqlens_* int32 [sequences + 1] are where each sequence starts; max_q, max_k are the longest lengths; gate is
+    [query_heads] or [sequences, query_heads].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_q: int
+    max_k: int
+    head_map: HeadMap
+    causal: bool
+    window: int
+    scale: float
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    gate: Tensor | None
+    stats: bool
+
+    @property
+    def sequences(self) -> int:
+        return self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def query_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def value_dim(self) -> int:
+        return self.value.shape[2]
+
+    def empty_output(self) -> Tensor:
+        return self.query.new_empty((self.query.shape[0], self.query_heads, self.value_dim))
+
+    def empty_lse(self) -> Tensor:
+        """[query_heads, tokens]."""
+        return self.query.new_empty((self.query_heads, self.query.shape[0]), dtype=torch.float32)
+
+    def empty_stats(self) -> Tensor:
+        shape = (6, self.sequences, self.query_heads) if self.stats else (0,)
+        return self.query.new_empty(shape, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class DecodeCall:
+    """A few new tokens against a cache, as in `headprune.ops.attention_decode`, defaults resolved.
+
+    query [batch, query_heads, new, head_dim]; key_cache [batch, kv_heads, capacity, head_dim], or with a page_table (int32
+    [batch, pages_per_sample]) [pages, kv_heads, page_size, head_dim]; lengths int32 [batch].
+    """
+
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    lengths: Tensor
+    page_table: Tensor | None
+    head_map: HeadMap
+    window: int
+    scale: float
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    key_mask: Tensor | None
+    gate: Tensor | None
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def query_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def new(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def value_dim(self) -> int:
+        return self.value_cache.shape[3]
+
+    @property
+    def capacity(self) -> int:
+        """The most keys that one sample can have."""
+        size = self.key_cache.shape[2]
+        return size if self.page_table is None else size * self.page_table.shape[1]
+
+    def empty_output(self) -> Tensor:
+        """[batch, query_heads, new, value_dim], laid out token by token."""
+        return self.query.new_empty((self.batch, self.new, self.query_heads, self.value_dim)).transpose(1, 2)
+
+
 def check_call(call: AttentionCall) -> AttentionCall:
     """`call` itself, or InvalidInput that names the argument, what it is and what it should be."""
     query, key, value, head_map = call.query, call.key, call.value, call.head_map
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise InvalidInput(f"{name} has shape {list(tensor.shape)}; expected 4 dimensions [batch, heads, length, dim].")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise InvalidInput(
-                f"{name} is {tensor.dtype} on {tensor.device}, query is {query.dtype} on {query.device}; they must agree."
-            )
+    check_alike({"query": query, "key": key, "value": value}, ("batch", "heads", "length", "dim"))
     batch, query_heads, query_len, head_dim = query.shape
     kv_heads, kv_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     expect("key", key, (batch, head_map.kv_heads, kv_len, head_dim))
     expect("value", value, (batch, kv_heads, kv_len, value_dim))
-    if query_heads != head_map.query_heads:
-        raise InvalidInput(f"query has {query_heads} heads, the head map {head_map.query_heads} ({head_map}).")
+    check_heads(query_heads, head_map)
     if call.causal and query_len > kv_len:
         raise InvalidInput(f"causal attention needs kv_len >= query_len (bottom-right aligned); got {kv_len} < {query_len}.")
+    check_numbers(call)
+    if call.bias is not None:
+        check_bias(call.bias, (batch, query_heads, query_len, kv_len))
+    check_extras(
+        alibi_slopes=(call.alibi_slopes, [(query_heads,)]),
+        sinks=(call.sinks, [(query_heads,)]),
+        key_mask=(call.key_mask, [(batch, kv_len)]),
+        query_mask=(call.query_mask, [(batch, query_len)]),
+        gate=(call.gate, [(query_heads,), (batch, query_heads)]),
+    )
+    return call
+
+
+def check_varlen(call: VarlenCall) -> VarlenCall:
+    """`call` itself, or InvalidInput; lengths on the device are not read."""
+    query, key, value, head_map = call.query, call.key, call.value, call.head_map
+    check_alike({"query": query, "key": key, "value": value}, ("tokens", "heads", "dim"))
+    expect("key", key, (key.shape[0], head_map.kv_heads, query.shape[2]))
+    expect("value", value, (key.shape[0], head_map.kv_heads, value.shape[2]))
+    check_heads(call.query_heads, head_map)
+    check_numbers(call)
+    for name, starts in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k)):
+        check_integers(name, starts)
+        expect(name, starts, (max(call.sequences, 0) + 1,))
+    check_extras(
+        alibi_slopes=(call.alibi_slopes, [(call.query_heads,)]),
+        sinks=(call.sinks, [(call.query_heads,)]),
+        gate=(call.gate, [(call.query_heads,), (call.sequences, call.query_heads)]),
+    )
+    return call
+
+
+MOST_NEW_TOKENS = 8
+
+
+def check_decode(call: DecodeCall) -> DecodeCall:
+    """`call` itself, or InvalidInput; lengths and page numbers on the device are not read."""
+    query, key, value, head_map = call.query, call.key_cache, call.value_cache, call.head_map
+    check_alike({"query": query, "key_cache": key, "value_cache": value}, ("batch", "heads", "length", "dim"))
+    rows = call.batch if call.page_table is None else key.shape[0]
+    expect("key_cache", key, (rows, head_map.kv_heads, key.shape[2], query.shape[3]))
+    expect("value_cache", value, (rows, head_map.kv_heads, key.shape[2], value.shape[3]))
+    check_heads(call.query_heads, head_map)
+    check_numbers(call)
+    if not 1 <= call.new <= MOST_NEW_TOKENS:
+        raise InvalidInput(f"{call.new} new tokens; decode takes 1 to {MOST_NEW_TOKENS}. Use attention for more.")
+    check_integers("lengths", call.lengths)
+    expect("lengths", call.lengths, (call.batch,))
+    if call.page_table is not None:
+        check_integers("page_table", call.page_table)
+        expect("page_table", call.page_table, (call.batch, call.page_table.shape[-1]))
+    check_extras(
+        alibi_slopes=(call.alibi_slopes, [(call.query_heads,)]),
+        sinks=(call.sinks, [(call.query_heads,)]),
+        key_mask=(call.key_mask, [(call.batch, call.capacity)]),
+        gate=(call.gate, [(call.query_heads,), (call.batch, call.query_heads)]),
+    )
+    return call
+
+
+def check_alike(tensors: dict[str, Tensor], dims: tuple[str, ...]) -> None:
+    """All of the same dtype and device, with the named dimensions."""
+    first, leader = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.dim() != len(dims):
+            raise InvalidInput(f"{name} has shape {list(tensor.shape)}; expected {len(dims)} dimensions [{', '.join(dims)}].")
+        if tensor.dtype != leader.dtype or tensor.device != leader.device:
+            raise InvalidInput(
+                f"{name} is {tensor.dtype} on {tensor.device}, {first} is {leader.dtype} on {leader.device}; they must agree."
+            )
+
+
+def check_heads(query_heads: int, head_map: HeadMap) -> None:
+    if query_heads != head_map.query_heads:
+        raise InvalidInput(f"query has {query_heads} heads, the head map {head_map.query_heads} ({head_map}).")
+
+
+def check_numbers(call: AttentionCall | VarlenCall | DecodeCall) -> None:
     if call.window < 0 or call.softcap < 0 or not math.isfinite(call.scale):
         raise InvalidInput(
             f"window={call.window}, softcap={call.softcap}, scale={call.scale}: expected window >= 0, softcap >= 0, a finite scale."
         )
-    if call.bias is not None:
-        check_bias(call.bias, (batch, query_heads, query_len, kv_len))
-    for name, tensor, shapes in (
-        ("alibi_slopes", call.alibi_slopes, [(query_heads,)]),
-        ("sinks", call.sinks, [(query_heads,)]),
-        ("key_mask", call.key_mask, [(batch, kv_len)]),
-        ("query_mask", call.query_mask, [(batch, query_len)]),
-        ("gate", call.gate, [(query_heads,), (batch, query_heads)]),
-    ):
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.int32:
+        raise InvalidInput(f"{name} is {tensor.dtype}; expected torch.int32.")
+
+
+def check_extras(**extras: tuple[Tensor | None, list[tuple[int, ...]]]) -> None:
+    """Each optional tensor has one of its shapes; masks are bool, the others floating."""
+    for name, (tensor, shapes) in extras.items():
         if tensor is not None:
             expect(name, tensor, *shapes)
             if name.endswith("mask") != (tensor.dtype == torch.bool):
                 raise InvalidInput(f"{name} is {tensor.dtype}; expected {'bool' if name.endswith('mask') else 'a floating type'}.")
-    return call
 
 
 def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:

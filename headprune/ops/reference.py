@@ -5,12 +5,14 @@ It forms the whole [query_len, kv_len] matrix and computes in fp32, or in fp64 w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from headprune.ops.call import AttentionCall
+from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
 
 
 def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,18 +72,95 @@ def attention_stats(call: AttentionCall, scores: Tensor, probs: Tensor, lse: Ten
 
 
 def attention_backward(
-    call: AttentionCall, grad_output: Tensor, needs: tuple[bool, bool, bool, bool, bool]
+    call: AttentionCall, grad_output: Tensor, needs: tuple[bool, bool, bool, bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias and sinks (None where `needs` says no), each in its tensor's dtype."""
-    inputs = {"query": call.query, "key": call.key, "value": call.value, "bias": call.bias, "sinks": call.sinks}
-    wanted = [name for name, need in zip(inputs, needs) if need]
+    """Gradients of query, key, value, bias, sinks and gate (None where `needs` says no), each in its tensor's dtype."""
+    return differentiate(attention_forward, call, ("query", "key", "value", "bias", "sinks", "gate"), needs, grad_output)
+
+
+def differentiate(
+    forward: Callable, call: AttentionCall | VarlenCall, names: tuple[str, ...], needs: tuple[bool, ...], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients, by autograd, of those arguments `names` of `forward(call)`'s output for which `needs` says yes."""
+    inputs = {name: getattr(call, name) for name in names}
+    wanted = [name for name, need in zip(names, needs) if need]
     leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
     with torch.enable_grad():
-        output, _, _ = attention_forward(replace(call, stats=False, **leaves))
+        output, _, _ = forward(replace(call, stats=False, **leaves))
     # A detached output (no head, no key) leaves every gradient zero.
     grads = torch.autograd.grad(output, list(leaves.values()), grad_output, allow_unused=True) if output.requires_grad else []
     found = {name: grad for name, grad in zip(wanted, grads) if grad is not None}
-    return tuple(found.get(name, torch.zeros_like(inputs[name])) if name in leaves else None for name in inputs)
+    return tuple(found.get(name, torch.zeros_like(inputs[name])) if name in leaves else None for name in names)
+
+
+VARLEN_DIFFERENTIABLE = ("query", "key", "value", "sinks", "gate")
+
+
+def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
+    """output [tokens, query_heads, value_dim], lse fp32 [query_heads, tokens], packed statistics [6, sequences, query_heads]:
+    `attention_forward` on each sequence alone."""
+    tokens, heads = call.query.shape[:2]
+    output = call.query.new_zeros((tokens, heads, call.value_dim))
+    lse = call.query.new_full((heads, tokens), float("-inf"), dtype=torch.float32)
+    outputs, packed = [], []
+    starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    for index, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(starts_q), pairwise(starts_k))):
+        one = AttentionCall(
+            call.query[q0:q1].transpose(0, 1)[None],
+            call.key[k0:k1].transpose(0, 1)[None],
+            call.value[k0:k1].transpose(0, 1)[None],
+            call.head_map, call.causal, call.window, call.scale, call.softcap, None, call.alibi_slopes, call.sinks, None, None,
+            None if call.gate is None else per_sample(call.gate)[index if call.gate.dim() == 2 else 0],
+            call.stats,
+        )  # fmt: skip
+        found, found_lse, found_stats = attention_forward(one)
+        outputs.append(found[0].transpose(0, 1))
+        lse[:, q0:q1] = found_lse[0]
+        packed.append(found_stats)
+    if outputs:
+        output = torch.cat([*outputs, output[starts_q[-1] :]])
+    stats = call.empty_stats()
+    if call.stats and packed:
+        stats = torch.cat(packed, dim=1)
+    return output, lse, stats
+
+
+def attention_varlen_backward(
+    call: VarlenCall, grad_output: Tensor, needs: tuple[bool, bool, bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, sinks and gate (None where `needs` says no), each in its tensor's dtype."""
+    return differentiate(attention_varlen_forward, call, VARLEN_DIFFERENTIABLE, needs, grad_output)
+
+
+def attention_decode(call: DecodeCall) -> Tensor:
+    """output [batch, query_heads, new, value_dim]: each sample's new tokens against the first lengths[sample] cached keys."""
+    key, value = call.key_cache, call.value_cache
+    if call.page_table is not None:
+        key, value = (gathered_pages(cache, call.page_table) for cache in (key, value))
+    positions = torch.arange(key.shape[2], device=key.device)
+    lengths = call.lengths.to(key.device).long()
+    queries = torch.arange(call.new, device=key.device) - call.new + lengths[:, None]
+    ahead = positions[None, None, :] - queries[:, :, None]
+    allowed = ahead <= 0
+    if call.window:
+        allowed = allowed & (ahead > -call.window)
+    if call.key_mask is not None:
+        allowed = allowed & call.key_mask[:, None, :]
+    bias = torch.where(allowed, 0.0, float("-inf"))[:, None]
+    if call.alibi_slopes is not None:
+        bias = bias - call.alibi_slopes[None, :, None, None].float() * ahead.abs()[:, None]
+    one = AttentionCall(
+        call.query, key, value, call.head_map, False, 0, call.scale, call.softcap, bias, None, call.sinks, None, None, call.gate,
+        False,
+    )  # fmt: skip
+    return attention_forward(one)[0]
+
+
+def gathered_pages(cache: Tensor, page_table: Tensor) -> Tensor:
+    """cache [pages, kv_heads, page_size, dim] as [batch, kv_heads, pages_per_sample * page_size, dim]."""
+    # Entries behind a sample's length may hold anything.
+    pages = cache[page_table.long().clamp(0, cache.shape[0] - 1)]
+    return pages.permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
 def visible(call: AttentionCall) -> Tensor:

