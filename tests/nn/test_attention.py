@@ -33,13 +33,12 @@ def torch_layer(seed=0, **options) -> nn.MultiheadAttention:
     return layer
 
 
-def inputs(layer, batched=True, same=False):
+def inputs(layer, batched=True, length=LENGTH):
     torch.manual_seed(1)
-    lengths = (KV_LENGTH,) * 3 if same else (LENGTH, KV_LENGTH, KV_LENGTH)
     made = []
-    for length, width in zip(lengths, (layer.embed_dim, layer.kdim, layer.vdim)):
-        shape = (BATCH, length, width) if layer.batch_first else (length, BATCH, width)
-        made.append(torch.randn(shape if batched else (length, width)))
+    for tokens, width in zip((length, KV_LENGTH, KV_LENGTH), (layer.embed_dim, layer.kdim, layer.vdim)):
+        shape = (BATCH, tokens, width) if layer.batch_first else (tokens, BATCH, width)
+        made.append(torch.randn(shape if batched else (tokens, width)))
     return made
 
 
@@ -89,12 +88,13 @@ def test_every_mask_in_every_form(form, kind):
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("padding", ["none", "bool", "float"])
-@pytest.mark.parametrize("same", [True, False])
-def test_the_causal_hint(form, padding, same):
+@pytest.mark.parametrize("length", [LENGTH, KV_LENGTH, KV_LENGTH + 1, KV_LENGTH + 2])
+def test_the_causal_hint(form, padding, length):
+    """Also where the learned and the zero key make as many keys as queries."""
     theirs = torch_layer(**FORMS[form])
     ours = VariableHeadAttention.from_torch(theirs)
-    arguments = inputs(theirs, same=same)
-    mask = torch.ones(KV_LENGTH if same else LENGTH, KV_LENGTH).triu(1).bool()
+    arguments = inputs(theirs, length=length)
+    mask = torch.ones(length, KV_LENGTH).triu(1).bool()
     _, padding = masks(f"none {padding}", LENGTH, KV_LENGTH)
     for need_weights in (True, False):
         call = {"attn_mask": mask, "key_padding_mask": padding, "is_causal": True, "need_weights": need_weights}
