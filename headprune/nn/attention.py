@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.nn.masks import Masks, read_masks
-from headprune.nn.weights import ROLES, kept, resized, undrawn_linear, unpack
+from headprune.nn.weights import ROLES, draw_like_torch, kept, resized, undrawn_linear, unpack
 from headprune.ops.attention import attention
 from headprune.ops.sdpa import repeated_heads
 
@@ -85,15 +85,9 @@ class VariableHeadAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Weights as torch.nn.MultiheadAttention draws them (there query, key and value are one packed matrix); the output
         projection keeps those of nn.Linear."""
-        inputs = (self.q_proj, self.k_proj, self.v_proj)
-        packed = self.embed_dim == self.kdim == self.vdim
-        for projection in inputs:
-            rows = sum(layer.out_features for layer in inputs) if packed else projection.out_features
-            bound = math.sqrt(6 / (rows + projection.in_features))
-            nn.init.uniform_(projection.weight, -bound, bound)
-        for bias in (*(projection.bias for projection in inputs), self.out_proj.bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        draw_like_torch((self.q_proj, self.k_proj, self.v_proj), packed=self.embed_dim == self.kdim == self.vdim)
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
         for extra in (self.bias_k, self.bias_v):
             if extra is not None:
                 nn.init.xavier_normal_(extra)

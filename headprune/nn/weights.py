@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -50,3 +53,13 @@ def resized(parameter: nn.Parameter | None, dim: int, size: int) -> nn.Parameter
 def undrawn_linear(inputs: int, outputs: int, bias: bool, device, dtype) -> nn.Linear:
     """A linear layer that has drawn no random numbers; its weights are uninitialised."""
     return nn.Linear(inputs, outputs, bias, device="meta", dtype=dtype).to_empty(device=device or torch.get_default_device())
+
+
+def draw_like_torch(projections: Sequence[nn.Linear], packed: bool) -> None:
+    """Xavier's uniform distribution, and zero biases; packed: as for one matrix of all the projections' rows."""
+    for projection in projections:
+        rows = sum(other.out_features for other in projections) if packed else projection.out_features
+        bound = math.sqrt(6 / (rows + projection.in_features))
+        nn.init.uniform_(projection.weight, -bound, bound)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
