@@ -21,6 +21,7 @@ from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite, is_conv1d
 from headprune.models.stream import first_tensor, residual_streams
+from headprune.models.tokens import attention_mask_of, valid_tokens
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
@@ -151,9 +152,7 @@ def gather(
         residual = dense_inputs.float() @ weight.T.float() - kept_inputs.float() @ kept_weight.T.float()
         if dense_stream is not None:
             residual += dense_stream.float() - pruned_stream.float()
-        mask = token_mask(batch)
-        valid = torch.ones(inputs.shape[:-1], dtype=torch.bool) if mask is None else mask.bool()
-        valid = valid.to(inputs.device)
+        valid = valid_tokens(inputs, token_mask(batch))
         kept_inputs, residual = kept_inputs[valid], residual[valid]
         last = held_out if len(batches) > 1 and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else train
         last.add(kept_inputs, residual)
@@ -234,9 +233,3 @@ def set_weight_and_bias(site: AttentionSite, values: tuple[Tensor, Tensor | None
     module.weight.data = weight.T if is_conv1d(module) else weight
     if bias is not None:
         module.bias.data = bias
-
-
-def attention_mask_of(batch: Any) -> Tensor | None:
-    """The batch's 2-D "attention_mask", where it has one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if mask is not None and mask.dim() == 2 else None
