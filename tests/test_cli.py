@@ -77,6 +77,7 @@ RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": 
         (["plan", "scores.json"], "exactly one"),
         (["score", "minilm", "--criterion", "fischer"], "Did you mean 'fisher'"),
         (["demo", "--model", "minlm"], "Did you mean 'minilm'"),
+        (["demo", "--model", "stdlib-ml"], "Did you mean 'stdlib-lm'"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(call, tmp_path, arguments, names):

@@ -24,11 +24,11 @@ log = logging.getLogger("headprune")
 class Training:
     """A fixed number of steps, so that the result does not hang on the machine's speed."""
 
-    steps: int = 600
-    batch: int = 4
+    steps: int = 1000
+    batch: int = 2
     window: int = 256
-    learning_rate: float = 3e-3
-    warm_up: int = 40
+    learning_rate: float = 2e-3
+    warm_up: int = 60
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0

@@ -15,6 +15,7 @@ from headprune.evaluation.tasks.standard_library import Document, digest, standa
 from headprune.evaluation.tasks.task import Progress, Task, register_task
 
 PROMPT_ROWS, PROMPT_TOKENS = 4, 32  # tokens: at most half a window
+LATENCY_ROWS = 4
 
 
 @register_task
@@ -87,7 +88,7 @@ class StandardLibraryText(Task):
         return self.logits(model, self.test[:2])
 
     def latency_inputs(self) -> dict[str, Tensor]:
-        return {"input_ids": self.test[: self.batch]}
+        return {"input_ids": self.test[:LATENCY_ROWS]}
 
     def prompt(self) -> dict[str, Tensor]:
         rows = self.test[:PROMPT_ROWS, : min(PROMPT_TOKENS, self.window // 2)]
