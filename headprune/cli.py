@@ -27,8 +27,13 @@ app = typer.Typer(
 console = Console()
 progress_console = Console(stderr=True)
 
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, or an embedded model: minilm.")]
-TaskOption = Annotated[str, typer.Option("--task", help="The data: docstring-retrieval.")]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, or an embedded model: minilm, stdlib-lm.")]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task", help="The data: docstring-retrieval (default for encoders), standard-library-text (for language models)."
+    ),
+]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
 
@@ -45,7 +50,9 @@ def run(
 
 @app.command("demo")
 def demo_command(
-    model: Annotated[str, typer.Option(help="minilm: a pretrained sentence encoder.")] = "minilm",
+    model: Annotated[
+        str, typer.Option(help="minilm: a pretrained sentence encoder; stdlib-lm: a decoder, trained first (two minutes, once).")
+    ] = "minilm",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
 ) -> None:
     """The main job on an embedded model: half of its heads go, the gain is measured."""
@@ -72,7 +79,7 @@ def carry_out(recipe) -> None:
 @app.command()
 def score(
     model: ModelArgument,
-    task: TaskOption = "docstring-retrieval",
+    task: TaskOption = None,
     criterion: Annotated[str, typer.Option(help="See `headprune criteria`.")] = "fisher",
     normalize: Annotated[str, typer.Option(help="none, layer_l2 or layer_sum.")] = "none",
     output: OutputOption = Path("scores.json"),
@@ -136,12 +143,11 @@ def prune_command(
 ) -> None:
     """Cut the heads that a plan lets go and save the smaller model."""
     from headprune.planning import PruningPlan
-    from headprune.sources import open_model
     from headprune.surgery import prune, save
 
     chosen = PruningPlan.load(plan)
     if task is None:
-        dense, tokenizer = open_model(model)
+        dense, tokenizer = opened_model(model)
         prune(dense, chosen)
     else:
         dense, data = opened(model, task)
@@ -157,18 +163,17 @@ def prune_command(
 @app.command("evaluate")
 def evaluate_command(
     model: ModelArgument,
-    task: TaskOption = "docstring-retrieval",
+    task: TaskOption = None,
     against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
 ) -> None:
     """Quality and cost of a model, alone or beside its dense original."""
     from headprune.evaluation import compare, evaluate
-    from headprune.sources import open_model
 
     found, data = opened(model, task)
     if against is None:
         console.print(with_bar("evaluate", lambda progress: evaluate(found, data, progress=progress)))
     else:
-        dense, _ = open_model(against)
+        dense, _ = opened_model(against)
         console.print(with_bar("evaluate", lambda progress: compare(dense, found, data, progress=progress)))
 
 
@@ -176,10 +181,11 @@ def evaluate_command(
 def inspect(model: ModelArgument) -> None:
     """The attention sites and head maps of a model folder."""
     from headprune.report.tables import sites_table
-    from headprune.sources import model_folder
+    from headprune.sources import model_folder, opening
     from headprune.surgery.checkpoint import skeleton
 
-    console.print(sites_table(skeleton(model_folder(model))))
+    found = with_bar(opening(model), lambda progress: skeleton(model_folder(model, progress)))
+    console.print(sites_table(found))
 
 
 @app.command()
@@ -191,13 +197,23 @@ def doctor() -> None:
         console.print(table)
 
 
-def opened(model: str, task: str):
+def opened(model: str, task: str | None):
+    """(model, task), the task by its name or the one for such models."""
     from headprune.evaluation.tasks import build_task, check_task
-    from headprune.sources import open_model
+    from headprune.sources import default_task
 
-    check_task(task)
-    found, tokenizer = open_model(model)
-    return found, build_task(task, tokenizer)
+    if task is not None:
+        check_task(task)
+    found, tokenizer = opened_model(model)
+    data = build_task(task or default_task(model, found), tokenizer)
+    data.check_model(found)
+    return found, data
+
+
+def opened_model(model: str):
+    from headprune.sources import open_model, opening
+
+    return with_bar(opening(model), lambda progress: open_model(model, progress))
 
 
 def with_bar(title: str, work):

@@ -54,21 +54,30 @@ def replace_folder(draft: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(target: str | os.PathLike, text: str) -> None:
-    """Writes a file through a temporary name, so that a killed run leaves the old one or the new one."""
+@contextmanager
+def whole_file(target: str | os.PathLike) -> Iterator[Path]:
+    """An empty file beside `target` to write into, which takes `target`'s place when the block ends well: a killed run
+    leaves the old one or the new one. A failure leaves `target` as it was; HeadpruneError says what happened."""
     target = Path(target)
     with clear_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+        draft = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
+            yield draft
+            with draft.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(draft, 0o644)
+            draft.chmod(0o644)
             os.replace(draft, target)
         finally:
-            Path(draft).unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
+
+
+def write_text(target: str | os.PathLike, text: str) -> None:
+    """Writes a file as `whole_file` does."""
+    with whole_file(target) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_json(target: str | os.PathLike, kind: str, content: dict[str, Any]) -> None:

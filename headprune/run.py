@@ -22,7 +22,7 @@ from headprune.planning import Budget, PruningPlan, plan
 from headprune.recipe import Recipe
 from headprune.report.progress import Stages
 from headprune.scoring import HeadScores, get_criterion, score
-from headprune.sources import open_model
+from headprune.sources import open_model, opening
 from headprune.surgery import load, prune, save
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
@@ -50,10 +50,11 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     refuse_foreign(folder, recipe)
     check_task(recipe.task.name)
     torch.manual_seed(recipe.seed)
-    with stages.stage(f"load {recipe.model}") as progress:
+    with stages.stage(opening(recipe.model)) as progress:
         dense, tokenizer = open_model(recipe.model, progress)
     with stages.stage(f"prepare {recipe.task.name}"):
         task = build_task(recipe.task.name, tokenizer, **recipe.task.options)
+        task.check_model(dense)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     scores = kept(folder / "scores.json", HeadScores.load, lambda: scored(dense, task, recipe, stages))
     chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe))

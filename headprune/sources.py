@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,54 @@ from headprune.errors import unknown_name
 from headprune.surgery import load
 
 Progress = Callable[[int, int], None]
-# Models that need no folder: name -> function that gives one (training it first, where need be).
-EMBEDDED: dict[str, Callable[[Progress | None], Path]] = {"minilm": lambda progress: demo.minilm_path()}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that needs no folder: what gives one (training it first, where need be), and its task."""
+
+    folder: Callable[[Progress | None], Path]
+    task: str
+    opening: Callable[[], str]  # what to tell someone who waits for it
+
+
+def stdlib_lm_opening() -> str:
+    folder = demo.cached_folder()
+    return "load stdlib-lm" if folder.exists() else f"train stdlib-lm, once, for about two minutes (kept in {folder.parent})"
+
+
+EMBEDDED = {
+    "minilm": Embedded(lambda progress: demo.minilm_path(), "docstring-retrieval", lambda: "load minilm"),
+    "stdlib-lm": Embedded(demo.stdlib_lm_path, "standard-library-text", stdlib_lm_opening),
+}
 
 
 def model_folder(name: str, progress: Progress | None = None) -> Path:
-    """The folder of an embedded model ("minilm") or of any model that transformers or headprune saved."""
+    """The folder of an embedded model ("minilm", "stdlib-lm") or of any model that transformers or headprune saved."""
     if name in EMBEDDED:
-        return Path(EMBEDDED[name](progress))
+        return EMBEDDED[name].folder(progress)
     if not Path(name).exists() and "/" not in name:
         raise unknown_name("model (neither a folder nor an embedded one)", name, EMBEDDED)
     return Path(name)
 
 
+def opening(name: str) -> str:
+    """What `open_model(name)` is about to do, for the line above its progress."""
+    return EMBEDDED[name].opening() if name in EMBEDDED else f"load {name}"
+
+
 def demo_recipe(name: str) -> dict[str, Any]:
     """The recipe of the demo on an embedded model, ready to be changed."""
-    tasks = {"minilm": "docstring-retrieval"}
-    if name not in tasks:
-        raise unknown_name("demo model", name, tasks)
-    return {"model": name, "task": {"name": tasks[name]}, "output": f"runs/{name}"}
+    if name not in EMBEDDED:
+        raise unknown_name("demo model", name, EMBEDDED)
+    return {"model": name, "task": {"name": EMBEDDED[name].task}, "output": f"runs/{name}"}
+
+
+def default_task(name: str, model: PreTrainedModel) -> str:
+    """The task of an embedded model, or the one that comes with headprune for models like `model`."""
+    if name in EMBEDDED:
+        return EMBEDDED[name].task
+    return EMBEDDED["stdlib-lm" if model.can_generate() else "minilm"].task
 
 
 def open_model(name: str, progress: Progress | None = None) -> tuple[PreTrainedModel, Any]:

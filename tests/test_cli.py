@@ -80,6 +80,7 @@ RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": 
         (["run", "recipe.yaml", "task.options.calibration_pairs=0"], "calibration set of task docstring-retrieval is empty"),
         (["score", "minilm", "--criterion", "fischer"], "Did you mean 'fisher'"),
         (["demo", "--model", "minlm"], "Did you mean 'minilm'"),
+        (["demo", "--model", "stdlib-ml"], "Did you mean 'stdlib-lm'"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(call, tmp_path, arguments, names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,12 +40,12 @@ class Comparison:
     headline: str
     dense: Evaluation
     pruned: Evaluation
+    higher_is_better: bool = True  # of the headline
 
     def ratio(self, field: str) -> float:
-        """Pruned over dense, of a field of Evaluation or a metric."""
-        if field in self.dense.quality:
-            return self.pruned.quality[field] / self.dense.quality[field]
-        return getattr(self.pruned, field) / getattr(self.dense, field)
+        """Pruned over dense, of a field of Evaluation or a metric; NaN where dense is 0."""
+        dense, pruned = (found.quality.get(field, getattr(found, field, None)) for found in (self.dense, self.pruned))
+        return pruned / dense if dense else math.nan
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,8 +53,10 @@ class Comparison:
     def __rich__(self) -> Table:
         table = Table("", "dense", "pruned", "pruned / dense", title=f"{self.task}, one run", title_justify="left")
         for metric in self.dense.quality:
+            lower = metric == self.headline and not self.higher_is_better
+            label = f"{metric} (lower is better)" if lower else metric
             table.add_row(
-                metric, f"{self.dense.quality[metric]:.4f}", f"{self.pruned.quality[metric]:.4f}", f"{self.ratio(metric):.3f}"
+                label, f"{self.dense.quality[metric]:.4f}", f"{self.pruned.quality[metric]:.4f}", f"{self.ratio(metric):.3f}"
             )
         rows = {
             "parameters": ("parameters", "{:,}"),
@@ -81,7 +84,7 @@ def compare(
 ) -> Comparison:
     """Both models on the same data; latency is measured in turn, dense, pruned, dense, ..."""
     found = evaluations({"dense": dense, "pruned": pruned}, task, repeats, progress)
-    return Comparison(task.name, task.headline, found["dense"], found["pruned"])
+    return Comparison(task.name, task.headline, found["dense"], found["pruned"], task.higher_is_better)
 
 
 def evaluations(models: dict[str, nn.Module], task: Task, repeats: int, progress) -> dict[str, Evaluation]:

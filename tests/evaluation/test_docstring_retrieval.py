@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import bert
+from tiny_models import bert, llama
 
 from headprune.errors import InvalidInput
 from headprune.evaluation import Comparison, compare
@@ -85,6 +85,12 @@ def test_the_loss_is_cross_entropy_over_the_documents_of_the_batch(task):
 def test_a_bad_task_is_named(name, tokenizer, options, names):
     with pytest.raises(InvalidInput, match=names):
         build_task(name, tokenizer, **options)
+
+
+def test_a_language_model_is_refused(task):
+    task.check_model(bert())
+    with pytest.raises(InvalidInput, match="needs an encoder; LlamaForCausalLM"):
+        task.check_model(llama())
 
 
 def test_attention_flops_are_those_that_torch_counts():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headprune.errors import InvalidInput
 from headprune.evaluation.tasks.docstrings import Pair, docstring_pairs
 from headprune.evaluation.tasks.task import Progress, Task, register_task
 
@@ -47,6 +48,10 @@ class DocstringRetrieval(Task):
             self.encoded([pair.query for pair in group] + [pair.document for pair in group]) for group in shuffled(groups)
         ]
         self.digest = hashlib.sha256(repr(self.test).encode()).hexdigest()[:16]
+
+    def check_model(self, model: nn.Module) -> None:
+        if getattr(model, "can_generate", bool)():
+            raise InvalidInput(f"task {self.name} needs an encoder; {type(model).__name__} is a language model.")
 
     def encoded(self, texts: list[str]) -> dict[str, Tensor]:
         found = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "turtledemo"}
+from headprune.evaluation.tasks.standard_library import standard_library_files
+
 FIRST_SENTENCE = re.compile(r"(.+?[.!?])\s+(.+)")
 
 
@@ -19,15 +19,6 @@ FIRST_SENTENCE = re.compile(r"(.+?[.!?])\s+(.+)")
 class Pair:
     query: str  # the first sentence
     document: str  # the rest
-
-
-def standard_library_files() -> Iterator[tuple[str, Path]]:
-    """(path inside the library, file) of every module of the standard library but its tests, in order."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if not SKIPPED & set(relative.parts):
-            yield relative.as_posix(), path
 
 
 def is_test_file(name: str) -> bool:

@@ -45,6 +45,10 @@ class Task(ABC):
     def latency_inputs(self) -> dict[str, Tensor]:
         """Real inputs for `model(**inputs)`."""
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raises InvalidInput where `model` is not of the kind that the task reads."""
+        return
+
     def prompt(self) -> dict[str, Tensor] | None:
         """What `model.generate` takes, for a model that generates; None for others."""
         return None

