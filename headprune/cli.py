@@ -227,6 +227,7 @@ def with_bar(title: str, work):
 def logged_to(folder: Path):
     """Keeps what headprune logs in `folder`/log.txt, once the run has made the folder its own."""
     handler = logging.FileHandler(folder / "log.txt", delay=True)
+    handler.addFilter(lambda record: folder.is_dir())  # a model may be trained before the run writes anything
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("headprune")
     logger.addHandler(handler)

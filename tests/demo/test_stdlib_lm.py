@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from tiny_library import use_tiny_library
 
-from headprune import sources
+from headprune import cli, sources
 from headprune.demo import cached_folder, stdlib_lm, stdlib_lm_path, training
 from headprune.demo.stdlib_lm import Decoder, byte_level_bpe, initial_model
 from headprune.demo.training import Training
@@ -21,7 +21,12 @@ from headprune.run import run
 from headprune.surgery import load
 
 TINY = Decoder(
-    vocabulary=300, hidden=32, feed_forward=48, layers=2, head_dim=8, training=Training(steps=24, batch=8, window=32, warm_up=4)
+    vocabulary=300,
+    hidden=32,
+    feed_forward=48,
+    layers=2,
+    head_dim=8,
+    training=Training(steps=24, batch=8, window=32, learning_rate=6e-3, warm_up=4),
 )
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -105,6 +110,16 @@ def test_the_tokenizer_gives_back_any_text():
 @pytest.mark.parametrize("name", sorted(sources.EMBEDDED))
 def test_a_demo_is_the_recipe_of_its_name(name):
     assert load_recipe(RECIPES / f"{name}.yaml") == parse_recipe(sources.demo_recipe(name), "of the demo")
+
+
+def test_the_first_demo_trains_before_its_folder_exists_and_logs_once_it_does(monkeypatch, tmp_path):
+    embedded = dataclasses.replace(sources.EMBEDDED["stdlib-lm"], folder=lambda progress: stdlib_lm_path(progress, TINY))
+    monkeypatch.setitem(sources.EMBEDDED, "stdlib-lm", embedded)
+    content = sources.demo_recipe("stdlib-lm")
+    content["task"]["options"] = {"window": 32, "batch": 4, "calibration_windows": 24, "test_windows": 12}
+    content |= {"output": str(tmp_path / "run"), "evaluate": {"repeats": 1}}
+    cli.carry_out(parse_recipe(content, "test"))
+    assert "output error" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_the_demo_prunes_heads_one_by_one_and_generates_as_gated(monkeypatch, tmp_path):
