@@ -88,36 +88,35 @@ def with_alibi(s, rows, cols, offset, slope):
 
 
 @triton.jit
-def load_part(base, rows, stride, limit, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BOUNDED: tl.constexpr):
+def load_part(base, rows, stride, keep, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr):
     """Columns START .. START + WIDTH of the rows [R] of a matrix with last stride 1 -> [R, WIDTH].
 
-    0 from column DIM on and, where BOUNDED, from row `limit` on. rows * stride must stay below 2^31: put the rest into `base`.
+    0 from column DIM on and, where MASKED, in rows that are not in `keep` (bool [R]), which are not read. rows * stride must stay
+    below 2^31: put the rest into `base`.
     """
     dims = START + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * stride + dims[None, :]
     if START + WIDTH > DIM:
-        if BOUNDED:
-            tile = tl.load(pointers, mask=(rows[:, None] < limit) & (dims[None, :] < DIM), other=0.0)
+        if MASKED:
+            tile = tl.load(pointers, mask=keep[:, None] & (dims[None, :] < DIM), other=0.0)
         else:
             tile = tl.load(pointers, mask=dims[None, :] < DIM, other=0.0)
-    elif BOUNDED:
-        tile = tl.load(pointers, mask=rows[:, None] < limit, other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=keep[:, None], other=0.0)
     else:
         tile = tl.load(pointers)
     return tile
 
 
 @triton.jit
-def store_part(
-    base, tile, rows, stride, limit, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
-):  # fmt: skip
-    """Stores what `load_part` loads, in the matrix' dtype; rows from `limit` and columns from DIM on are left alone."""
+def store_part(base, tile, rows, stride, keep, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Stores what `load_part` loads, in the matrix' dtype; rows not in `keep` and columns from DIM on are left alone."""
     dims = START + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * stride + dims[None, :]
     if START + WIDTH > DIM:
-        tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows[:, None] < limit) & (dims[None, :] < DIM))
+        tl.store(pointers, tile.to(base.dtype.element_ty), mask=keep[:, None] & (dims[None, :] < DIM))
     else:
-        tl.store(pointers, tile.to(base.dtype.element_ty), mask=rows[:, None] < limit)
+        tl.store(pointers, tile.to(base.dtype.element_ty), mask=keep[:, None])
 
 
 @triton.jit
