@@ -3,7 +3,7 @@
 `headprune.ops.reference` is their specification in plain PyTorch.
 """
 
-from headprune.ops import cpp, fallback, triton
+from headprune.ops import cpp, fallback, triton, triton_decode
 from headprune.ops.attention import attention
 from headprune.ops.backend import backend, choose, operators
 from headprune.ops.decode import attention_decode
@@ -11,7 +11,9 @@ from headprune.ops.stats import HeadStats
 from headprune.ops.varlen import attention_varlen
 
 cpp.register_cpp()
+triton_decode.register_attention()
 triton.register_triton()
+triton_decode.register_decode()
 fallback.register_reference()
 
 __all__ = ["HeadStats", "attention", "attention_decode", "attention_varlen", "backend", "choose", "operators"]
