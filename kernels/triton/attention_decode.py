@@ -330,6 +330,8 @@ def aot_variants(capability: int) -> Iterator[AotVariant]:
             tuple(range(0, 8 * group + 1, group)), lengths=empty(4, dtype=torch.int32), scale=0.1, splits=8,
             page_table=empty(4, 4096 // page, dtype=torch.int32) if page else None, **extras,
         )  # fmt: skip
-        yield AotVariant(f"decode {name}", attend)
+        # From sm_90 on the tensor cores' own instructions begin at 64 rows; smaller tiles run on mma.sync.
+        cores = dtype != torch.float32 and (capability == 80 or group == 64)
+        yield AotVariant(f"decode {name}", attend, cores)
         if options:
             yield AotVariant(f"decode merge {name}", merge, tensor_cores=False)
