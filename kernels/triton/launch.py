@@ -25,7 +25,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | float]
+    arguments: dict[str, Tensor | int | float | None]
     constants: dict[str, Any]
     warps: int
     stages: int
@@ -56,11 +56,11 @@ def compile_ahead(launch: Launch, capability: int):
             signature[name], constants[(position,)] = "constexpr", launch.constants[name]
             continue
         value, plain = launch.arguments[name], kernel.params[position].do_not_specialize
-        if isinstance(value, int) and value == 1 and not plain:
-            signature[name], constants[(position,)] = "constexpr", 1
+        if value is None or (type(value) is int and value == 1 and not plain):
+            signature[name], constants[(position,)] = "constexpr", value
             continue
         signature[name] = argument_type(value)
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and not plain):
+        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0 and not plain):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
@@ -75,9 +75,9 @@ def argument_type(value: Tensor | int | float) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def as_bytes(mask: Tensor) -> Tensor:
-    """A bool tensor as uint8, without a copy: Triton gives bool pointers a type of their own."""
-    return mask.view(torch.uint8)
+def as_bytes(tensor: Tensor | None) -> Tensor | None:
+    """A bool tensor as uint8, without a copy (Triton gives bool pointers a type of their own); anything else as it is."""
+    return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
 
 
 @lru_cache(maxsize=64)
