@@ -69,10 +69,30 @@ def resource_usage(cubin: bytes) -> dict:
     return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
 
 
-def compile_cuda(path: Path) -> None:
-    arches = [("80", "80"), ("90a", "90a"), ("100", "100")]
-    flags = [f"-gencode=arch=compute_{virtual},code=sm_{real}" for virtual, real in arches]
-    subprocess.run(["nvcc", "-O3", "-Xptxas", "-v", *flags, "-c", str(path), "-o", "/dev/null"], check=True)
+def compile_cuda(path: Path, capabilities: tuple[int, ...] = (80, 90, 100)) -> list[dict]:
+    """A row for each kernel of a .cu file and architecture, from what nvcc's assembler says. Dynamic shared memory is not in it."""
+    names = [f"{capability}a" if capability == 90 else str(capability) for capability in capabilities]
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", *flags, "-c", str(path), "-o", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return [{"kernel": path.name, "arch": "", "failure": done.stderr.strip()[-2000:]}]
+    found = re.findall(
+        r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
+        done.stderr, re.DOTALL,
+    )  # fmt: skip
+    return [
+        {"kernel": readable(name), "arch": arch, "registers": int(used), "spills": max(int(stack), int(spilled))}
+        for name, arch, stack, spilled, used in found
+    ]
+
+
+def readable(mangled: str) -> str:
+    """`attention_decode_kernel<Half, 128>` for a mangled name: without namespaces and arguments, where c++filt is there."""
+    if not shutil.which("c++filt"):
+        return mangled
+    plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"\w+::|\([^()]*\)$|^void ", "", plain)
 
 
 def line(row: dict) -> str:
@@ -84,11 +104,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="compile the variants whose label contains this")
     only, failed = parser.parse_args().only, False
+    print(line(dict(zip(COLUMNS, COLUMNS))))
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed: no Triton kernel was compiled")
     else:
         jobs = [(cap, found.label) for cap in TENSOR_CORES for found in variants(cap) if only in found.label]
-        print(line(dict(zip(COLUMNS, COLUMNS))))
         # One process each: the compiler holds the interpreter's lock, and a crash in it ends the process.
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             for row in pool.map(compile_labelled, *zip(*jobs)):
@@ -96,7 +116,9 @@ def main() -> int:
                 failed |= "failure" in row
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         if shutil.which("nvcc"):
-            compile_cuda(path)
+            for row in compile_cuda(path):
+                print(line(row), flush=True)
+                failed |= "failure" in row
         else:
             print(f"nvcc is not on the PATH: {path.name} was not compiled")
     return int(failed)

@@ -1,13 +1,14 @@
 """Every architecture compiles the kernels without a GPU, on its tensor cores and without spilling tiles."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing is compiled ahead of time")
-SOURCE = Path(__file__).parents[2] / "bench" / "aot.py"
-spec = importlib.util.spec_from_file_location("aot", SOURCE)
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("aot", ROOT / "bench" / "aot.py")
 aot = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(aot)
 
@@ -20,6 +21,8 @@ spec.loader.exec_module(aot)
         (100, "attention_forward bf16 d128 causal statistics"),
         (80, "attention_forward fp32 d64"),
         (90, "head_statistics"),
+        (90, "decode bf16 d128"),
+        (80, "decode bf16 d96 all options"),
     ],
 )
 def test_a_kernel_compiles_without_spilling_a_tile(capability, label):
@@ -28,6 +31,16 @@ def test_a_kernel_compiles_without_spilling_a_tile(capability, label):
     # Addresses and row statistics may be put aside around the key loop; a spilled tile is hundreds of bytes a thread.
     assert row["spills"] <= 64
     assert 0 < row["registers"] <= 255
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH: no .cu file is compiled")
+def test_cuda_kernels_compile_without_spilling_a_tile():
+    rows = aot.compile_cuda(ROOT / "csrc" / "cuda" / "decode.cu", (90,))
+    assert len(rows) == 6
+    for row in rows:
+        assert "failure" not in row
+        assert row["spills"] <= 64
+        assert 0 < row["registers"] <= 255
 
 
 def test_labels_are_unique():
