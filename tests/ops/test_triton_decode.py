@@ -132,7 +132,9 @@ def test_attention_of_a_few_queries_runs_as_decode_on_a_gpu():
 @pytest.mark.gpu
 @gpu
 def test_a_long_cache_is_addressed_beyond_32_bits():
-    """2^31 elements lie before the last sample's keys."""
+    """More than 2^32 elements lie before the last samples' keys."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GB of free memory")
     case = Case(RAGGED, (2**17,) * 2, dim=128, value_dim=128)
     call = build(case, torch.float16, "cuda").call
     wide = torch.zeros(90, *call.key_cache.shape[1:], device="cuda", dtype=torch.float16)
