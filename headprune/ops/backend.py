@@ -44,7 +44,8 @@ def operators() -> dict[str, tuple[Implementation, ...]]:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Forces one backend ("cpp", "cuda", "triton", "reference") inside the block; a call that it refuses raises InvalidInput."""
+    """Forces one backend ("cpp", "cuda", "triton", "triton-decode", "reference") inside the block; a call that it refuses raises
+    InvalidInput."""
     known = {implementation.backend for found in _implementations.values() for implementation in found}
     if name not in known:
         raise unknown_name("backend", name, known)

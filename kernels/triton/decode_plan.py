@@ -22,7 +22,10 @@ MOST_SPLITS = 128
 
 @cache  # never emptied: CUDA graphs hold on to the tables
 def tile_table(group_offsets: tuple[int, ...], new: int, block_m: int, device: torch.device) -> Tensor:
-    """int32 [tiles, 3]: key/value head, first row, row behind the last one. `group_offsets` as in HeadMap."""
+    """int32 [tiles, 3]: key/value head, first row, row behind the last one. `group_offsets` as in HeadMap.
+
+    Copied to the device on the first call, which therefore cannot be inside the capture of a CUDA graph.
+    """
     tiles = [
         (kv_head, first, min(first + block_m, stop * new))
         for kv_head, (start, stop) in enumerate(pairwise(group_offsets))

@@ -49,7 +49,7 @@ def few_queries(device: str, dtype: torch.dtype, causal: bool, query_len: int) -
 def check_attention(device: str, dtype: torch.dtype) -> None:
     for causal, query_len in ((False, 1), (True, 3)):
         call = few_queries(device, dtype, causal, query_len)
-        with ops.backend("triton"):
+        with ops.backend("triton-decode"):
             chosen = choose("attention", call)
         assert chosen.run is triton_decode.attention_forward
         output, lse, _ = chosen.run(call)
@@ -68,7 +68,7 @@ def check_gradient(device: str) -> None:
     call = few_queries(device, torch.float32, True, 3)
     leaves = [tensor.requires_grad_() for tensor in (call.query, call.key, call.value)]
     weight = torch.randn_like(call.query)
-    with ops.backend("triton"):
+    with ops.backend("triton-decode"):
         output = torch.ops.headprune.attention(*operands(call))[0]
     found = torch.autograd.grad((output * weight).sum(), leaves)
     exact = torch.autograd.grad((reference.attention_forward(call)[0] * weight).sum(), leaves)
