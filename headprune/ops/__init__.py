@@ -4,9 +4,11 @@
 """
 
 from headprune.ops import cpp, cuda, fallback, triton, triton_decode
-from headprune.ops.attention import attention
+from headprune.ops.attention import attention, library
+from headprune.ops.autocast import register_autocast
 from headprune.ops.backend import backend, choose, operators
 from headprune.ops.decode import attention_decode
+from headprune.ops.sdpa import scaled_dot_product_attention
 from headprune.ops.stats import HeadStats
 from headprune.ops.varlen import attention_varlen
 
@@ -17,5 +19,15 @@ cuda.register_where_faster()
 triton_decode.register_decode()
 cuda.register_where_asked_for()
 fallback.register_reference()
+register_autocast(library)
 
-__all__ = ["HeadStats", "attention", "attention_decode", "attention_varlen", "backend", "choose", "operators"]
+__all__ = [
+    "HeadStats",
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "backend",
+    "choose",
+    "operators",
+    "scaled_dot_product_attention",
+]
