@@ -28,8 +28,9 @@ spec.loader.exec_module(aot)
 def test_a_kernel_compiles_without_spilling_a_tile(capability, label):
     row = aot.compile_labelled(capability, label)
     assert "failure" not in row
-    # Addresses and row statistics may be put aside around the key loop; a spilled tile is hundreds of bytes a thread.
-    assert row["spills"] <= 64
+    # Addresses and row statistics may be put aside around the key loop, how many depends on Triton's version (sm_100 with
+    # statistics: none in 3.6.0, 144 bytes in 3.7.1); a spilled tile of 128 x 64 scores is 256 bytes more a thread.
+    assert row["spills"] <= 192
     assert 0 < row["registers"] <= 255
 
 
