@@ -68,7 +68,9 @@ def choose(operator: str, call: Any) -> Implementation:
             if implementation.backend == "reference" and forced is None:
                 tell_once(operator, reasons)
             return implementation
-        reasons.append(f"{implementation.backend}: {reason}")
+        line = f"{implementation.backend}: {reason}"
+        if line not in reasons:  # a backend may be listed twice: where it is the faster one, and where it is the only one
+            reasons.append(line)
     raise InvalidInput(f"no backend runs this {operator} ({'; '.join(reasons) or f'{forced} does not have it'}).")
 
 
