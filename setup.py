@@ -27,6 +27,11 @@ INSTRUCTION_SETS = {
         "-mfma", "-mf16c",
     ],
 }  # fmt: skip
+# The GPUs that the CUDA kernels are built for; the PTX serves those that come later. TORCH_CUDA_ARCH_LIST says otherwise.
+GPU_FLAGS = [
+    *(f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in ("80", "90a", "100")),
+    "-gencode=arch=compute_80,code=compute_80",
+]  # fmt: skip
 
 
 def sources(folder: str, suffix: str) -> list[str]:
@@ -44,7 +49,8 @@ def extensions() -> tuple[list, dict]:
     built = [CppExtension(f"headprune._cpu_{name}", cpu, extra_compile_args=CPU_FLAGS + flags) for name, flags in names.items()]
     cuda = sources("cuda", ".cu") + sources("cuda", ".cpp")
     if cuda and torch.version.cuda and CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"):
-        built.append(CUDAExtension("headprune._cuda", cuda, extra_compile_args={"cxx": COMMON_FLAGS, "nvcc": ["-O3", "-lineinfo"]}))
+        gpu_flags = ["-O3", "-lineinfo", *([] if os.environ.get("TORCH_CUDA_ARCH_LIST") else GPU_FLAGS)]
+        built.append(CUDAExtension("headprune._cuda", cuda, extra_compile_args={"cxx": COMMON_FLAGS, "nvcc": gpu_flags}))
     return built, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}
 
 

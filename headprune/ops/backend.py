@@ -44,7 +44,8 @@ def operators() -> dict[str, tuple[Implementation, ...]]:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Forces one backend ("cpp", "cuda", "triton", "reference") inside the block; a call that it refuses raises InvalidInput."""
+    """Forces one backend ("cpp", "cuda", "triton", "triton-decode", "reference") inside the block; a call that it refuses raises
+    InvalidInput."""
     known = {implementation.backend for found in _implementations.values() for implementation in found}
     if name not in known:
         raise unknown_name("backend", name, known)
@@ -67,7 +68,9 @@ def choose(operator: str, call: Any) -> Implementation:
             if implementation.backend == "reference" and forced is None:
                 tell_once(operator, reasons)
             return implementation
-        reasons.append(f"{implementation.backend}: {reason}")
+        line = f"{implementation.backend}: {reason}"
+        if line not in reasons:  # a backend may be listed twice: where it is the faster one, and where it is the only one
+            reasons.append(line)
     raise InvalidInput(f"no backend runs this {operator} ({'; '.join(reasons) or f'{forced} does not have it'}).")
 
 

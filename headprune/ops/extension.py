@@ -1,4 +1,4 @@
-"""The compiled C++ library: found, chosen by instruction set, loaded once at import.
+"""The compiled libraries: found, for the CPU chosen by instruction set, loaded once.
 
 setup.py builds the CPU kernels once per instruction set, as `headprune/_cpu_<name>.so`. The best one that this processor
 runs is loaded; `ATEN_CPU_CAPABILITY` (default, avx2, avx512) lowers the choice, as it does for torch itself.
@@ -17,8 +17,8 @@ _BEST_FIRST = ("avx512", "avx2", "default")
 
 @dataclass(frozen=True)
 class Extension:
-    """What became of loading the CPU library: `instruction_set` and `path` of the one that is loaded, else None and
-    `reason`. `skipped` tells of better ones that exist and could not be loaded."""
+    """What became of loading a library: `path` of the one that is loaded and, for the CPU, its `instruction_set`; else None
+    and `reason`. `skipped` tells of better ones that exist and could not be loaded."""
 
     instruction_set: str | None
     path: Path | None
@@ -50,3 +50,18 @@ def cpu_extension(folder: Path = Path(__file__).parents[1]) -> Extension:
         "; ".join(failures) or f"not built: no _cpu_*.so for {capability} in {folder} (run `python setup.py build_ext --inplace`)"
     )
     return Extension(None, None, reason)
+
+
+@cache
+def cuda_extension(folder: Path = Path(__file__).parents[1]) -> Extension:
+    """Loads the CUDA kernels on the first call and says what was loaded, or why nothing was."""
+    path = folder / "_cuda.so"
+    if torch.version.cuda is None:
+        return Extension(None, None, "this PyTorch is built without CUDA")
+    if not path.exists():
+        return Extension(None, None, f"not built: no {path.name} in {folder} (run `python setup.py build_ext --inplace` with nvcc)")
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return Extension(None, None, f"{path.name} does not load: {str(error).splitlines()[0]}")
+    return Extension(None, path, None)

@@ -57,9 +57,8 @@ def backends_table() -> Table:
                 for implementation in implementations:
                     reason = implementation.missing() or implementation.refuses(call)
                     if reason is None:
-                        table.add_row(
-                            operator, device, str(dtype).removeprefix("torch."), implementation.backend, "; ".join(passed)
-                        )
+                        instead = "; ".join(dict.fromkeys(passed))
+                        table.add_row(operator, device, str(dtype).removeprefix("torch."), implementation.backend, instead)
                         break
                     passed.append(f"{implementation.backend}: {reason}")
     return table
