@@ -6,6 +6,7 @@ A launcher builds a `Launch` from its tensors. Given tensors on the "meta" devic
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,7 +32,10 @@ class Launch:
     stages: int
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Tiles:
 
     full: Tile
     causal: Tile
-    statistics: Tile  # statistics or a key mask
+    loaded: Tile  # statistics, a key mask, a window, a soft cap or ALiBi: more registers
     bias: Tile  # a bias, whose tile is as large as the scores
 
 
