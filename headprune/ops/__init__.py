@@ -3,7 +3,7 @@
 `headprune.ops.reference` is their specification in plain PyTorch.
 """
 
-from headprune.ops import cpp, fallback, triton
+from headprune.ops import cpp, fallback, triton, triton_backward
 from headprune.ops.attention import attention
 from headprune.ops.backend import backend, choose, operators
 from headprune.ops.decode import attention_decode
@@ -12,6 +12,7 @@ from headprune.ops.varlen import attention_varlen
 
 cpp.register_cpp()
 triton.register_triton()
+triton_backward.register_triton_backward()
 fallback.register_reference()
 
 __all__ = ["HeadStats", "attention", "attention_decode", "attention_varlen", "backend", "choose", "operators"]

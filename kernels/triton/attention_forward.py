@@ -244,7 +244,7 @@ def strides(letter: str, dims: str, tensor: Tensor | None, packed: bool = False)
     """{"stride_qb": ...} for each of the tensor's dims; 0 without a tensor, in a dimension that it lacks at the front, and over
     the samples of a packed batch, which all count from the same pointer."""
     found = [] if tensor is None else list(tensor.stride()[: len(dims)])
-    if packed:
+    if packed and found:
         found[0] = 0
     found = [0] * (len(dims) - len(found)) + found
     return {f"stride_{letter}{dim}": stride for dim, stride in zip(dims, found)}
