@@ -3,7 +3,7 @@
 `headprune.ops.reference` is their specification in plain PyTorch.
 """
 
-from headprune.ops import cpp, cuda, fallback, triton, triton_decode
+from headprune.ops import cpp, cuda, fallback, triton, triton_backward, triton_decode
 from headprune.ops.attention import attention, library
 from headprune.ops.autocast import register_autocast
 from headprune.ops.backend import backend, choose, operators
@@ -15,6 +15,7 @@ from headprune.ops.varlen import attention_varlen
 cpp.register_cpp()
 triton_decode.register_attention()
 triton.register_triton()
+triton_backward.register_triton_backward()
 cuda.register_where_faster()
 triton_decode.register_decode()
 cuda.register_where_asked_for()

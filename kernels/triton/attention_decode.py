@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from headprune.kernels.decode_plan import LEAST_KEYS, most_rows, multiprocessors, split_count, tile_table
 from headprune.kernels.launch import AotVariant, Launch, as_bytes
 from headprune.kernels.scores import LN2, LOG2E, capped, with_alibi

@@ -9,10 +9,10 @@ head_dim and value_dim are each covered by one or two tiles (scores.split_dim).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from headprune.kernels.head_statistics import empty_partials, statistics_launch, store_empty_tile, store_tile
 from headprune.kernels.launch import Launch, as_bytes, capability_of, head_table
 from headprune.kernels.schedule import section_pairs, tile_of
@@ -245,7 +245,7 @@ def strides(letter: str, dims: str, tensor: Tensor | None, packed: bool = False)
     """{"stride_qb": ...} for each of the tensor's dims; 0 without a tensor, in a dimension that it lacks at the front, and over
     the samples of a packed batch, which all count from the same pointer."""
     found = [] if tensor is None else list(tensor.stride()[: len(dims)])
-    if packed:
+    if packed and found:
         found[0] = 0
     found = [0] * (len(dims) - len(found)) + found
     return {f"stride_{letter}{dim}": stride for dim, stride in zip(dims, found)}

@@ -6,10 +6,10 @@ norm, the largest logit, and how many rows count. A second kernel adds the tiles
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from headprune.kernels.launch import Launch
 
 FIELDS = 7

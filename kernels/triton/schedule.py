@@ -14,7 +14,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-
 import triton
 import triton.language as tl
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from headprune.kernels.scores import biased, capped, dot_parts, key_mask_row, load_part, visible_tile, with_alibi
 
 
