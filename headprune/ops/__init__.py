@@ -3,7 +3,7 @@
 `headprune.ops.reference` is their specification in plain PyTorch.
 """
 
-from headprune.ops import cpp, fallback, triton
+from headprune.ops import cpp, fallback, gluon, triton
 from headprune.ops.attention import attention
 from headprune.ops.backend import backend, choose, operators
 from headprune.ops.decode import attention_decode
@@ -11,6 +11,7 @@ from headprune.ops.stats import HeadStats
 from headprune.ops.varlen import attention_varlen
 
 cpp.register_cpp()
+gluon.register_gluon()
 triton.register_triton()
 fallback.register_reference()
 

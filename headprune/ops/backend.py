@@ -44,7 +44,8 @@ def operators() -> dict[str, tuple[Implementation, ...]]:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Forces one backend ("cpp", "cuda", "triton", "reference") inside the block; a call that it refuses raises InvalidInput."""
+    """Forces one backend ("cpp", "cuda", "gluon", "triton", "reference") inside the block; a call that it refuses raises
+    InvalidInput."""
     known = {implementation.backend for found in _implementations.values() for implementation in found}
     if name not in known:
         raise unknown_name("backend", name, known)
@@ -55,20 +56,25 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The backend that `backend` forces here, or None."""
+    return _forced.get()
+
+
 def choose(operator: str, call: Any) -> Implementation:
     """The implementation that will run `call`."""
-    forced = _forced.get()
+    only = forced()
     reasons = []
     for implementation in _implementations[operator]:
-        if forced not in (None, implementation.backend):
+        if only not in (None, implementation.backend):
             continue
         reason = implementation.missing() or implementation.refuses(call)
         if reason is None:
-            if implementation.backend == "reference" and forced is None:
+            if implementation.backend == "reference" and only is None:
                 tell_once(operator, reasons)
             return implementation
         reasons.append(f"{implementation.backend}: {reason}")
-    raise InvalidInput(f"no backend runs this {operator} ({'; '.join(reasons) or f'{forced} does not have it'}).")
+    raise InvalidInput(f"no backend runs this {operator} ({'; '.join(reasons) or f'{only} does not have it'}).")
 
 
 def tell_once(operator: str, reasons: list[str]) -> None:

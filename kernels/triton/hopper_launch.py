@@ -35,10 +35,7 @@ class Tiles:
 
 TILES = {64: Tiles(128, 3, 2, 2), 128: Tiles(128, 2, 2, 2)}
 # What else compiles without spilling: the candidates of bench/bench_gpu_hopper.py.
-CANDIDATES = {
-    64: (TILES[64], Tiles(128, 2, 1, 2), Tiles(64, 4, 2, 3), Tiles(64, 4, 1, 3)),
-    128: (TILES[128], Tiles(128, 2, 1, 2), Tiles(64, 4, 2, 2)),
-}
+CANDIDATES = {64: (TILES[64], Tiles(128, 2, 1, 2), Tiles(64, 4, 2, 3)), 128: (TILES[128], Tiles(128, 2, 1, 2), Tiles(64, 4, 2, 2))}
 
 
 def unfit(name: str, tensor: Tensor) -> str | None:
