@@ -279,7 +279,12 @@ def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
     return bars
 
 
-@gluon.jit
+# No integer is specialised: one compilation serves every length and head count, also those of 1.
+@gluon.jit(
+    do_not_specialize=[
+        "stride_gb", "stride_ob", "stride_oh", "stride_om", "heads", "batch_heads", "row_blocks", "q_len", "kv_len", "section",
+    ]
+)  # fmt: skip
 def attention_forward_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, gate_ptr, kv_of_query_ptr, stride_gb, stride_ob, stride_oh, stride_om,
     heads, batch_heads, row_blocks, q_len, kv_len, section, scale,
