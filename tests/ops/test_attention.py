@@ -1,10 +1,6 @@
 """The attention operator: the reference against PyTorch's own attention, and what torch.library asks of an operator."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -120,45 +116,3 @@ def test_arguments_that_do_not_fit_are_named(change, names):
 def test_an_unknown_backend_is_refused():
     with pytest.raises(InvalidInput, match="Did you mean 'triton'"), ops.backend("trition"):
         pass
-
-
-TRITON_CASES = [
-    (RAGGED, 16, 12, 5, 9, True), (HeadMap.uniform(1), 80, 80, 40, 40, False), (HeadMap.uniform(3, 1), 33, 20, 1, 70, True),
-    (HeadMap.uniform(2), 16, 16, 37, 37, True),
-]  # fmt: skip
-
-
-def check_triton(device: str, dtype: torch.dtype) -> None:
-    """Error against fp64 at most twice that of PyTorch's attention in the same precision."""
-    for head_map, dim, value_dim, q_len, kv_len, causal in TRITON_CASES:
-        q, k, v = (t.to(device, dtype) for t in inputs(head_map, 2, q_len, kv_len, dim, value_dim))
-        key_mask = torch.rand(2, kv_len) > 0.3
-        key_mask[:, 0] = True
-        visible = torch.ones(q_len, kv_len).tril(kv_len - q_len).bool() if causal else torch.ones(q_len, kv_len).bool()
-        visible = (visible & key_mask[:, None, None]).to(device)
-        gate = torch.rand(2, head_map.query_heads, device=device)
-        gate[0, 0] = 0.0
-        with ops.backend("triton"):
-            found = ops.attention(q, k, v, head_map, causal=causal, key_mask=key_mask.to(device), gate=gate)
-        keys, values = expanded(head_map, k, v)
-        exact = F.scaled_dot_product_attention(q.double(), keys.double(), values.double(), attn_mask=visible)
-        exact = exact * gate.double()[..., None, None]
-        theirs = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible) * gate[..., None, None].to(dtype)
-        floor = 4 * torch.finfo(dtype).eps
-        assert (found - exact).abs().max() <= 2 * (theirs - exact).abs().max() + floor
-
-
-def test_triton_in_its_interpreter_is_as_exact_as_pytorch():
-    """In a process of its own: the variable must be set before triton is imported."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    script = "import torch, test_attention as t; [t.check_triton('cpu', d) for d in (torch.float32, torch.float16)]; print('done')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "done", done.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_triton_on_a_gpu_is_as_exact_as_pytorch(dtype):
-    check_triton("cuda", dtype)

@@ -1,0 +1,58 @@
+"""Tile sizes of the forward kernel: a checked-in table, so that nothing is tuned at import or at a first call.
+
+UNTUNED: no row has been measured on a GPU yet. They are what register and shared-memory use ahead of time (`make aot`) and
+published kernels suggest: 128 queries a tile, as many keys as fit with two or three stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    block_m: int  # queries
+    block_n: int  # keys
+    warps: int
+    stages: int
+
+
+# (architecture family, head_dim up to): (full, causal), 16-bit types.
+_HALF = {
+    (80, 64): (Tile(128, 64, 4, 3), Tile(128, 64, 4, 3)),
+    (80, 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+    (80, 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    (90, 64): (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
+    (90, 128): (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
+    (90, 256): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (100, 64): (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
+    (100, 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
+    (100, 256): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+}
+# With statistics, a bias or a mask the registers of a tile of 128 x 128 scores do not suffice at head_dim 128.
+_HALF_LOADED = {(80, 128): Tile(128, 32, 8, 3), (90, 128): Tile(128, 64, 8, 3), (100, 128): Tile(128, 64, 8, 3)}
+# fp32 runs on the FMA units, in true fp32.
+_FP32 = {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)}
+_INTERPRETER = Tile(16, 16, 4, 1)
+
+
+def forward_tile(capability: int, dtype: torch.dtype, dim: int, causal: bool, loaded: bool = False) -> Tile:
+    """The tile for compute capability 80, 86, 90, 100, 120, ... (0: the interpreter) and max(head_dim, value_dim) = `dim`.
+
+    loaded: with statistics, a bias or a key mask, which need registers of their own.
+    """
+    if capability == 0:
+        return _INTERPRETER
+    bucket = next(limit for limit in (64, 128, 256) if dim <= limit)
+    if dtype == torch.float32:
+        return _FP32[bucket]
+    row = (family(capability), bucket)
+    return _HALF_LOADED[row] if loaded and row in _HALF_LOADED else _HALF[row][causal]
+
+
+def family(capability: int) -> int:
+    """The row of the table: 100 for data-centre Blackwell, 90 for Hopper, 80 for all others (Ampere, Ada, and consumer Blackwell,
+    which have about 100 KB of shared memory or more and mma.sync)."""
+    return capability if capability in (90, 100) else 100 if 100 < capability < 120 else 80
