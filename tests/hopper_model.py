@@ -336,8 +336,8 @@ class ModelKernel:
         self.module, self.name, self.seed, self.changes = module, name, seed, changes or {}
 
     def __getitem__(self, grid):
-        def launch(*arguments, num_warps: int, **constants) -> None:
-            arguments = [self.argument(value) for value in arguments]
+        def launch(*, num_warps: int, num_stages: int, **values) -> None:
+            values = {name: self.argument(value) for name, value in values.items()}
             for program in range(grid[0]):
                 device = Device(program, grid[0], self.seed + program)
                 names = {}
@@ -345,7 +345,7 @@ class ModelKernel:
                     function = getattr(value, "fn", None)
                     names[name] = FunctionType(function.__code__, names) if function else getattr(value, "value", value)
                 names.update(language(device, []) | self.changes)
-                names[self.name](*arguments, **constants)
+                names[self.name](**values)
 
         return launch
 

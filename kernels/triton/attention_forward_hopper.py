@@ -33,7 +33,6 @@ tests/kernels/test_hopper_schedule.py runs these functions on a model of the bar
 from __future__ import annotations
 
 from headprune.kernels.hopper_schedule import filled_phase, freed_phase, key_blocks, place_of, slot, tile_of, turn_phase
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from headprune.kernels.attention_forward_hopper import ROWS, attention_forward_hopper_kernel
 from torch import Tensor
 
+from headprune.kernels.attention_forward_hopper import ROWS, attention_forward_hopper_kernel
+from headprune.kernels.launch import AotVariant, Launch, head_table
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -58,10 +60,16 @@ def descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), [*strides[:3], 1], block, layout)
 
 
-def attention_forward_hopper(
+def attention_forward_hopper(query: Tensor, *tensors, **options) -> None:
+    """Runs `hopper_launch` on the device of query."""
+    with torch.cuda.device(query.device):
+        hopper_launch(query, *tensors, **options).run()
+
+
+def hopper_launch(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, kv_of_query: tuple[int, ...],
     *, causal: bool, scale: float, gate: Tensor | None, tiles: Tiles | None = None, programs: int | None = None,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """Fills output [batch, query_heads, query_len, dim] and lse fp32 [batch, query_heads, query_len], contiguous.
 
     query [batch, query_heads, query_len, dim], key, value [batch, kv_heads, kv_len, dim]: fp16 or bf16, dim 64 or 128, no empty
@@ -72,15 +80,21 @@ def attention_forward_hopper(
     kv_heads, kv_len = key.shape[1:3]
     tiles = tiles or TILES[dim]
     row_blocks = -(-q_len // (tiles.consumers * ROWS.value))
-    programs = min(programs or multiprocessors(query.device), batch * heads * row_blocks)
-    attention_forward_hopper_kernel[(programs,)](
-        descriptor(query, ROWS.value), descriptor(key, tiles.block_n), descriptor(value, tiles.block_n),
-        descriptor(output, ROWS.value), output, lse, lse if gate is None else gate, head_table(kv_of_query, query.device),
-        gate.stride(0) if gate is not None and gate.dim() == 2 else 0, *output.stride()[:3],
-        heads, batch * heads, row_blocks, q_len, kv_len, section(batch * heads, heads / kv_heads, kv_len * dim, causal),
-        scale * LOG2E, BLOCK_N=tiles.block_n, STAGES=tiles.stages, Q_STAGES=tiles.q_stages, CONSUMERS=tiles.consumers,
-        CAUSAL=causal, HAS_GATE=gate is not None, REGISTERS=tiles.registers, num_warps=4,
-    )  # fmt: skip
+    arguments = {
+        "q_desc": descriptor(query, ROWS.value), "k_desc": descriptor(key, tiles.block_n),
+        "v_desc": descriptor(value, tiles.block_n), "o_desc": descriptor(output, ROWS.value), "o_ptr": output, "lse_ptr": lse,
+        "gate_ptr": lse if gate is None else gate, "kv_of_query_ptr": head_table(kv_of_query, query.device),
+        "stride_gb": gate.stride(0) if gate is not None and gate.dim() == 2 else 0, "stride_ob": output.stride(0),
+        "stride_oh": output.stride(1), "stride_om": output.stride(2), "heads": heads, "batch_heads": batch * heads,
+        "row_blocks": row_blocks, "q_len": q_len, "kv_len": kv_len,
+        "section": section(batch * heads, heads / kv_heads, kv_len * dim, causal), "scale": scale * LOG2E,
+    }  # fmt: skip
+    constants = {
+        "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "Q_STAGES": tiles.q_stages, "CONSUMERS": tiles.consumers,
+        "CAUSAL": causal, "HAS_GATE": gate is not None, "REGISTERS": tiles.registers,
+    }  # fmt: skip
+    grid = (min(programs or multiprocessors(query.device), batch * heads * row_blocks),)
+    return Launch(attention_forward_hopper_kernel, grid, arguments, constants, warps=4, stages=1)
 
 
 def section(batch_heads: int, group: float, elements: int, causal: bool) -> int:
@@ -96,7 +110,26 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache(maxsize=512)
-def head_table(kv_of_query: tuple[int, ...], device: torch.device) -> Tensor:
-    """The head map on the device, int32 [query_heads]."""
-    return torch.tensor(kv_of_query, dtype=torch.int32, device=device)
+def aot_variants(capability: int) -> Iterator[AotVariant]:
+    if capability != 90:
+        return
+    for dim, candidates in CANDIDATES.items():
+        for tiles in candidates:
+            yield variant(dim, tiles, torch.bfloat16, causal=True, gated=False)
+        yield variant(dim, TILES[dim], torch.float16, causal=False, gated=True)
+
+
+def variant(dim: int, tiles: Tiles, dtype: torch.dtype, *, causal: bool, gated: bool) -> AotVariant:
+    query, key, value, output = (
+        torch.empty(2, 4096, heads, dim, device="meta", dtype=dtype).transpose(1, 2) for heads in (4, 2, 2, 4)
+    )
+    lse, gate = torch.empty(2, 4, 4096, device="meta"), torch.empty(2, 4, device="meta") if gated else None
+    launch = hopper_launch(
+        query, key, value, output, lse, (0, 0, 0, 1), causal=causal, scale=dim**-0.5, gate=gate, tiles=tiles, programs=132
+    )
+    shape = f"{64 * tiles.consumers}x{tiles.block_n} q{tiles.q_stages} kv{tiles.stages}"
+    options = ["causal"] * causal + ["gated"] * gated
+    return AotVariant(
+        " ".join(["attention_forward_hopper", {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype], f"d{dim}", *options, shape]),
+        launch,
+    )

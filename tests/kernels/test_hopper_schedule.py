@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper", reason="Triton is not installed")
 
+from hopper_model import Deadlock, ModelKernel, Race
+
 from headprune.kernels import attention_forward_hopper as kernel
 from headprune.kernels import hopper_launch as launch
 from headprune.kernels import hopper_schedule as schedule
-from hopper_model import Deadlock, ModelKernel, Race
 
 RAGGED = (0, 0, 1)
 
@@ -31,9 +32,9 @@ def run(monkeypatch, *, q_len, kv_len, causal, heads=RAGGED, gate=None, tiles=(1
     output, lse = torch.full_like(query, float("nan")), torch.full(query.shape[:3], float("nan"))
     model = ModelKernel(kernel, "attention_forward_hopper_kernel", seed, changes)
     monkeypatch.setattr(launch, "attention_forward_hopper_kernel", model)
-    launch.attention_forward_hopper(
+    launch.hopper_launch(
         query, key, value, output, lse, heads, causal=causal, scale=0.2, gate=gate, tiles=launch.Tiles(*tiles), programs=programs
-    )
+    ).run()
     return output, lse, query, key[:, list(heads)], value[:, list(heads)]
 
 
