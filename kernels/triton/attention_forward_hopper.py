@@ -26,6 +26,10 @@ has passed the turn on. So one bit of phase suffices. There is no deadlock: all 
 without waiting for anything that comes later in the order than what the producer has already started, provided STAGES >= 2
 (a consumer waits for v[j] before it releases v[j-1]); and the holder of a turn waits for nothing at all.
 tests/kernels/test_hopper_schedule.py runs these functions on a model of the barriers.
+
+Sources: the schedule, and 240 and 24 registers for consumers and producer, from FlashAttention-3; what Gluon's barriers and
+fences promise, from triton-lang/triton, python/tutorials/gluon/08-warp-specialization.py; turns with named barriers, which Gluon
+does not have, in facebookexperimental/triton, third_party/tlx/tutorials/hopper_fa_ws_pipelined_pingpong.py.
 """
 
 # ruff: noqa: RUF059, RUF005  (Gluon passes groups of values as tuples, taken apart whole; it knows no starred lists)

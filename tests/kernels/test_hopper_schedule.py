@@ -69,7 +69,8 @@ MISTAKES = {
     "consumers read a phase early": {"filled_phase": lambda count, stages: ((count // stages) & 1) ^ 1},
     "nobody has the first turn": {"turn_phase": lambda count, who: count & 1},
     "both have the first turn": {"turn_phase": lambda count, who: (count & 1) ^ 1},
-    "the ring is counted one too long": {"slot": lambda count, stages: count % (stages - 1) if stages > 1 else 0},
+    "the output leaves without a fence": {"fence_async_shared": lambda: None},
+    "the ring is counted one too short": {"slot": lambda count, stages: count % (stages - 1) if stages > 1 else 0},
 }
 
 
