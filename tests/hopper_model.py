@@ -314,9 +314,9 @@ def language(device: Device, rings: list[Ring]) -> dict:
     )  # fmt: skip
     return {
         "gl": gl,
-        "tma": SimpleNamespace(
-            async_copy_global_to_shared=device.load, async_copy_shared_to_global=device.store, store_wait=device.store_wait
-        ),
+        "tma": SimpleNamespace(store_wait=device.store_wait),
+        "copy_in": device.load,
+        "copy_out": device.store,
         "mbarrier": SimpleNamespace(
             MBarrierLayout=nothing, init=initialise, expect=device.expect, arrive=device.arrive, wait=device.wait
         ),

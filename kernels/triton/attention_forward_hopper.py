@@ -41,6 +41,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+# Triton 3.9 renamed the two copies.
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)  # of one consumer: the M of a warpgroup's matrix instruction
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -66,7 +69,7 @@ def load(desc, ring, at, full, empty, freed, where):
     """Copies the box at `where` into slot `at` as soon as that is free; `full` tells when it has arrived."""
     mbarrier.wait(empty.index(at), freed)
     mbarrier.expect(full.index(at), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, where, full.index(at), ring.index(at))
+    copy_in(desc, where, full.index(at), ring.index(at))
 
 
 @gluon.jit
@@ -267,7 +270,7 @@ def consume(descs, rings, bars, outputs, gates, sizes, scale, config: gl.constex
                 acc = acc * gl.convert_layout(gate / total, gl.SliceLayout(1, o_layout), assert_trivial=True)[:, None]
                 q.store(acc.to(k_s.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(o_desc, [sample, head, first, 0], q_s.index(q_at))
+                copy_out(o_desc, [sample, head, first, 0], q_s.index(q_at))
                 tma.store_wait(0)
                 mbarrier.arrive(q_empty.index(q_at), count=1)
                 q_count += 1
