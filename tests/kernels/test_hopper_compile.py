@@ -9,11 +9,12 @@ import pytest
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper", reason="Triton is not installed")
 
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 from headprune.kernels import hopper_launch
 from headprune.kernels.launch import compile_ahead
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 DIMS = (64, 128)
 
 
@@ -27,9 +28,9 @@ def compiled(tmp_path_factory):
         built = compile_ahead(variant.launch, 90)
         (folder / "kernel.ptx").write_text(built.asm["ptx"])
         (folder / "kernel.cubin").write_bytes(built.asm["cubin"])
-        assemble = [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "again.cubin"]
+        assemble = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "again.cubin"]
         said = subprocess.run(assemble, capture_output=True, text=True, check=True).stderr
-        code = subprocess.run([TOOLS / "nvdisasm", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([DISASSEMBLER, folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
         found[dim] = built.asm["ptx"], said, code
     return found
 
