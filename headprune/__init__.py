@@ -10,7 +10,7 @@
 Importing headprune also registers attn_implementation="headprune" with transformers.
 """
 
-from headprune import ops
+from headprune import nn, ops
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InfeasibleBudget, InvalidInput, InvalidPlan, UnsupportedModel
 from headprune.evaluation import Evaluation, evaluate
 from headprune.head_map import HeadMap
@@ -43,6 +43,7 @@ __all__ = [
     "evaluate",
     "gated",
     "load",
+    "nn",
     "observe",
     "ops",
     "plan",

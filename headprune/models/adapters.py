@@ -12,7 +12,11 @@ from headprune.models.site import AttentionSite
 
 
 class Adapter(Protocol):
-    """Recognises one kind of attention module by its structure."""
+    """Recognises one kind of attention module by its structure.
+
+    Where the module slices its own weights the adapter also has `cut(site, kept_query_heads)`, which is called in place of
+    the general cut; where it runs ragged groups by itself, in any model, `runs_ragged = True`.
+    """
 
     name: str
 

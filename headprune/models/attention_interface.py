@@ -7,6 +7,8 @@ it would pass no padding mask at all, so both are registered.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +17,17 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
-from headprune.ops import attention
+from headprune.ops import attention, attention_varlen
+from headprune.ops.sdpa import repeated_heads
 
 NAME = "headprune"
+# What transformers and its models hand to attention functions and what changes nothing here: a sliding window is in the mask
+# already (and read for packed sequences), the rest is for other layers or other kernels.
+HARMLESS = {
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "indices", "logits_to_keep", "max_length_k",
+    "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids",
+    "return_dict", "seq_idx", "sliding_window", "use_cache",
+}  # fmt: skip
 
 
 def headprune_mask(
@@ -49,22 +59,27 @@ def headprune_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    cache=None,
-    **_: object,
+    **arguments: object,
 ) -> tuple[Tensor, None]:
     """The attention function: returns ([batch, query_len, query_heads, value_dim], None).
 
     The head map is the one that surgery left on `module` (`module.head_map`), else equal groups. Attention dropout
-    (training alone) runs through torch SDPA on expanded keys and values.
+    (training alone) runs through torch SDPA on expanded keys and values. With cu_seq_lens_q and cu_seq_lens_k each packed
+    sequence sees itself alone.
+
+    Raises InvalidInput for what it cannot honour: attention weights, a paged cache, an argument that it does not know.
     """
-    if cache is not None:
-        raise InvalidInput("continuous batching (a paged cache) is not supported by attn_implementation='headprune'.")
+    check_arguments(arguments)
     head_map = getattr(module, "head_map", None) or HeadMap.uniform(query.shape[1], key.shape[1])
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if arguments.get("cu_seq_lens_q") is not None:
+        check_packed(module, attention_mask, position_bias, dropout)
+        return packed_attention(query, key, value, head_map, causal, scaling, softcap, s_aux, arguments), None
     causal = causal and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:
         # No mask here means an empty static cache (masking_utils._ignore_causal_mask_sdpa): its unwritten tail is never seen.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    attention_mask = as_padding_mask(attention_mask, query, key)
     key_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     bias = merged_bias(attention_mask if key_mask is None else None, position_bias)
     if dropout:
@@ -74,6 +89,70 @@ def headprune_attention(
             query, key, value, head_map, causal=causal, scale=scaling, softcap=softcap, sinks=s_aux, key_mask=key_mask, bias=bias
         )
     return output.transpose(1, 2), None
+
+
+def check_arguments(arguments: Mapping[str, object]) -> None:
+    """InvalidInput for a set argument that may change what attention means."""
+    if arguments.get("cache") is not None:
+        raise InvalidInput("continuous batching (a paged cache) is not supported by attn_implementation='headprune'.")
+    if arguments.get("output_attentions"):
+        raise InvalidInput(
+            "attn_implementation='headprune' never forms attention weights, so output_attentions has nothing to give. Use "
+            "'eager', or read head statistics from headprune.ops.attention(..., stats=True)."
+        )
+    unknown = [
+        name for name, value in arguments.items() if name not in HARMLESS and value is not None and value is not False
+    ]  # fmt: skip
+    if unknown:
+        raise InvalidInput(
+            f"attn_implementation='headprune' does not know the argument {', '.join(unknown)}, which may change the result. Where "
+            "it does not, add it to headprune.models.attention_interface.HARMLESS."
+        )
+
+
+def as_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """A bool mask of a single query that all heads share, [batch, 1, 1, kv_len], as [batch, kv_len]: with a key mask alone
+    the decode kernels run. Any other mask as it is."""
+    if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, 1, key.shape[2]):
+        return mask
+    return mask[:, 0, 0].expand(query.shape[0], -1)
+
+
+def check_packed(module: nn.Module, mask: Tensor | None, position_bias: Tensor | None, dropout: float) -> None:
+    """InvalidInput for what a packed batch cannot carry."""
+    config = getattr(module, "config", None)
+    found = {
+        "a 2-D attention mask": mask is not None and mask.dim() == 2,
+        "a position bias": position_bias is not None,
+        "attention dropout": bool(dropout),
+        "chunked attention": getattr(config, "attention_chunk_size", None) is not None,
+    }
+    for name, present in found.items():
+        if present:
+            raise InvalidInput(f"packed sequences (cu_seq_lens_q) together with {name} are not supported; leave one of them out.")
+
+
+def packed_attention(query, key, value, head_map, causal, scale, softcap, sinks, arguments: Mapping[str, object]) -> Tensor:
+    """transformers' padding-free batches, as its flash attention reads them: each sequence sees itself, causally where the
+    module is causal, within its sliding window. The 4-D mask that the model forms out of position_ids says the same."""
+    batch, _, length, _ = query.shape
+    starts = [arguments["cu_seq_lens_q"], arguments.get("cu_seq_lens_k")]
+    if starts[1] is None:
+        raise InvalidInput("cu_seq_lens_q is given without cu_seq_lens_k.")
+    longest = [arguments.get("max_length_q"), arguments.get("max_length_k")]
+    output = attention_varlen(
+        *(tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)),
+        *(tensor.to(query.device, torch.int32) for tensor in starts),
+        head_map,
+        max_seqlen_q=None if longest[0] is None else int(longest[0]),
+        max_seqlen_k=None if longest[1] is None else int(longest[1]),
+        causal=causal,
+        window=arguments.get("sliding_window"),
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    return output.unflatten(0, (batch, length))
 
 
 def merged_bias(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
@@ -91,8 +170,7 @@ def dropped_attention(query, key, value, head_map, causal, scale, softcap, sinks
     if key_mask is not None:
         visible = key_mask[:, None, None, :]
         bias = visible if bias is None else bias.masked_fill(~visible, float("-inf"))
-    groups = torch.tensor(head_map.kv_of_query, device=query.device)
-    key, value = key.index_select(1, groups), value.index_select(1, groups)
+    key, value = repeated_heads(key, head_map), repeated_heads(value, head_map)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale)
 
 

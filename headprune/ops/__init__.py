@@ -4,9 +4,11 @@
 """
 
 from headprune.ops import cpp, fallback, gluon, triton
-from headprune.ops.attention import attention
+from headprune.ops.attention import attention, library
+from headprune.ops.autocast import register_autocast
 from headprune.ops.backend import backend, choose, operators
 from headprune.ops.decode import attention_decode
+from headprune.ops.sdpa import scaled_dot_product_attention
 from headprune.ops.stats import HeadStats
 from headprune.ops.varlen import attention_varlen
 
@@ -14,5 +16,15 @@ cpp.register_cpp()
 gluon.register_gluon()
 triton.register_triton()
 fallback.register_reference()
+register_autocast(library)
 
-__all__ = ["HeadStats", "attention", "attention_decode", "attention_varlen", "backend", "choose", "operators"]
+__all__ = [
+    "HeadStats",
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "backend",
+    "choose",
+    "operators",
+    "scaled_dot_product_attention",
+]

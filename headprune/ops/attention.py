@@ -133,7 +133,16 @@ def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
 def _run_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
     call = as_call(*args)
     grads = choose("attention_backward", call).run(call, grad_output, output, lse, tuple(needs))
-    return tuple(call.query.new_empty(0) if grad is None else grad for grad in grads)
+    inputs = (call.query, call.key, call.value, call.bias, call.sinks, call.gate)
+    return tuple(call.query.new_empty(0) if grad is None else laid_out_like(grad, tensor) for grad, tensor in zip(grads, inputs))
+
+
+def laid_out_like(grad: Tensor, tensor: Tensor) -> Tensor:
+    """`grad` with the strides that the fake promises, those of torch.empty_like(tensor); a copy only where it has others."""
+    if grad.stride() == tensor.stride():
+        return grad
+    promised = torch.empty_like(tensor)
+    return grad if grad.stride() == promised.stride() else promised.copy_(grad)
 
 
 def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:

@@ -242,15 +242,22 @@ def check_decode(call: DecodeCall) -> DecodeCall:
 
 
 def check_alike(tensors: dict[str, Tensor], dims: tuple[str, ...]) -> None:
-    """All of the same dtype and device, with the named dimensions."""
+    """All of the same dtype (after autocast, where it is on) and device, with the named dimensions."""
     first, leader = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.dim() != len(dims):
             raise InvalidInput(f"{name} has shape {list(tensor.shape)}; expected {len(dims)} dimensions [{', '.join(dims)}].")
-        if tensor.dtype != leader.dtype or tensor.device != leader.device:
+        if dtype_under_autocast(tensor) != dtype_under_autocast(leader) or tensor.device != leader.device:
             raise InvalidInput(
                 f"{name} is {tensor.dtype} on {tensor.device}, {first} is {leader.dtype} on {leader.device}; they must agree."
             )
+
+
+def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
+    """The dtype that a floating tensor has inside an operator: autocast changes all but fp64."""
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type)
 
 
 def check_heads(query_heads: int, head_map: HeadMap) -> None:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+
 from headprune.ops import reference
 from headprune.ops.backend import Implementation, register
+
+_AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.AutogradOther)
 
 
 def register_reference() -> None:
     runs = {
         "attention": reference.attention_forward,
-        "attention_backward": lambda call, grad_output, output, lse, needs: reference.attention_backward(call, grad_output, needs),
+        "attention_backward": by_autograd(reference.attention_backward),
         "attention_varlen": reference.attention_varlen_forward,
-        "attention_varlen_backward": lambda call, grad_output, output, lse, needs: reference.attention_varlen_backward(
-            call, grad_output, needs
-        ),
+        "attention_varlen_backward": by_autograd(reference.attention_varlen_backward),
         "attention_decode": reference.attention_decode,
     }
     for operator, run in runs.items():
         register(operator, Implementation("reference", run, refuses=lambda call: None))
+
+
+def by_autograd(backward: Callable) -> Callable:
+    """A reference backward as an operator calls it. It differentiates the forward, and a compiled graph switches autograd's
+    dispatch keys off around its operators: without them every gradient would be 0."""
+
+    @wraps(backward)
+    def run(call, grad_output, output, lse, needs):
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        for key in _AUTOGRAD_KEYS:
+            excluded = excluded.remove(key)
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+            return backward(call, grad_output, needs)
+
+    return run

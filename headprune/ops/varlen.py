@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headprune.head_map import HeadMap
-from headprune.ops.attention import library
+from headprune.ops.attention import laid_out_like, library
 from headprune.ops.backend import choose
 from headprune.ops.call import VarlenCall, check_varlen
 from headprune.ops.stats import HeadStats
@@ -115,7 +115,8 @@ def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
 def _run_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
     call = as_varlen_call(*args)
     grads = choose("attention_varlen_backward", call).run(call, grad_output, output, lse, tuple(needs))
-    return tuple(call.query.new_empty(0) if grad is None else grad for grad in grads)
+    inputs = (call.query, call.key, call.value, call.sinks, call.gate)
+    return tuple(call.query.new_empty(0) if grad is None else laid_out_like(grad, tensor) for grad, tensor in zip(grads, inputs))
 
 
 def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:

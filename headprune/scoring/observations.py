@@ -24,6 +24,7 @@ class Need(Enum):
 
     WEIGHTS = "weights"
     GATE_GRADIENT = "gate_gradient"
+    GRAM = "gram"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class SiteObservations:
         shared key/value head's are divided evenly over its group.
     weight_count: fp32 [4, query_heads]: the number of weights behind them, divided likewise.
     gate_gradient: fp32 [samples, query_heads]: dL_n/dgate of each sample's loss.
+    input_gram: fp64 [features, features]: sum over valid tokens of x x^T, x the output projection's input; features of
+        head 0 first, then of head 1, ...
+    input_sum: fp64 [features]: sum of x; None where the projection has no bias that could take up a mean.
+    tokens: fp64 []: how many valid tokens that is.
+    output_gram: fp64 [features, features]: W^T W of the output projection W [hidden, features].
     """
 
     name: str
@@ -73,9 +79,13 @@ class SiteObservations:
     weight_l2: Tensor | None = None
     weight_count: Tensor | None = None
     gate_gradient: Tensor | None = None
+    input_gram: Tensor | None = None
+    input_sum: Tensor | None = None
+    tokens: Tensor | None = None
+    output_gram: Tensor | None = None
 
     def merged(self, other: SiteObservations) -> SiteObservations:
-        """Both sets of samples; weight statistics are those of one model and must be the same."""
+        """Both sets of samples; statistics of weights are those of one model and must be the same."""
         if (self.name, self.shape) != (other.name, other.shape):
             raise InvalidInput("observations of different models cannot be merged.")
         merged = {}
@@ -83,6 +93,8 @@ class SiteObservations:
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine is not None and theirs is not None and field in PER_SAMPLE_FIELDS:
                 merged[field] = torch.cat([mine, theirs])
+            elif mine is not None and theirs is not None and field in SUMMED_FIELDS:
+                merged[field] = mine + theirs
             else:
                 merged[field] = theirs if mine is None else mine
         return replace(self, **merged)
@@ -90,6 +102,7 @@ class SiteObservations:
 
 TENSOR_FIELDS = tuple(field.name for field in fields(SiteObservations) if field.name not in ("name", "shape"))
 PER_SAMPLE_FIELDS = ("gate_gradient",)
+SUMMED_FIELDS = ("input_gram", "input_sum", "tokens")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.files import read_json, write_json
+from headprune.models.tokens import TokenMask
 from headprune.scoring.criterion import Criterion, get_criterion
 from headprune.scoring.observations import Observations, SiteShape
 from headprune.scoring.observe import LossFunction, observe
@@ -112,7 +113,7 @@ def score_observations(observed: Observations, criterion: str, normalize: str = 
 
 
 def check_observed(observed: Observations, chosen: Criterion) -> None:
-    measured = {"weights": "weight_l1", "gate_gradient": "gate_gradient"}
+    measured = {"weights": "weight_l1", "gate_gradient": "gate_gradient", "gram": "input_gram"}
     for need in chosen.needs:
         missing = [name for name, site in observed.items() if getattr(site, measured[need.value]) is None]
         if missing:
@@ -128,15 +129,16 @@ def score(
     *,
     normalize: str = "none",
     loss_fn: LossFunction | None = None,
+    token_mask: TokenMask | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> HeadScores | dict[str, HeadScores]:
-    """Scores every query head of `model` on `batches`; see `observe` for batches, loss_fn and progress.
+    """Scores every query head of `model` on `batches`; see `observe` for all but criterion and normalize.
 
     criterion: one name, or a list of names: everything is measured in one pass and a dict of HeadScores comes back.
     Raises InvalidInput for an unknown criterion, an empty calibration set, a loss that is missing or not finite.
     """
     names = [criterion] if isinstance(criterion, str) else list(criterion)
     needs = frozenset().union(*(get_criterion(name).needs for name in names))
-    observed = observe(model, batches, needs, loss_fn=loss_fn, progress=progress)
+    observed = observe(model, batches, needs, loss_fn=loss_fn, token_mask=token_mask, progress=progress)
     scores = {name: score_observations(observed, name, normalize) for name in names}
     return scores[criterion] if isinstance(criterion, str) else scores

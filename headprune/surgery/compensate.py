@@ -1,8 +1,10 @@
 """Re-solves output projections after heads are removed, so that each layer gives again what the dense layer gave.
 
 Layer by layer, in order: X are the inputs that the already pruned model really gives to the layer's output projection
-(kept heads only), Y what the dense model's projection gave for the same tokens; W, b minimise
-||X W^T + b - Y||^2 + lambda ||W - W_0||^2 (least squares, ridge towards the old weights). No gradient, no training.
+(kept heads only), S the residual stream that it adds the result to, Y_0 and S_0 what the dense model's projection and
+stream were for the same tokens; W, b minimise ||S + X W^T + b - S_0 - Y_0||^2 + lambda ||W - W_0||^2 (least squares, ridge
+towards the old weights). So each layer also takes back what the layers before it left wrong in the stream. Where a site
+adds to no stream that can be seen, S - S_0 counts as 0. No gradient, no training.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite, is_conv1d
+from headprune.models.stream import first_tensor, residual_streams
+from headprune.models.tokens import attention_mask_of, valid_tokens
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
@@ -25,7 +29,7 @@ HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re
 
 @dataclass(frozen=True)
 class Resolved:
-    """What became of one site: relative squared error of the layer's output on held-out batches, before and after."""
+    """What became of one site: relative squared error of the stream behind it on held-out batches, before and after."""
 
     site: str
     error_before: float
@@ -111,8 +115,10 @@ def resolve_outputs(
     reports = []
     try:
         with torch.no_grad():
+            streams = residual_streams(model, chosen, lambda: forward(model, batches[0]))
             for done, site in enumerate(chosen):
-                train, held_out = gather(model, site, chosen, keep, dense, solved, batches, forward, token_mask)
+                stream = streams.get(site.name)
+                train, held_out = gather(model, site, stream, chosen, keep, dense, solved, batches, forward, token_mask)
                 report, solved[site.name] = resolve(site, keep[site.name], dense[site.name], train, held_out)
                 reports.append(report)
                 if progress:
@@ -126,28 +132,28 @@ def resolve_outputs(
     return reports
 
 
-def gather(model, site, chosen, keep, dense, solved, batches, forward, token_mask) -> tuple[NormalEquations, NormalEquations]:
-    """Normal equations of `site`: the dense model's outputs against the inputs that the model pruned so far gives."""
+def gather(
+    model, site, stream, chosen, keep, dense, solved, batches, forward, token_mask
+) -> tuple[NormalEquations, NormalEquations]:
+    """Normal equations of `site`: the dense model's stream behind it against the inputs that the model pruned so far gives."""
     columns = site.columns(tuple(keep[site.name]))
     weight, _ = dense[site.name]
     train, held_out = (NormalEquations.empty(len(columns), weight.shape[0]) for _ in range(2))
     for index, batch in enumerate(batches):
         with weights_in_place(chosen, dense):
-            dense_inputs = inputs_at(model, site, batch, forward)
+            dense_inputs, dense_stream = inputs_at(model, site, stream, batch, forward)
         with weights_in_place(chosen, solved), ExitStack() as stack:
             for other in chosen:
                 if other is not site:
                     stack.enter_context(output_input_hook(other, masked_to(other, keep[other.name])))
-            pruned_inputs = inputs_at(model, site, batch, forward)
-        mask = token_mask(batch)
-        if mask is not None:
-            mask = mask.to(dense_inputs.device).bool()
-            dense_inputs, pruned_inputs = dense_inputs[mask], pruned_inputs[mask]
-        dense_inputs, pruned_inputs = dense_inputs.flatten(0, -2), pruned_inputs.flatten(0, -2)
-        # The biases are the same on both sides, so the residual is of the weights alone.
-        kept_inputs = pruned_inputs[:, columns.to(pruned_inputs.device)]
-        kept_weight = weight[:, columns.to(weight.device)]
+            inputs, pruned_stream = inputs_at(model, site, stream, batch, forward)
+        kept_inputs, kept_weight = inputs[..., columns.to(inputs.device)], weight[:, columns.to(weight.device)]
+        # The biases are the same on both sides, so the residual is of the weights and the stream alone.
         residual = dense_inputs.float() @ weight.T.float() - kept_inputs.float() @ kept_weight.T.float()
+        if dense_stream is not None:
+            residual += dense_stream.float() - pruned_stream.float()
+        valid = valid_tokens(inputs, token_mask(batch))
+        kept_inputs, residual = kept_inputs[valid], residual[valid]
         last = held_out if len(batches) > 1 and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else train
         last.add(kept_inputs, residual)
         if len(batches) < HELD_OUT_EVERY and index == len(batches) - 1:
@@ -176,19 +182,29 @@ def resolve(site, keep, old, train, held_out) -> tuple[Resolved, tuple[Tensor, T
     return report, (new_weight, new_bias)
 
 
-def inputs_at(model: nn.Module, site: AttentionSite, batch: Any, forward: Callable) -> Tensor:
-    """The output projection's input at `site` [batch, tokens, features]; the forward pass stops there."""
+def inputs_at(
+    model: nn.Module, site: AttentionSite, stream: nn.Module | None, batch: Any, forward: Callable
+) -> tuple[Tensor, Tensor | None]:
+    """The output projection's input at `site` and what `stream` received, both [batch, tokens, features]; the forward pass
+    stops there."""
     found: list[Tensor] = []
+    entered: list[Tensor | None] = [None]
 
     def stop(inputs: Tensor) -> None:
         found.append(inputs)
         raise _Reached
 
-    with output_input_hook(site, stop):
+    def enter(_module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        entered[0] = first_tensor((*args, *kwargs.values()))
+
+    with ExitStack() as stack:
+        stack.enter_context(output_input_hook(site, stop))
+        if stream is not None:
+            stack.callback(stream.register_forward_pre_hook(enter, with_kwargs=True).remove)
         try:
             forward(model, batch)
         except _Reached:
-            return found[0]
+            return found[0], entered[0]
     raise InvalidInput(f"{site.name} was not reached by the calibration data.")
 
 
@@ -217,9 +233,3 @@ def set_weight_and_bias(site: AttentionSite, values: tuple[Tensor, Tensor | None
     module.weight.data = weight.T if is_conv1d(module) else weight
     if bias is not None:
         module.bias.data = bias
-
-
-def attention_mask_of(batch: Any) -> Tensor | None:
-    """The batch's 2-D "attention_mask", where it has one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if mask is not None and mask.dim() == 2 else None

@@ -29,10 +29,11 @@ def cut(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> None:
     emptied = [name for name, heads in kept.items() if not heads and sites[name].head_map.query_heads]
     if emptied:
         raise InvalidPlan(f"{emptied[0]} would lose all its heads; keep at least one in every attention.")
-    ragged = any(
-        not sites[name].head_map.keep(kept.get(name, range(site.head_map.query_heads))).is_uniform for name, site in sites.items()
-    )
-    if ragged:
+    if any(
+        not site.head_map.keep(kept.get(name, range(site.head_map.query_heads))).is_uniform
+        for name, site in sites.items()
+        if not getattr(adapter_of(site), "runs_ragged", False)
+    ):
         use_headprune_attention(model)
     for name, heads in kept.items():
         cut_site(sites[name], heads)
@@ -42,6 +43,9 @@ def cut(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> None:
 def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
     head_map = site.head_map.keep(kept)
     adapter = adapter_of(site)
+    if hasattr(adapter, "cut"):
+        adapter.cut(site, kept)
+        return
     kept_kv = site.head_map.kept_kv_heads(kept)
     by_module: dict[int, list[tuple[ProjectionHeads, Tensor]]] = {}
     for projection in site.projections:

@@ -36,6 +36,15 @@ def test_calibration_and_test_share_no_file_and_no_text():
     assert is_test_file("json/decoder.py") == is_test_file("json/decoder.py")
 
 
+def test_validation_splits_the_calibration_pairs_once_more():
+    calibration, test = docstring_pairs()
+    left, validation = docstring_pairs(validation=True)
+    assert len(left) > 100
+    assert len(validation) > 100
+    assert {*left, *validation} == set(calibration)
+    assert not {*left, *validation} & set(test)
+
+
 def test_the_task_is_the_same_every_time(task):
     again = build_task("docstring-retrieval", WordTokenizer(), calibration_pairs=40, test_pairs=30, batch=8, max_tokens=24)
     assert again.digest == task.digest

@@ -7,7 +7,7 @@ from tiny_models import bert, llama, tokens
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites, gated
 from headprune.planning import PruningPlan
-from headprune.surgery import prune
+from headprune.surgery import compensate, prune
 from headprune.surgery.compensate import NormalEquations
 
 
@@ -38,6 +38,34 @@ def test_compensation_brings_the_output_nearer_to_the_dense_one_on_unseen_data(m
     assert (output_of(solved, unseen) - expected).norm() < 0.95 * (output_of(plain, unseen) - expected).norm()
     assert [report.site for report in reports] == list(keep)
     assert all(report.error_after <= report.error_before for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("make", "behind"), [(llama, "model.layers.1.post_attention_layernorm"), (bert, "encoder.layer.1.attention.output.LayerNorm")]
+)
+def test_a_layer_takes_back_what_the_layers_before_it_left_wrong(make, behind, monkeypatch):
+    """Both solve layer 0 alike; with only its own output as the target, layer 1 leaves more error in the stream."""
+    dense, followed, alone = make(), make(), make()
+    keep = {site.name: [0, 3] for site in attention_sites(dense)}
+    prune(followed, PruningPlan.from_keep(followed, keep), batches_for(15))
+    monkeypatch.setattr(compensate, "residual_streams", lambda *_: {})
+    prune(alone, PruningPlan.from_keep(alone, keep), batches_for(15))
+    expected = [received(dense, behind, batch) for batch in batches_for(15)]
+    errors = [
+        sum(float((received(model, behind, batch) - states).square().sum()) for batch, states in zip(batches_for(15), expected))
+        for model in (followed, alone)
+    ]
+    assert torch.equal(*(attention_sites(model)[0].output.module.weight for model in (followed, alone)))
+    assert errors[0] < 0.98 * errors[1]
+
+
+def received(model, name: str, batch) -> torch.Tensor:
+    """What the module `name` receives."""
+    found = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    output_of(model, batch)
+    handle.remove()
+    return found[0]
 
 
 def test_the_normal_equations_give_the_ridge_solution():

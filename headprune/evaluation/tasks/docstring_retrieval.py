@@ -22,6 +22,7 @@ class DocstringRetrieval(Task):
 
     Embeddings are mean-pooled and normalised. The loss is cross entropy of each sentence over the batch's documents
     (multiple negatives ranking, Henderson et al. 2017); a batch holds its sentences first, then their documents.
+    validation: tests on files out of the calibration half, and calibrates on the rest of it.
     """
 
     name = "docstring-retrieval"
@@ -29,10 +30,16 @@ class DocstringRetrieval(Task):
     higher_is_better = True
 
     def __init__(
-        self, tokenizer: Any, calibration_pairs: int = 384, test_pairs: int = 600, batch: int = 32, max_tokens: int = 96
+        self,
+        tokenizer: Any,
+        calibration_pairs: int = 384,
+        test_pairs: int = 600,
+        batch: int = 32,
+        max_tokens: int = 96,
+        validation: bool = False,
     ) -> None:
         self.tokenizer, self.max_tokens, self.batch = tokenizer, max_tokens, batch
-        calibration, test = docstring_pairs()
+        calibration, test = docstring_pairs(validation)
         self.test = shuffled(test)[:test_pairs]
         chosen = sorted(shuffled(calibration)[:calibration_pairs], key=lambda pair: len(pair.document))
         groups = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]

@@ -35,15 +35,27 @@ def is_test_file(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] % 2 == 1
 
 
-def docstring_pairs() -> tuple[list[Pair], list[Pair]]:
-    """(calibration pairs, test pairs), split by file; no sentence and no rest stands twice in either or both."""
+def is_validation_file(name: str) -> bool:
+    """Half of the files that are no test files, by another byte of the hash."""
+    return hashlib.sha256(name.encode()).digest()[1] % 2 == 1
+
+
+def docstring_pairs(validation: bool = False) -> tuple[list[Pair], list[Pair]]:
+    """(calibration pairs, test pairs), split by file; no sentence and no rest stands twice in either or both.
+
+    validation: the calibration pairs alone, split once more: (calibration pairs, validation pairs). For the choice of
+    settings, which must not look at test pairs.
+    """
     split: tuple[list[Pair], list[Pair]] = ([], [])
     seen: set[str] = set()
     for name, path in standard_library_files():
         for pair in pairs_in(path):
             if pair.query not in seen and pair.document not in seen:
                 seen |= {pair.query, pair.document}
-                split[is_test_file(name)].append(pair)
+                if not validation:
+                    split[is_test_file(name)].append(pair)
+                elif not is_test_file(name):
+                    split[is_validation_file(name)].append(pair)
     return split
 
 

@@ -1,0 +1,297 @@
+"""VariableHeadAttention: torch.nn.MultiheadAttention with any head count, head size and ragged groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.head_map import HeadMap
+from headprune.nn.masks import Masks, read_masks
+from headprune.nn.weights import ROLES, draw_like_torch, kept, resized, undrawn_linear, unpack
+from headprune.ops.attention import attention
+from headprune.ops.sdpa import repeated_heads
+
+
+class VariableHeadAttention(nn.Module):
+    """A drop-in for torch.nn.MultiheadAttention: same constructor, same forward, same numbers.
+
+    What torch's layer has not: heads can be pruned (`prune`), head_dim need not be embed_dim / num_heads, query heads can
+    share key/value heads in equal or ragged groups (`head_map`), and each head can carry a learnable gate.
+    The projections are separate (`q_proj`, `k_proj`, `v_proj`, `out_proj`); `load_state_dict` also takes the state dict of
+    a torch.nn.MultiheadAttention, and that of a pruned layer of this kind (the layer then takes its shape).
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
+            torch.nn.MultiheadAttention.
+        num_kv_heads: key/value heads, each read by equally many query heads; default num_heads.
+        head_dim: features of a head; default embed_dim // num_heads.
+        head_map: ragged groups; takes the place of num_kv_heads.
+        gate: adds the parameter `gate` [num_heads], a factor on each head's output, 1 at first.
+
+    Raises InvalidInput where embed_dim does not divide by num_heads and head_dim is not given, or the heads contradict.
+    """
+
+    # torch.nn.TransformerEncoderLayer reads this before it runs its own fused kernel, which knows packed equal heads only.
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        head_map: HeadMap | None = None,
+        gate: bool = False,
+    ) -> None:
+        super().__init__()
+        if embed_dim <= 0 or num_heads <= 0:
+            raise InvalidInput(f"embed_dim={embed_dim}, num_heads={num_heads}; both must be above 0.")
+        if head_dim is None and embed_dim % num_heads:
+            raise InvalidInput(f"embed_dim={embed_dim} does not divide by num_heads={num_heads}; give head_dim.")
+        if head_map is not None and (head_map.query_heads != num_heads or num_kv_heads not in (None, head_map.kv_heads)):
+            raise InvalidInput(f"head_map is {head_map}; expected {num_heads} query and {num_kv_heads} key/value heads.")
+        self.head_map = head_map or HeadMap.uniform(num_heads, num_kv_heads)
+        self.head_dim = head_dim or embed_dim // num_heads
+        self.embed_dim, self.kdim, self.vdim = embed_dim, kdim or embed_dim, vdim or embed_dim
+        self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
+        place = {"device": device, "dtype": dtype}
+        query_width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.out_proj = nn.Linear(query_width, embed_dim, bias=bias, **place)
+        self.q_proj = undrawn_linear(embed_dim, query_width, bias, **place)
+        self.k_proj = undrawn_linear(self.kdim, kv_width, bias, **place)
+        self.v_proj = undrawn_linear(self.vdim, kv_width, bias, **place)
+        self.bias_k = nn.Parameter(torch.empty(1, 1, kv_width, **place)) if add_bias_kv else None
+        self.bias_v = nn.Parameter(torch.empty(1, 1, kv_width, **place)) if add_bias_kv else None
+        self.gate = nn.Parameter(torch.ones(num_heads, **place)) if gate else None
+        # In the state dict, so that a pruned layer's weights say what they are.
+        self.register_buffer("kv_of_query", torch.tensor(self.head_map.kv_of_query, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights as torch.nn.MultiheadAttention draws them (there query, key and value are one packed matrix); the output
+        projection keeps those of nn.Linear."""
+        draw_like_torch((self.q_proj, self.k_proj, self.v_proj), packed=self.embed_dim == self.kdim == self.vdim)
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
+        for extra in (self.bias_k, self.bias_v):
+            if extra is not None:
+                nn.init.xavier_normal_(extra)
+
+    @property
+    def num_heads(self) -> int:
+        return self.head_map.query_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.head_map.kv_heads
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """torch's packed form [query, key and value features, embed_dim], a copy; None where the inputs differ in width."""
+        if not self.embed_dim == self.kdim == self.vdim:
+            return None
+        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """torch's packed form [query, key and value features], a copy; None without bias."""
+        return None if self.q_proj.bias is None else torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As torch.nn.MultiheadAttention.forward: (output, weights or None); masks are True (or -inf) where NOT to attend.
+
+        Args:
+            query: [query_len, embed_dim], or with a batch as second (batch_first: first) dimension; key [kv_len, kdim] and
+                value [kv_len, vdim] likewise.
+            key_padding_mask: bool or floating [batch, kv_len] ([kv_len] without a batch).
+            attn_mask: bool or floating [query_len, kv_len], or [batch * num_heads, query_len, kv_len] with this layer's
+                present number of heads.
+            need_weights: also return the attention weights, averaged over the heads (average_attn_weights) or per head;
+                this forms the whole matrix. Without, the operators of headprune.ops run.
+            is_causal: a hint that attn_mask is causal; it must be given too.
+
+        A query that may attend to nothing gives 0, with weights too (torch: NaN then).
+        Raises InvalidInput for shapes and masks that do not fit.
+        """
+        batched = self._check_inputs(query, key, value)
+        if not batched:
+            query, key, value = query[None], key[None], value[None]
+            key_padding_mask = key_padding_mask if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        q, k, v = self._heads(query, key, value)
+        extra = int(self.bias_k is not None) + int(self.add_zero_attn)
+        masks = read_masks(q, k.shape[2], extra, attn_mask, key_padding_mask, is_causal, need_weights)
+        weights = None
+        if need_weights:
+            output, weights = self._attend_with_weights(q, k, v, masks)
+        elif self.training and self.dropout:
+            output = self._attend_with_dropout(q, k, v, masks)
+        else:
+            options = {"causal": masks.causal, "bias": masks.bias, "key_mask": masks.key_mask, "gate": self.gate}
+            output = attention(q, k, v, self.head_map, **options)
+        output = self.out_proj(output.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            return output[0], None if weights is None else weights[0]
+        return (output if self.batch_first else output.transpose(0, 1)), weights
+
+    def prune(self, keep: Iterable[int]) -> VariableHeadAttention:
+        """Cuts all query heads but `keep` (numbered as they are now) out of the weights, in place; returns the layer.
+
+        A key/value head goes with the last query head that reads it. Raises InvalidInput for heads that do not exist and
+        for an empty `keep`.
+        """
+        heads = self.head_map.checked(keep)
+        if not heads:
+            raise InvalidInput("the layer would lose all its heads; keep at least one.")
+        rows, kv_rows = self._features(heads), self._features(self.head_map.kept_kv_heads(heads))
+        for projection, features in ((self.q_proj, rows), (self.k_proj, kv_rows), (self.v_proj, kv_rows)):
+            projection.weight = kept(projection.weight, 0, features)
+            projection.bias = kept(projection.bias, 0, features)
+        self.out_proj.weight = kept(self.out_proj.weight, 1, rows)
+        self.bias_k, self.bias_v = kept(self.bias_k, 2, kv_rows), kept(self.bias_v, 2, kv_rows)
+        self.gate = kept(self.gate, 0, torch.tensor(heads))
+        self._take_shape(self.head_map.keep(heads))
+        return self
+
+    @classmethod
+    def from_torch(cls, layer: nn.MultiheadAttention) -> VariableHeadAttention:
+        """A layer with the weights (copied), options and mode of `layer`."""
+        new = cls(
+            layer.embed_dim, layer.num_heads, layer.dropout, layer.in_proj_bias is not None, layer.bias_k is not None,
+            layer.add_zero_attn, layer.kdim, layer.vdim, layer.batch_first, "meta", layer.out_proj.weight.dtype,
+        )  # fmt: skip
+        state = layer.state_dict()
+        unpack(state, "", new.head_map.kv_of_query, None)
+        new.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+        inputs = layer.q_proj_weight if layer.in_proj_weight is None else layer.in_proj_weight
+        new.requires_grad_(inputs.requires_grad)
+        new.out_proj.requires_grad_(layer.out_proj.weight.requires_grad)
+        return new.train(layer.training)
+
+    def to_torch(self) -> nn.MultiheadAttention:
+        """The torch layer with these weights (copied). Raises InvalidInput where torch's layer cannot be that."""
+        if self.head_map != HeadMap.uniform(self.num_heads) or self.num_heads * self.head_dim != self.embed_dim:
+            raise InvalidInput(
+                f"{self.head_map} heads of {self.head_dim} in {self.embed_dim} features: torch.nn.MultiheadAttention needs one "
+                "key/value head per query head and num_heads * head_dim = embed_dim; a pruned layer has no torch form."
+            )
+        if self.gate is not None:
+            raise InvalidInput("the layer has gates, torch's has not; multiply them into out_proj.weight and set gate to None.")
+        place = {"device": self.out_proj.weight.device, "dtype": self.out_proj.weight.dtype}
+        options = (self.q_proj.bias is not None, self.bias_k is not None, self.add_zero_attn, self.kdim, self.vdim)
+        new = nn.MultiheadAttention(self.embed_dim, self.num_heads, self.dropout, *options, self.batch_first, **place)
+        state = {"in_proj_weight": self.in_proj_weight, "in_proj_bias": self.in_proj_bias}
+        state |= {f"out_proj.{name}": tensor for name, tensor in self.out_proj.named_parameters()}
+        state |= {"bias_k": self.bias_k, "bias_v": self.bias_v}
+        if self.in_proj_weight is None:
+            state |= {f"{role}_proj_weight": getattr(self, f"{role}_proj").weight for role in ROLES}
+        new.load_state_dict({name: tensor for name, tensor in state.items() if tensor is not None})
+        new.requires_grad_(self.q_proj.weight.requires_grad)
+        new.out_proj.requires_grad_(self.out_proj.weight.requires_grad)
+        return new.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, heads={self.head_map}, head_dim={self.head_dim}, batch_first={self.batch_first}"
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether there is a batch dimension."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise InvalidInput(
+                "nested tensors are not supported. In a torch.nn.TransformerEncoder set `use_nested_tensor = False`, or swap its "
+                "layers by headprune.nn.replace_multihead_attention, which does so."
+            )
+        if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
+            raise InvalidInput(f"query, key, value have {query.dim()}, {key.dim()}, {value.dim()} dimensions; expected all 2 or 3.")
+        for name, tensor, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if tensor.shape[-1] != width:
+                raise InvalidInput(f"{name} has {tensor.shape[-1]} features; expected {width}.")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise InvalidInput(f"key is {list(key.shape)}, value {list(value.shape)}; all but the features must agree.")
+        return query.dim() == 3
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected, [batch, heads, length, head_dim], with the learned and the zero key behind the others."""
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if self.bias_k is not None:
+            batch = key.shape[0]
+            k, v = torch.cat([k, self.bias_k.expand(batch, -1, -1)], 1), torch.cat([v, self.bias_v.expand(batch, -1, -1)], 1)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        return tuple(tensor.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for tensor in (q, k, v))
+
+    def _attend_with_weights(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        k, v = repeated_heads(k, self.head_map), repeated_heads(v, self.head_map)
+        scores = torch.matmul(q * (1 / math.sqrt(self.head_dim)), k.transpose(2, 3))
+        mask = masks.merged(q, k.shape[2])
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(dim=3).masked_fill(scores == float("-inf"), 0.0)
+        weights = F.dropout(weights, self.dropout, self.training)
+        return self._gated(torch.matmul(weights, v)), weights
+
+    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+        k, v = repeated_heads(k, self.head_map), repeated_heads(v, self.head_map)
+        causal = masks.causal and masks.bias is None and masks.key_mask is None
+        mask = None if causal else masks.merged(q, k.shape[2])
+        return self._gated(F.scaled_dot_product_attention(q, k, v, mask, self.dropout, causal))
+
+    def _gated(self, output: Tensor) -> Tensor:
+        return output if self.gate is None else output * self.gate[:, None, None]
+
+    def _features(self, heads: Iterable[int]) -> Tensor:
+        return torch.cat([torch.arange(head * self.head_dim, (head + 1) * self.head_dim) for head in heads])
+
+    def _take_shape(self, head_map: HeadMap) -> None:
+        """Sets what depends on the head map, once the weights hold its heads."""
+        self.head_map = head_map
+        self.kv_of_query = torch.tensor(head_map.kv_of_query, device=self.kv_of_query.device)
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            projection.out_features, projection.in_features = projection.weight.shape
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        groups, key = state_dict.get(f"{prefix}kv_of_query"), state_dict.get(f"{prefix}k_proj.weight")
+        if groups is not None and key is not None and not groups.is_meta:
+            head_map = HeadMap(tuple(groups.tolist()), key.shape[0] // self.head_dim)
+            if head_map != self.head_map:
+                self._make_room(head_map)
+        unpack(state_dict, prefix, self.head_map.kv_of_query, self.gate)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _make_room(self, head_map: HeadMap) -> None:
+        """Uninitialised weights of the shape that `head_map` asks for."""
+        rows, kv_rows = head_map.query_heads * self.head_dim, head_map.kv_heads * self.head_dim
+        for projection, count in ((self.q_proj, rows), (self.k_proj, kv_rows), (self.v_proj, kv_rows)):
+            projection.weight = resized(projection.weight, 0, count)
+            projection.bias = resized(projection.bias, 0, count)
+        self.out_proj.weight = resized(self.out_proj.weight, 1, rows)
+        self.bias_k, self.bias_v = resized(self.bias_k, 2, kv_rows), resized(self.bias_v, 2, kv_rows)
+        self.gate = resized(self.gate, 0, head_map.query_heads)
+        self._take_shape(head_map)

@@ -1,0 +1,65 @@
+"""The weights of a VariableHeadAttention beside those of torch.nn.MultiheadAttention, and slices of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+ROLES = ("q", "k", "v")
+
+
+def unpack(state: dict[str, Tensor], prefix: str, kv_of_query: tuple[int, ...], gate: Tensor | None) -> None:
+    """Renames, in place, what torch's layer calls its weights; a state dict of our own stays as it is."""
+    weights = _pop_parts(state, f"{prefix}in_proj_weight", [f"{prefix}{role}_proj_weight" for role in ROLES])
+    if weights is None:
+        return
+    biases = _pop_parts(state, f"{prefix}in_proj_bias", []) or (None,) * 3
+    for role, weight, bias in zip(ROLES, weights, biases):
+        state[f"{prefix}{role}_proj.weight"] = weight
+        if bias is not None:
+            state[f"{prefix}{role}_proj.bias"] = bias
+    state[f"{prefix}kv_of_query"] = torch.tensor(kv_of_query, device=weights[0].device)
+    if gate is not None:
+        state[f"{prefix}gate"] = torch.ones(gate.shape, dtype=gate.dtype, device=weights[0].device)
+
+
+def _pop_parts(state: dict[str, Tensor], packed: str, separate: list[str]) -> tuple[Tensor, ...] | None:
+    if packed in state:
+        return state.pop(packed).chunk(3)
+    if separate and all(name in state for name in separate):
+        return tuple(state.pop(name) for name in separate)
+    return None
+
+
+def kept(parameter: nn.Parameter | None, dim: int, features: Tensor) -> nn.Parameter | None:
+    """These `features` of `parameter` along `dim`, a copy; requires_grad stays."""
+    if parameter is None:
+        return None
+    data = parameter.detach().index_select(dim, features.to(parameter.device))
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def resized(parameter: nn.Parameter | None, dim: int, size: int) -> nn.Parameter | None:
+    """An uninitialised parameter like `parameter`, with `size` features along `dim`."""
+    if parameter is None:
+        return None
+    shape = (*parameter.shape[:dim], size, *parameter.shape[dim + 1 :])
+    return nn.Parameter(parameter.detach().new_empty(shape), requires_grad=parameter.requires_grad)
+
+
+def undrawn_linear(inputs: int, outputs: int, bias: bool, device, dtype) -> nn.Linear:
+    """A linear layer that has drawn no random numbers; its weights are uninitialised."""
+    return nn.Linear(inputs, outputs, bias, device="meta", dtype=dtype).to_empty(device=device or torch.get_default_device())
+
+
+def draw_like_torch(projections: Sequence[nn.Linear], packed: bool) -> None:
+    """Xavier's uniform distribution, and zero biases; packed: as for one matrix of all the projections' rows."""
+    for projection in projections:
+        rows = sum(other.out_features for other in projections) if packed else projection.out_features
+        bound = math.sqrt(6 / (rows + projection.in_features))
+        nn.init.uniform_(projection.weight, -bound, bound)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)

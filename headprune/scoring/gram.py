@@ -1,0 +1,68 @@
+"""Observes what least squares needs of each output projection: the Gram matrices of its inputs and of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from headprune.errors import InvalidInput
+from headprune.models.gating import output_input_hook
+from headprune.models.site import AttentionSite, is_conv1d
+from headprune.models.tokens import valid_tokens
+
+
+class Grams:
+    """Sums over the valid tokens of everything that runs inside `watching(mask)`; one block per batch."""
+
+    def __init__(self, sites: list[AttentionSite]) -> None:
+        self._sites = sites
+        # Columns in the order of heads, whatever the layout; fp64, so that the order of batches leaves no trace.
+        self._columns = {site.name: site.output.features.flatten() for site in sites}
+        self._sums = {
+            name: {
+                "input_gram": torch.zeros(len(columns), len(columns), dtype=torch.float64),
+                "input_sum": torch.zeros(len(columns), dtype=torch.float64),
+                "tokens": torch.zeros((), dtype=torch.float64),
+            }
+            for name, columns in self._columns.items()
+        }
+
+    @contextmanager
+    def watching(self, mask: Tensor | None) -> Iterator[None]:
+        """mask: [batch, tokens], true where a token counts; None: all do."""
+        with ExitStack() as stack:
+            for site in self._sites:
+                stack.enter_context(output_input_hook(site, self._adder(site, mask)))
+            yield
+
+    def found(self) -> dict[str, dict[str, Tensor]]:
+        """Site name -> input_gram, input_sum, tokens, output_gram as SiteObservations describes them."""
+        found = {}
+        for site in self._sites:
+            sums = dict(self._sums[site.name])
+            if not sums["tokens"]:
+                raise InvalidInput(f"{site.name} was not reached by the calibration data.")
+            if site.output.module.bias is None:
+                del sums["input_sum"]
+            found[site.name] = {**sums, "output_gram": self._output_gram(site)}
+        return found
+
+    def _output_gram(self, site: AttentionSite) -> Tensor:
+        weight = site.output.module.weight.detach()
+        weight = (weight.T if is_conv1d(site.output.module) else weight)[:, self._columns[site.name].to(weight.device)].double()
+        return (weight.T @ weight).cpu()
+
+    def _adder(self, site: AttentionSite, mask: Tensor | None):
+        sums, columns = self._sums[site.name], self._columns[site.name]
+
+        def add(inputs: Tensor) -> None:
+            inputs = inputs.detach()
+            tokens = inputs[valid_tokens(inputs, mask)][:, columns.to(inputs.device)].float()
+            sums["input_gram"] += (tokens.T @ tokens).cpu()
+            sums["input_sum"] += tokens.sum(dim=0).cpu()
+            sums["tokens"] += len(tokens)
+
+        return add
