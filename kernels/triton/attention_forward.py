@@ -209,8 +209,8 @@ def forward_launches(
     (batch, heads, q_len, head_dim), (kv_heads, kv_len, value_dim) = query.shape, value.shape[1:]
     if packed:
         batch, (q_len, kv_len) = cu_q.shape[0] - 1, longest
-    loaded = stats is not None or bias is not None or key_mask is not None
-    tile = forward_tile(capability, query.dtype, max(head_dim, value_dim), causal, loaded)
+    use = "bias" if bias is not None else "statistics" if stats is not None or key_mask is not None else ("full", "causal")[causal]
+    tile = forward_tile(capability, query.dtype, max(head_dim, value_dim), use)
     pairs, blocks = batch * heads, triton.cdiv(q_len, tile.block_m)
     partials = None if stats is None else empty_partials(stats, blocks)
     bias = bias if bias is None else bias.expand(batch, heads, q_len, kv_len)

@@ -19,37 +19,44 @@ class Tile:
     stages: int
 
 
-# (architecture family, head_dim up to): (full, causal), 16-bit types.
+@dataclass(frozen=True)
+class Tiles:
+    """What a (architecture family, head_dim) pair uses, by what registers and shared memory must also hold."""
+
+    full: Tile
+    causal: Tile
+    statistics: Tile  # statistics or a key mask
+    bias: Tile  # a bias, whose tile is as large as the scores
+
+
+# 16-bit types, by (architecture family, head_dim up to).
 _HALF = {
-    (80, 64): (Tile(128, 64, 4, 3), Tile(128, 64, 4, 3)),
-    (80, 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-    (80, 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-    (90, 64): (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
-    (90, 128): (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
-    (90, 256): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    (100, 64): (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
-    (100, 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
-    (100, 256): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (80, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2)),
+    (80, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 32, 4, 2)),
+    (80, 256): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    (90, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2)),
+    (90, 128): Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    (90, 256): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (100, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    (100, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    (100, 256): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
-# With statistics, a bias or a mask the registers of a tile of 128 x 128 scores do not suffice at head_dim 128.
-_HALF_LOADED = {(80, 128): Tile(128, 32, 8, 3), (90, 128): Tile(128, 64, 8, 3), (100, 128): Tile(128, 64, 8, 3)}
 # fp32 runs on the FMA units, in true fp32.
 _FP32 = {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)}
 _INTERPRETER = Tile(16, 16, 4, 1)
 
 
-def forward_tile(capability: int, dtype: torch.dtype, dim: int, causal: bool, loaded: bool = False) -> Tile:
+def forward_tile(capability: int, dtype: torch.dtype, dim: int, use: str) -> Tile:
     """The tile for compute capability 80, 86, 90, 100, 120, ... (0: the interpreter) and max(head_dim, value_dim) = `dim`.
 
-    loaded: with statistics, a bias or a key mask, which need registers of their own.
+    use: the field of `Tiles` that fits the call.
     """
     if capability == 0:
         return _INTERPRETER
     bucket = next(limit for limit in (64, 128, 256) if dim <= limit)
     if dtype == torch.float32:
         return _FP32[bucket]
-    row = (family(capability), bucket)
-    return _HALF_LOADED[row] if loaded and row in _HALF_LOADED else _HALF[row][causal]
+    return getattr(_HALF[family(capability), bucket], use)
 
 
 def family(capability: int) -> int:
