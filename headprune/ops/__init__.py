@@ -3,7 +3,7 @@
 `headprune.ops.reference` is their specification in plain PyTorch.
 """
 
-from headprune.ops import cpp, cuda, fallback, triton, triton_backward, triton_decode
+from headprune.ops import cpp, cuda, fallback, gluon, triton, triton_backward, triton_decode
 from headprune.ops.attention import attention, library
 from headprune.ops.autocast import register_autocast
 from headprune.ops.backend import backend, choose, operators
@@ -14,6 +14,7 @@ from headprune.ops.varlen import attention_varlen
 
 cpp.register_cpp()
 triton_decode.register_attention()
+gluon.register_gluon()
 triton.register_triton()
 triton_backward.register_triton_backward()
 cuda.register_where_faster()

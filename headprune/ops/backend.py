@@ -44,8 +44,10 @@ def operators() -> dict[str, tuple[Implementation, ...]]:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Forces one backend ("cpp", "cuda", "triton", "triton-decode", "reference") inside the block; a call that it refuses raises
-    InvalidInput."""
+    """Forces one backend ("cpp", "cuda", "gluon", "triton", "triton-decode", "reference") inside the block.
+
+    A call that it refuses raises InvalidInput, as does an unknown name.
+    """
     known = {implementation.backend for found in _implementations.values() for implementation in found}
     if name not in known:
         raise unknown_name("backend", name, known)
@@ -56,22 +58,27 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The backend that `backend` forces here, or None."""
+    return _forced.get()
+
+
 def choose(operator: str, call: Any) -> Implementation:
     """The implementation that will run `call`."""
-    forced = _forced.get()
+    only = forced()
     reasons = []
     for implementation in _implementations[operator]:
-        if forced not in (None, implementation.backend):
+        if only not in (None, implementation.backend):
             continue
         reason = implementation.missing() or implementation.refuses(call)
         if reason is None:
-            if implementation.backend == "reference" and forced is None:
+            if implementation.backend == "reference" and only is None:
                 tell_once(operator, reasons)
             return implementation
         line = f"{implementation.backend}: {reason}"
         if line not in reasons:  # a backend may be listed twice: where it is the faster one, and where it is the only one
             reasons.append(line)
-    raise InvalidInput(f"no backend runs this {operator} ({'; '.join(reasons) or f'{forced} does not have it'}).")
+    raise InvalidInput(f"no backend runs this {operator} ({'; '.join(reasons) or f'{only} does not have it'}).")
 
 
 def tell_once(operator: str, reasons: list[str]) -> None:

@@ -22,11 +22,12 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """`arguments` are the run-time ones (tensors, ints, floats), `constants` the tl.constexpr ones, both by name."""
+    """`arguments` are the run-time ones (tensors, tensor descriptors, ints, floats), `constants` the tl.constexpr ones, both by
+    name."""
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | float | None]
+    arguments: dict[str, Any]
     constants: dict[str, Any]
     warps: int
     stages: int
@@ -52,6 +53,7 @@ def compile_ahead(launch: Launch, capability: int):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel, names = launch.kernel, launch.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
@@ -66,14 +68,16 @@ def compile_ahead(launch: Launch, capability: int):
         signature[name] = argument_type(value)
         if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0 and not plain):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def argument_type(value: Tensor | int | float) -> str:
+def argument_type(value: Tensor | int | float | Any) -> str:
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype]
+    if hasattr(value, "block_shape"):  # Gluon's tensor descriptor
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -1,0 +1,135 @@
+"""Launches the warp-specialised forward for Hopper: what it takes, its tile sizes, its tensor descriptors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from headprune.kernels.attention_forward_hopper import ROWS, attention_forward_hopper_kernel
+from headprune.kernels.launch import AotVariant, Launch, head_table
+
+LOG2E = math.log2(math.e)
+SECTION_BYTES = 24 << 20  # keys and values that stay in L2 (50 MB) together, next to queries and outputs
+GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """block_n: keys of a block; stages, q_stages: buffers of k, v and of q; consumers: warpgroups of 64 query rows, 2 or 3."""
+
+    block_n: int
+    stages: int
+    q_stages: int
+    consumers: int
+
+    @property
+    def registers(self) -> int:
+        """Per thread of a consumer: what 65536 registers leave when the producer's warpgroup keeps 24."""
+        return 240 if self.consumers == 2 else 160
+
+
+TILES = {64: Tiles(128, 3, 2, 2), 128: Tiles(128, 2, 2, 2)}
+# What else compiles without spilling: the candidates of bench/bench_gpu_hopper.py.
+CANDIDATES = {64: (TILES[64], Tiles(128, 2, 1, 2), Tiles(64, 4, 2, 3)), 128: (TILES[128], Tiles(128, 2, 1, 2), Tiles(64, 4, 2, 2))}
+
+
+def unfit(name: str, tensor: Tensor) -> str | None:
+    """Why the copy engine cannot take `tensor` [batch, heads, length, dim], or None."""
+    if tensor.stride(3) != 1 or tensor.data_ptr() % 16:
+        return f"{name}'s last dimension is not contiguous and 16-byte aligned"
+    steps = [stride * tensor.element_size() for size, stride in zip(tensor.shape[:3], tensor.stride()) if size > 1]
+    if any(step % 16 or not 0 < step < 2**40 for step in steps):
+        return f"{name}'s strides {list(tensor.stride())} are not positive multiples of 16 bytes"
+    return None
+
+
+def descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """Boxes of `rows` rows of one head of one sample; what lies outside reads as 0 and is not written."""
+    dim = tensor.shape[3]
+    # The stride of a dimension of size 1 may be anything, and is never used.
+    strides = [stride if size > 1 else dim for size, stride in zip(tensor.shape, tensor.stride())]
+    block = [1, 1, rows, dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[tensor.dtype])
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:3], 1], block, layout)
+
+
+def attention_forward_hopper(query: Tensor, *tensors, **options) -> None:
+    """Runs `hopper_launch` on the device of query."""
+    with torch.cuda.device(query.device):
+        hopper_launch(query, *tensors, **options).run()
+
+
+def hopper_launch(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, kv_of_query: tuple[int, ...],
+    *, causal: bool, scale: float, gate: Tensor | None, tiles: Tiles | None = None, programs: int | None = None,
+) -> Launch:  # fmt: skip
+    """Fills output [batch, query_heads, query_len, dim] and lse fp32 [batch, query_heads, query_len], contiguous.
+
+    query [batch, query_heads, query_len, dim], key, value [batch, kv_heads, kv_len, dim]: fp16 or bf16, dim 64 or 128, no empty
+    dimension, fit for the copy engine (`unfit`), as is output. scale > 0. gate [query_heads] or [batch, query_heads]. programs:
+    how many run at once, by default one per multiprocessor.
+    """
+    batch, heads, q_len, dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    tiles = tiles or TILES[dim]
+    row_blocks = -(-q_len // (tiles.consumers * ROWS.value))
+    arguments = {
+        "q_desc": descriptor(query, ROWS.value), "k_desc": descriptor(key, tiles.block_n),
+        "v_desc": descriptor(value, tiles.block_n), "o_desc": descriptor(output, ROWS.value), "o_ptr": output, "lse_ptr": lse,
+        "gate_ptr": lse if gate is None else gate, "kv_of_query_ptr": head_table(kv_of_query, query.device),
+        "stride_gb": gate.stride(0) if gate is not None and gate.dim() == 2 else 0, "stride_ob": output.stride(0),
+        "stride_oh": output.stride(1), "stride_om": output.stride(2), "heads": heads, "batch_heads": batch * heads,
+        "row_blocks": row_blocks, "q_len": q_len, "kv_len": kv_len,
+        "section": section(batch * heads, heads / kv_heads, kv_len * dim, causal), "scale": scale * LOG2E,
+    }  # fmt: skip
+    constants = {
+        "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "Q_STAGES": tiles.q_stages, "CONSUMERS": tiles.consumers,
+        "CAUSAL": causal, "HAS_GATE": gate is not None, "REGISTERS": tiles.registers,
+    }  # fmt: skip
+    grid = (min(programs or multiprocessors(query.device), batch * heads * row_blocks),)
+    return Launch(attention_forward_hopper_kernel, grid, arguments, constants, warps=4, stages=1)
+
+
+def section(batch_heads: int, group: float, elements: int, causal: bool) -> int:
+    """How many query heads are worked on together (`place_of`): under a causal mask as many as L2 has room for, so that the
+    longest blocks of all of them come first; else one after the other."""
+    if not causal:
+        return 1
+    return max(1, min(batch_heads, int(SECTION_BYTES / (4 * elements) * group)))
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def aot_variants(capability: int) -> Iterator[AotVariant]:
+    if capability != 90:
+        return
+    for dim, candidates in CANDIDATES.items():
+        for tiles in candidates:
+            yield variant(dim, tiles, torch.bfloat16, causal=True, gated=False)
+        yield variant(dim, TILES[dim], torch.float16, causal=False, gated=True)
+
+
+def variant(dim: int, tiles: Tiles, dtype: torch.dtype, *, causal: bool, gated: bool) -> AotVariant:
+    query, key, value, output = (
+        torch.empty(2, 4096, heads, dim, device="meta", dtype=dtype).transpose(1, 2) for heads in (4, 2, 2, 4)
+    )
+    lse, gate = torch.empty(2, 4, 4096, device="meta"), torch.empty(2, 4, device="meta") if gated else None
+    launch = hopper_launch(
+        query, key, value, output, lse, (0, 0, 0, 1), causal=causal, scale=dim**-0.5, gate=gate, tiles=tiles, programs=132
+    )
+    shape = f"{64 * tiles.consumers}x{tiles.block_n} q{tiles.q_stages} kv{tiles.stages}"
+    options = ["causal"] * causal + ["gated"] * gated
+    return AotVariant(
+        " ".join(["attention_forward_hopper", {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype], f"d{dim}", *options, shape]),
+        launch,
+    )

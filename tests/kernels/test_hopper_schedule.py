@@ -1,0 +1,112 @@
+"""The warp-specialised kernel's schedule and barrier protocol, without a GPU: its own functions run on a model of the barriers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper", reason="Triton is not installed")
+
+from hopper_model import Deadlock, ModelKernel, Race
+
+from headprune.kernels import attention_forward_hopper as kernel
+from headprune.kernels import hopper_launch as launch
+from headprune.kernels import hopper_schedule as schedule
+
+RAGGED = (0, 0, 1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The model's tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(monkeypatch, *, q_len, kv_len, causal, heads=RAGGED, gate=None, tiles=(16, 2, 2, 2), programs=2, seed=0, changes=None):
+    """(output, lse, query, keys and values expanded to the query heads) of the kernel on the model."""
+    torch.manual_seed(seed)
+    make = lambda number, length: torch.randn(2, length, number, 64).to(torch.bfloat16).transpose(1, 2)  # noqa: E731
+    query, key, value = make(len(heads), q_len), make(heads[-1] + 1, kv_len), make(heads[-1] + 1, kv_len)
+    output, lse = torch.full_like(query, float("nan")), torch.full(query.shape[:3], float("nan"))
+    model = ModelKernel(kernel, "attention_forward_hopper_kernel", seed, changes)
+    monkeypatch.setattr(launch, "attention_forward_hopper_kernel", model)
+    launch.hopper_launch(
+        query, key, value, output, lse, heads, causal=causal, scale=0.2, gate=gate, tiles=launch.Tiles(*tiles), programs=programs
+    ).run()
+    return output, lse, query, key[:, list(heads)], value[:, list(heads)]
+
+
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "causal"),
+    [(1, 1, False), (70, 16, False), (129, 48, False), (64, 83, True), (130, 130, True), (3, 80, True)],
+)
+@pytest.mark.parametrize("tiles", [(16, 2, 2, 2), (32, 3, 1, 2), (16, 3, 2, 3)])
+def test_every_order_of_events_gives_attention_without_race_or_deadlock(monkeypatch, q_len, kv_len, causal, tiles):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        gate = torch.rand(2, len(RAGGED))
+        gate[0, 1] = gate[1, 2] = 0.0
+        output, lse, *inputs = run(
+            monkeypatch, q_len=q_len, kv_len=kv_len, causal=causal, gate=gate, tiles=tiles, programs=2 + seed, seed=seed
+        )
+        q, k, v = (tensor.double() for tensor in inputs)
+        scores = (q @ k.transpose(2, 3)) * 0.2
+        visible = torch.ones(q_len, kv_len).tril(kv_len - q_len).bool() if causal else torch.ones(q_len, kv_len).bool()
+        scores = scores.masked_fill(~visible, float("-inf"))
+        exact = scores.softmax(3) @ v * gate.double()[..., None, None]
+        theirs = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=0.2) * gate[..., None, None]
+        assert (output - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 4 * torch.finfo(torch.bfloat16).eps
+        on = gate != 0
+        assert torch.allclose(lse[on].double(), scores.logsumexp(3)[on], atol=1e-3)
+        assert (output[~on] == 0).all()
+        assert (lse[~on] == float("-inf")).all()
+
+
+MISTAKES = {
+    "the producer waits for the wrong phase": {"freed_phase": lambda count, stages: (count // stages) & 1},
+    "consumers read a phase early": {"filled_phase": lambda count, stages: ((count // stages) & 1) ^ 1},
+    "nobody has the first turn": {"turn_phase": lambda count, who: count & 1},
+    "both have the first turn": {"turn_phase": lambda count, who: (count & 1) ^ 1},
+    "the output leaves without a fence": {"fence_async_shared": lambda: None},
+    "the ring is counted one too short": {"slot": lambda count, stages: count % (stages - 1) if stages > 1 else 0},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_model_finds_a_mistake_in_the_protocol(monkeypatch, mistake):
+    with pytest.raises((Race, Deadlock)):
+        run(monkeypatch, q_len=128, kv_len=160, causal=False, tiles=(16, 3, 2, 2), changes=MISTAKES[mistake])
+
+
+def test_one_stage_would_deadlock(monkeypatch):
+    with pytest.raises(Deadlock):
+        run(monkeypatch, q_len=64, kv_len=64, causal=False, tiles=(16, 1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("batch_heads", "row_blocks", "section", "programs"), [(1, 1, 1, 1), (7, 5, 3, 4), (6, 4, 6, 132), (5, 3, 1, 2)]
+)
+def test_the_programs_visit_every_tile_once_and_long_ones_first(batch_heads, row_blocks, section, programs):
+    tiles = batch_heads * row_blocks
+    turns = -(-tiles // programs)
+    visited = [schedule.tile_of.fn(program, turn, programs) for turn in range(turns) for program in range(programs)]
+    assert sorted(tile for tile in visited if tile < tiles) == list(range(tiles))
+    places = [schedule.place_of.fn(tile, batch_heads, row_blocks, section) for tile in range(tiles)]
+    assert sorted(places) == [(head, block) for head in range(batch_heads) for block in range(row_blocks)]
+    for first in range(0, batch_heads, section):
+        blocks = [block for head, block in places if first <= head < first + section]
+        assert blocks == sorted(blocks, reverse=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_only_the_last_key_blocks_of_a_tile_need_a_mask(causal):
+    for q_len, kv_len, block_m, block_n in [(1, 1, 128, 128), (130, 130, 128, 64), (100, 300, 64, 32), (256, 1000, 128, 128)]:
+        visible = torch.ones(q_len, kv_len).tril(kv_len - q_len if causal else kv_len).bool()
+        for block in range(-(-q_len // block_m)):
+            rows = visible[block * block_m : (block + 1) * block_m]
+            count, masked = schedule.key_blocks.fn(block, q_len, kv_len, block_m, block_n, causal)
+            assert count * block_n >= int(rows.any(0).sum()) > (count - 1) * block_n
+            assert rows[:, : (count - masked) * block_n].all()
+            assert (count - masked) * block_n <= kv_len
