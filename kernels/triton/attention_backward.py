@@ -144,7 +144,8 @@ def backward_launches(problem: Problem, grads: Gradients, capability: int) -> li
     if not (grads.key is grads.value is None):
         launches.append(dkdv_launch(problem, grads, dkdv_tile(capability, problem.query.dtype, max(problem.dims))))
     if not (grads.query is grads.bias is None):
-        launches.append(dq_launch(problem, grads, dq_tile(capability, problem.query.dtype, max(problem.dims))))
+        tile = dq_tile(capability, problem.query.dtype, max(problem.dims), problem.bias is not None)
+        launches.append(dq_launch(problem, grads, tile))
     return launches
 
 

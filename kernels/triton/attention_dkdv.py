@@ -52,7 +52,7 @@ def dkdv_kernel(
     v_base = v_ptr + sample * stride_vb + kv_head * stride_vh + (k_start + n0) * stride_vn
     k_0 = load_part(k_base, local_n, stride_kn, shown, 0, D_0, HEAD_DIM, True)
     v_0 = load_part(v_base, local_n, stride_vn, shown, 0, E_0, VALUE_DIM, True)
-    k_1, v_1, q_1, do_1 = k_0, v_0, k_0, v_0
+    k_1, v_1 = k_0, v_0
     dk_0, dv_0 = tl.zeros([BLOCK_N, D_0], tl.float32), tl.zeros([BLOCK_N, E_0], tl.float32)
     dk_1, dv_1 = dk_0, dv_0
     if D_1 > 0:
@@ -87,6 +87,7 @@ def dkdv_kernel(
                     exists = rows < q_len
                     q_tile, do_tile = q_base + tl.cast(m0, tl.int64) * stride_qm, do_base + tl.cast(m0, tl.int64) * stride_dom
                     q_0 = load_part(q_tile, local_m, stride_qm, exists, 0, D_0, HEAD_DIM, EDGE)
+                    q_1 = q_0
                     if D_1 > 0:
                         q_1 = load_part(q_tile, local_m, stride_qm, exists, D_0, D_1, HEAD_DIM, EDGE)
                     qk = dot_parts(k_0, k_1, q_0, q_1, D_1)
@@ -101,6 +102,7 @@ def dkdv_kernel(
                         window, slope, bias_ptrs, EDGE, CAUSAL, WINDOW, SOFTCAP, PRECISE, slopes_ptr is not None, BIAS,
                     )  # fmt: skip
                     do_0 = load_part(do_tile, local_m, stride_dom, exists, 0, E_0, VALUE_DIM, EDGE)
+                    do_1 = do_0
                     if E_1 > 0:
                         do_1 = load_part(do_tile, local_m, stride_dom, exists, E_0, E_1, VALUE_DIM, EDGE)
                     if dv_ptr is not None:

@@ -50,7 +50,7 @@ def dq_kernel(
     v_base = v_ptr + sample * stride_vb + kv_head * stride_vh + k_start * stride_vn
     q_0 = load_part(q_base, local_m, stride_qm, exists, 0, D_0, HEAD_DIM, True)
     do_0 = load_part(do_base, local_m, stride_dom, exists, 0, E_0, VALUE_DIM, True)
-    q_1, do_1, k_1, v_1 = q_0, do_0, q_0, do_0
+    q_1, do_1 = q_0, do_0
     dq_0 = tl.zeros([BLOCK_M, D_0], tl.float32)
     dq_1 = dq_0
     if D_1 > 0:
@@ -81,6 +81,7 @@ def dq_kernel(
                     shown = shown & key_mask_row(mask_ptr + sample * stride_mb, n0 + local_n, stride_mn, kv_len)
                 k_tile, v_tile = k_base + tl.cast(n0, tl.int64) * stride_kn, v_base + tl.cast(n0, tl.int64) * stride_vn
                 k_0 = load_part(k_tile, local_n, stride_kn, shown, 0, D_0, HEAD_DIM, EDGE)
+                k_1 = k_0
                 if D_1 > 0:
                     k_1 = load_part(k_tile, local_n, stride_kn, shown, D_0, D_1, HEAD_DIM, EDGE)
                 qk = dot_parts(q_0, q_1, k_0, k_1, D_1)
@@ -95,6 +96,7 @@ def dq_kernel(
                     EDGE, CAUSAL, WINDOW, SOFTCAP, PRECISE, slopes_ptr is not None, BIAS,
                 )  # fmt: skip
                 v_0 = load_part(v_tile, local_n, stride_vn, shown, 0, E_0, VALUE_DIM, EDGE)
+                v_1 = v_0
                 if E_1 > 0:
                     v_1 = load_part(v_tile, local_n, stride_vn, shown, E_0, E_1, VALUE_DIM, EDGE)
                 ds = p * (dot_parts(do_0, do_1, v_0, v_1, E_1) * gate - delta[:, None])

@@ -34,12 +34,14 @@ def dkdv_tile(capability: int, dtype: torch.dtype, dim: int) -> Tile:
     return _DKDV[family(capability), bucket(dim)]
 
 
-def dq_tile(capability: int, dtype: torch.dtype, dim: int) -> Tile:
-    """As `dkdv_tile`."""
+def dq_tile(capability: int, dtype: torch.dtype, dim: int, biased: bool = False) -> Tile:
+    """As `dkdv_tile`; a bias needs registers for its own tile."""
     if capability == 0:
         return Tile(32, 16, 4, 1)
     if dtype == torch.float32:
         return Tile(32, 16, 4, 1) if dim <= 64 else Tile(16, 16, 4, 1)
+    if biased:
+        return Tile(64, 32, 8, 1)
     return _DQ[family(capability), bucket(dim)]
 
 
