@@ -19,8 +19,9 @@ TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 def variants():
     """(label, kernel, signature, constants, warps, stages) of what is compiled."""
-    from headprune.kernels.attention_forward import attention_forward_kernel, padded, tiles
     from torch import bfloat16, float16, float32
+
+    from headprune.kernels.attention_forward import attention_forward_kernel, padded, tiles
 
     pointers = ("q_ptr", "k_ptr", "v_ptr", "o_ptr")
     strides = [name for name in attention_forward_kernel.arg_names if name.startswith("stride")]

@@ -7,14 +7,15 @@
 
 #include "bias.h"
 #include "keys.h"
-#include "panel.h"
+#include "scratch.h"
+#include "softmax.h"
 
 namespace headprune::cpu {
 namespace {
 
 constexpr int64_t kMostPanels = 4;
 
-// The statistics of single rows before they are averaged, each [batches, query_heads, query_len].
+// The statistics of single rows before they are averaged, each laid out like lse.
 struct RowStats {
   std::vector<float> values;
   int64_t rows = 0;
@@ -24,7 +25,7 @@ struct RowStats {
 
 // Everything that a thread needs for one block of rows.
 struct Workplace {
-  Panel panels[kMostPanels];
+  SoftmaxPanel panels[kMostPanels];
   float *keys, *values, *scores, *rows;
   BiasBlock bias;
 };
@@ -35,7 +36,7 @@ Workplace set_up(const Problem& problem) {
   Scratch& scratch = thread_scratch();
   scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + 3 * kPanelRows) + kPanelRows * dim);
   Workplace place;
-  for (Panel& panel : place.panels) {
+  for (SoftmaxPanel& panel : place.panels) {
     panel.queries = scratch.take(problem.head_dim * kPanelRows);
     panel.output = scratch.take(problem.value_dim * kPanelRows);
     for (float** field : {&panel.position, &panel.slope, &panel.high, &panel.sum, &panel.stats.top, &panel.stats.mass,
@@ -52,59 +53,29 @@ Workplace set_up(const Problem& problem) {
   return place;
 }
 
-void open_panel(const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, Panel& panel, float* buffer) {
-  panel.rows = rows;
-  panel.vecs = rows <= kLanes ? 1 : kPanelVecs;
-  const int64_t width = panel.width(), heads = static_cast<int64_t>(group.heads.size());
-  const float factor = problem.softcap != 0.f ? problem.scale / problem.softcap : problem.scale * kLog2e;
+void open_panel(
+    const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, SoftmaxPanel& panel, float* buffer) {
+  place_panel(problem, group, keys, first, rows, panel);
+  const int64_t width = panel.width();
   std::fill_n(panel.sum, width, 0.f);
   std::fill_n(panel.high, width, -kInfinity);
-  for (int64_t r = 0; r < width; ++r) {
-    const int64_t row = first + std::min(r, rows - 1);
-    panel.query[r] = row / heads;
-    panel.head[r] = group.heads[row % heads];
-    panel.position[r] = static_cast<float>(problem.position(panel.query[r]));
-    panel.slope[r] = problem.alibi_slopes ? problem.alibi_slopes[panel.head[r]] * kLog2e : 0.f;
-    if (problem.sinks) {
+  if (problem.sinks) {
+    for (int64_t r = 0; r < width; ++r) {
       panel.high[r] = problem.sinks[panel.head[r]] * kLog2e;
       panel.sum[r] = panel.high[r] == -kInfinity ? 0.f : 1.f;
     }
-    if (r >= rows) {
-      std::fill_n(buffer + r * problem.head_dim, problem.head_dim, 0.f);
-      continue;
-    }
-    const void* query = row_of(problem.query, problem.type, group.batch, panel.head[r], panel.query[r]);
-    read_row(query, problem.type, problem.head_dim, buffer + r * problem.head_dim);
-    scale_row(buffer + r * problem.head_dim, problem.head_dim, factor);
   }
+  read_panel(problem, problem.query, group, panel, problem.head_dim, problem.head_dim, buffer);
+  scale_row(buffer, width * problem.head_dim, query_factor(problem));
   transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
   std::fill_n(panel.output, width * problem.value_dim, 0.f);
   std::fill_n(panel.stats.top, width, -kInfinity);
   for (float* field : {panel.stats.mass, panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
-  panel.lowest = panel.position[0];
-  panel.highest = panel.position[rows - 1];
-  panel.slots_from = 0;
-  panel.slots_to = keys.count;
-  const int64_t lowest = problem.position(panel.query[0]), highest = problem.position(panel.query[rows - 1]);
-  if (problem.causal) panel.slots_to = keys.slot_from(highest + 1);
-  if (problem.window) {
-    panel.slots_from = keys.slot_from(lowest - problem.window + 1);
-    panel.slots_to = std::min(panel.slots_to, keys.slot_from(highest + problem.window));
-  }
-}
-
-Edits edits_of(const Problem& problem, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, const float* bias) {
-  const float first = static_cast<float>(keys.at(slot)), last = static_cast<float>(keys.at(slot + count - 1));
-  const float window = static_cast<float>(problem.window);
-  Edits edits{problem.softcap * kLog2e, problem.alibi_slopes != nullptr, bias, false, 0};
-  edits.causal = problem.causal && last > panel.lowest;
-  if (problem.window && (panel.highest - first >= window || last - panel.lowest >= window)) edits.window = problem.window;
-  return edits;
 }
 
 // The part of `block_*` (keys `slot` up to `slot + count`) that the panel sees, taken into its softmax and its output.
 template <int Vecs, bool Stats>
-void attend(const Problem& problem, int64_t batch, const Panel& panel, const Keys& keys, int64_t slot, int64_t count,
+void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
             RowBlock key, RowBlock value, Workplace& place) {
   float* bias = problem.bias.data ? place.bias.transposed : nullptr;
   if (bias && !read_bias(problem.bias, batch, panel, keys, slot, count, place.bias)) return;
@@ -122,11 +93,11 @@ void attend(const Problem& problem, int64_t batch, const Panel& panel, const Key
   }
 }
 
-void record_stats(const Forward& problem, const Group& group, const Panel& panel, const float* lse, RowStats& stats) {
+void record_stats(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const float* lse, RowStats& stats) {
   for (int64_t r = 0; r < panel.rows; ++r) {
-    const bool wanted = !problem.query_mask || problem.query_mask[group.batch * problem.query_len + panel.query[r]];
+    const bool wanted = !problem.query_mask || problem.query_mask[group.batch * problem.sequences[group.batch].query_len + panel.query[r]];
     if (!wanted || panel.stats.top[r] == -kInfinity) continue;
-    const int64_t row = (group.batch * problem.query_heads + panel.head[r]) * problem.query_len + panel.query[r];
+    const int64_t row = problem.number_of(group.batch, panel.head[r], panel.query[r]);
     const float inverse = 1.f / panel.sum[r];
     const float mass = panel.stats.mass[r] * inverse;
     stats.at(RowStats::counted, row) = 1.f;
@@ -145,7 +116,7 @@ void record_stats(const Forward& problem, const Group& group, const Panel& panel
 }
 
 template <int Vecs>
-void close_panel(const Forward& problem, const Group& group, const Panel& panel, float* buffer, RowStats* stats) {
+void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, float* buffer, RowStats* stats) {
   float lse[kPanelRows], gate[kPanelRows];
   for (int64_t r = 0; r < panel.width(); ++r) gate[r] = problem.gate_of(group.batch, panel.head[r]);
   Vec factor[Vecs];
@@ -157,8 +128,8 @@ void close_panel(const Forward& problem, const Group& group, const Panel& panel,
   rescale<Vecs>(panel.output, problem.value_dim, factor);
   transpose(panel.output, panel.width(), problem.value_dim, panel.width(), buffer, problem.value_dim);
   for (int64_t r = 0; r < panel.rows; ++r) {
-    problem.lse[(group.batch * problem.query_heads + panel.head[r]) * problem.query_len + panel.query[r]] = lse[r];
-    void* output = row_of(problem.output, problem.type, group.batch, panel.head[r], panel.query[r]);
+    problem.lse[problem.number_of(group.batch, panel.head[r], panel.query[r])] = lse[r];
+    void* output = query_row(problem, problem.output, group.batch, panel.head[r], panel.query[r]);
     write_row(buffer + r * problem.value_dim, problem.value_dim, problem.type, output);
   }
   if (stats) record_stats(problem, group, panel, lse, *stats);
@@ -169,19 +140,19 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
   int64_t from = keys.count, to = 0;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t done = p * kPanelRows;
-    Panel& panel = place.panels[p];
+    SoftmaxPanel& panel = place.panels[p];
     open_panel(problem, group, keys, block.first_row + done, std::min<int64_t>(kPanelRows, block.rows - done), panel, place.rows);
     from = std::min(from, panel.slots_from);
     to = std::max(to, panel.slots_to);
   }
-  for (int64_t slot = from; slot < to; slot += kKeyBlock) {
-    const int64_t end = std::min(to, slot + kKeyBlock);
-    const RowBlock key = row_block(
-        problem.key, problem.type, group.batch, group.kv_head, keys, slot, end - slot, problem.head_dim, place.keys);
-    const RowBlock value = row_block(
-        problem.value, problem.type, group.batch, group.kv_head, keys, slot, end - slot, problem.value_dim, place.values);
+  // Blocks start at multiples of their size, so that a panel's sums do not depend on the panels beside it.
+  for (int64_t slot = from, end; slot < to; slot = end) {
+    end = std::min(to, (slot / kKeyBlock + 1) * kKeyBlock);
+    const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
+    const RowBlock key = row_block(problem, problem.key, group, keys, slot, end - slot, head_dim, head_dim, place.keys);
+    const RowBlock value = row_block(problem, problem.value, group, keys, slot, end - slot, value_dim, value_dim, place.values);
     for (int64_t p = 0; p < panels; ++p) {
-      const Panel& panel = place.panels[p];
+      const SoftmaxPanel& panel = place.panels[p];
       const int64_t first = std::max(slot, panel.slots_from), last = std::min(end, panel.slots_to);
       if (first >= last) continue;
       const RowBlock seen_key{key.data + (first - slot) * key.stride, key.stride};
@@ -202,9 +173,10 @@ void clear_silent_heads(const Forward& problem) {
   for (int64_t batch = 0; batch < problem.batches; ++batch) {
     for (int64_t head = 0; head < problem.query_heads; ++head) {
       if (problem.gate_of(batch, head) != 0.f) continue;
-      std::fill_n(problem.lse + (batch * problem.query_heads + head) * problem.query_len, problem.query_len, -kInfinity);
-      for (int64_t query = 0; query < problem.query_len; ++query) {
-        std::memset(row_of(problem.output, problem.type, batch, head, query), 0, problem.value_dim * element_size(problem.type));
+      const int64_t queries = problem.sequences[batch].query_len;
+      std::fill_n(problem.lse + problem.number_of(batch, head, 0), queries, -kInfinity);
+      for (int64_t query = 0; query < queries; ++query) {
+        std::memset(query_row(problem, problem.output, batch, head, query), 0, problem.value_dim * element_size(problem.type));
       }
     }
   }
@@ -216,7 +188,8 @@ void average_stats(const Forward& problem, RowStats& rows) {
     double sums[6] = {};
     double counted = 0;
     float top = -kInfinity;
-    for (int64_t row = head * problem.query_len; row < (head + 1) * problem.query_len; ++row) {
+    const int64_t batch = head / problem.query_heads, first = problem.number_of(batch, head % problem.query_heads, 0);
+    for (int64_t row = first; row < first + problem.sequences[batch].query_len; ++row) {
       if (rows.at(RowStats::counted, row) == 0.f) continue;
       counted += 1;
       top = std::max(top, rows.at(RowStats::max_logit, row));
@@ -250,7 +223,7 @@ void attention_forward(const Forward& problem) {
   const std::vector<Block> blocks = blocks_of(problem, groups, rows_per_block(problem, groups, threads));
   RowStats stats;
   if (problem.stats) {
-    stats.rows = problem.batches * problem.query_heads * problem.query_len;
+    stats.rows = problem.numbers.count;
     stats.values.assign(7 * stats.rows, 0.f);
   }
   const int64_t total = static_cast<int64_t>(blocks.size());

@@ -45,5 +45,30 @@ def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def attention_backward(
+    call: AttentionCall, grad_output: Tensor, output: Tensor, lse: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    return torch.ops.headprune_cpu.attention_backward.default(
+        grad_output,
+        output,
+        lse,
+        needs,
+        call.query,
+        call.key,
+        call.value,
+        call.head_map.kv_of_query,
+        call.causal,
+        call.window,
+        call.scale,
+        call.softcap,
+        call.bias,
+        call.alibi_slopes,
+        call.sinks,
+        call.key_mask,
+        call.gate,
+    )
+
+
 def register_cpp() -> None:
     register("attention", Implementation("cpp", attention_forward, refuses, missing))
+    register("attention_backward", Implementation("cpp", attention_backward, refuses, missing))
