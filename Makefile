@@ -1,10 +1,11 @@
 # make demo   the main job on the packaged pretrained model      make test   everything that CI runs
+# make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint aot
+.PHONY: venv demo test lint aot bench gpu
 
 venv: $(VENV)/.ready
 
@@ -29,3 +30,17 @@ lint: venv
 
 aot: venv
 	$(BIN)/python bench/aot.py
+
+bench: venv
+	$(BIN)/python -m pytest -q -m "not gpu" bench --benchmark-quiet
+	$(BIN)/python bench/table.py
+
+# Takes the Python that has torch with CUDA (PYTHON=...), installs nothing and needs no network: the kernels are found through a
+# link, the extension is built in place. Tests that fail do not keep the benchmarks from running, and the table comes last.
+gpu: export PYTHONPATH := $(CURDIR)
+gpu:
+	ln -sfn ../kernels/triton headprune/kernels
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	-$(PYTHON) -m pytest -q -m gpu tests/ops tests/kernels
+	$(PYTHON) -m pytest -q -m gpu bench --benchmark-quiet
+	$(PYTHON) bench/table.py

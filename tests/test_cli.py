@@ -1,6 +1,7 @@
 """The command line from outside: exit codes, one-line errors, and that nothing is half-written."""
 
 import json
+import resource
 
 import pytest
 from tiny_models import bert
@@ -75,6 +76,8 @@ RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": 
         (["plan", "bad.json", "--heads", "0.5"], "expected a head_scores file"),
         (["plan", "scores.json", "--heads", "1.5"], "heads=1.5"),
         (["plan", "scores.json"], "exactly one"),
+        (["plan", "nan.json", "--heads", "0.5"], "are NaN for heads [2]"),
+        (["run", "recipe.yaml", "task.options.calibration_pairs=0"], "calibration set of task docstring-retrieval is empty"),
         (["score", "minilm", "--criterion", "fischer"], "Did you mean 'fisher'"),
         (["demo", "--model", "minlm"], "Did you mean 'minilm'"),
     ],
@@ -84,10 +87,30 @@ def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(call, tmp_path, ar
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     score(bert(), criterion="random").save("scores.json")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    next(iter(content["sites"].values()))["scores"][2] = float("nan")
+    (tmp_path / "nan.json").write_text(json.dumps(content))
     before = sorted(path.name for path in tmp_path.rglob("*"))
     code, _, err = call(*arguments)
     assert code == 2
-    assert names in err
-    assert err.strip().count("\n") == 0
+    (error,) = (line for line in err.splitlines() if line and not line.startswith("✓"))  # stages that ended well may precede it
+    assert error.startswith("error:")
+    assert names in error
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_is_full_while_saving_is_one_line_and_leaves_nothing(call, tmp_path):
+    save(bert(), "dense")
+    score(bert(), criterion="random").save("scores.json")
+    call("plan", "scores.json", "--heads", "0.5")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        code, _, err = call("prune", "./dense", "plan.json", "-o", "out/pruned")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    assert "cannot write out/pruned" in err
+    assert err.strip().count("\n") == 0
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,70 @@
+"""The `versus` fixture, which measures a row, and the result file of the whole run (`--results FILE`)."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from ceilings import ceilings
+from machine import machine
+from versus import Row, compare
+
+ROWS: list[tuple[str, Row]] = []
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--results", help="where to write the rows (JSON); default bench/results/<machine>-<date>.json")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def versus(request, benchmark):
+    """`versus(name, ours, peers, ...)` as `versus.compare`; dtype names the matrix product that the floor is counted by.
+
+    The benchmark fixture times ours once more by itself, so that pytest-benchmark's own files and comparisons work too.
+    """
+    device = "cuda" if request.node.get_closest_marker("gpu") else "cpu"
+
+    def run(name: str, ours, peers, *, dtype: torch.dtype = torch.float32, **options) -> Row:
+        if options.get("gflop") or options.get("gbyte"):
+            options["ceilings"] = ceilings(device, dtype)
+        with torch.no_grad() if not options.pop("grad", False) else torch.enable_grad():
+            row = compare(name, ours, peers, device=device, **options)
+            benchmark.pedantic(ours, rounds=1)
+        benchmark.extra_info.update(asdict(row))
+        ROWS.append((device, row))
+        print(line(row))
+        return row
+
+    benchmark.group = request.node.path.stem
+    return run
+
+
+def pytest_sessionfinish(session) -> None:
+    if not ROWS:
+        return
+    found = machine("cuda" if any(device == "cuda" for device, _ in ROWS) else "cpu")
+    given = session.config.getoption("--results")
+    target = Path(given or Path(__file__).parent / "results" / f"{found['slug']}-{datetime.date.today():%Y-%m-%d}.json")
+    document = {"machine": found, "rows": [asdict(row) for _, row in ROWS]}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=target.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(json.dumps(document, indent=1) + "\n")
+    os.chmod(draft, 0o644)
+    os.replace(draft, target)
+
+
+def line(row: Row) -> str:
+    return f"\n{row.name}: {row.ours_us:.1f} us, {row.peer} {row.peer_us:.1f} us, {row.ratio:.2f}x ({row.goal or 'no goal'})"

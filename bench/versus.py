@@ -1,0 +1,151 @@
+"""Ours against named peers in the same run: interleaved rounds, medians, the ratio and the floor.
+
+A benchmark is a pytest function that calls the `versus` fixture (conftest.py) once per row.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+GPU_ROUND_SECONDS = 4e-3  # calls are repeated until one timed round on a GPU lasts about this long
+MOST_CALLS = 200
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table. Times are medians per call in microseconds; ratio is peer / ours."""
+
+    name: str
+    ours_us: float
+    spread: float  # (third quartile - first quartile) / median of ours
+    peer: str
+    peer_us: float
+    ratio: float
+    goal: str
+    met: bool | None  # None: no goal
+    floor_us: float | None = None
+    floor: str = ""  # what the floor counts
+    others: dict[str, str] = field(default_factory=dict)  # other peers: microseconds, or why they did not run
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches in plain library calls: the floors are counted against these."""
+
+    gflops: float  # of a large matrix product in the row's dtype
+    gbytes: float  # bytes read + written a second: a large copy on a GPU, a large read on a CPU
+
+
+def measure(
+    run: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """(seconds per call of every round, why a peer did not run). The first of `run` is ours and must run."""
+    prepared, failed = {}, {}
+    for name, function in run.items():
+        try:
+            prepared[name] = prepare(function, device)
+        except Exception as error:
+            if not prepared:
+                raise
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    times: dict[str, list[float]] = {name: [] for name in prepared}
+    gc.collect()
+    for _ in range(rounds):
+        for name, (timed, calls) in prepared.items():
+            start = time.perf_counter()
+            timed()
+            times[name].append((time.perf_counter() - start) / calls)
+    prepared.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return times, failed
+
+
+def prepare(function: Callable[[], object], device: torch.device) -> tuple[Callable[[], None], int]:
+    """(what one round runs, how many calls of `function` that is), warmed up."""
+    function()
+    function()
+    if device.type != "cuda":
+        return function, 1
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    calls = max(1, min(MOST_CALLS, math.ceil(GPU_ROUND_SECONDS / (time.perf_counter() - start))))
+    replay = captured(function, calls) or (lambda: [function() for _ in range(calls)])
+
+    def timed() -> None:
+        replay()
+        torch.cuda.synchronize()
+
+    timed()
+    return timed, calls
+
+
+def captured(function: Callable[[], object], calls: int) -> Callable[[], None] | None:
+    """A CUDA graph of `calls` calls, so that launches from Python do not count; None where it cannot be captured."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                function()
+    except Exception:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def compare(
+    name: str,
+    ours: Callable[[], object],
+    peers: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device | str = "cpu",
+    at_least: float | None = None,
+    at_most: float | None = None,
+    of_floor: float | None = None,
+    gflop: float = 0.0,
+    gbyte: float = 0.0,
+    ceilings: Ceilings | None = None,
+    rounds: int = 15,
+) -> Row:
+    """Measures one row.
+
+    Args:
+        ours, peers: functions without arguments; the fastest peer that runs is the one compared with.
+        at_least: goal for peer time / our time ("1.3 times as fast").
+        at_most: goal for our time / peer time ("at most 1.10 times as long").
+        of_floor: goal for floor time / our time ("85 % of the copy bandwidth").
+        gflop, gbyte: what the call must compute and move at least; the larger of their times at `ceilings` is the floor.
+    """
+    times, failed = measure({"ours": ours, **peers}, torch.device(device), rounds)
+    medians = {peer: statistics.median(values) * 1e6 for peer, values in times.items()}
+    ours_us = medians.pop("ours")
+    peer = min(medians, key=medians.__getitem__) if medians else ""
+    peer_us = medians.get(peer, math.nan)
+    low, _, high = statistics.quantiles(times["ours"], n=4)
+    floors = {}
+    if ceilings and gflop:
+        floors["arithmetic"] = gflop / ceilings.gflops * 1e6
+    if ceilings and gbyte:
+        floors["bytes"] = gbyte / ceilings.gbytes * 1e6
+    floor = max(floors, key=floors.__getitem__) if floors else ""
+    goals = []
+    if at_least is not None:
+        goals.append((f">= {at_least:g}x {peer or 'a peer'}", peer_us / ours_us >= at_least))
+    if at_most is not None:
+        goals.append((f"<= {at_most:.3g} of {peer}", ours_us / peer_us <= at_most))
+    if of_floor is not None and floor:
+        goals.append((f">= {of_floor:.0%} of the floor", floors[floor] / ours_us >= of_floor))
+    others = {other: f"{value:.1f}" for other, value in medians.items() if other != peer} | failed
+    return Row(
+        name, ours_us, (high - low) * 1e6 / ours_us, peer, peer_us, peer_us / ours_us, ", ".join(goal for goal, _ in goals),
+        all(met for _, met in goals) if goals else None, floors.get(floor), floor, others,
+    )  # fmt: skip
