@@ -15,10 +15,7 @@ float dot(const float* a, const float* b, int64_t count) {
     for (int v = 0; v < 4; ++v) sums[v] = at::vec::fmadd(load(a + i + v * kLanes), load(b + i + v * kLanes), sums[v]);
   }
   for (; i + kLanes <= count; i += kLanes) sums[0] = at::vec::fmadd(load(a + i), load(b + i), sums[0]);
-  float lanes[kLanes];
-  store(lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-  float sum = 0.f;
-  for (float lane : lanes) sum += lane;
+  float sum = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < count; ++i) sum += a[i] * b[i];
   return sum;
 }

@@ -73,18 +73,22 @@ inline std::tuple<int64_t, int64_t> slots_of(const Problem& problem, const Group
   return {from, std::max(from, to)};
 }
 
+// Rows of a group against the slots [from, to). `part` numbers the blocks whose rows are split over the keys; -1: all keys.
 struct Block {
-  int64_t group, first_row, rows;
+  int64_t group, first_row, rows, from, to, part = -1;
 };
 
-// Blocks of at most `block_rows` rows, within a group the last ones first: under a causal mask these are the longest.
-inline std::vector<Block> blocks_of(const Problem& problem, const std::vector<Group>& groups, int64_t block_rows) {
+// Blocks of at most `block_rows` rows, within a group the last ones first: under a causal mask these are the longest. Groups
+// that are `split` are left out.
+inline std::vector<Block> blocks_of(
+    const Problem& problem, const std::vector<Group>& groups, const std::vector<Keys>& keys, const std::vector<bool>& split, int64_t block_rows) {
   std::vector<Block> blocks;
   for (size_t g = 0; g < groups.size(); ++g) {
+    if (split[g]) continue;
     const int64_t rows = groups[g].rows(problem);
     for (int64_t block = (rows + block_rows - 1) / block_rows - 1; block >= 0; --block) {
       const int64_t first = block * block_rows;
-      blocks.push_back({static_cast<int64_t>(g), first, std::min(block_rows, rows - first)});
+      blocks.push_back({static_cast<int64_t>(g), first, std::min(block_rows, rows - first), 0, keys[groups[g].batch].count});
     }
   }
   return blocks;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "panel.h"
+#include "thin.h"
 
 namespace headprune::cpu {
 
@@ -14,10 +15,26 @@ struct PanelStats {
 };
 
 struct SoftmaxPanel : Panel {
-  float* output;      // [value_dim][row]
-  float *high, *sum;  // [row]
+  float* thin_queries;  // [row][head_dim] where the panel is thin, as scaled as queries
+  float* output;        // [value_dim][row]
+  float *high, *sum;    // [row]
   PanelStats stats;
+
+  bool thin() const { return rows <= kThinRows; }
 };
+
+// All that the softmax of a panel has come to, in one piece of memory.
+inline int64_t state_floats(int64_t value_dim) { return (value_dim + 7) * kPanelRows; }
+
+inline void place_state(SoftmaxPanel& panel, float* state, int64_t value_dim) {
+  panel.output = state;
+  state += value_dim * kPanelRows;
+  for (float** field : {&panel.high, &panel.sum, &panel.stats.top, &panel.stats.mass, &panel.stats.weighted, &panel.stats.distance,
+                        &panel.stats.first}) {
+    *field = state;
+    state += kPanelRows;
+  }
+}
 
 template <int Vecs>
 void edit_scores(const Edits& edits, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, float* scores) {
@@ -99,6 +116,28 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
       store(panel.stats.distance + v * kLanes, distance[v]);
       if (slot == 0 && count) store(panel.stats.first + v * kLanes, load(scores + v * kLanes));
     }
+  }
+}
+
+// Takes what another panel with the same rows has come to over other keys into `panel`.
+inline void merge(const SoftmaxPanel& panel, const SoftmaxPanel& other, int64_t value_dim) {
+  for (int v = 0; v < panel.vecs; ++v) {
+    const int at = v * kLanes;
+    const Vec now = max_second(load(panel.high + at), load(other.high + at));
+    const Vec high = Vec::blendv(now, Vec(0.f), now == Vec(-kInfinity));
+    const Vec shift = max_second(Vec(-127.f), load(panel.high + at) - high), other_shift = max_second(Vec(-127.f), load(other.high + at) - high);
+    const Vec factor = exp2(shift), other_factor = exp2(other_shift);
+    const auto add = [&](float* to, const float* from) { store(to, load(to) * factor + load(from) * other_factor); };
+    store(panel.high + at, now);
+    add(panel.sum + at, other.sum + at);
+    for (int64_t c = 0; c < value_dim; ++c) add(panel.output + c * panel.width() + at, other.output + c * panel.width() + at);
+    const PanelStats &stats = panel.stats, &more = other.stats;
+    store(stats.top + at, max_second(load(stats.top + at), load(more.top + at)));
+    const Vec weighted = (load(stats.weighted + at) + shift * load(stats.mass + at)) * factor;
+    store(stats.weighted + at, weighted + (load(more.weighted + at) + other_shift * load(more.mass + at)) * other_factor);
+    add(stats.mass + at, more.mass + at);
+    add(stats.distance + at, more.distance + at);
+    add(stats.first + at, more.first + at);
   }
 }
 

@@ -118,4 +118,32 @@ inline Held hold_packed(const Tensor& query, const Tensor& key, const Tensor& va
   return held;
 }
 
+// A few new rows of each sample against a cache, contiguous [batch, kv_heads, capacity, dim] or, with a page_table, in pages
+// [pages, kv_heads, page_size, dim].
+inline Held hold_cache(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& lengths,
+                       const OptionalTensor& page_table, const Options& options) {
+  const Tensor counts = lengths.contiguous();
+  const int64_t pages = page_table ? page_table->size(1) : 1, capacity = pages * key_cache.size(2);
+  std::vector<Sequence> sequences;
+  for (int64_t i = 0; i < query.size(0); ++i) {
+    const int64_t length = counts.const_data_ptr<int32_t>()[i];
+    TORCH_CHECK(0 <= length && length <= capacity, "lengths[", i, "] is ", length, "; the cache holds 0 to ", capacity, " keys");
+    sequences.push_back({0, query.size(2), 0, length});
+  }
+  Held held = hold(query, key_cache, value_cache, std::move(sequences), options);
+  if (!page_table) return held;
+  const Tensor table = held.keep(page_table->contiguous());
+  Problem& problem = held.problem;
+  problem.pages = table.const_data_ptr<int32_t>();
+  problem.page_size = key_cache.size(2);
+  problem.pages_per_sample = pages;
+  for (int64_t i = 0; i < problem.batches; ++i) {
+    for (int64_t page = 0; page * problem.page_size < problem.sequences[i].kv_len; ++page) {
+      const int64_t number = problem.pages[i * pages + page];
+      TORCH_CHECK(0 <= number && number < key_cache.size(0), "page_table[", i, ", ", page, "] is ", number, " of ", key_cache.size(0), " pages");
+    }
+  }
+  return held;
+}
+
 }  // namespace headprune::cpu

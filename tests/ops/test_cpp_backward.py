@@ -46,7 +46,11 @@ def assert_matches_reference(call: AttentionCall) -> None:
         assert ours.isfinite().all(), name
         if ours.numel():
             error = (ours.double() - right).abs().max()
-            allowed = 2 * (theirs.double() - right).abs().max() + 4 * EPSILON[call.query.dtype] * max(1, right.abs().max())
+            epsilon = EPSILON[call.query.dtype]
+            allowed = 2 * (theirs.double() - right).abs().max() + 8 * epsilon * max(1, right.abs().max())
+            if name == "gate":
+                # Sums over all of the output, which the forward has rounded to the dtype.
+                allowed += epsilon * (call.query_len * call.value_dim) ** 0.5
             assert error <= allowed, f"{name}: {error} > {allowed}"
 
 
