@@ -193,7 +193,8 @@ def test_each_instruction_set_loads_and_matches_the_reference(capability):
         "for options in [(), ('causal', 'alibi', 'stats'), ('bias', 'softcap'), ('key_mask', 'sinks', 'stats')]:\n"
         "    for dtype in t.EPSILON: t.assert_matches_reference(t.make_call(t.Shape(query_len=50, kv_len=150), options, dtype))\n"
     )
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.path.dirname(__file__)}
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": f"{here}{os.pathsep}{os.path.dirname(here)}"}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-2000:]
     assert found.stdout.split() == [capability]

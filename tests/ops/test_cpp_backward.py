@@ -31,7 +31,8 @@ def gradients(call: AttentionCall, needs=None, seed: int = 1) -> tuple[torch.Ten
     return grad_output, attention_backward(call, grad_output, output, lse, needs or possible(call))
 
 
-def assert_matches_reference(call: AttentionCall) -> None:
+def assert_matches_reference(call: AttentionCall, also: float = 0.0) -> None:
+    """`also`: a further error allowed, relative to the largest gradient."""
     grad_output, found = gradients(call)
     needs = possible(call)
     exact = reference.attention_backward(in_fp64(call), grad_output.double(), needs)
@@ -47,7 +48,7 @@ def assert_matches_reference(call: AttentionCall) -> None:
         if ours.numel():
             error = (ours.double() - right).abs().max()
             epsilon = EPSILON[call.query.dtype]
-            allowed = 2 * (theirs.double() - right).abs().max() + 8 * epsilon * max(1, right.abs().max())
+            allowed = 2 * (theirs.double() - right).abs().max() + 8 * epsilon * max(1, right.abs().max()) + also * right.abs().max()
             if name == "gate":
                 # Sums over all of the output, which the forward has rounded to the dtype.
                 allowed += epsilon * (call.query_len * call.value_dim) ** 0.5
@@ -171,7 +172,9 @@ def test_rows_that_attend_to_nothing_get_no_gradient():
 
 def test_large_scores_do_not_overflow():
     call = make_call(Shape())
-    assert_matches_reference(replace(call, query=call.query * 40, key=call.key * 40))
+    call = replace(call, query=call.query * 40, key=call.key * 40)
+    # exp(score - lse) carries the rounding of lse, which is kept in fp32 between the passes.
+    assert_matches_reference(call, also=4 * EPSILON[torch.float32] * attention_forward(call)[1].abs().max())
 
 
 @pytest.mark.parametrize("needed", range(6))
