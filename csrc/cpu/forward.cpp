@@ -7,14 +7,16 @@
 
 #include "bias.h"
 #include "keys.h"
-#include "panel.h"
+#include "scratch.h"
+#include "softmax.h"
 
 namespace headprune::cpu {
 namespace {
 
 constexpr int64_t kMostPanels = 4;
+constexpr int64_t kPartKeys = 4 * kKeyBlock;
 
-// The statistics of single rows before they are averaged, each [batches, query_heads, query_len].
+// The statistics of single rows before they are averaged, each laid out like lse.
 struct RowStats {
   std::vector<float> values;
   int64_t rows = 0;
@@ -24,24 +26,25 @@ struct RowStats {
 
 // Everything that a thread needs for one block of rows.
 struct Workplace {
-  Panel panels[kMostPanels];
+  SoftmaxPanel panels[kMostPanels];
+  float* states[kMostPanels];
   float *keys, *values, *scores, *rows;
   BiasBlock bias;
 };
 
 Workplace set_up(const Problem& problem) {
   const int64_t dim = std::max(problem.head_dim, problem.value_dim);
-  const int64_t panel_floats = kPanelRows * (problem.head_dim + problem.value_dim + 16);
+  const int64_t panel_floats = 2 * kPanelRows * (problem.head_dim + 1) + state_floats(problem.value_dim);
   Scratch& scratch = thread_scratch();
   scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + 3 * kPanelRows) + kPanelRows * dim);
   Workplace place;
-  for (Panel& panel : place.panels) {
+  for (int64_t p = 0; p < kMostPanels; ++p) {
+    SoftmaxPanel& panel = place.panels[p];
     panel.queries = scratch.take(problem.head_dim * kPanelRows);
-    panel.output = scratch.take(problem.value_dim * kPanelRows);
-    for (float** field : {&panel.position, &panel.slope, &panel.high, &panel.sum, &panel.stats.top, &panel.stats.mass,
-                          &panel.stats.weighted, &panel.stats.distance, &panel.stats.first}) {
-      *field = scratch.take(kPanelRows);
-    }
+    panel.thin_queries = scratch.take(problem.head_dim * kThinRows);
+    panel.position = scratch.take(kPanelRows);
+    panel.slope = scratch.take(kPanelRows);
+    place.states[p] = scratch.take(state_floats(problem.value_dim));
   }
   place.keys = scratch.take(kKeyBlock * dim);
   place.values = scratch.take(kKeyBlock * dim);
@@ -52,64 +55,45 @@ Workplace set_up(const Problem& problem) {
   return place;
 }
 
-void open_panel(const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, Panel& panel, float* buffer) {
-  panel.rows = rows;
-  panel.vecs = rows <= kLanes ? 1 : kPanelVecs;
-  const int64_t width = panel.width(), heads = static_cast<int64_t>(group.heads.size());
-  const float factor = problem.softcap != 0.f ? problem.scale / problem.softcap : problem.scale * kLog2e;
+void open_panel(
+    const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, bool sinks, SoftmaxPanel& panel,
+    float* buffer) {
+  place_panel(problem, group, keys, first, rows, panel);
+  const int64_t width = panel.width();
   std::fill_n(panel.sum, width, 0.f);
   std::fill_n(panel.high, width, -kInfinity);
-  for (int64_t r = 0; r < width; ++r) {
-    const int64_t row = first + std::min(r, rows - 1);
-    panel.query[r] = row / heads;
-    panel.head[r] = group.heads[row % heads];
-    panel.position[r] = static_cast<float>(problem.position(panel.query[r]));
-    panel.slope[r] = problem.alibi_slopes ? problem.alibi_slopes[panel.head[r]] * kLog2e : 0.f;
-    if (problem.sinks) {
+  if (problem.sinks && sinks) {
+    for (int64_t r = 0; r < width; ++r) {
       panel.high[r] = problem.sinks[panel.head[r]] * kLog2e;
       panel.sum[r] = panel.high[r] == -kInfinity ? 0.f : 1.f;
     }
-    if (r >= rows) {
-      std::fill_n(buffer + r * problem.head_dim, problem.head_dim, 0.f);
-      continue;
-    }
-    const void* query = row_of(problem.query, problem.type, group.batch, panel.head[r], panel.query[r]);
-    read_row(query, problem.type, problem.head_dim, buffer + r * problem.head_dim);
-    scale_row(buffer + r * problem.head_dim, problem.head_dim, factor);
   }
-  transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
+  read_panel(problem, problem.query, group, panel, problem.head_dim, problem.head_dim, buffer);
+  scale_row(buffer, width * problem.head_dim, query_factor(problem));
+  if (panel.thin()) {
+    std::copy_n(buffer, panel.rows * problem.head_dim, panel.thin_queries);
+  } else {
+    transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
+  }
   std::fill_n(panel.output, width * problem.value_dim, 0.f);
   std::fill_n(panel.stats.top, width, -kInfinity);
   for (float* field : {panel.stats.mass, panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
-  panel.lowest = panel.position[0];
-  panel.highest = panel.position[rows - 1];
-  panel.slots_from = 0;
-  panel.slots_to = keys.count;
-  const int64_t lowest = problem.position(panel.query[0]), highest = problem.position(panel.query[rows - 1]);
-  if (problem.causal) panel.slots_to = keys.slot_from(highest + 1);
-  if (problem.window) {
-    panel.slots_from = keys.slot_from(lowest - problem.window + 1);
-    panel.slots_to = std::min(panel.slots_to, keys.slot_from(highest + problem.window));
-  }
-}
-
-Edits edits_of(const Problem& problem, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, const float* bias) {
-  const float first = static_cast<float>(keys.at(slot)), last = static_cast<float>(keys.at(slot + count - 1));
-  const float window = static_cast<float>(problem.window);
-  Edits edits{problem.softcap * kLog2e, problem.alibi_slopes != nullptr, bias, false, 0};
-  edits.causal = problem.causal && last > panel.lowest;
-  if (problem.window && (panel.highest - first >= window || last - panel.lowest >= window)) edits.window = problem.window;
-  return edits;
 }
 
 // The part of `block_*` (keys `slot` up to `slot + count`) that the panel sees, taken into its softmax and its output.
 template <int Vecs, bool Stats>
-void attend(const Problem& problem, int64_t batch, const Panel& panel, const Keys& keys, int64_t slot, int64_t count,
+void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
             RowBlock key, RowBlock value, Workplace& place) {
   float* bias = problem.bias.data ? place.bias.transposed : nullptr;
   if (bias && !read_bias(problem.bias, batch, panel, keys, slot, count, place.bias)) return;
   const Edits edits = edits_of(problem, panel, keys, slot, count, bias);
-  score_block<Vecs>(key.data, key.stride, count, panel.queries, problem.head_dim, place.scores);
+  const bool thin = Vecs == 1 && panel.thin();
+  const ThinProducts products = thin_products(panel.rows);
+  if (thin) {
+    products.scores(key.data, key.stride, count, panel.thin_queries, problem.head_dim, panel.width(), place.scores);
+  } else {
+    score_block<Vecs>(key.data, key.stride, count, panel.queries, problem.head_dim, place.scores);
+  }
   if (edits.any()) edit_scores<Vecs>(edits, panel, keys, slot, count, place.scores);
   softmax_step<Vecs, Stats>(panel, keys, slot, count, problem.value_dim, place.scores);
   // Keys that the bias hides from the whole panel are left out: their values may hold inf or NaN.
@@ -118,15 +102,20 @@ void attend(const Problem& problem, int64_t batch, const Panel& panel, const Key
     for (to = from + 1; to < count && (bias && place.bias.best[to] == -kInfinity) == hidden;) ++to;
     if (hidden) continue;
     const float* probs = place.scores + from * Vecs * kLanes;
-    value_block<Vecs>(value.data + from * value.stride, value.stride, to - from, probs, problem.value_dim, panel.output);
+    const float* seen = value.data + from * value.stride;
+    if (thin) {
+      products.values(seen, value.stride, to - from, probs, panel.width(), problem.value_dim, panel.output, place.rows);
+    } else {
+      value_block<Vecs>(seen, value.stride, to - from, probs, problem.value_dim, panel.output);
+    }
   }
 }
 
-void record_stats(const Forward& problem, const Group& group, const Panel& panel, const float* lse, RowStats& stats) {
+void record_stats(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const float* lse, RowStats& stats) {
   for (int64_t r = 0; r < panel.rows; ++r) {
-    const bool wanted = !problem.query_mask || problem.query_mask[group.batch * problem.query_len + panel.query[r]];
+    const bool wanted = !problem.query_mask || problem.query_mask[group.batch * problem.sequences[group.batch].query_len + panel.query[r]];
     if (!wanted || panel.stats.top[r] == -kInfinity) continue;
-    const int64_t row = (group.batch * problem.query_heads + panel.head[r]) * problem.query_len + panel.query[r];
+    const int64_t row = problem.number_of(group.batch, panel.head[r], panel.query[r]);
     const float inverse = 1.f / panel.sum[r];
     const float mass = panel.stats.mass[r] * inverse;
     stats.at(RowStats::counted, row) = 1.f;
@@ -145,7 +134,7 @@ void record_stats(const Forward& problem, const Group& group, const Panel& panel
 }
 
 template <int Vecs>
-void close_panel(const Forward& problem, const Group& group, const Panel& panel, float* buffer, RowStats* stats) {
+void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, float* buffer, RowStats* stats) {
   float lse[kPanelRows], gate[kPanelRows];
   for (int64_t r = 0; r < panel.width(); ++r) gate[r] = problem.gate_of(group.batch, panel.head[r]);
   Vec factor[Vecs];
@@ -157,31 +146,42 @@ void close_panel(const Forward& problem, const Group& group, const Panel& panel,
   rescale<Vecs>(panel.output, problem.value_dim, factor);
   transpose(panel.output, panel.width(), problem.value_dim, panel.width(), buffer, problem.value_dim);
   for (int64_t r = 0; r < panel.rows; ++r) {
-    problem.lse[(group.batch * problem.query_heads + panel.head[r]) * problem.query_len + panel.query[r]] = lse[r];
-    void* output = row_of(problem.output, problem.type, group.batch, panel.head[r], panel.query[r]);
+    problem.lse[problem.number_of(group.batch, panel.head[r], panel.query[r])] = lse[r];
+    void* output = query_row(problem, problem.output, group.batch, panel.head[r], panel.query[r]);
     write_row(buffer + r * problem.value_dim, problem.value_dim, problem.type, output);
   }
   if (stats) record_stats(problem, group, panel, lse, *stats);
 }
 
-void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, Workplace& place, RowStats* stats) {
-  const int64_t panels = (block.rows + kPanelRows - 1) / kPanelRows;
+int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
+
+void close(const Forward& problem, const Group& group, const SoftmaxPanel& panel, Workplace& place, RowStats* stats) {
+  (panel.vecs == 1 ? close_panel<1> : close_panel<kPanelVecs>)(problem, group, panel, place.rows, stats);
+}
+
+// `states` is where the panels of a part are left, state_floats apart; null: the rows are closed here.
+void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, float* states, Workplace& place,
+               RowStats* stats) {
+  const int64_t panels = panels_of(block.rows);
   int64_t from = keys.count, to = 0;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t done = p * kPanelRows;
-    Panel& panel = place.panels[p];
-    open_panel(problem, group, keys, block.first_row + done, std::min<int64_t>(kPanelRows, block.rows - done), panel, place.rows);
-    from = std::min(from, panel.slots_from);
-    to = std::max(to, panel.slots_to);
+    SoftmaxPanel& panel = place.panels[p];
+    const int64_t rows = std::min<int64_t>(kPanelRows, block.rows - done);
+    place_state(panel, states ? states + p * state_floats(problem.value_dim) : place.states[p], problem.value_dim);
+    open_panel(problem, group, keys, block.first_row + done, rows, block.part <= 0, panel, place.rows);
+    from = std::min(from, std::max(block.from, panel.slots_from));
+    to = std::max(to, std::min(block.to, panel.slots_to));
   }
-  for (int64_t slot = from; slot < to; slot += kKeyBlock) {
-    const int64_t end = std::min(to, slot + kKeyBlock);
-    const RowBlock key = row_block(
-        problem.key, problem.type, group.batch, group.kv_head, keys, slot, end - slot, problem.head_dim, place.keys);
-    const RowBlock value = row_block(
-        problem.value, problem.type, group.batch, group.kv_head, keys, slot, end - slot, problem.value_dim, place.values);
+  const bool once = panels == 1 && place.panels[0].thin();
+  // Blocks start at multiples of their size, so that a panel's sums do not depend on the panels beside it.
+  for (int64_t slot = from, end; slot < to; slot = end) {
+    end = std::min(to, (slot / kKeyBlock + 1) * kKeyBlock);
+    const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
+    const RowBlock key = row_block(problem, problem.key, group, keys, slot, end - slot, head_dim, head_dim, place.keys, once);
+    const RowBlock value = row_block(problem, problem.value, group, keys, slot, end - slot, value_dim, value_dim, place.values, once);
     for (int64_t p = 0; p < panels; ++p) {
-      const Panel& panel = place.panels[p];
+      const SoftmaxPanel& panel = place.panels[p];
       const int64_t first = std::max(slot, panel.slots_from), last = std::min(end, panel.slots_to);
       if (first >= last) continue;
       const RowBlock seen_key{key.data + (first - slot) * key.stride, key.stride};
@@ -191,9 +191,30 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
       run(problem, group.batch, panel, keys, first, last - first, seen_key, seen_value, place);
     }
   }
-  for (int64_t p = 0; p < panels; ++p) {
-    const auto close = place.panels[p].vecs == 1 ? close_panel<1> : close_panel<kPanelVecs>;
-    close(problem, group, place.panels[p], place.rows, stats);
+  for (int64_t p = 0; !states && p < panels; ++p) close(problem, group, place.panels[p], place, stats);
+}
+
+// The rows of a group that are split over the keys: its parts are blocks, numbered from `part` 0 on; their states lie one
+// after the other.
+struct Split {
+  int64_t group, rows, parts;
+  std::vector<float> states;
+  float* state(int64_t part, int64_t panel, int64_t value_dim) {
+    return states.data() + (part * panels_of(rows) + panel) * state_floats(value_dim);
+  }
+};
+
+void join_parts(const Forward& problem, const Group& group, const Keys& keys, Split& split, Workplace& place, RowStats* stats) {
+  for (int64_t p = 0; p < panels_of(split.rows); ++p) {
+    SoftmaxPanel& panel = place.panels[0];
+    place_panel(problem, group, keys, p * kPanelRows, std::min<int64_t>(kPanelRows, split.rows - p * kPanelRows), panel);
+    place_state(panel, split.state(0, p, problem.value_dim), problem.value_dim);
+    for (int64_t part = 1; part < split.parts; ++part) {
+      SoftmaxPanel other = panel;
+      place_state(other, split.state(part, p, problem.value_dim), problem.value_dim);
+      merge(panel, other, problem.value_dim);
+    }
+    close(problem, group, panel, place, stats);
   }
 }
 
@@ -202,9 +223,10 @@ void clear_silent_heads(const Forward& problem) {
   for (int64_t batch = 0; batch < problem.batches; ++batch) {
     for (int64_t head = 0; head < problem.query_heads; ++head) {
       if (problem.gate_of(batch, head) != 0.f) continue;
-      std::fill_n(problem.lse + (batch * problem.query_heads + head) * problem.query_len, problem.query_len, -kInfinity);
-      for (int64_t query = 0; query < problem.query_len; ++query) {
-        std::memset(row_of(problem.output, problem.type, batch, head, query), 0, problem.value_dim * element_size(problem.type));
+      const int64_t queries = problem.sequences[batch].query_len;
+      std::fill_n(problem.lse + problem.number_of(batch, head, 0), queries, -kInfinity);
+      for (int64_t query = 0; query < queries; ++query) {
+        std::memset(query_row(problem, problem.output, batch, head, query), 0, problem.value_dim * element_size(problem.type));
       }
     }
   }
@@ -216,7 +238,8 @@ void average_stats(const Forward& problem, RowStats& rows) {
     double sums[6] = {};
     double counted = 0;
     float top = -kInfinity;
-    for (int64_t row = head * problem.query_len; row < (head + 1) * problem.query_len; ++row) {
+    const int64_t batch = head / problem.query_heads, first = problem.number_of(batch, head % problem.query_heads, 0);
+    for (int64_t row = first; row < first + problem.sequences[batch].query_len; ++row) {
       if (rows.at(RowStats::counted, row) == 0.f) continue;
       counted += 1;
       top = std::max(top, rows.at(RowStats::max_logit, row));
@@ -239,6 +262,23 @@ int64_t rows_per_block(const Problem& problem, const std::vector<Group>& groups,
   return kPanelRows;
 }
 
+// Groups of few rows and many keys are split over the keys, so that all threads have work. Where they are split does not
+// depend on the number of threads, nor does the result.
+Split split_of(const Problem& problem, const Group& group, const Keys& keys, int64_t number, std::vector<Block>& blocks) {
+  Split split{number, group.rows(problem), 0, {}};
+  if (split.rows > kMostPanels * kPanelRows) return split;
+  const auto [from, to] = slots_of(problem, group, keys, 0, problem.sequences[group.batch].query_len - 1);
+  const int64_t first = from / kPartKeys, last = (to + kPartKeys - 1) / kPartKeys;
+  if (last - first < 2) return split;
+  split.parts = last - first;
+  for (int64_t part = 0; part < split.parts; ++part) {
+    const int64_t start = (first + part) * kPartKeys;
+    blocks.push_back({number, 0, split.rows, std::max(from, start), std::min(to, start + kPartKeys), part});
+  }
+  split.states.resize(split.parts * panels_of(split.rows) * state_floats(problem.value_dim));
+  return split;
+}
+
 }  // namespace
 
 void attention_forward(const Forward& problem) {
@@ -247,10 +287,18 @@ void attention_forward(const Forward& problem) {
   for (int64_t batch = 0; batch < problem.batches; ++batch) keys.push_back(visible_keys(problem, batch));
   const std::vector<Group> groups = groups_of(problem);
   const int64_t threads = at::get_num_threads();
-  const std::vector<Block> blocks = blocks_of(problem, groups, rows_per_block(problem, groups, threads));
+  std::vector<Block> blocks;
+  std::vector<Split> splits;
+  std::vector<bool> is_split;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    splits.push_back(split_of(problem, groups[g], keys[groups[g].batch], static_cast<int64_t>(g), blocks));
+    is_split.push_back(splits[g].parts > 0);
+  }
+  const std::vector<Block> whole = blocks_of(problem, groups, keys, is_split, rows_per_block(problem, groups, threads));
+  blocks.insert(blocks.end(), whole.begin(), whole.end());
   RowStats stats;
   if (problem.stats) {
-    stats.rows = problem.batches * problem.query_heads * problem.query_len;
+    stats.rows = problem.numbers.count;
     stats.values.assign(7 * stats.rows, 0.f);
   }
   const int64_t total = static_cast<int64_t>(blocks.size());
@@ -258,8 +306,17 @@ void attention_forward(const Forward& problem) {
   at::parallel_for(0, std::min(threads, total), 1, [&](int64_t, int64_t) {
     Workplace place = set_up(problem);
     for (int64_t i; (i = next.fetch_add(1)) < total;) {
-      const Group& group = groups[blocks[i].group];
-      run_block(problem, group, keys[group.batch], blocks[i], place, problem.stats ? &stats : nullptr);
+      const Block& block = blocks[i];
+      const Group& group = groups[block.group];
+      float* states = block.part < 0 ? nullptr : splits[block.group].state(block.part, 0, problem.value_dim);
+      run_block(problem, group, keys[group.batch], block, states, place, problem.stats ? &stats : nullptr);
+    }
+  });
+  at::parallel_for(0, static_cast<int64_t>(splits.size()), 1, [&](int64_t from, int64_t to) {
+    Workplace place = set_up(problem);
+    for (int64_t i = from; i < to; ++i) {
+      const Group& group = groups[i];
+      if (is_split[i]) join_parts(problem, group, keys[group.batch], splits[i], place, problem.stats ? &stats : nullptr);
     }
   });
   if (problem.stats) average_stats(problem, stats);

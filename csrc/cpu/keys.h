@@ -11,19 +11,27 @@ struct RowBlock {
   int64_t stride;
 };
 
-// In place: fp32, no gaps between the visible keys, and rows that do not all fall into the same few cache sets.
-inline bool reads_in_place(const Operand& operand, Type type, const Keys& keys) {
-  return type == Type::float32 && keys.index.empty() && operand.row % 1024 != 0;
+// In place: fp32, no gaps between the visible keys, and rows that do not all fall into the same few cache sets (which does no
+// harm where they are read only `once`).
+inline bool reads_in_place(const Problem& problem, const Operand& operand, const Keys& keys, int64_t slot, int64_t count, bool once) {
+  if (problem.type != Type::float32 || !keys.index.empty() || (!once && operand.row % 1024 == 0)) return false;
+  const int64_t key = keys.first + slot;
+  return !problem.pages || key / problem.page_size == (key + count - 1) / problem.page_size;
 }
 
+// `width` >= dim: floats that may be read of each row, 0 where the row has none.
 inline RowBlock row_block(
-    const Operand& operand, Type type, int64_t batch, int64_t head, const Keys& keys, int64_t slot, int64_t count, int64_t dim,
-    float* copy) {
-  if (reads_in_place(operand, type, keys)) {
-    return {reinterpret_cast<const float*>(row_of(operand, type, batch, head, keys.first + slot)), operand.row};
+    const Problem& problem, const Operand& operand, const Group& group, const Keys& keys, int64_t slot, int64_t count, int64_t dim,
+    int64_t width, float* copy, bool once = false) {
+  if (width == dim && reads_in_place(problem, operand, keys, slot, count, once)) {
+    const char* row = key_row(problem, operand, group.batch, group.kv_head, keys.first + slot);
+    return {reinterpret_cast<const float*>(row), operand.row};
   }
-  for (int64_t i = 0; i < count; ++i) read_row(row_of(operand, type, batch, head, keys.at(slot + i)), type, dim, copy + i * dim);
-  return {copy, dim};
+  for (int64_t i = 0; i < count; ++i) {
+    read_row(key_row(problem, operand, group.batch, group.kv_head, keys.at(slot + i)), problem.type, dim, copy + i * width);
+    std::fill_n(copy + i * width + dim, width - dim, 0.f);
+  }
+  return {copy, width};
 }
 
 }  // namespace headprune::cpu

@@ -1,33 +1,56 @@
-// A panel: up to kPanelRows query rows in the vector lanes, and the online softmax over blocks of keys.
-//
-// Names: high = running maximum m of the scores, sum = running denominator l (FlashAttention). Scores are in units of
-// log2, so that exp is exp2.
+// A panel: up to kPanelRows query rows of a group in the vector lanes, and what the options do to its scores.
 #pragma once
 
+#include "rows.h"
 #include "schedule.h"
-#include "scratch.h"
 #include "tile.h"
 
 namespace headprune::cpu {
-
-// Sums over keys of p, p * x, p * distance (x = score - high) and p of the first visible key; top = highest score.
-struct PanelStats {
-  float *top, *mass, *weighted, *distance, *first;
-};
 
 struct Panel {
   int64_t rows;  // without the padding up to vecs * kLanes
   int vecs;
   int64_t head[kPanelRows], query[kPanelRows];
-  float lowest, highest;    // positions of the first and last query
+  float lowest, highest;         // positions of the first and last query
   int64_t slots_from, slots_to;  // the keys that some row may see
-  float* queries;           // [head_dim][row], scaled
-  float* output;            // [value_dim][row]
-  float *position, *slope, *high, *sum;  // [row]
-  PanelStats stats;
+  float* queries;                // [head_dim][row], scaled so that scores come out in log2 units (or as tanh's argument)
+  float *position, *slope;       // [row]
 
   int64_t width() const { return vecs * kLanes; }
 };
+
+// Rows `first` and on of the group; the padding repeats the last one.
+inline void place_panel(const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, Panel& panel) {
+  const Sequence& sequence = problem.sequences[group.batch];
+  const int64_t heads = static_cast<int64_t>(group.heads.size());
+  panel.rows = rows;
+  panel.vecs = rows <= kLanes ? 1 : kPanelVecs;
+  for (int64_t r = 0; r < panel.width(); ++r) {
+    const int64_t row = first + std::min(r, rows - 1);
+    panel.query[r] = row / heads;
+    panel.head[r] = group.heads[row % heads];
+    panel.position[r] = static_cast<float>(sequence.position(panel.query[r]));
+    panel.slope[r] = problem.alibi_slopes ? problem.alibi_slopes[panel.head[r]] * kLog2e : 0.f;
+  }
+  panel.lowest = panel.position[0];
+  panel.highest = panel.position[rows - 1];
+  std::tie(panel.slots_from, panel.slots_to) = slots_of(problem, group, keys, panel.query[0], panel.query[rows - 1]);
+}
+
+// The factor on the queries that makes the raw scores what edited() takes.
+inline float query_factor(const Problem& problem) {
+  return problem.softcap != 0.f ? problem.scale / problem.softcap : problem.scale * kLog2e;
+}
+
+// The panel's rows of the query or what is laid out like it, as fp32 rows `width` >= dim floats wide, filled up with 0.
+inline void read_panel(
+    const Problem& problem, const Operand& operand, const Group& group, const Panel& panel, int64_t dim, int64_t width, float* rows) {
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    read_row(query_row(problem, operand, group.batch, panel.head[r], panel.query[r]), problem.type, dim, rows + r * width);
+    std::fill_n(rows + r * width + dim, width - dim, 0.f);
+  }
+  std::fill_n(rows + panel.rows * width, (panel.width() - panel.rows) * width, 0.f);
+}
 
 // What is done to the raw scores of one block of keys of a panel.
 struct Edits {
@@ -40,98 +63,32 @@ struct Edits {
   bool any() const { return softcap != 0.f || alibi || bias || causal || window; }
 };
 
+inline Edits edits_of(const Problem& problem, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, const float* bias) {
+  const float first = static_cast<float>(keys.at(slot)), last = static_cast<float>(keys.at(slot + count - 1));
+  const float window = static_cast<float>(problem.window);
+  Edits edits{problem.softcap * kLog2e, problem.alibi_slopes != nullptr, bias, false, 0};
+  edits.causal = problem.causal && last > panel.lowest;
+  if (problem.window && (panel.highest - first >= window || last - panel.lowest >= window)) edits.window = problem.window;
+  return edits;
+}
+
 inline Vec hide(Vec score, Vec condition) { return Vec::blendv(score, Vec(-kInfinity), condition); }
 
-template <int Vecs>
-void edit_scores(const Edits& edits, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, float* scores) {
-  constexpr int rows = Vecs * kLanes;
-  for (int64_t key = 0; key < count; ++key) {
-    const Vec key_position(static_cast<float>(keys.at(slot + key)));
-    for (int v = 0; v < Vecs; ++v) {
-      float* at = scores + key * rows + v * kLanes;
-      Vec score = load(at);
-      const Vec ahead = key_position - load(panel.position + v * kLanes);
-      if (edits.softcap != 0.f) score = Vec(edits.softcap) * tanh(score);
-      if (edits.alibi) score = score - load(panel.slope + v * kLanes) * ahead.abs();
-      if (edits.bias) {
-        const Vec bias = load(edits.bias + key * rows + v * kLanes);
-        score = hide(score + bias, bias == Vec(-kInfinity));
-      }
-      if (edits.causal) score = hide(score, ahead > Vec(0.f));
-      if (edits.window) score = hide(score, ahead.abs() >= Vec(static_cast<float>(edits.window)));
-      store(at, score);
-    }
+// The scores of kLanes rows, from row `lane` of the panel on, and key number `key` of the block.
+inline Vec edited(const Edits& edits, Vec score, const Panel& panel, int64_t key, int lane, int rows, Vec key_position, Vec& tanh_of_score) {
+  const Vec ahead = key_position - load(panel.position + lane);
+  if (edits.softcap != 0.f) {
+    tanh_of_score = tanh(score);
+    score = Vec(edits.softcap) * tanh_of_score;
   }
-}
-
-template <int Vecs>
-void rescale(float* panel_rows, int64_t count, const Vec* factor) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int v = 0; v < Vecs; ++v) {
-      float* at = panel_rows + (i * Vecs + v) * kLanes;
-      store(at, load(at) * factor[v]);
-    }
+  if (edits.alibi) score = score - load(panel.slope + lane) * ahead.abs();
+  if (edits.bias) {
+    const Vec bias = load(edits.bias + key * rows + lane);
+    score = hide(score + bias, bias == Vec(-kInfinity));
   }
-}
-
-// Takes one block of scores into the running softmax: scores become unnormalised probabilities.
-template <int Vecs, bool Stats>
-void softmax_step(const Panel& panel, const Keys& keys, int64_t slot, int64_t count, int64_t value_dim, float* scores) {
-  constexpr int rows = Vecs * kLanes;
-  Vec block_high[Vecs];
-  for (int v = 0; v < Vecs; ++v) block_high[v] = Vec(-kInfinity);
-  for (int64_t key = 0; key < count; ++key) {
-    for (int v = 0; v < Vecs; ++v) block_high[v] = max_second(load(scores + key * rows + v * kLanes), block_high[v]);
-  }
-  Vec high[Vecs], factor[Vecs], sum[Vecs], shift[Vecs];
-  bool grew = false;
-  for (int v = 0; v < Vecs; ++v) {
-    const Vec old = load(panel.high + v * kLanes);
-    const Vec now = max_second(block_high[v], old);
-    store(panel.high + v * kLanes, now);
-    high[v] = Vec::blendv(now, Vec(0.f), now == Vec(-kInfinity));
-    shift[v] = max_second(Vec(-127.f), old - high[v]);
-    factor[v] = exp2(shift[v]);
-    sum[v] = load(panel.sum + v * kLanes) * factor[v];
-    grew = grew || (factor[v] == Vec(1.f)).zero_mask() != 0;
-  }
-  if (grew) rescale<Vecs>(panel.output, value_dim, factor);
-  Vec mass[Vecs], weighted[Vecs], distance[Vecs];
-  if constexpr (Stats) {
-    const PanelStats& stats = panel.stats;
-    for (int v = 0; v < Vecs; ++v) {
-      const int at = v * kLanes;
-      store(stats.top + at, max_second(block_high[v], load(stats.top + at)));
-      weighted[v] = (load(stats.weighted + at) + shift[v] * load(stats.mass + at)) * factor[v];
-      mass[v] = load(stats.mass + at) * factor[v];
-      distance[v] = load(stats.distance + at) * factor[v];
-      store(stats.first + at, load(stats.first + at) * factor[v]);
-    }
-  }
-  for (int64_t key = 0; key < count; ++key) {
-    for (int v = 0; v < Vecs; ++v) {
-      float* at = scores + key * rows + v * kLanes;
-      const Vec x = load(at) - high[v];
-      const Vec p = exp2(x);
-      sum[v] = sum[v] + p;
-      if constexpr (Stats) {
-        const Vec apart = (Vec(static_cast<float>(keys.at(slot + key))) - load(panel.position + v * kLanes)).abs();
-        mass[v] = mass[v] + p;
-        weighted[v] = at::vec::fmadd(p, max_second(Vec(-127.f), x), weighted[v]);
-        distance[v] = at::vec::fmadd(p, apart, distance[v]);
-      }
-      store(at, p);
-    }
-  }
-  for (int v = 0; v < Vecs; ++v) {
-    store(panel.sum + v * kLanes, sum[v]);
-    if constexpr (Stats) {
-      store(panel.stats.mass + v * kLanes, mass[v]);
-      store(panel.stats.weighted + v * kLanes, weighted[v]);
-      store(panel.stats.distance + v * kLanes, distance[v]);
-      if (slot == 0 && count) store(panel.stats.first + v * kLanes, load(scores + v * kLanes));
-    }
-  }
+  if (edits.causal) score = hide(score, ahead > Vec(0.f));
+  if (edits.window) score = hide(score, ahead.abs() >= Vec(static_cast<float>(edits.window)));
+  return score;
 }
 
 }  // namespace headprune::cpu

@@ -20,10 +20,28 @@ struct Bias {
   int64_t batch = 0, head = 0, row = 0, column = 0;
 };
 
+// Where the rows of one sample lie: rows `query_start` and on of the query (and of everything that has its rows), rows
+// `key_start` and on of key and value. The last query stands at the last key.
+struct Sequence {
+  int64_t query_start, query_len, key_start, kv_len;
+  int64_t position(int64_t query) const { return query + kv_len - query_len; }
+};
+
+// Where the one number that each query row has (lse and the like) lies among `count` numbers.
+struct RowNumbers {
+  int64_t batch, head, count;
+};
+
 struct Problem {
   Type type;
-  int64_t batches, query_heads, kv_heads, query_len, kv_len, head_dim, value_dim;
+  int64_t batches, query_heads, kv_heads, head_dim, value_dim;
+  const Sequence* sequences;  // [batches]
+  RowNumbers numbers;
   Operand query, key, value;
+  // Paged key and value: key k of a sample is row k % page_size of page pages[sample * pages_per_sample + k / page_size],
+  // where the page takes the place of the batch. Null: not paged.
+  const int32_t* pages;
+  int64_t page_size, pages_per_sample;
   const int64_t* kv_of_query;  // [query_heads], non-decreasing
   bool causal;
   int64_t window;  // 0: none
@@ -34,16 +52,19 @@ struct Problem {
   const float* sinks;         // [query_heads]
   const float* gate;          // [query_heads], one set per sample where gate_batch is not 0
   int64_t gate_batch;
-  const bool* key_mask;    // [batches, kv_len]
+  const bool* key_mask;  // key_mask_batch apart for each sample
+  int64_t key_mask_batch;
   const bool* query_mask;  // [batches, query_len]
 
-  int64_t position(int64_t query) const { return query + kv_len - query_len; }
   float gate_of(int64_t batch, int64_t head) const { return gate ? gate[batch * gate_batch + head] : 1.f; }
+  int64_t number_of(int64_t batch, int64_t head, int64_t query) const {
+    return batch * numbers.batch + head * numbers.head + sequences[batch].query_start + query;
+  }
 };
 
 struct Forward : Problem {
   Operand output;  // in the type of the query
-  float* lse;      // [batches, query_heads, query_len]
+  float* lse;      // of each row
   float* stats;    // [6, batches, query_heads] or null
 };
 

@@ -1,108 +1,96 @@
-// The operators of the CPU engine as torch sees them: checks what the kernels assume and hands over raw pointers.
-#include <ATen/core/Tensor.h>
+// The operators of the CPU engine as torch sees them.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
+#include <array>
+#include <limits>
 #include <tuple>
-#include <vector>
 
 #include "forward.h"
+#include "gradients.h"
+#include "tensors.h"
 
 namespace {
 
-using at::Tensor;
-using headprune::cpu::Bias;
-using headprune::cpu::Operand;
-using headprune::cpu::Problem;
-using headprune::cpu::Type;
-using OptionalTensor = std::optional<Tensor>;
+using namespace headprune::cpu;
+using at::IntArrayRef;
+using Found = std::tuple<Tensor, Tensor, Tensor>;
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return Type::float32;
-    case at::kBFloat16: return Type::bfloat16;
-    case at::kHalf: return Type::float16;
-    default: TORCH_CHECK(false, "headprune_cpu runs fp32, bf16 and fp16, not ", tensor.scalar_type());
-  }
-}
-
-Tensor rows_contiguous(const Tensor& tensor) { return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : tensor.contiguous(); }
-
-Operand operand(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
-
-// A problem and the tensors that keep its memory alive.
-struct Held {
-  Problem problem{};
-  std::vector<Tensor> tensors;
-
-  Tensor keep(Tensor tensor) { return tensors.emplace_back(std::move(tensor)); }
-  const float* floats(const OptionalTensor& tensor) {
-    return tensor ? keep(tensor->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
-  }
-  const bool* bools(const OptionalTensor& tensor) { return tensor ? keep(tensor->contiguous()).const_data_ptr<bool>() : nullptr; }
-};
-
-Bias bias_of(Held& held, const OptionalTensor& given) {
-  if (!given) return {};
-  const Problem& problem = held.problem;
-  const bool is_bool = given->scalar_type() == at::kBool;
-  const Tensor bias = held.keep(is_bool ? *given : given->to(at::kFloat))
-                          .expand({problem.batches, problem.query_heads, problem.query_len, problem.kv_len});
-  return {bias.const_data_ptr(), is_bool, bias.stride(0), bias.stride(1), bias.stride(2), bias.stride(3)};
-}
-
-Held hold(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef kv_of_query, bool causal, int64_t window,
-          double scale, double softcap, const OptionalTensor& bias, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-          const OptionalTensor& key_mask, const OptionalTensor& query_mask, const OptionalTensor& gate) {
-  Held held;
-  Problem& problem = held.problem;
-  problem.type = type_of(query);
-  TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(), "dtypes differ");
-  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "expected [batch, heads, length, dim]");
-  TORCH_CHECK(static_cast<int64_t>(kv_of_query.size()) == query.size(1), "kv_of_query does not fit the query heads");
-  problem.batches = query.size(0);
-  problem.query_heads = query.size(1);
-  problem.query_len = query.size(2);
-  problem.head_dim = query.size(3);
-  problem.kv_heads = key.size(1);
-  problem.kv_len = key.size(2);
-  problem.value_dim = value.size(3);
-  problem.query = operand(held.keep(rows_contiguous(query)));
-  problem.key = operand(held.keep(rows_contiguous(key)));
-  problem.value = operand(held.keep(rows_contiguous(value)));
-  problem.kv_of_query = kv_of_query.data();
-  problem.causal = causal;
-  problem.window = window;
-  problem.scale = static_cast<float>(scale);
-  problem.softcap = static_cast<float>(softcap);
-  problem.bias = bias_of(held, bias);
-  problem.alibi_slopes = held.floats(alibi_slopes);
-  problem.sinks = held.floats(sinks);
-  problem.gate = held.floats(gate);
-  problem.gate_batch = gate && gate->dim() == 2 ? problem.query_heads : 0;
-  problem.key_mask = held.bools(key_mask);
-  problem.query_mask = held.bools(query_mask);
-  return held;
-}
-
-std::tuple<Tensor, Tensor, Tensor> attention(
-    const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef kv_of_query, bool causal, int64_t window,
-    double scale, double softcap, const OptionalTensor& bias, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-    const OptionalTensor& key_mask, const OptionalTensor& query_mask, const OptionalTensor& gate, bool stats) {
-  const Held held = hold(query, key, value, kv_of_query, causal, window, scale, softcap, bias, alibi_slopes, sinks, key_mask,
-                         query_mask, gate);
-  headprune::cpu::Forward forward{held.problem};
-  const Problem& p = held.problem;
-  const auto fp32 = query.options().dtype(at::kFloat);
-  const Tensor output = at::empty({p.batches, p.query_len, p.query_heads, p.value_dim}, query.options()).transpose(1, 2);
-  const Tensor lse = at::empty({p.batches, p.query_heads, p.query_len}, fp32);
-  const Tensor packed = stats ? at::empty({6, p.batches, p.query_heads}, fp32) : at::empty({0}, fp32);
+// `output` as the kernel's [batch, heads, rows, dim].
+Tensor run_forward(const Held& held, const Tensor& output, const Tensor& lse, bool stats) {
+  Forward forward{held.problem};
+  const Tensor packed = stats ? at::empty({6, forward.batches, forward.query_heads}, lse.options()) : at::empty({0}, lse.options());
   forward.output = operand(output);
+  if (forward.numbers.batch == 0) forward.output.batch = 0;
   forward.lse = lse.data_ptr<float>();
   forward.stats = stats ? packed.data_ptr<float>() : nullptr;
-  headprune::cpu::attention_forward(forward);
-  return {output, lse, packed};
+  attention_forward(forward);
+  return packed;
+}
+
+Found attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, IntArrayRef kv_of_query, bool causal, int64_t window, double scale,
+    double softcap, const OptionalTensor& bias, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& key_mask, const OptionalTensor& query_mask, const OptionalTensor& gate, bool stats) {
+  const Options options{kv_of_query, causal, window, scale, softcap, bias, alibi_slopes, sinks, key_mask, query_mask, gate};
+  const Held held = hold(query, key, value, options);
+  const Tensor output = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)}, query.options()).transpose(1, 2);
+  const Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, query.options().dtype(at::kFloat));
+  return {output, lse, run_forward(held, output, lse, stats)};
+}
+
+Grads attention_backward(
+    const Tensor& grad_output, const Tensor& output, const Tensor& lse, std::array<bool, 6> needs, const Tensor& query,
+    const Tensor& key, const Tensor& value, IntArrayRef kv_of_query, bool causal, int64_t window, double scale, double softcap,
+    const OptionalTensor& bias, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& key_mask,
+    const OptionalTensor& gate) {
+  const Options options{kv_of_query, causal, window, scale, softcap, bias, alibi_slopes, sinks, key_mask, {}, gate};
+  const Held held = hold(query, key, value, options);
+  return std::tuple_cat(gradients(held, options, {grad_output, output, lse, needs, query, key, value}));
+}
+
+Found attention_varlen(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    IntArrayRef kv_of_query, bool causal, int64_t window, double scale, double softcap, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& gate, bool stats) {
+  const Options options{kv_of_query, causal, window, scale, softcap, {}, alibi_slopes, sinks, {}, {}, gate};
+  const Held held = hold_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, options);
+  const Tensor output = at::empty({query.size(0), query.size(1), value.size(2)}, query.options());
+  const Tensor lse = at::empty({query.size(1), query.size(0)}, query.options().dtype(at::kFloat));
+  // Tokens behind the last sequence.
+  const int64_t end = held.sequences.empty() ? 0 : held.sequences.back().query_start + held.sequences.back().query_len;
+  output.slice(0, end).zero_();
+  lse.slice(1, end).fill_(-std::numeric_limits<float>::infinity());
+  return {output, lse, run_forward(held, as_one_batch(output), lse, stats)};
+}
+
+using VarlenGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+VarlenGrads attention_varlen_backward(
+    const Tensor& grad_output, const Tensor& output, const Tensor& lse, std::array<bool, 5> needs, const Tensor& query,
+    const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, IntArrayRef kv_of_query,
+    bool causal, int64_t window, double scale, double softcap, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& gate) {
+  const Options options{kv_of_query, causal, window, scale, softcap, {}, alibi_slopes, sinks, {}, {}, gate};
+  const Held held = hold_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, options);
+  const auto packed = [](const Tensor& grad) { return grad.defined() ? grad.squeeze(0).transpose(0, 1) : grad; };
+  const auto [dq, dk, dv, dbias, dsinks, dgate] = gradients(
+      held, options,
+      {as_one_batch(grad_output), as_one_batch(output), lse, {needs[0], needs[1], needs[2], false, needs[3], needs[4]},
+       as_one_batch(query), as_one_batch(key), as_one_batch(value)});
+  return {packed(dq), packed(dk), packed(dv), dsinks, dgate};
+}
+
+Tensor attention_decode(
+    const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& lengths, const OptionalTensor& page_table,
+    IntArrayRef kv_of_query, int64_t window, double scale, double softcap, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& key_mask, const OptionalTensor& gate) {
+  const Options options{kv_of_query, true, window, scale, softcap, {}, alibi_slopes, sinks, key_mask, {}, gate};
+  const Held held = hold_cache(query, key_cache, value_cache, lengths, page_table, options);
+  const Tensor output = at::empty({query.size(0), query.size(2), query.size(1), value_cache.size(3)}, query.options()).transpose(1, 2);
+  run_forward(held, output, at::empty({held.problem.numbers.count}, query.options().dtype(at::kFloat)), false);
+  return output;
 }
 
 }  // namespace
@@ -112,6 +100,28 @@ TORCH_LIBRARY(headprune_cpu, library) {
       "attention(Tensor query, Tensor key, Tensor value, int[] kv_of_query, bool causal, int window, float scale, float softcap, "
       "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_mask, Tensor? query_mask, Tensor? gate, bool stats) "
       "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "attention_backward(Tensor grad_output, Tensor output, Tensor lse, bool[6] needs, Tensor query, Tensor key, Tensor value, "
+      "int[] kv_of_query, bool causal, int window, float scale, float softcap, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor? key_mask, Tensor? gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "attention_varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int[] kv_of_query, "
+      "bool causal, int window, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? gate, bool stats) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "attention_varlen_backward(Tensor grad_output, Tensor output, Tensor lse, bool[5] needs, Tensor query, Tensor key, "
+      "Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int[] kv_of_query, bool causal, int window, float scale, "
+      "float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor? page_table, "
+      "int[] kv_of_query, int window, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_mask, "
+      "Tensor? gate) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(headprune_cpu, CPU, library) { library.impl("attention", attention); }
+TORCH_LIBRARY_IMPL(headprune_cpu, CPU, library) {
+  library.impl("attention", attention);
+  library.impl("attention_backward", attention_backward);
+  library.impl("attention_varlen", attention_varlen);
+  library.impl("attention_varlen_backward", attention_varlen_backward);
+  library.impl("attention_decode", attention_decode);
+}

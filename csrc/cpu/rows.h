@@ -17,6 +17,20 @@ inline char* row_of(const Operand& operand, Type type, int64_t batch, int64_t he
   return static_cast<char*>(operand.data) + offset * element_size(type);
 }
 
+// Row `query` of a sample, in the query or what is laid out like it.
+inline char* query_row(const Problem& problem, const Operand& operand, int64_t batch, int64_t head, int64_t query) {
+  return row_of(operand, problem.type, batch, head, problem.sequences[batch].query_start + query);
+}
+
+// Row `key` of a sample, in key or value or what is laid out like them.
+inline char* key_row(const Problem& problem, const Operand& operand, int64_t batch, int64_t head, int64_t key) {
+  if (problem.pages) {
+    const int64_t page = problem.pages[batch * problem.pages_per_sample + key / problem.page_size];
+    return row_of(operand, problem.type, page, head, key % problem.page_size);
+  }
+  return row_of(operand, problem.type, batch, head, problem.sequences[batch].key_start + key);
+}
+
 template <typename T>
 inline void widen(const T* from, int64_t count, float* to) {
   using Wide = at::vec::Vectorized<T>;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "problem.h"
@@ -24,10 +25,10 @@ struct Keys {
 
 inline Keys visible_keys(const Problem& problem, int64_t batch) {
   Keys keys;
-  keys.count = problem.kv_len;
+  keys.count = problem.sequences[batch].kv_len;
   if (!problem.key_mask) return keys;
-  const bool* mask = problem.key_mask + batch * problem.kv_len;
-  for (int64_t key = 0; key < problem.kv_len; ++key) {
+  const bool* mask = problem.key_mask + batch * problem.key_mask_batch;
+  for (int64_t key = 0; key < problem.sequences[batch].kv_len; ++key) {
     if (mask[key]) keys.index.push_back(key);
   }
   keys.count = static_cast<int64_t>(keys.index.size());
@@ -41,7 +42,7 @@ inline Keys visible_keys(const Problem& problem, int64_t batch) {
 struct Group {
   int64_t batch, kv_head;
   std::vector<int64_t> heads;
-  int64_t rows(const Problem& problem) const { return static_cast<int64_t>(heads.size()) * problem.query_len; }
+  int64_t rows(const Problem& problem) const { return static_cast<int64_t>(heads.size()) * problem.sequences[batch].query_len; }
 };
 
 inline std::vector<Group> groups_of(const Problem& problem) {
@@ -53,24 +54,41 @@ inline std::vector<Group> groups_of(const Problem& problem) {
       for (; head < problem.query_heads && problem.kv_of_query[head] == kv_head; ++head) {
         if (problem.gate_of(batch, head) != 0.f) group.heads.push_back(head);
       }
-      if (!group.heads.empty() && problem.query_len) groups.push_back(std::move(group));
+      if (!group.heads.empty() && problem.sequences[batch].query_len) groups.push_back(std::move(group));
     }
   }
   return groups;
 }
 
+// The slots [from, to) that queries `first` to `last` of the group may see.
+inline std::tuple<int64_t, int64_t> slots_of(const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t last) {
+  const Sequence& sequence = problem.sequences[group.batch];
+  const int64_t lowest = sequence.position(first), highest = sequence.position(last);
+  int64_t from = 0, to = keys.count;
+  if (problem.causal) to = keys.slot_from(highest + 1);
+  if (problem.window) {
+    from = keys.slot_from(lowest - problem.window + 1);
+    to = std::min(to, keys.slot_from(highest + problem.window));
+  }
+  return {from, std::max(from, to)};
+}
+
+// Rows of a group against the slots [from, to). `part` numbers the blocks whose rows are split over the keys; -1: all keys.
 struct Block {
-  int64_t group, first_row, rows;
+  int64_t group, first_row, rows, from, to, part = -1;
 };
 
-// Blocks of at most `block_rows` rows, within a group the last ones first: under a causal mask these are the longest.
-inline std::vector<Block> blocks_of(const Problem& problem, const std::vector<Group>& groups, int64_t block_rows) {
+// Blocks of at most `block_rows` rows, within a group the last ones first: under a causal mask these are the longest. Groups
+// that are `split` are left out.
+inline std::vector<Block> blocks_of(
+    const Problem& problem, const std::vector<Group>& groups, const std::vector<Keys>& keys, const std::vector<bool>& split, int64_t block_rows) {
   std::vector<Block> blocks;
   for (size_t g = 0; g < groups.size(); ++g) {
+    if (split[g]) continue;
     const int64_t rows = groups[g].rows(problem);
     for (int64_t block = (rows + block_rows - 1) / block_rows - 1; block >= 0; --block) {
       const int64_t first = block * block_rows;
-      blocks.push_back({static_cast<int64_t>(g), first, std::min(block_rows, rows - first)});
+      blocks.push_back({static_cast<int64_t>(g), first, std::min(block_rows, rows - first), 0, keys[groups[g].batch].count});
     }
   }
   return blocks;

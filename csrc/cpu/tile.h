@@ -18,52 +18,72 @@ constexpr int kTile = 4;
 constexpr int kPanelVecs = 2;
 constexpr int kPanelRows = kPanelVecs * kLanes;
 
-// out[i][row] (+)= sum_x a[i * a_outer + x * a_inner] * b[x][row] for i < Count, x < depth; b and out have panel rows.
+// out[i][lane] (+)= sum_x a[i * a_outer + x * a_inner] * b[x][lane] for i < Count, x < depth; rows of b and out are `b_stride`
+// and `out_stride` apart.
 template <int Count, int Vecs, bool Add>
 inline void multiply_tile(
-    const float* a, int64_t a_outer, int64_t a_inner, const float* b, int64_t depth, float* out) {
-  constexpr int rows = Vecs * kLanes;
+    const float* a, int64_t a_outer, int64_t a_inner, const float* b, int64_t b_stride, int64_t depth, float* out, int64_t out_stride) {
   Vec sum[Count][Vecs];
   for (int i = 0; i < Count; ++i) {
-    for (int v = 0; v < Vecs; ++v) sum[i][v] = Add ? load(out + i * rows + v * kLanes) : Vec(0.f);
+    for (int v = 0; v < Vecs; ++v) sum[i][v] = Add ? load(out + i * out_stride + v * kLanes) : Vec(0.f);
   }
   for (int64_t x = 0; x < depth; ++x) {
     Vec column[Vecs];
-    for (int v = 0; v < Vecs; ++v) column[v] = load(b + x * rows + v * kLanes);
+    for (int v = 0; v < Vecs; ++v) column[v] = load(b + x * b_stride + v * kLanes);
     for (int i = 0; i < Count; ++i) {
       const Vec factor(a[i * a_outer + x * a_inner]);
       for (int v = 0; v < Vecs; ++v) sum[i][v] = at::vec::fmadd(factor, column[v], sum[i][v]);
     }
   }
   for (int i = 0; i < Count; ++i) {
-    for (int v = 0; v < Vecs; ++v) store(out + i * rows + v * kLanes, sum[i][v]);
+    for (int v = 0; v < Vecs; ++v) store(out + i * out_stride + v * kLanes, sum[i][v]);
   }
 }
 
 template <int Vecs, bool Add, bool Unit, int Count = kTile>
 inline void multiply_tail(
-    int64_t count, const float* a, int64_t stride, const float* b, int64_t depth, float* out) {
+    int64_t count, const float* a, int64_t stride, const float* b, int64_t b_stride, int64_t depth, float* out, int64_t out_stride) {
   if constexpr (Count > 0) {
-    if (count == Count) return multiply_tile<Count, Vecs, Add>(a, Unit ? 1 : stride, Unit ? stride : 1, b, depth, out);
-    multiply_tail<Vecs, Add, Unit, Count - 1>(count, a, stride, b, depth, out);
+    if (count == Count) {
+      return multiply_tile<Count, Vecs, Add>(a, Unit ? 1 : stride, Unit ? stride : 1, b, b_stride, depth, out, out_stride);
+    }
+    multiply_tail<Vecs, Add, Unit, Count - 1>(count, a, stride, b, b_stride, depth, out, out_stride);
   }
 }
 
 // scores[key][row] = sum_x keys[key][x] * queries[x][row]
 template <int Vecs>
 void score_block(const float* keys, int64_t stride, int64_t count, const float* queries, int64_t head_dim, float* scores) {
+  constexpr int rows = Vecs * kLanes;
   for (int64_t key = 0; key < count; key += kTile) {
     multiply_tail<Vecs, false, false>(
-        std::min<int64_t>(kTile, count - key), keys + key * stride, stride, queries, head_dim, scores + key * Vecs * kLanes);
+        std::min<int64_t>(kTile, count - key), keys + key * stride, stride, queries, rows, head_dim, scores + key * rows, rows);
   }
 }
 
 // output[column][row] += sum_key values[key][column] * probs[key][row]
 template <int Vecs>
 void value_block(const float* values, int64_t stride, int64_t count, const float* probs, int64_t value_dim, float* output) {
+  constexpr int rows = Vecs * kLanes;
   for (int64_t column = 0; column < value_dim; column += kTile) {
     multiply_tail<Vecs, true, true>(
-        std::min<int64_t>(kTile, value_dim - column), values + column, stride, probs, count, output + column * Vecs * kLanes);
+        std::min<int64_t>(kTile, value_dim - column), values + column, stride, probs, rows, count, output + column * rows, rows);
+  }
+}
+
+// out[i][column] += sum_x a(i, x) * b[x][column] with the columns in the lanes, `width` of them (a multiple of kLanes).
+// a(i, x) is a[i + x * stride] where Unit, else a[i * stride + x].
+template <bool Unit>
+void columns_block(
+    int64_t count, const float* a, int64_t stride, const float* b, int64_t b_stride, int64_t depth, int64_t width, float* out,
+    int64_t out_stride) {
+  for (int64_t column = 0; column < width; column += kPanelRows) {
+    const bool half = width - column < kPanelRows;
+    for (int64_t i = 0; i < count; i += kTile) {
+      const auto multiply = half ? multiply_tail<1, true, Unit> : multiply_tail<kPanelVecs, true, Unit>;
+      multiply(std::min<int64_t>(kTile, count - i), a + i * (Unit ? 1 : stride), stride, b + column, b_stride, depth,
+               out + i * out_stride + column, out_stride);
+    }
   }
 }
 

@@ -30,6 +30,21 @@ inline Vec max_second(Vec a, Vec b) {
 #endif
 }
 
+inline float sum_of_lanes(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_add_ps(x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  float lanes[kLanes], sum = 0.f;
+  store(lanes, x);
+  for (float lane : lanes) sum += lane;
+  return sum;
+#endif
+}
+
 // 2^x, relative error 1.2e-7; exactly 0 below -126.5 (so for -inf as well), NaN stays NaN. x must not exceed 127.
 inline Vec exp2(Vec x) {
   x = max_second(Vec(-127.f), x);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headprune.ops.backend import Implementation, register
-from headprune.ops.call import AttentionCall
+from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
 from headprune.ops.extension import cpu_extension
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,7 +17,7 @@ def missing() -> str | None:
     return reason and f"the C++ extension is {reason}" if reason and reason.startswith("not built") else reason
 
 
-def refuses(call: AttentionCall) -> str | None:
+def refuses(call: AttentionCall | VarlenCall | DecodeCall) -> str | None:
     if call.query.device.type != "cpu":
         return f"runs CPU tensors, not {call.query.device.type}"
     if call.query.dtype not in _DTYPES:
@@ -45,5 +45,83 @@ def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def attention_backward(
+    call: AttentionCall, grad_output: Tensor, output: Tensor, lse: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    return torch.ops.headprune_cpu.attention_backward.default(
+        grad_output,
+        output,
+        lse,
+        needs,
+        call.query,
+        call.key,
+        call.value,
+        call.head_map.kv_of_query,
+        call.causal,
+        call.window,
+        call.scale,
+        call.softcap,
+        call.bias,
+        call.alibi_slopes,
+        call.sinks,
+        call.key_mask,
+        call.gate,
+    )
+
+
+def varlen_options(call: VarlenCall) -> tuple:
+    return (
+        call.query,
+        call.key,
+        call.value,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        call.head_map.kv_of_query,
+        call.causal,
+        call.window,
+        call.scale,
+        call.softcap,
+        call.alibi_slopes,
+        call.sinks,
+        call.gate,
+    )
+
+
+def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.headprune_cpu.attention_varlen.default(*varlen_options(call), call.stats)
+
+
+def attention_varlen_backward(
+    call: VarlenCall, grad_output: Tensor, output: Tensor, lse: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    return torch.ops.headprune_cpu.attention_varlen_backward.default(grad_output, output, lse, needs, *varlen_options(call))
+
+
+def attention_decode(call: DecodeCall) -> Tensor:
+    return torch.ops.headprune_cpu.attention_decode.default(
+        call.query,
+        call.key_cache,
+        call.value_cache,
+        call.lengths,
+        call.page_table,
+        call.head_map.kv_of_query,
+        call.window,
+        call.scale,
+        call.softcap,
+        call.alibi_slopes,
+        call.sinks,
+        call.key_mask,
+        call.gate,
+    )
+
+
 def register_cpp() -> None:
-    register("attention", Implementation("cpp", attention_forward, refuses, missing))
+    runs = {
+        "attention": attention_forward,
+        "attention_backward": attention_backward,
+        "attention_varlen": attention_varlen_forward,
+        "attention_varlen_backward": attention_varlen_backward,
+        "attention_decode": attention_decode,
+    }
+    for operator, run in runs.items():
+        register(operator, Implementation("cpp", run, refuses, missing))

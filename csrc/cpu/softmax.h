@@ -1,0 +1,144 @@
+// The online softmax of a panel over blocks of keys.
+//
+// Names: high = running maximum m of the scores, sum = running denominator l (FlashAttention). Scores are in units of
+// log2, so that exp is exp2.
+#pragma once
+
+#include "panel.h"
+#include "thin.h"
+
+namespace headprune::cpu {
+
+// Sums over keys of p, p * x, p * distance (x = score - high) and p of the first visible key; top = highest score.
+struct PanelStats {
+  float *top, *mass, *weighted, *distance, *first;
+};
+
+struct SoftmaxPanel : Panel {
+  float* thin_queries;  // [row][head_dim] where the panel is thin, as scaled as queries
+  float* output;        // [value_dim][row]
+  float *high, *sum;    // [row]
+  PanelStats stats;
+
+  bool thin() const { return rows <= kThinRows; }
+};
+
+// All that the softmax of a panel has come to, in one piece of memory.
+inline int64_t state_floats(int64_t value_dim) { return (value_dim + 7) * kPanelRows; }
+
+inline void place_state(SoftmaxPanel& panel, float* state, int64_t value_dim) {
+  panel.output = state;
+  state += value_dim * kPanelRows;
+  for (float** field : {&panel.high, &panel.sum, &panel.stats.top, &panel.stats.mass, &panel.stats.weighted, &panel.stats.distance,
+                        &panel.stats.first}) {
+    *field = state;
+    state += kPanelRows;
+  }
+}
+
+template <int Vecs>
+void edit_scores(const Edits& edits, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, float* scores) {
+  constexpr int rows = Vecs * kLanes;
+  for (int64_t key = 0; key < count; ++key) {
+    const Vec key_position(static_cast<float>(keys.at(slot + key)));
+    for (int v = 0; v < Vecs; ++v) {
+      float* at = scores + key * rows + v * kLanes;
+      Vec tanh_of_score;
+      store(at, edited(edits, load(at), panel, key, v * kLanes, rows, key_position, tanh_of_score));
+    }
+  }
+}
+
+template <int Vecs>
+void rescale(float* panel_rows, int64_t count, const Vec* factor) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int v = 0; v < Vecs; ++v) {
+      float* at = panel_rows + (i * Vecs + v) * kLanes;
+      store(at, load(at) * factor[v]);
+    }
+  }
+}
+
+// Takes one block of scores into the running softmax: scores become unnormalised probabilities.
+template <int Vecs, bool Stats>
+void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count, int64_t value_dim, float* scores) {
+  constexpr int rows = Vecs * kLanes;
+  Vec block_high[Vecs];
+  for (int v = 0; v < Vecs; ++v) block_high[v] = Vec(-kInfinity);
+  for (int64_t key = 0; key < count; ++key) {
+    for (int v = 0; v < Vecs; ++v) block_high[v] = max_second(load(scores + key * rows + v * kLanes), block_high[v]);
+  }
+  Vec high[Vecs], factor[Vecs], sum[Vecs], shift[Vecs];
+  bool grew = false;
+  for (int v = 0; v < Vecs; ++v) {
+    const Vec old = load(panel.high + v * kLanes);
+    const Vec now = max_second(block_high[v], old);
+    store(panel.high + v * kLanes, now);
+    high[v] = Vec::blendv(now, Vec(0.f), now == Vec(-kInfinity));
+    shift[v] = max_second(Vec(-127.f), old - high[v]);
+    factor[v] = exp2(shift[v]);
+    sum[v] = load(panel.sum + v * kLanes) * factor[v];
+    grew = grew || (factor[v] == Vec(1.f)).zero_mask() != 0;
+  }
+  if (grew) rescale<Vecs>(panel.output, value_dim, factor);
+  Vec mass[Vecs], weighted[Vecs], distance[Vecs];
+  if constexpr (Stats) {
+    const PanelStats& stats = panel.stats;
+    for (int v = 0; v < Vecs; ++v) {
+      const int at = v * kLanes;
+      store(stats.top + at, max_second(block_high[v], load(stats.top + at)));
+      weighted[v] = (load(stats.weighted + at) + shift[v] * load(stats.mass + at)) * factor[v];
+      mass[v] = load(stats.mass + at) * factor[v];
+      distance[v] = load(stats.distance + at) * factor[v];
+      store(stats.first + at, load(stats.first + at) * factor[v]);
+    }
+  }
+  for (int64_t key = 0; key < count; ++key) {
+    for (int v = 0; v < Vecs; ++v) {
+      float* at = scores + key * rows + v * kLanes;
+      const Vec x = load(at) - high[v];
+      const Vec p = exp2(x);
+      sum[v] = sum[v] + p;
+      if constexpr (Stats) {
+        const Vec apart = (Vec(static_cast<float>(keys.at(slot + key))) - load(panel.position + v * kLanes)).abs();
+        mass[v] = mass[v] + p;
+        weighted[v] = at::vec::fmadd(p, max_second(Vec(-127.f), x), weighted[v]);
+        distance[v] = at::vec::fmadd(p, apart, distance[v]);
+      }
+      store(at, p);
+    }
+  }
+  for (int v = 0; v < Vecs; ++v) {
+    store(panel.sum + v * kLanes, sum[v]);
+    if constexpr (Stats) {
+      store(panel.stats.mass + v * kLanes, mass[v]);
+      store(panel.stats.weighted + v * kLanes, weighted[v]);
+      store(panel.stats.distance + v * kLanes, distance[v]);
+      if (slot == 0 && count) store(panel.stats.first + v * kLanes, load(scores + v * kLanes));
+    }
+  }
+}
+
+// Takes what another panel with the same rows has come to over other keys into `panel`.
+inline void merge(const SoftmaxPanel& panel, const SoftmaxPanel& other, int64_t value_dim) {
+  for (int v = 0; v < panel.vecs; ++v) {
+    const int at = v * kLanes;
+    const Vec now = max_second(load(panel.high + at), load(other.high + at));
+    const Vec high = Vec::blendv(now, Vec(0.f), now == Vec(-kInfinity));
+    const Vec shift = max_second(Vec(-127.f), load(panel.high + at) - high), other_shift = max_second(Vec(-127.f), load(other.high + at) - high);
+    const Vec factor = exp2(shift), other_factor = exp2(other_shift);
+    const auto add = [&](float* to, const float* from) { store(to, load(to) * factor + load(from) * other_factor); };
+    store(panel.high + at, now);
+    add(panel.sum + at, other.sum + at);
+    for (int64_t c = 0; c < value_dim; ++c) add(panel.output + c * panel.width() + at, other.output + c * panel.width() + at);
+    const PanelStats &stats = panel.stats, &more = other.stats;
+    store(stats.top + at, max_second(load(stats.top + at), load(more.top + at)));
+    const Vec weighted = (load(stats.weighted + at) + shift * load(stats.mass + at)) * factor;
+    store(stats.weighted + at, weighted + (load(more.weighted + at) + other_shift * load(more.mass + at)) * other_factor);
+    add(stats.mass + at, more.mass + at);
+    add(stats.distance + at, more.distance + at);
+    add(stats.first + at, more.first + at);
+  }
+}
+
+}  // namespace headprune::cpu

@@ -1,0 +1,149 @@
+// From torch tensors to the problem that the kernels see.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "problem.h"
+
+namespace headprune::cpu {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// What the operators take besides query, key and value.
+struct Options {
+  at::IntArrayRef kv_of_query;
+  bool causal;
+  int64_t window;
+  double scale, softcap;
+  OptionalTensor bias, alibi_slopes, sinks, key_mask, query_mask, gate;
+};
+
+// A problem and what keeps its memory alive.
+struct Held {
+  Problem problem{};
+  std::vector<Sequence> sequences;
+  std::vector<Tensor> tensors;
+
+  Tensor keep(Tensor tensor) { return tensors.emplace_back(std::move(tensor)); }
+  const float* floats(const OptionalTensor& tensor) {
+    return tensor ? keep(tensor->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
+  }
+  const bool* bools(const OptionalTensor& tensor) { return tensor ? keep(tensor->contiguous()).const_data_ptr<bool>() : nullptr; }
+};
+
+inline Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return Type::float32;
+    case at::kBFloat16: return Type::bfloat16;
+    case at::kHalf: return Type::float16;
+    default: TORCH_CHECK(false, "headprune_cpu runs fp32, bf16 and fp16, not ", tensor.scalar_type());
+  }
+}
+
+inline Tensor rows_contiguous(const Tensor& tensor) {
+  return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : tensor.contiguous();
+}
+
+inline Operand operand(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+// [tokens, heads, dim] as [1, heads, tokens, dim].
+inline Tensor as_one_batch(const Tensor& packed) { return packed.transpose(0, 1).unsqueeze(0); }
+
+inline Bias bias_of(Held& held, const OptionalTensor& given, int64_t query_len, int64_t kv_len) {
+  if (!given) return {};
+  const Problem& problem = held.problem;
+  const bool is_bool = given->scalar_type() == at::kBool;
+  const Tensor bias =
+      held.keep(is_bool ? *given : given->to(at::kFloat)).expand({problem.batches, problem.query_heads, query_len, kv_len});
+  return {bias.const_data_ptr(), is_bool, bias.stride(0), bias.stride(1), bias.stride(2), bias.stride(3)};
+}
+
+// `sequences` one by one: for [1, heads, tokens, dim] tensors that hold all of them; for others one for each of the batch.
+inline Held hold(const Tensor& query, const Tensor& key, const Tensor& value, std::vector<Sequence> sequences, const Options& options) {
+  Held held;
+  Problem& problem = held.problem;
+  problem.type = type_of(query);
+  TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(), "dtypes differ");
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "expected [batch, heads, length, dim]");
+  TORCH_CHECK(static_cast<int64_t>(options.kv_of_query.size()) == query.size(1), "kv_of_query does not fit the query heads");
+  held.sequences = std::move(sequences);
+  problem.sequences = held.sequences.data();
+  problem.batches = static_cast<int64_t>(held.sequences.size());
+  problem.query_heads = query.size(1);
+  problem.head_dim = query.size(3);
+  problem.kv_heads = key.size(1);
+  problem.value_dim = value.size(3);
+  problem.numbers = {query.size(1) * query.size(2), query.size(2), query.size(0) * query.size(1) * query.size(2)};
+  problem.query = operand(held.keep(rows_contiguous(query)));
+  problem.key = operand(held.keep(rows_contiguous(key)));
+  problem.value = operand(held.keep(rows_contiguous(value)));
+  problem.kv_of_query = options.kv_of_query.data();
+  problem.causal = options.causal;
+  problem.window = options.window;
+  problem.scale = static_cast<float>(options.scale);
+  problem.softcap = static_cast<float>(options.softcap);
+  problem.bias = bias_of(held, options.bias, query.size(2), key.size(2));
+  problem.alibi_slopes = held.floats(options.alibi_slopes);
+  problem.sinks = held.floats(options.sinks);
+  problem.gate = held.floats(options.gate);
+  problem.gate_batch = options.gate && options.gate->dim() == 2 ? problem.query_heads : 0;
+  problem.key_mask = held.bools(options.key_mask);
+  problem.key_mask_batch = options.key_mask ? options.key_mask->size(1) : 0;
+  problem.query_mask = held.bools(options.query_mask);
+  return held;
+}
+
+inline Held hold(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options) {
+  return hold(query, key, value, std::vector<Sequence>(query.size(0), {0, query.size(2), 0, key.size(2)}), options);
+}
+
+// Sequence i has the rows cu_seqlens[i] up to cu_seqlens[i + 1].
+inline Held hold_packed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
+                        const Tensor& cu_seqlens_k, const Options& options) {
+  const Tensor starts_q = cu_seqlens_q.contiguous(), starts_k = cu_seqlens_k.contiguous();
+  const int32_t *q = starts_q.const_data_ptr<int32_t>(), *k = starts_k.const_data_ptr<int32_t>();
+  std::vector<Sequence> sequences;
+  for (int64_t i = 0; i + 1 < starts_q.numel(); ++i) {
+    TORCH_CHECK(0 <= q[i] && q[i] <= q[i + 1] && q[i + 1] <= query.size(0), "cu_seqlens_q does not fit the query's tokens");
+    TORCH_CHECK(0 <= k[i] && k[i] <= k[i + 1] && k[i + 1] <= key.size(0), "cu_seqlens_k does not fit the key's tokens");
+    sequences.push_back({q[i], q[i + 1] - q[i], k[i], k[i + 1] - k[i]});
+  }
+  Held held = hold(as_one_batch(query), as_one_batch(key), as_one_batch(value), std::move(sequences), options);
+  for (Operand* one : {&held.problem.query, &held.problem.key, &held.problem.value}) one->batch = 0;
+  held.problem.numbers.batch = 0;
+  return held;
+}
+
+// A few new rows of each sample against a cache, contiguous [batch, kv_heads, capacity, dim] or, with a page_table, in pages
+// [pages, kv_heads, page_size, dim].
+inline Held hold_cache(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& lengths,
+                       const OptionalTensor& page_table, const Options& options) {
+  const Tensor counts = lengths.contiguous();
+  const int64_t pages = page_table ? page_table->size(1) : 1, capacity = pages * key_cache.size(2);
+  std::vector<Sequence> sequences;
+  for (int64_t i = 0; i < query.size(0); ++i) {
+    const int64_t length = counts.const_data_ptr<int32_t>()[i];
+    TORCH_CHECK(0 <= length && length <= capacity, "lengths[", i, "] is ", length, "; the cache holds 0 to ", capacity, " keys");
+    sequences.push_back({0, query.size(2), 0, length});
+  }
+  Held held = hold(query, key_cache, value_cache, std::move(sequences), options);
+  if (!page_table) return held;
+  const Tensor table = held.keep(page_table->contiguous());
+  Problem& problem = held.problem;
+  problem.pages = table.const_data_ptr<int32_t>();
+  problem.page_size = key_cache.size(2);
+  problem.pages_per_sample = pages;
+  for (int64_t i = 0; i < problem.batches; ++i) {
+    for (int64_t page = 0; page * problem.page_size < problem.sequences[i].kv_len; ++page) {
+      const int64_t number = problem.pages[i * pages + page];
+      TORCH_CHECK(0 <= number && number < key_cache.size(0), "page_table[", i, ", ", page, "] is ", number, " of ", key_cache.size(0), " pages");
+    }
+  }
+  return held;
+}
+
+}  // namespace headprune::cpu
