@@ -22,7 +22,7 @@ demo: venv
 	$(BIN)/headprune run recipes/minilm.yaml
 
 test: venv lint
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: venv
 	$(BIN)/ruff check .
