@@ -80,4 +80,5 @@ def closed_gate_kernel(
         total += tl.sum(acc_1 * do_1.to(tl.float32), axis=1)
     total = tl.where(l_i == 0.0, 0.0, total / tl.where(l_i == 0.0, 1.0, l_i))
     partial = (sample * tl.num_programs(0) + head) * tl.num_programs(1) + block
-    tl.store(dgate_ptr + partial, tl.sum(total, axis=0))
+    # Summed as a tile: on sm_100 Triton 3.7 fails on the sum of a vector that came from tensor memory.
+    tl.store(dgate_ptr + partial + tl.arange(0, 1), tl.sum(total[:, None], axis=0))
