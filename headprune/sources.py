@@ -18,21 +18,22 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that needs no folder: what gives one (training it first, where need be), and its task."""
+    """A model that needs no folder: what gives one (training it first, where need be), its task and the demo's criterion."""
 
     folder: Callable[[Progress | None], Path]
     task: str
+    criterion: str
     opening: Callable[[], str]  # what to tell someone who waits for it
 
 
 def stdlib_lm_opening() -> str:
     folder = demo.cached_folder()
-    return "load stdlib-lm" if folder.exists() else f"train stdlib-lm, once, for about two minutes (kept in {folder.parent})"
+    return "load stdlib-lm" if folder.exists() else f"train stdlib-lm, once, for a few minutes (kept in {folder.parent})"
 
 
 EMBEDDED = {
-    "minilm": Embedded(lambda progress: demo.minilm_path(), "docstring-retrieval", lambda: "load minilm"),
-    "stdlib-lm": Embedded(demo.stdlib_lm_path, "standard-library-text", stdlib_lm_opening),
+    "minilm": Embedded(lambda progress: demo.minilm_path(), "docstring-retrieval", "fisher_least_squares", lambda: "load minilm"),
+    "stdlib-lm": Embedded(demo.stdlib_lm_path, "standard-library-text", "fisher", stdlib_lm_opening),
 }
 
 
@@ -54,7 +55,8 @@ def demo_recipe(name: str) -> dict[str, Any]:
     """The recipe of the demo on an embedded model, ready to be changed."""
     if name not in EMBEDDED:
         raise unknown_name("demo model", name, EMBEDDED)
-    return {"model": name, "task": {"name": EMBEDDED[name].task}, "output": f"runs/{name}"}
+    found = EMBEDDED[name]
+    return {"model": name, "task": {"name": found.task}, "score": {"criterion": found.criterion}, "output": f"runs/{name}"}
 
 
 def default_task(name: str, model: PreTrainedModel) -> str:

@@ -49,7 +49,7 @@ def test_doctor_says_what_runs_each_operator(call):
     code, out, err = call("doctor")
     assert code == 0, err
     assert "attention_backward" in out
-    assert "reference" in out
+    assert "runs through" in out
 
 
 def test_criteria_lists_names_and_sources(call):
@@ -60,6 +60,13 @@ def test_criteria_lists_names_and_sources(call):
 
 
 RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": "out"}
+
+
+def only_error(err: str) -> str:
+    """The one line on stderr that is an error; stages that ended well may precede it."""
+    (error,) = (line for line in err.splitlines() if line and not line.startswith("✓"))
+    assert error.startswith("error:")
+    return error
 
 
 @pytest.mark.parametrize(
@@ -94,9 +101,7 @@ def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(call, tmp_path, ar
     before = sorted(path.name for path in tmp_path.rglob("*"))
     code, _, err = call(*arguments)
     assert code == 2
-    (error,) = (line for line in err.splitlines() if line and not line.startswith("✓"))  # stages that ended well may precede it
-    assert error.startswith("error:")
-    assert names in error
+    assert names in only_error(err)
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
@@ -112,6 +117,5 @@ def test_a_disk_that_is_full_while_saving_is_one_line_and_leaves_nothing(call, t
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2
-    assert "cannot write out/pruned" in err
-    assert err.strip().count("\n") == 0
+    assert "cannot write out/pruned" in only_error(err)
     assert list((tmp_path / "out").iterdir()) == []
