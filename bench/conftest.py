@@ -1,4 +1,4 @@
-"""The `versus` fixture, which measures a row, and the result file of the whole run (`--results FILE`)."""
+"""The `versus` fixture, which measures a row, and the result file of the run (`--results FILE`)."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def versus(request, benchmark):
             benchmark.pedantic(ours, rounds=1)
         benchmark.extra_info.update(asdict(row))
         ROWS.append((device, row))
+        keep_rows(request.config.getoption("--results"))
         print(line(row))
         return row
 
@@ -51,11 +52,9 @@ def versus(request, benchmark):
     return run
 
 
-def pytest_sessionfinish(session) -> None:
-    if not ROWS:
-        return
+def keep_rows(given: str | None) -> None:
+    """Writes all rows so far, through a temporary name: a run that is cut short keeps what it measured."""
     found = machine("cuda" if any(device == "cuda" for device, _ in ROWS) else "cpu")
-    given = session.config.getoption("--results")
     target = Path(given or Path(__file__).parent / "results" / f"{found['slug']}-{datetime.date.today():%Y-%m-%d}.json")
     document = {"machine": found, "rows": [asdict(row) for _, row in ROWS]}
     target.parent.mkdir(parents=True, exist_ok=True)
