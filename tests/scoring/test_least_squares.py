@@ -88,7 +88,7 @@ def test_layers_are_weighed_by_their_fisher_information():
     names = ["fisher", "least_squares", "fisher_least_squares"]
     found = scoring.score(llama(), batches, names)
     for site, scores in found["fisher_least_squares"].items():
-        assert torch.allclose(scores, found["least_squares"][site] * found["fisher"][site].sum())
+        assert torch.allclose(scores, found["least_squares"][site] * found["fisher"][site].sum().sqrt())
 
 
 def test_a_copied_head_is_the_first_to_go():
