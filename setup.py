@@ -8,6 +8,7 @@ HEADPRUNE_NO_EXT=1 skips all compilation.
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -38,6 +39,13 @@ def sources(folder: str, suffix: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
 
 
+def cuda_headers(cuda_home: Path, site_packages: Path) -> Path | None:
+    """Where the CUDA runtime's headers lie: with the compiler, or in the packages that torch's wheels bring."""
+    places = [cuda_home / "include", *sorted(site_packages.glob("nvidia/*/include"))]
+    needed = ("cuda_runtime_api.h", "crt/host_defines.h")
+    return next((place for place in places if all((place / header).exists() for header in needed)), None)
+
+
 def extensions() -> tuple[list, dict]:
     if os.environ.get("HEADPRUNE_NO_EXT") == "1":
         return [], {}
@@ -49,8 +57,13 @@ def extensions() -> tuple[list, dict]:
     built = [CppExtension(f"headprune._cpu_{name}", cpu, extra_compile_args=CPU_FLAGS + flags) for name, flags in names.items()]
     cuda = sources("cuda", ".cu") + sources("cuda", ".cpp")
     if cuda and torch.version.cuda and CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"):
+        headers = cuda_headers(Path(CUDA_HOME), Path(torch.__file__).parents[1])
         gpu_flags = ["-O3", "-lineinfo", *([] if os.environ.get("TORCH_CUDA_ARCH_LIST") else GPU_FLAGS)]
-        built.append(CUDAExtension("headprune._cuda", cuda, extra_compile_args={"cxx": COMMON_FLAGS, "nvcc": gpu_flags}))
+        flags = {"cxx": COMMON_FLAGS, "nvcc": gpu_flags}
+        if headers:
+            built.append(CUDAExtension("headprune._cuda", cuda, include_dirs=[str(headers)], extra_compile_args=flags))
+        else:
+            print(f"headprune: no CUDA headers in {CUDA_HOME} or beside torch, so no CUDA extension", file=sys.stderr)
     return built, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}
 
 
