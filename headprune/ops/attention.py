@@ -94,23 +94,9 @@ def attention(
 
 
 def operands(call: AttentionCall) -> tuple:
-    return (
-        call.query,
-        call.key,
-        call.value,
-        list(call.head_map.kv_of_query),
-        call.causal,
-        call.window,
-        call.scale,
-        call.softcap,
-        call.bias,
-        call.alibi_slopes,
-        call.sinks,
-        call.key_mask,
-        call.query_mask,
-        call.gate,
-        call.stats,
-    )
+    values = dict(vars(call))
+    values["head_map"] = list(call.head_map.kv_of_query)
+    return tuple(values.values())
 
 
 def as_call(query: Tensor, key: Tensor, value: Tensor, kv_of_query: Sequence[int], *options) -> AttentionCall:

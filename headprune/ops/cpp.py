@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headprune.ops.attention import operands
 from headprune.ops.backend import Implementation, register
 from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
+from headprune.ops.decode import decode_operands
 from headprune.ops.extension import cpu_extension
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,23 +28,7 @@ def refuses(call: AttentionCall | VarlenCall | DecodeCall) -> str | None:
 
 
 def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.headprune_cpu.attention.default(
-        call.query,
-        call.key,
-        call.value,
-        call.head_map.kv_of_query,
-        call.causal,
-        call.window,
-        call.scale,
-        call.softcap,
-        call.bias,
-        call.alibi_slopes,
-        call.sinks,
-        call.key_mask,
-        call.query_mask,
-        call.gate,
-        call.stats,
-    )
+    return torch.ops.headprune_cpu.attention.default(*operands(call))
 
 
 def attention_backward(
@@ -98,21 +84,7 @@ def attention_varlen_backward(
 
 
 def attention_decode(call: DecodeCall) -> Tensor:
-    return torch.ops.headprune_cpu.attention_decode.default(
-        call.query,
-        call.key_cache,
-        call.value_cache,
-        call.lengths,
-        call.page_table,
-        call.head_map.kv_of_query,
-        call.window,
-        call.scale,
-        call.softcap,
-        call.alibi_slopes,
-        call.sinks,
-        call.key_mask,
-        call.gate,
-    )
+    return torch.ops.headprune_cpu.attention_decode.default(*decode_operands(call))
 
 
 def register_cpp() -> None:
