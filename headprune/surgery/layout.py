@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headprune.models import attention_sites
+from headprune.models.layer_config import LayerConfig
 from headprune.surgery.modeling_headprune import whole
 from headprune.surgery.record import as_json
 
@@ -48,15 +49,14 @@ def difference(module: nn.Module, original: nn.Module) -> dict[str, Any] | None:
     shapes = shapes_of(module)
     if set(shapes) != set(shapes_of(original)):
         return None
-    shapes = {name: shape for name, shape in shapes.items() if shape != shapes_of(original)[name]}
     old, new = plain_attributes(original), plain_attributes(module)
-    attributes = {name: value for name, value in new.items() if name in old and value != old[name]}
-    entry: dict[str, Any] = {}
-    if shapes:
-        entry["shapes"] = shapes
-    if attributes:
-        entry["attributes"] = attributes
-    return entry
+    own = getattr(module.config, "own", {}) if isinstance(getattr(module, "config", None), LayerConfig) else {}
+    entry = {
+        "shapes": {name: shape for name, shape in shapes.items() if shape != shapes_of(original)[name]},
+        "attributes": {name: value for name, value in new.items() if name in old and value != old[name]},
+        "config": {name: value for name, value in own.items() if name != "_attn_implementation"},  # that one follows the groups
+    }
+    return {part: values for part, values in entry.items() if values}
 
 
 def shapes_of(module: nn.Module) -> dict[str, list[int]]:

@@ -1,20 +1,21 @@
 """A pruned transformers model: the stock class, built with the heads that its config lists.
 
 headprune writes this file beside the weights, so that `AutoModel*.from_pretrained(folder, trust_remote_code=True)` works
-with nothing but transformers and torch. `HeadPrunedX` is transformers' X; the `layout` in the config's `headprune` section
-says which parameters are smaller and which attributes differ. Layers whose groups differ in size run through headprune's
-kernels where it is installed, else through PyTorch on expanded keys and values.
+with nothing but transformers and torch. `HeadPrunedX` is transformers' X. Where headprune is installed it cuts the heads and
+its kernels run layers whose groups differ in size; else the `layout` in the config's `headprune` section says which parameters
+are smaller and which attributes differ, and such layers run through the stock attention on expanded keys and values.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 try:
     import headprune  # registers attn_implementation="headprune"
@@ -22,7 +23,8 @@ except ImportError:
     headprune = None
 
 PREFIX = "HeadPruned"
-# Attention that is only how to compute the same thing; any other name is an engine's own, which takes equal groups alone.
+EXPANDED = "headprune_expanded"
+# Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
 EXCHANGEABLE = ("eager", "sdpa", "flex_attention", "flash_attention", "headprune")
 _classes: dict[str, type] = {}
 
@@ -32,22 +34,28 @@ def __getattr__(name: str) -> type:
     if not name.startswith(PREFIX) or stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _classes:
-        _classes[name] = pruned_class(name, stock)
+        _classes[name] = pruned_class(name, stock, __name__)
     return _classes[name]
 
 
-def pruned_class(name: str, stock: type, module: str = __name__) -> type:
+def pruned_class(name: str, stock: type, module: str) -> type:
     """`stock` whose instances are built with the heads that their config lists."""
 
     def __init__(self, config, *args, **options) -> None:
-        section = getattr(config, "headprune", None)
-        if not section or section.get("layout") is None:
-            raise ValueError(
-                f"the config has no headprune layout, so {name} cannot be built from it alone; headprune.load(folder) may."
-            )
+        section = config.headprune
+        del config.headprune  # what is built first is the whole original
         with whole(config):
             stock.__init__(self, config, *args, **options)
-        shrink(self, section["layout"])
+        if headprune is not None and section.get("sites"):
+            kept = {name: site["kept"] for name, site in section["sites"].items()}
+            headprune.cut(self, renamed(self, kept), verify=False)
+        elif section.get("layout") is not None:
+            shrink(self, section["layout"])
+        else:
+            raise ImportError(f"{name} has layers that only headprune can build here: pip install headprune.")
+        config.headprune = section
+        if any_ragged(self):
+            use_ragged_attention(self)
 
     can_set = stock._can_set_attn_implementation()  # it reads the source of the class's module, which is this one
     members = {"__init__": __init__, "__module__": module, "_can_set_attn_implementation_cached_value": can_set}
@@ -59,47 +67,70 @@ def pruned_class(name: str, stock: type, module: str = __name__) -> type:
 @contextlib.contextmanager
 def whole(config):
     """Inside the block `config` describes the original: layers are built alike, and made smaller afterwards."""
-    configs = [config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", {}))]
-    specs = [(found, found.__dict__.pop("_heterogeneity_spec", None)) for found in configs if found is not None]
+    spec = config.__dict__.pop("_heterogeneity_spec", None)
     try:
         yield config
     finally:
-        for found, spec in specs:
-            if spec is not None:
-                found.__dict__["_heterogeneity_spec"] = spec
+        if spec is not None:
+            config.__dict__["_heterogeneity_spec"] = spec
+
+
+def renamed(model: nn.Module, entries: dict) -> dict:
+    """`entries` by the names that their modules have in `model`: a folder saved from the base model also loads with a head on
+    it, and the other way round."""
+    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+    found = {}
+    for name, entry in entries.items():
+        here = next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in modules), None)
+        if here is None:
+            raise ValueError(f"{type(model).__name__} has no module {name}, which the headprune section of its config names.")
+        found[here] = entry
+    return found
 
 
 def shrink(model: nn.Module, layout: dict) -> None:
     """Gives the modules that `layout` names their shapes, attributes and head maps; the values are set by loading."""
-    modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
-    ragged = False
-    for name, entry in layout.items():
-        # A folder saved from the base model also loads with a head on it, and the other way round.
-        found = next((modules[key] for key in (name, name.removeprefix(prefix), prefix + name) if key in modules), None)
-        if found is None:
-            raise ValueError(f"{type(model).__name__} has no module {name}, which the headprune layout of its config names.")
+    for name, entry in renamed(model, layout).items():
+        module = model.get_submodule(name)
         for parameter, shape in entry.get("shapes", {}).items():
-            old = getattr(found, parameter)
+            old = getattr(module, parameter)
             part = old.detach()[tuple(slice(size) for size in shape)].clone()
-            setattr(found, parameter, nn.Parameter(part, requires_grad=old.requires_grad))
+            setattr(module, parameter, nn.Parameter(part, requires_grad=old.requires_grad))
         for attribute, value in entry.get("attributes", {}).items():
-            setattr(found, attribute, value)
+            setattr(module, attribute, value)
+        own = dict(entry.get("config", {}))
         if "head_map" in entry:
-            ragged |= set_head_map(found, tuple(entry["head_map"]["kv_of_query"]), entry["head_map"]["kv_heads"])
-    if ragged:
-        use_ragged_attention(model)
+            module.kv_of_query = tuple(entry["head_map"]["kv_of_query"])
+            if headprune is not None:
+                module.head_map = headprune.HeadMap(module.kv_of_query, entry["head_map"]["kv_heads"])
+            if is_ragged(module):
+                own["_attn_implementation"] = EXPANDED
+        if own:
+            module.config = LayerConfig(module.config, own)
 
 
-def set_head_map(module: nn.Module, kv_of_query: tuple[int, ...], kv_heads: int) -> bool:
-    """Whether the groups of `module` differ in size."""
-    ragged = len({kv_of_query.count(kv) for kv in range(kv_heads)}) > 1
-    if headprune is not None:
-        module.head_map = headprune.HeadMap(kv_of_query, kv_heads)
-    elif ragged:
-        module.kv_of_query = kv_of_query
-        module.num_key_value_groups = 1  # of the expanded keys and values
-    return ragged
+class LayerConfig:
+    """`shared`, the model's config, with some values of one layer's own."""
+
+    def __init__(self, shared, own: dict) -> None:
+        self.__dict__.update(shared=shared, own=own)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or "own" not in self.__dict__:
+            raise AttributeError(name)
+        return self.own[name] if name in self.own else getattr(self.shared, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self.shared, name, value)
+
+
+def is_ragged(module: nn.Module) -> bool:
+    kv_of_query = getattr(getattr(module, "head_map", None), "kv_of_query", getattr(module, "kv_of_query", ()))
+    return len({kv_of_query.count(kv) for kv in set(kv_of_query)}) > 1
+
+
+def any_ragged(model: nn.Module) -> bool:
+    return any(is_ragged(module) for module in model.modules())
 
 
 def use_ragged_attention(model: nn.Module) -> None:
@@ -109,46 +140,17 @@ def use_ragged_attention(model: nn.Module) -> None:
             f"this model has ragged groups, which attention {chosen!r} cannot run. `headprune export --to vllm` (or another "
             "target) makes the groups equal without changing the outputs."
         )
-    model.set_attn_implementation("headprune")
+    if headprune is not None and chosen == "sdpa":
+        model.set_attn_implementation("headprune")
 
 
-def expanded_attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, softcap=None, s_aux=None,
-    position_bias=None, **_,
-):  # fmt: skip
-    """Attention in plain PyTorch with a key/value head for each query head: [batch, query_len, query_heads, value_dim]."""
-    kv_of_query = getattr(module, "kv_of_query", None)
-    if kv_of_query is None:
-        kv_of_query = [head * key.shape[1] // query.shape[1] for head in range(query.shape[1])]
-    index = torch.tensor(kv_of_query, device=key.device)
-    key, value = key.index_select(1, index), value.index_select(1, index)
-    if position_bias is not None:
-        attention_mask = position_bias if attention_mask is None else added(attention_mask, position_bias)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = causal and attention_mask is None and query.shape[2] > 1
-    if softcap is None and s_aux is None:
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
-        )
-        return output.transpose(1, 2).contiguous(), None
-    if causal:
-        attention_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = added(attention_mask, scores)
-    if s_aux is not None:
-        scores = torch.cat([scores, s_aux.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
-    weights = scores.float().softmax(dim=-1).to(query.dtype)[..., : key.shape[2]]
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), None
-
-
-def added(mask, scores):
-    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+def expanded_attention(module, query, key, value, attention_mask, **arguments):
+    """The model's own attention function on one key/value head per query head."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.shared._attn_implementation, eager)
+    index = torch.tensor(module.kv_of_query, device=key.device)
+    return function(module, query, key.index_select(1, index), value.index_select(1, index), attention_mask, **arguments)
 
 
 if headprune is None:
-    AttentionInterface.register("headprune", expanded_attention)
-    AttentionMaskInterface.register("headprune", sdpa_mask)
+    AttentionInterface.register(EXPANDED, expanded_attention)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from headprune.errors import CorruptCheckpoint
 from headprune.head_map import HeadMap
 from headprune.models.site import AttentionSite
-from headprune.surgery.layer_config import set_layer_config
+from headprune.surgery.per_layer_config import set_layer_config
 
 SECTION = "headprune"
 ATTRIBUTE = "headprune_record"
