@@ -13,13 +13,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from headprune.files import whole_folder
-from headprune.models.attention_interface import NAME
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.cut import cut
 from headprune.surgery.manifest import check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
-from headprune.surgery.record import SECTION, head_map_of_json, kept_heads
+from headprune.surgery.record import SECTION, kept_heads
 from headprune.surgery.remote_code import write_remote_code
 
 
@@ -88,19 +87,26 @@ def load(folder: str | os.PathLike, *, model: nn.Module | None = None, verify: b
     kept = kept_heads(section)
     if verify:
         check_manifest(folder)
-    if any(not head_map_of_json(site["now"]).is_uniform for site in (section or {}).get("sites", {}).values()):
-        options.setdefault("attn_implementation", NAME)
     model_class = class_of(config)
     try:
         found, report = pruned_class(model_class, section).from_pretrained(
-            folder, config=config, local_files_only=True, output_loading_info=True, **options
+            folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CorruptCheckpoint(f"{folder} does not load as {model_class.__name__}: {reason(error)}") from error
+        raise CorruptCheckpoint(f"{folder} does not load as {model_class.__name__}: {first_line(error)}") from error
+    wrong = sorted(report["mismatched_keys"])  # transformers would only say that there are some
+    if wrong:
+        name, have, expected = wrong[0]
+        raise CorruptCheckpoint(
+            f"{folder} does not load as {model_class.__name__}: its config asks for {name} {list(expected)}, the weights hold "
+            f"{list(have)}{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}."
+        )
     # A head that a task adds later (a pooler, say) may be missing in stock folders; an attention weight may not.
     missing = sorted(key for key in report["missing_keys"] if any(key.startswith(f"{name}.") for name in kept))
     if missing:
         raise CorruptCheckpoint(f"{folder} lacks weights that its config promises: {', '.join(missing[:3])}.")
+    if options.get("attn_implementation") not in (None, found.config._attn_implementation):
+        found.set_attn_implementation(options["attn_implementation"])  # the cut chose what runs ragged groups best
     return found
 
 
@@ -152,12 +158,6 @@ def pruned_class(model_class: type[PreTrainedModel], section: dict | None) -> ty
         setattr(config, SECTION, saved)
 
     return type(name, (model_class,), {"__init__": __init__, "__module__": module})
-
-
-def reason(error: Exception) -> str:
-    """What of a failed load tells most: the lines that name a tensor, else the first one."""
-    named = [line.strip() for line in str(error).splitlines() if "MISMATCH" in line or "mismatch" in line]
-    return " ".join(" ".join(named[:2]).split())[:300] if named else first_line(error)
 
 
 def first_line(error: Exception) -> str:

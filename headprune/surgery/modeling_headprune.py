@@ -14,7 +14,7 @@ import sys
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 try:
@@ -42,7 +42,7 @@ def pruned_class(name: str, stock: type, module: str) -> type:
     """`stock` whose instances are built with the heads that their config lists."""
 
     def __init__(self, config, *args, **options) -> None:
-        section = config.headprune
+        section, chosen = config.headprune, config._attn_implementation
         del config.headprune  # what is built first is the whole original
         with whole(config):
             stock.__init__(self, config, *args, **options)
@@ -55,12 +55,17 @@ def pruned_class(name: str, stock: type, module: str) -> type:
             raise ImportError(f"{name} has layers that only headprune can build here: pip install headprune.")
         config.headprune = section
         if any_ragged(self):
-            use_ragged_attention(self)
+            use_ragged_attention(self, chosen)
 
-    can_set = stock._can_set_attn_implementation()  # it reads the source of the class's module, which is this one
-    members = {"__init__": __init__, "__module__": module, "_can_set_attn_implementation_cached_value": can_set}
-    if hasattr(stock, "_can_set_experts_implementation"):
-        members["_can_set_experts_implementation_cached_value"] = stock._can_set_experts_implementation()
+    # What transformers reads off a class's module and name is to be what it reads off the stock class.
+    members = {"__init__": __init__, "__module__": module, "is_custom_code": classmethod(lambda cls: False)}
+    for ability in ("attn", "experts"):
+        question = f"_can_set_{ability}_implementation"
+        if hasattr(stock, question):
+            members[f"{question}_cached_value"] = getattr(stock, question)()
+    names_on_disk = conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__)
+    if names_on_disk is not None and name != stock.__name__:
+        conversion_mapping.register_checkpoint_conversion_mapping(name, names_on_disk, overwrite=True)
     return type(name, (stock,), members)
 
 
@@ -133,15 +138,15 @@ def any_ragged(model: nn.Module) -> bool:
     return any(is_ragged(module) for module in model.modules())
 
 
-def use_ragged_attention(model: nn.Module) -> None:
-    chosen = model.config._attn_implementation
+def use_ragged_attention(model: nn.Module, chosen: str | None) -> None:
+    """chosen: the attention that the model was asked to be built with; transformers' default becomes headprune's kernels."""
     if chosen is not None and not chosen.startswith(EXCHANGEABLE):
         raise ValueError(
             f"this model has ragged groups, which attention {chosen!r} cannot run. `headprune export --to vllm` (or another "
             "target) makes the groups equal without changing the outputs."
         )
-    if headprune is not None and chosen == "sdpa":
-        model.set_attn_implementation("headprune")
+    if headprune is not None and model._can_set_attn_implementation():
+        model.set_attn_implementation("headprune" if chosen in (None, "sdpa") else chosen)
 
 
 def expanded_attention(module, query, key, value, attention_mask, **arguments):

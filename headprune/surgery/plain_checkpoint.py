@@ -51,6 +51,6 @@ def load_plain(folder: Path, model: nn.Module, *, verify: bool = True) -> nn.Mod
         cut(model, kept)
     try:
         load_model(model, str(folder / WEIGHTS), device="cpu")
-    except (RuntimeError, SafetensorError, OSError) as error:
+    except (RuntimeError, SafetensorError, OSError, InvalidInput) as error:
         raise CorruptCheckpoint(f"{folder / WEIGHTS} does not fit the given {type(model).__name__}: {error}") from error
     return model.eval()
