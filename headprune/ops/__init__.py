@@ -11,6 +11,8 @@ from headprune.ops.decode import attention_decode
 from headprune.ops.sdpa import scaled_dot_product_attention
 from headprune.ops.stats import HeadStats
 from headprune.ops.varlen import attention_varlen
+from headprune.ops.weight_slices import HeadSlices, HeadSpan, WeightStats
+from headprune.ops.weight_stats import head_weight_stats
 
 cpp.register_cpp()
 triton_decode.register_attention()
@@ -24,12 +26,16 @@ fallback.register_reference()
 register_autocast(library)
 
 __all__ = [
+    "HeadSlices",
+    "HeadSpan",
     "HeadStats",
+    "WeightStats",
     "attention",
     "attention_decode",
     "attention_varlen",
     "backend",
     "choose",
+    "head_weight_stats",
     "operators",
     "scaled_dot_product_attention",
 ]
