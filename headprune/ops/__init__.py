@@ -3,7 +3,7 @@
 `headprune.ops.reference` is their specification in plain PyTorch.
 """
 
-from headprune.ops import cpp, cuda, fallback, gluon, triton, triton_backward, triton_decode
+from headprune.ops import cpp, cuda, cuda_weights, fallback, gluon, triton, triton_backward, triton_decode, triton_weights
 from headprune.ops.attention import attention, library
 from headprune.ops.autocast import register_autocast
 from headprune.ops.backend import backend, choose, operators
@@ -22,6 +22,9 @@ triton_backward.register_triton_backward()
 cuda.register_where_faster()
 triton_decode.register_decode()
 cuda.register_where_asked_for()
+cuda_weights.register_where_faster()
+triton_weights.register_weights()
+cuda_weights.register_where_asked_for()
 fallback.register_reference()
 register_autocast(library)
 
