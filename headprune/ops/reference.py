@@ -163,10 +163,11 @@ def head_weight_stats(call: WeightCall) -> Tensor:
     found = torch.zeros(call.statistics, call.heads, dtype=work, device=call.device)
     for projection, head, heads, start, stride, width in call.spans:
         dim, owners = call.dims[projection], slice(head, head + heads)
-        features = start + stride * torch.arange(heads)[:, None] + torch.arange(width)
+        index = torch.arange(heads * width, device=call.device).view(heads, width)
+        features = start + stride * (index // width) + index % width
 
         def sliced(tensor: Tensor, dim: int = dim, features: Tensor = features) -> Tensor:
-            return tensor.movedim(dim, 0)[features.to(tensor.device)].flatten(1).to(work)
+            return tensor.movedim(dim, 0)[features].flatten(1).to(work)
 
         w = sliced(call.weights[projection])
         if not w.numel():

@@ -58,7 +58,7 @@ def spans_of(features: Tensor) -> tuple[HeadSpan, ...]:
     heads, width = features.shape
     if not heads or not width:
         return ()
-    same = torch.equal(features, features[0, 0] + torch.arange(features.numel()).view(heads, width))
+    same = torch.equal(features, features[0, 0] + torch.arange(features.numel(), device=features.device).view(heads, width))
     if same:  # by far the most frequent, and the cheapest to see
         return (HeadSpan(0, heads, int(features[0, 0]), width, width),)
     breaks = (features.diff(dim=1) != 1).any(dim=0).nonzero().flatten() + 1
@@ -163,7 +163,7 @@ class WeightCall:
 
 @lru_cache(maxsize=32)
 def weight_counts(shapes: tuple, dims: tuple, spans: tuple[Span, ...], heads: int, device: torch.device) -> Tensor:
-    counts = torch.zeros(heads, dtype=torch.float64)
+    counts = torch.zeros(heads, dtype=torch.float64, device="cpu")
     for projection, head, count, _, _, width in spans:
         counts[head : head + count] += width * shapes[projection][1 - dims[projection]]
     return counts.float().to(device)

@@ -1,6 +1,6 @@
 """Which kernel of the weight statistics is the faster one.
 
-Not measured on a GPU yet: until bench/bench_gpu_weight_stats.py has been run, the table is empty and Triton is preferred everywhere.
+Not measured on a GPU yet: until bench/bench_gpu_weight_stats.py has been run the table is empty, and Triton is preferred.
 """
 
 from __future__ import annotations

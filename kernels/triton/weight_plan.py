@@ -44,7 +44,9 @@ def chunk_plan(
     matrices: tuple[Matrix, ...], spans: tuple[tuple[int, ...], ...], heads: int, row: int, device: torch.device
 ) -> ChunkPlan:
     """The chunks of `spans` (six numbers each: matrix, first head, heads, first feature, stride, width), none with rows longer
-    than `row`, a power of two. Copied to the device on the first call, which therefore cannot be inside the capture of a CUDA graph."""
+    than `row`, a power of two.
+
+    Copied to the device on the first call, which therefore cannot be inside the capture of a CUDA graph."""
     parts = [span_chunks(index, matrices[index], rest, row) for index, *rest in spans]
     table = np.concatenate([np.zeros((0, FIELDS), np.int64), *parts])
     order = np.argsort(table[:, 6], kind="stable")

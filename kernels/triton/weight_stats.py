@@ -132,9 +132,7 @@ def weight_stats_launches(
     return [kernel, Launch(weight_totals_kernel, (stats.shape[1],), arguments, constants, warps=1, stages=1)]
 
 
-def chunk_launch(
-    weights: tuple[Tensor, ...], grads: tuple[Tensor, ...], plan: ChunkPlan, columns: int, partial: Tensor
-) -> Launch:
+def chunk_launch(weights: tuple[Tensor, ...], grads: tuple[Tensor, ...], plan: ChunkPlan, columns: int, partial: Tensor) -> Launch:
     places, grad_places = addresses_of(weights), addresses_of(grads)
     aligned = all(place % 16 == 0 for place in places + grad_places)
     whole = min(plan.whole, 16 // weights[0].element_size()) if aligned else 1

@@ -1,4 +1,4 @@
-"""The CUDA weight statistics against the reference in fp64: on the CPU through an emulated warp, and on a GPU where there is one."""
+"""The CUDA weight statistics against the reference in fp64: on the CPU through an emulated warp, and on a GPU if there is one."""
 
 import ctypes
 import platform
