@@ -48,8 +48,9 @@ def gradients(slices: list[HeadSlices], seed: int = 100) -> list[Tensor]:
     return made
 
 
-def weight_call(dtype: torch.dtype, grads: bool, device: str = "cpu") -> WeightCall:
-    slices = projections(dtype, device)
+def weight_call(dtype: torch.dtype, grads: bool, device: str = "cpu", most_spans: int | None = None) -> WeightCall:
+    """All of them, or those of at most `most_spans` spans."""
+    slices = [one for one in projections(dtype, device) if most_spans is None or len(one.spans) <= most_spans]
     return WeightCall.of(slices, gradients(slices) if grads else [])
 
 
