@@ -15,7 +15,7 @@ from headprune.planning.allocation import get_allocation
 from headprune.planning.budget import Budget
 from headprune.planning.planner import GRANULARITIES
 from headprune.scoring.criterion import get_criterion
-from headprune.scoring.scores import NORMALIZATIONS
+from headprune.scoring.score import NORMALIZATIONS
 
 
 class Section(BaseModel):

@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from headprune.models.site import AttentionSite, ProjectionHeads
+from headprune.scoring.observations import Need
+from headprune.scoring.observer import Observer, observes
 
 ROLES = ("query", "key", "value", "output")
+
+
+@observes(Need.WEIGHTS)
+class WeightNorms(Observer):
+    runs = "nothing"
+
+    def found(self) -> dict[str, dict[str, Tensor]]:
+        return {site.name: weight_statistics(site) for site in self.setting.sites}
 
 
 def weight_statistics(site: AttentionSite) -> dict[str, Tensor]:
