@@ -1,6 +1,6 @@
 """What a head is in each model family: sites, adapters, gates, and our attention inside transformers."""
 
-from headprune.models import attention_interface, llama, separate, variable_head
+from headprune.models import attention_interface, bert, llama, variable_head
 from headprune.models.adapters import Adapter, attention_sites, register_adapter
 from headprune.models.gating import gated
 from headprune.models.site import AttentionSite, ProjectionHeads
@@ -11,9 +11,9 @@ __all__ = [
     "ProjectionHeads",
     "attention_interface",
     "attention_sites",
+    "bert",
     "gated",
     "llama",
     "register_adapter",
-    "separate",
     "variable_head",
 ]
