@@ -17,7 +17,7 @@ def drawn(sites, seed: int = 0) -> dict[str, list[int]]:
     """Some heads of each attention, at least one."""
     generator = random.Random(seed)
     return {
-        site.name: sorted(generator.sample(range(site.head_map.query_heads), generator.randint(1, site.head_map.query_heads)))
+        site.name: sorted(generator.sample(range(site.head_map.query_heads), generator.randint(1, site.head_map.query_heads - 1)))
         for site in sites
     }
 
