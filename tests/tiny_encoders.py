@@ -75,12 +75,56 @@ def target_batch(side: str) -> dict[str, Tensor]:
     return {**padded(side=side), "labels": labels}
 
 
+def spectrogram_batch(side: str) -> dict[str, Tensor]:
+    """The mask says which frames are sound; Whisper's encoder has half as many positions and looks at all of them."""
+    features = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(4))
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, 12:] = 0
+    return {"input_features": features * mask[:, None], "attention_mask": mask, "labels": target_batch(side)["labels"]}
+
+
 BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY, "init_std": 0.2, "dropout": 0.0, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None, "max_position_embeddings": 32,
 }  # fmt: skip
+T5 = {
+    "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4, "vocab_size": VOCABULARY,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0,
+}  # fmt: skip
+WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None}
 SEQ2SEQ = {
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
+    "t5": Family("T5ForConditionalGeneration", "T5Config", T5, target_batch),
+    "whisper": Family("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, spectrogram_batch),
+}
+
+
+def picture_batch(side: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5 if side == "left" else 6)
+    return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator), "labels": torch.arange(3) % LABELS}
+
+
+def caption_batch(side: str) -> dict[str, Tensor]:
+    """Pictures and captions, the captions padded."""
+    return {"pixel_values": picture_batch(side)["pixel_values"], **padded(side=side), "return_loss": True}
+
+
+def classifier(name: str, **options) -> Family:
+    return Family(f"{name}ForImageClassification", f"{name}Config", {**PICTURE, **options}, picture_batch)
+
+
+PICTURE = {**QUIET, "image_size": 16, "patch_size": 4, "num_labels": LABELS, "initializer_range": 0.2}
+CLIP = {
+    "text_config": {**TEXT, "eos_token_id": 2, "attention_dropout": 0.0},
+    "vision_config": {**SIZES, "image_size": 16, "patch_size": 4},
+    "projection_dim": 16, "initializer_factor": 4.0,
+}  # fmt: skip
+SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [4, 4], "window_size": 4, "patch_size": 2, "drop_path_rate": 0.0}
+VISION = {
+    "vit": classifier("ViT", **SIZES),
+    "deit": classifier("DeiT", **SIZES),
+    "swin": classifier("Swin", **SWIN),
+    "clip": Family("CLIPModel", "CLIPConfig", CLIP, caption_batch),
 }
