@@ -124,7 +124,7 @@ CLIP = {
 SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [4, 4], "window_size": 4, "patch_size": 2, "drop_path_rate": 0.0}
 VISION = {
     "vit": classifier("ViT", **SIZES),
-    "deit": classifier("DeiT", **SIZES),
+    "deit": classifier("DeiT", layer_norm_eps=1e-3, **SIZES),
     "swin": classifier("Swin", **SWIN),
     "clip": Family("CLIPModel", "CLIPConfig", CLIP, caption_batch),
 }

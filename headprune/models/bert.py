@@ -40,9 +40,7 @@ class Named:
         heads = head_map.query_heads
         projections = tuple(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, head_dim) for role, path in parts)
         kind = "cross" if "Cross" in type(dispatcher).__name__ else "self"
-        return AttentionSite(
-            name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections
-        )
+        return AttentionSite(name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.dispatcher, head_map, site.head_dim)

@@ -19,13 +19,13 @@ class SiteShape:
     hidden_size: int
     query_head_parameters: int  # go with each query head
     kv_head_parameters: int  # go with each key/value head
+    output_bias: bool = False  # whether the output projection has a bias, which can take up a mean
 
     @classmethod
     def of(cls, site: AttentionSite) -> SiteShape:
-        parameters = {False: 0, True: 0}
-        for projection in site.projections:
-            parameters[projection.per_kv_head] += projection.parameters_per_head()
-        return cls(site.head_map, site.head_dim, site.value_dim, site.hidden_size, parameters[False], parameters[True])
+        parameters = (site.parameters_per_head(False), site.parameters_per_head(True))
+        biased = getattr(site.output.module, "bias", None) is not None
+        return cls(site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters, biased)
 
     def parameters(self, head_map: HeadMap) -> int:
         return head_map.query_heads * self.query_head_parameters + head_map.kv_heads * self.kv_head_parameters

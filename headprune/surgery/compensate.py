@@ -132,9 +132,7 @@ def resolve_outputs(
     return reports
 
 
-def gather(
-    model, site, stream, chosen, keep, dense, solved, batches, forward, masks
-) -> tuple[NormalEquations, NormalEquations]:
+def gather(model, site, stream, chosen, keep, dense, solved, batches, forward, masks) -> tuple[NormalEquations, NormalEquations]:
     """Normal equations of `site`: the dense model's stream behind it against the inputs that the model pruned so far gives."""
     columns = site.columns(tuple(keep[site.name]))
     weight, _ = dense[site.name]
