@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from headprune.errors import CorruptCheckpoint
 from headprune.head_map import HeadMap
+from headprune.models.adapters import attention_sites
 from headprune.models.site import AttentionSite
 from headprune.surgery.per_layer_config import set_layer_config
 
@@ -24,6 +25,9 @@ VERSION = 1
 
 def record_cut(model: nn.Module, sites: Mapping[str, AttentionSite], kept: Mapping[str, tuple[int, ...]]) -> None:
     """Adds a cut to the model's record; `kept` numbers the heads as they were just before it."""
+    if record_of(model).get("regularised"):
+        mark_regularised(model, {site.name: site for site in attention_sites(model)})
+        return
     earlier = record_of(model).get("sites", {})
     entries = {}
     for name, site in sites.items():
@@ -35,6 +39,15 @@ def record_cut(model: nn.Module, sites: Mapping[str, AttentionSite], kept: Mappi
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         head_maps = {name: head_map_of_json(entry["now"]) for name, entry in entries.items()}
+        set_layer_config(config, head_maps, {name: site.head_dim for name, site in sites.items()})
+
+
+def mark_regularised(model: nn.Module, sites: Mapping[str, AttentionSite]) -> None:
+    """From now on the heads are no longer said to be some of the original's; the layout alone tells them."""
+    set_record(model, {"version": VERSION, "regularised": True, "sites": {}})
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        head_maps = {name: site.head_map for name, site in sites.items()}
         set_layer_config(config, head_maps, {name: site.head_dim for name, site in sites.items()})
 
 

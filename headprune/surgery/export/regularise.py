@@ -1,0 +1,138 @@
+"""Equal groups in every layer of a ragged model, without changing its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import UnsupportedModel
+from headprune.models import attention_sites
+from headprune.models.adapters import adapter_of
+from headprune.models.emptied import Emptied, EmptiedConv1D
+from headprune.models.site import AttentionSite, ProjectionHeads
+from headprune.models.specialise import original_class
+from headprune.surgery.cut import set_sizes
+from headprune.surgery.export.slots import Slots, cheapest
+from headprune.surgery.record import mark_regularised
+
+
+@dataclass(frozen=True)
+class Regularised:
+    """What it took: dead query heads and repeated key/value heads, and what both cost."""
+
+    layers: int
+    dead_heads: int
+    repeated_kv_heads: int
+    parameters: int
+    kv_cache_values: int  # per token
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "all groups are equal already"
+        return (
+            f"{self.layers} layers made even with {self.dead_heads} dead query heads and {self.repeated_kv_heads} repeated "
+            f"key/value heads: {self.parameters:+,} parameters, {self.kv_cache_values:+,} cache values per token"
+        )
+
+
+@torch.no_grad()
+def regularise(model: nn.Module, slots: Mapping[str, Slots] | None = None) -> Regularised:
+    """Gives every attention of `model` groups of one size, in place; its outputs stay the same.
+
+    slots: by site name; default each layer at its fewest parameters. A layer without heads gets one dead head.
+    The model can be saved and loaded after that, but no longer says which heads of the original it has.
+
+    Raises UnsupportedModel where the family does not allow it; the model is untouched then.
+    """
+    sites = attention_sites(model)
+    if slots is None:
+        slots = {site.name: cheapest(site.head_map, *(site.parameters_per_head(kv) for kv in (False, True))) for site in sites}
+    changed = [site for site in sites if slots[site.name].head_map != site.head_map]
+    for site in changed:
+        check(site)
+    before, cache = sum(site.parameters() for site in sites), cache_values(sites)
+    for site in changed:
+        lay_out(site, slots[site.name])
+    if changed:
+        sites = attention_sites(model)
+        mark_regularised(model, {site.name: site for site in sites})
+    return Regularised(
+        len(changed), sum(slots[site.name].dead for site in changed), sum(slots[site.name].repeated for site in changed),
+        sum(site.parameters() for site in sites) - before, cache_values(sites) - cache,
+    )  # fmt: skip
+
+
+def cache_values(sites: list[AttentionSite]) -> int:
+    return sum(site.head_map.kv_heads * (site.head_dim + site.value_dim) for site in sites)
+
+
+def check(site: AttentionSite) -> None:
+    """UnsupportedModel where a head is more than its weights."""
+    if hasattr(site.module, "position_heads") or any(projection.whole for projection in site.projections):
+        raise UnsupportedModel(
+            f"{site.name} ({type(site.module).__name__}) picks its heads out of something made for all heads of the original, "
+            "so dead heads cannot be added. Export to stock, or plan so that groups stay equal (target=...)."
+        )
+
+
+def lay_out(site: AttentionSite, slots: Slots) -> None:
+    """Rebuilds the weights of `site` with the heads of `slots`."""
+    for module in (site.dispatcher, *(projection.module for projection in site.projections)):
+        if isinstance(module, Emptied | EmptiedConv1D):
+            module.__class__ = original_class(module)
+    old = [(projection, projection.module.weight.detach(), bias_of(projection)) for projection in site.projections]
+    old_extras = [extra.tensor.detach() for extra in site.extras]
+    heads = {False: slots.query, True: slots.kv}
+    for module in {id(projection.module): projection.module for projection in site.projections}.values():
+        parts = [projection for projection in site.projections if projection.module is module]
+        features = sum(len(heads[part.per_kv_head]) * part.features.shape[1] for part in parts)
+        resize(parts[0], features)
+    for extra in site.extras:
+        shape = list(extra.tensor.shape)
+        shape[extra.dim] = len(heads[extra.per_kv_head]) * extra.width
+        setattr(extra.module, extra.attribute, like(extra.tensor, shape))
+    site.dispatcher.head_map = slots.head_map
+    adapter = adapter_of(site)
+    found = adapter.site(site.name, site.module)
+    for (projection, weight, bias), new in zip(old, found.projections):
+        fill(new.module.weight, new.weight_dim, new.features, weight, projection.features, heads[projection.per_kv_head])
+        if projection.bias_per_head:
+            fill(new.module.bias, 0, new.features, bias, projection.features, heads[projection.per_kv_head])
+    for extra, tensor in zip(found.extras, old_extras):
+        living = [(new, source) for new, source in enumerate(heads[extra.per_kv_head]) if source is not None]
+        new, source = (extra.features([pair[side] for pair in living]) for side in (0, 1))
+        extra.tensor.index_copy_(extra.dim, new.to(tensor.device), tensor.index_select(extra.dim, source.to(tensor.device)))
+    adapter.after_cut(found, slots.head_map, tuple(range(len(slots.query))))
+
+
+def bias_of(projection: ProjectionHeads) -> Tensor | None:
+    return projection.module.bias.detach() if projection.bias_per_head else None
+
+
+def resize(projection: ProjectionHeads, features: int) -> None:
+    """Zeros of the new size along the heads; other biases stay."""
+    module = projection.module
+    shape = list(module.weight.shape)
+    shape[projection.weight_dim] = features
+    module.weight = like(module.weight, shape)
+    if projection.bias_per_head:
+        module.bias = like(module.bias, [features])
+    set_sizes(module, *module.weight.shape)
+
+
+def like(tensor: Tensor, shape: list[int]) -> Tensor:
+    zeros = tensor.detach().new_zeros(shape)
+    return nn.Parameter(zeros, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+
+
+def fill(
+    target: Tensor, dim: int, features: Tensor, source: Tensor, source_features: Tensor, heads: tuple[int | None, ...]
+) -> None:
+    """Copies to each living head of `target` what its old head has in `source`."""
+    living = [(new, old) for new, old in enumerate(heads) if old is not None]
+    if living:
+        new, old = features[[pair[0] for pair in living]].flatten(), source_features[[pair[1] for pair in living]].flatten()
+        target.data.index_copy_(dim, new.to(target.device), source.index_select(dim, old.to(source.device)))

@@ -1,0 +1,147 @@
+"""stock: the unmodified transformers class. All layers get the same counts, filled up with dead heads (all zeros)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from headprune.errors import UnsupportedModel
+from headprune.head_map import HeadMap
+from headprune.models import attention_sites
+from headprune.models.site import AttentionSite
+from headprune.surgery.export.regularise import fill
+from headprune.surgery.export.same_output import same_output, small_output
+from headprune.surgery.export.slots import Slots, common_counts, in_groups
+from headprune.surgery.export.target import refuse_unknown, target
+from headprune.surgery.record import SECTION, head_map_of_json, record_of
+from headprune.surgery.remote_code import stock_class
+
+
+@target("stock", "the unmodified transformers class, and everything that reads its folders")
+def write_stock(model: PreTrainedModel, folder: Path, options: dict[str, Any]) -> list[str]:
+    refuse_unknown(options)
+    dense, notes = stock_model(model)
+    dense.save_pretrained(folder)
+    return notes
+
+
+@torch.no_grad()
+def stock_model(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
+    """A model of the stock class with the outputs of `model`, at the fewest heads that the class can have in all layers
+    alike, and what that took. Raises UnsupportedModel where not even the original's counts fit."""
+    stock, sites = stock_class(type(model)), attention_sites(model)
+    config, slots = smaller_config(model, stock, sites) or (original_config(model.config), original_slots(model, sites))
+    expected = small_output(model)
+    with torch.device(expected.device):
+        dense = stock(config).to(model.dtype).eval()
+    twins = {site.name: site for site in attention_sites(dense)}
+    of_heads = {name for site in sites for name in parameters_of_heads(model, site)}
+    rest = {name: value for name, value in model.state_dict().items() if name not in of_heads}
+    missing, unexpected = dense.load_state_dict(rest, strict=False)
+    if unexpected or not set(missing) <= {name for site in twins.values() for name in parameters_of_heads(dense, site)}:
+        raise UnsupportedModel(f"{type(model).__name__} has other weights than {stock.__name__}, so it cannot become one.")
+    for site in sites:
+        fill_site(site, twins[site.name], slots[site.name])
+    check = same_output(expected, small_output(dense), stock.__name__)
+    before, after = (sum(parameter.numel() for parameter in found.parameters()) for found in (model, dense))
+    counts = next(iter(twins.values())).head_map
+    return dense, [f"all layers have {counts} with dead heads: {after - before:+,} parameters", check]
+
+
+def parameters_of_heads(model: torch.nn.Module, site: AttentionSite) -> set[str]:
+    """Names in the state dict of what `fill_site` sets."""
+    projections = [projection for projection in site.projections if not projection.whole]
+    owned = {id(projection.module.weight) for projection in projections}
+    owned |= {id(projection.module.bias) for projection in projections if projection.bias_per_head}
+    owned |= {id(extra.tensor) for extra in site.extras}
+    return {name for name, value in model.state_dict(keep_vars=True).items() if id(value) in owned}
+
+
+def fill_site(site: AttentionSite, twin: AttentionSite, slots: Slots) -> None:
+    """Sets the heads of `twin` to those of `site` in `slots`, all others to zero."""
+    heads = {False: slots.query, True: slots.kv}
+    for old, new in zip(site.projections, twin.projections):
+        if old.whole:  # all of it is still there, behind a norm over all heads
+            continue
+        chosen = heads[new.per_kv_head]
+        zero(new.module.weight, new.weight_dim, new.features)
+        fill(new.module.weight, new.weight_dim, new.features, old.module.weight, old.features, chosen)
+        if new.bias_per_head:
+            zero(new.module.bias, 0, new.features)
+            fill(new.module.bias, 0, new.features, old.module.bias, old.features, chosen)
+    for old, new in zip(site.extras, twin.extras):
+        living = [(place, head) for place, head in enumerate(heads[new.per_kv_head]) if head is not None]
+        places, sources = new.features([pair[0] for pair in living]), old.features([pair[1] for pair in living])
+        new.tensor.data.index_copy_(new.dim, places, old.tensor.index_select(old.dim, sources).to(new.tensor.dtype))
+
+
+def zero(tensor: torch.Tensor, dim: int, features: torch.Tensor) -> None:
+    tensor.data.index_fill_(dim, features.flatten().to(tensor.device), 0)
+
+
+def original_slots(model: PreTrainedModel, sites: list[AttentionSite]) -> Mapping[str, Slots]:
+    """Every head where it was in the original."""
+    record = record_of(model).get("sites", {})
+    found = {}
+    for site in sites:
+        entry = record.get(site.name)
+        original = site.head_map if entry is None else head_map_of_json(entry["original"])
+        kept = range(site.head_map.query_heads) if entry is None else entry["kept"]
+        places = {head: place for place, head in enumerate(kept)}
+        kv_places = {head: place for place, head in enumerate(original.kept_kv_heads(kept))}
+        found[site.name] = Slots(
+            tuple(places.get(head) for head in range(original.query_heads)),
+            tuple(kv_places.get(head) for head in range(original.kv_heads)),
+        )
+    return found
+
+
+def original_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config` without anything that headprune put there."""
+    found = copy.deepcopy(config)
+    found.per_layer_config = None
+    for name in (SECTION, "auto_map", "allow_global_per_layer_attribute_access"):
+        found.__dict__.pop(name, None)
+    return found
+
+
+def smaller_config(
+    model: PreTrainedModel, stock: type[PreTrainedModel], sites: list[AttentionSite]
+) -> tuple[PreTrainedConfig, Mapping[str, Slots]] | None:
+    """A config with fewer heads that the class obeys in every layer, tried on the meta device; None where it obeys none."""
+    alike = {(site.head_dim, site.value_dim, site.hidden_size, site.kind) for site in sites}
+    whole = any(projection.whole for site in sites for projection in site.projections)
+    if len(alike) != 1 or whole or any(hasattr(site.module, "position_heads") for site in sites):
+        return None
+    original = original_config(model.config)
+    most = HeadMap.uniform(original.num_attention_heads, getattr(original, "num_key_value_heads", None))
+
+    def with_counts(query_heads: int, kv_heads: int) -> PreTrainedConfig:
+        config = copy.deepcopy(original)
+        config.num_attention_heads, config.head_dim = query_heads, sites[0].head_dim
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = kv_heads
+        return config
+
+    def allowed(query_heads: int, kv_heads: int) -> bool:
+        try:
+            config = type(original).from_dict(with_counts(query_heads, kv_heads).to_dict())
+            with torch.device("meta"):
+                twins = attention_sites(stock(config))
+        except (ValueError, RuntimeError, AttributeError, UnsupportedModel, ZeroDivisionError):
+            return False
+        counts = HeadMap.uniform(query_heads, kv_heads)
+        return all((twin.head_map, twin.head_dim) == (counts, sites[0].head_dim) for twin in twins)
+
+    costs = [sites[0].parameters_per_head(per_kv_head) for per_kv_head in (False, True)]
+    found = common_counts([site.head_map for site in sites], *costs, most, allowed)
+    if found is None or found[0] >= most.query_heads:
+        return None
+    query_heads, kv_heads = found
+    slots = {site.name: in_groups(site.head_map, query_heads // kv_heads, kv_heads) for site in sites}
+    return with_counts(query_heads, kv_heads), slots

@@ -1,0 +1,113 @@
+"""Where a pruned model can go: one registered function per target, each in a file of its own."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from headprune.errors import InvalidInput, UnsupportedModel, unknown_name
+from headprune.files import whole_file, whole_folder
+from headprune.surgery.companions import copy_companions
+
+# Writes the model, which it may change, to a folder (or a file) and says what it did, a line each.
+Writer = Callable[[PreTrainedModel, Path, dict[str, Any]], list[str]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """summary: what reads it. packages: what must be installed. suffix: names a single file in place of a folder."""
+
+    name: str
+    summary: str
+    write: Writer
+    packages: tuple[str, ...] = ()
+    suffix: str | None = None
+
+
+_targets: dict[str, Target] = {}
+
+
+def target(name: str, summary: str, *, packages: tuple[str, ...] = (), suffix: str | None = None) -> Callable[[Writer], Writer]:
+    """Registers a writer under `name`."""
+
+    def register(write: Writer) -> Writer:
+        _targets[name] = Target(name, summary, write, packages, suffix)
+        return write
+
+    return register
+
+
+def targets() -> dict[str, Target]:
+    return dict(_targets)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export: where it is, and what was done to the model on the way."""
+
+    target: str
+    path: Path
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.target}: {self.path}", *(f"  {note}" for note in self.notes)])
+
+
+def export(
+    model: PreTrainedModel,
+    to: str,
+    output: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    source: str | os.PathLike | None = None,
+    keep_model: bool = True,
+    **options: Any,
+) -> Exported:
+    """Writes `model`, pruned or not, for another engine; its outputs stay the same, which is checked where it can be.
+
+    Args:
+        to: see `targets()`.
+        output: a folder, or for targets of one file also its name ("model.gguf"). All of it is written or nothing.
+        tokenizer: saved beside it; default the files of `source`, by default the folder that the model came from.
+        keep_model: work on a copy; False saves the memory of one and leaves `model` unusable.
+        options: of the target.
+
+    Raises UnsupportedModel where the target cannot hold the model, InvalidInput for an unknown target or option and where a
+    package is missing, HeadpruneError where the disk refuses.
+    """
+    if to not in _targets:
+        raise unknown_name("export target", to, _targets)
+    found = _targets[to]
+    missing = [package for package in found.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InvalidInput(f"export to {to} needs {' and '.join(missing)}: pip install 'headprune[export]'.")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModel(f"{type(model).__name__} is not a transformers model; only those can be exported.")
+    origin = Path(source if source is not None else model.name_or_path or os.devnull)
+    working = copy.deepcopy(model) if keep_model else model
+    options = {**options, "tokenizer": tokenizer, "source": origin if origin.is_dir() else None}
+    output = Path(output)
+    if found.suffix is not None and output.suffix == found.suffix:
+        with whole_file(output) as draft:
+            notes = found.write(working, draft, options)
+    else:
+        with whole_folder(output) as draft:
+            notes = found.write(working, draft if found.suffix is None else draft / f"model{found.suffix}", options)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(draft)
+            if origin.is_dir():
+                copy_companions(origin, draft)
+    return Exported(to, output, tuple(notes))
+
+
+def refuse_unknown(options: dict[str, Any], known: tuple[str, ...] = ()) -> None:
+    """InvalidInput for an option that the target does not know."""
+    for name in sorted(set(options) - {"tokenizer", "source", *known}):
+        raise unknown_name("export option", name, [*known, "tokenizer", "source"])
