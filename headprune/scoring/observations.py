@@ -25,6 +25,10 @@ class Need(Enum):
     WEIGHTS = "weights"
     GATE_GRADIENT = "gate_gradient"
     GRAM = "gram"
+    ABLATION = "ablation"
+    SHAPLEY = "shapley"
+    MASK_TRIALS = "mask_trials"
+    INTEGRATED_GRADIENT = "integrated_gradient"
 
     @classmethod
     def of(cls, need: Need | str) -> Need:
@@ -58,6 +62,13 @@ class SiteObservations:
     input_sum: fp64 [features]: sum of x; None where the projection has no bias that could take up a mean.
     tokens: fp64 []: how many valid tokens that is.
     output_gram: fp64 [features, features]: W^T W of the output projection W [hidden, features].
+    ablation: fp32 [samples, query_heads]: each sample's loss without the head less that with all heads.
+    shapley: fp32 [orders, query_heads]: rise of a batch's mean loss when the head goes, in each random order of removal.
+    shapley_samples: fp32 [orders]: how many samples that mean is over.
+    trial_masks: fp32 [trials, query_heads]: the heads that were kept (1) in random trials over the whole model.
+    trial_changes: fp32 [trials]: a batch's mean loss in each trial less that with all heads; the same at every site.
+    trial_samples: fp32 [trials]: how many samples that mean is over.
+    integrated_gradient: fp32 [samples, query_heads]: integral over alpha of dL_n/dgate with all gates at alpha.
     """
 
     name: str
@@ -71,6 +82,13 @@ class SiteObservations:
     input_sum: Tensor | None = measured(Need.GRAM, "sum")
     tokens: Tensor | None = measured(Need.GRAM, "sum")
     output_gram: Tensor | None = measured(Need.GRAM, "same")
+    ablation: Tensor | None = measured(Need.ABLATION, "samples")
+    shapley: Tensor | None = measured(Need.SHAPLEY, "samples")
+    shapley_samples: Tensor | None = measured(Need.SHAPLEY, "samples")
+    trial_masks: Tensor | None = measured(Need.MASK_TRIALS, "samples")
+    trial_changes: Tensor | None = measured(Need.MASK_TRIALS, "samples")
+    trial_samples: Tensor | None = measured(Need.MASK_TRIALS, "samples")
+    integrated_gradient: Tensor | None = measured(Need.INTEGRATED_GRADIENT, "samples")
 
     def has(self, need: Need) -> bool:
         """Whether what `need` names was observed here."""

@@ -1,5 +1,15 @@
 """The criteria that come with headprune; importing this package registers them."""
 
-from headprune.scoring.criteria import fisher, gate_gradient, least_squares, magnitude, random
+from headprune.scoring.criteria import ablation, fisher, gate_gradient, integrated_gradient, least_squares, magnitude, random, regression, shapley
 
-__all__ = ["fisher", "gate_gradient", "least_squares", "magnitude", "random"]
+__all__ = [
+    "ablation",
+    "fisher",
+    "gate_gradient",
+    "integrated_gradient",
+    "least_squares",
+    "magnitude",
+    "random",
+    "regression",
+    "shapley",
+]

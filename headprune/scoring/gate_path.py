@@ -1,0 +1,50 @@
+"""Gradients of the loss with respect to every head's gate, where the gates are not all open."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headprune.errors import InvalidInput
+from headprune.scoring.folding import fold
+from headprune.scoring.masked_losses import MaskedBatch, Masks
+
+
+def gate_gradients(found: MaskedBatch, masks: Masks) -> dict[str, Tensor]:
+    """dL_n/dgate at each mask: site -> [n_masks, samples, query_heads], fp32, on the CPU, for all sites that are reached.
+
+    Samples are the rows of the model's call. The gradients of a mean loss are scaled up by their number; where masks cannot
+    be folded into the batch a sample's gradient is not known by itself, and each sample has their mean.
+    """
+    parts = found.parts(found.checked(masks)) if found.owner.structure else found.single_masks(found.checked(masks))
+    with found.owner.still(grad=True):
+        pieces = [of_part(found, part) for part in parts]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in found.reached}
+
+
+def of_part(found: MaskedBatch, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    owner, samples, times = found.owner, found.samples, len(next(iter(gates.values())))
+    repeats = samples if owner.structure else 1
+    leaves = {name: rows.repeat_interleave(repeats, dim=0).requires_grad_() for name, rows in gates.items()}
+    if owner.structure:
+        output = found.folded_pass(leaves, times=times)
+        losses = [owner.losses_of(fold(output, owner.structure.output, times, index), found.batch) for index in range(times)]
+    else:
+        losses = [owner.alone(found.batch, {name: rows[0] for name, rows in leaves.items()})]
+    total = sum(loss.sum() if loss.dim() else loss * samples for loss in losses)
+    if not torch.isfinite(total):
+        raise InvalidInput("the loss is NaN or infinite on a batch; look for empty labels or overflow in low precision.")
+    if not total.requires_grad:
+        raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    found_by_row = {name: grad.view(times, repeats, -1) for name, grad in zip(leaves, grads)}
+    return {name: grad if owner.structure else (grad / samples).expand(-1, samples, -1) for name, grad in found_by_row.items()}
+
+
+def integrated_gradients(found: MaskedBatch, steps: int) -> dict[str, Tensor]:
+    """Integral over alpha from 0 to 1 of dL_n/dgate with all gates at alpha, by the trapezoid rule over `steps` intervals:
+    site -> [samples, query_heads]. Over all heads of the model it sums to L_n(all open) - L_n(all closed)."""
+    alphas = torch.linspace(0, 1, steps + 1)
+    heads = {name: found.owner.sites[name].head_map.query_heads for name in found.reached}
+    gradients = gate_gradients(found, {name: alphas[:, None].expand(-1, count) for name, count in heads.items()})
+    return {name: torch.trapezoid(rows, alphas, dim=0) for name, rows in gradients.items()}
