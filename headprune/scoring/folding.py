@@ -79,13 +79,34 @@ def tiled(tensor: Tensor, dim: int, times: int) -> Tensor:
 
 
 def fold(tree: Any, dims: Dims, times: int, index: int) -> Any:
-    """One of the `times` folds of `tree`. Single numbers, which are of all folds together (a mean loss), become None."""
+    """One of the `times` folds of a result. Single numbers, which are of all folds together (a mean loss), become None."""
     leaves, form = tree_flatten(tree)
+    own = [None if isinstance(leaf, Tensor) and leaf.dim() == 0 else leaf for leaf in leaves]
+    return tree_unflatten([part(leaf, dim, times, index) for leaf, dim in zip(own, dims)], form)
 
-    def part(leaf: Any, dim: int | None) -> Any:
+
+def first_sample(tree: Any, dims: Dims) -> Any:
+    """`tree` for the first sample of its batch alone."""
+    leaves, form = tree_flatten(tree)
+    samples = batch_size(tree, dims)
+    return tree_unflatten([part(leaf, dim, samples, 0) for leaf, dim in zip(leaves, dims)], form)
+
+
+def part(leaf: Any, dim: int | None, times: int, index: int) -> Any:
+    if dim is None:
+        return leaf
+    size = leaf.shape[dim] // times
+    return leaf.narrow(dim, index * size, size)
+
+
+def alike(found: Any, expected: Any, dims: Dims, tolerance: float) -> bool:
+    """Whether two results hold the same tensors of a batch, but for rounding: `tolerance` of the largest entry of each."""
+    for one, two, dim in zip(tree_flatten(found)[0], tree_flatten(expected)[0], dims):
         if dim is None:
-            return None if isinstance(leaf, Tensor) and leaf.dim() == 0 else leaf
-        size = leaf.shape[dim] // times
-        return leaf.narrow(dim, index * size, size)
-
-    return tree_unflatten([part(leaf, dim) for leaf, dim in zip(leaves, dims)], form)
+            continue
+        if one.shape != two.shape:
+            return False
+        one, two = one.detach().double().nan_to_num(), two.detach().double().nan_to_num()
+        if two.numel() and bool((one - two).abs().max() > tolerance * two.abs().max()):
+            return False
+    return True

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from headprune.errors import InvalidInput
-from headprune.scoring.folding import fold
 from headprune.scoring.masked_losses import MaskedBatch, Masks
 
 
@@ -16,29 +15,34 @@ def gate_gradients(found: MaskedBatch, masks: Masks) -> dict[str, Tensor]:
     Samples are the rows of the model's call. The gradients of a mean loss are scaled up by their number; where masks cannot
     be folded into the batch a sample's gradient is not known by itself, and each sample has their mean.
     """
-    parts = found.parts(found.checked(masks)) if found.owner.structure else found.single_masks(found.checked(masks))
+    folds = found.owner.structure is not None
+    parts = found.parts(found.checked(masks), rows=None if folds else 1)
     with found.owner.still(grad=True):
-        pieces = [of_part(found, part) for part in parts]
+        pieces = [by_sample(found, part) if folds else of_all_samples(found, part) for part in parts]
     return {name: torch.cat([piece[name] for piece in pieces]) for name in found.reached}
 
 
-def of_part(found: MaskedBatch, gates: dict[str, Tensor]) -> dict[str, Tensor]:
-    owner, samples, times = found.owner, found.samples, len(next(iter(gates.values())))
-    repeats = samples if owner.structure else 1
-    leaves = {name: rows.repeat_interleave(repeats, dim=0).requires_grad_() for name, rows in gates.items()}
-    if owner.structure:
-        output = found.folded_pass(leaves, times=times)
-        losses = [owner.losses_of(fold(output, owner.structure.output, times, index), found.batch) for index in range(times)]
-    else:
-        losses = [owner.alone(found.batch, {name: rows[0] for name, rows in leaves.items()})]
+def by_sample(found: MaskedBatch, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    times = len(next(iter(gates.values())))
+    leaves = {name: rows.repeat_interleave(found.samples, dim=0).requires_grad_() for name, rows in gates.items()}
+    losses = [found.owner.losses_of(output, found.batch) for output in found.folded_pass(leaves, times)]
+    grads = differentiated(losses, leaves, found.samples)
+    return {name: grad.view(times, found.samples, -1) for name, grad in grads.items()}
+
+
+def of_all_samples(found: MaskedBatch, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    leaves = {name: rows[0].clone().requires_grad_() for name, rows in gates.items()}
+    grads = differentiated([found.owner.alone(found.batch, leaves)], leaves, found.samples)
+    return {name: (grad / found.samples).expand(1, found.samples, -1) for name, grad in grads.items()}
+
+
+def differentiated(losses: list[Tensor], leaves: dict[str, Tensor], samples: int) -> dict[str, Tensor]:
     total = sum(loss.sum() if loss.dim() else loss * samples for loss in losses)
     if not torch.isfinite(total):
         raise InvalidInput("the loss is NaN or infinite on a batch; look for empty labels or overflow in low precision.")
     if not total.requires_grad:
         raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
-    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    found_by_row = {name: grad.view(times, repeats, -1) for name, grad in zip(leaves, grads)}
-    return {name: grad if owner.structure else (grad / samples).expand(-1, samples, -1) for name, grad in found_by_row.items()}
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)))
 
 
 def integrated_gradients(found: MaskedBatch, steps: int) -> dict[str, Tensor]:

@@ -22,22 +22,20 @@ from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
 from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.site import AttentionSite
-from headprune.scoring.folding import batch_size, fold, folded
+from headprune.scoring.folding import batch_size, fold
 from headprune.scoring.observe import frozen, in_eval_mode
 from headprune.scoring.observer import LossFunction
-from headprune.scoring.replay import Call, recording, replaced_forward, replaying, tracing
-from headprune.scoring.run_structure import RunStructure, gate_rows, run_structure
-from headprune.scoring.sample_losses import OwnLoss, close
+from headprune.scoring.replay import recording, replaced_forward
+from headprune.scoring.run_structure import RunStructure, folded_pass, run_structure
+from headprune.scoring.sample_losses import OwnLoss, close, tolerance_of
 
 log = logging.getLogger("headprune")
-ROWS = 32
+ROWS = 16
 
 Masks = Mapping[str, Tensor]
 
 
-def masked_losses(
-    model: nn.Module, batch: Any, masks: Masks, *, loss_fn: LossFunction | None = None, rows: int = ROWS
-) -> Tensor:
+def masked_losses(model: nn.Module, batch: Any, masks: Masks, *, loss_fn: LossFunction | None = None, rows: int = ROWS) -> Tensor:
     """Each sample's loss under each mask, [n_masks, samples], fp32, on the CPU.
 
     Args:
@@ -52,9 +50,21 @@ def masked_losses(
     return MaskedLosses(model, attention_sites(model), loss_fn, rows).on(batch).losses(masks)
 
 
+@dataclass
+class DensePass:
+    """One pass with all heads: losses [samples] or their mean; the model's calls (args, kwargs) and outputs; the sites in
+    the order reached; results of calls that replays take from it."""
+
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0))
+    calls: list[tuple[tuple, dict]] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    reached: dict[str, None] = field(default_factory=dict)
+    stored: dict[int, Any] = field(default_factory=dict)
+
+
 class MaskedLosses:
     """Masked losses for many batches of one model. What a pass looks like is found out, and checked, on the first batch:
-    where the model cannot be replayed masks are folded only, and where not even that, they are run one by one."""
+    where it cannot start again at a site masks are folded into whole passes, and where not even that, run one by one."""
 
     def __init__(
         self, model: nn.Module, sites: Sequence[AttentionSite], loss_fn: LossFunction | None = None, rows: int = ROWS
@@ -64,52 +74,79 @@ class MaskedLosses:
         self.model, self.rows, self.loss_fn = model, rows, loss_fn or OwnLoss()
         self.sites = {site.name: site for site in sites}
         self.structure: RunStructure | None = None
-        self.replays, self.folds = True, True  # until a check fails
-        self.verified: set[str] = set()  # sites from which replays gave the right losses
+        self.folds = True  # until a model or its loss does not allow it
         self._said: set[str] = set()
 
     def on(self, batch: Any) -> MaskedBatch:
         """Runs `batch` once with all heads, and keeps what replays need."""
         with self.still():
             found = self.dense_pass(batch)
-            if self.folds and not found.fits:
-                self.structure = self.learnt(batch, found)
-                self.verified.clear()
-                if self.structure is None:
-                    self.say("masks of this model cannot be folded into its batch; each one is run by itself")
-                    self.folds = False
+            if self.folds and not self.fits(found):
+                self.learn(batch, found)
                 found = self.dense_pass(batch)
         return MaskedBatch(self, batch, found)
 
     def dense_pass(self, batch: Any) -> DensePass:
         found = DensePass()
-        plans = list(self.structure.plans.values()) if self.structure and self.replays else []
         with ExitStack() as stack:
-            for site in self.sites.values():
-                stack.enter_context(output_input_hook(site, lambda _inputs, name=site.name: found.reached.setdefault(name)))
+            for name, site in self.sites.items():
+                stack.enter_context(output_input_hook(site, lambda _inputs, name=name: found.reached.setdefault(name)))
             if self.structure:
-                stack.enter_context(recording(self.structure.calls, plans, found.stored))
+                stack.enter_context(recording(self.structure.calls, list(self.structure.plans.values()), found.stored))
             found.losses = self.sample_losses(batch, found)
         if not torch.isfinite(found.losses).all():
             raise InvalidInput("the loss is NaN or infinite on a batch; look for empty labels or overflow in low precision.")
-        wanted = {index for plan in plans for taken in plan.values() for index in taken if index is not None}
-        found.fits = (
-            self.structure is not None
-            and len(found.calls) == 1
-            and tree_flatten(found.calls[0])[1] == self.structure.form
-            and list(found.reached) == list(self.structure.gate_dim)
-            and wanted <= set(found.stored)
-        )
         return found
 
+    def fits(self, found: DensePass) -> bool:
+        """Whether the structure that is known is that of this pass."""
+        structure = self.structure
+        return (
+            structure is not None
+            and len(found.calls) == 1
+            and tree_flatten(found.calls[0])[1] == structure.form
+            and list(found.reached) == list(structure.gate_dim)
+            and structure.wanted <= set(found.stored)
+        )
+
+    def learn(self, batch: Any, dense: DensePass) -> None:
+        """Finds the structure of this batch's pass, or says why there is none and folds no more."""
+        self.structure = None
+        if len(dense.calls) != 1:
+            return self.run_singly(f"the loss calls the model {len(dense.calls)} times")
+        structure = run_structure(self.model, self.sites, dense.calls[0], tolerance_of(self.model))
+        if structure is None or list(structure.gate_dim) != list(dense.reached):
+            return self.run_singly("masks cannot be folded into its batch")
+        try:
+            of_one_fold = self.losses_of(fold(dense.outputs[0], structure.output, 1, 0), batch)
+        except (InvalidInput, TypeError, AttributeError):
+            of_one_fold = dense.losses.new_full(dense.losses.shape, torch.nan)
+        if not close(of_one_fold, dense.losses, self.model):
+            return self.run_singly("the loss function reads more than each sample's outputs, for instance their mean loss")
+        whole = [name for name in structure.gate_dim if not structure.replays(name)]
+        if whole:
+            self.say(f"a pass cannot start again at {whole[0]}{' and others' if whole[1:] else ''}: it is run as a whole")
+        self.structure = structure
+        return None
+
+    def run_singly(self, why: str) -> None:
+        self.folds = False
+        self.say(f"{why}: each mask is run by itself, which is slower")
+
+    def say(self, what: str) -> None:
+        if what not in self._said:
+            log.warning("%s: %s", type(self.model).__name__, what)
+        self._said.add(what)
+
     def sample_losses(self, batch: Any, found: DensePass | None = None) -> Tensor:
-        """[samples]; a mean counts for each of its samples. With `found` the model's own calls are noted there."""
+        """[samples], or their mean. With `found` the model's own calls are noted there."""
         forward = self.model.forward
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             kwargs |= {"use_cache": False} if kwargs.get("use_cache") else {}
             found.calls.append((args, kwargs))
-            return forward(*args, **kwargs)
+            found.outputs.append(forward(*args, **kwargs))
+            return found.outputs[-1]
 
         with ExitStack() as stack:
             if found is not None:
@@ -120,54 +157,10 @@ class MaskedLosses:
             raise InvalidInput(f"loss_fn gave {shown}; expected per-sample losses [n] or their mean.")
         return losses
 
-    def learnt(self, batch: Any, dense: DensePass) -> RunStructure | None:
-        """The structure of this batch's pass, checked against one with the first site closed."""
-        if len(dense.calls) != 1 or not dense.reached:
-            return None
-        args, kwargs = dense.calls[0]
-        with tracing(self.model) as traced:
-            self.model(*args, **kwargs)
-        first = self.sites[next(iter(dense.reached))]
-        closed = self.alone(batch, {first.name: torch.zeros(first.head_map.query_heads)})
-
-        def same(output: Any) -> bool:
-            return close(self.losses_of(output, batch), dense.losses, self.model)
-
-        for batch_dim in (0, 1):
-            structure = self.tried(dense.calls[0], traced, batch_dim, same)
-            if structure is None or list(structure.gate_dim) != list(dense.reached):
-                continue
-            gates = torch.stack([torch.ones(first.head_map.query_heads), torch.zeros(first.head_map.query_heads)])
-            output = self.folded_pass(structure, dense, {first.name: gates})
-            found = [self.losses_of(fold(output, structure.output, 2, index), batch) for index in range(2)]
-            if close(found[0], dense.losses, self.model) and close(found[1], closed, self.model):
-                return structure
-        return None
-
-    def tried(self, call: tuple, traced: list[Call], batch_dim: int, same: Any) -> RunStructure | None:
-        try:
-            return run_structure(self.model, list(self.sites.values()), call, traced, batch_dim, same)
-        except (InvalidInput, TypeError, AttributeError):
-            return None  # the loss function cannot read one fold's output, for instance a mean loss of the model's own
-
     def losses_of(self, output: Any, batch: Any) -> Tensor:
         """The sample losses where the model's call gives `output`."""
         with replaced_forward(self.model, lambda *_args, **_kwargs: output):
             return self.sample_losses(batch)
-
-    def folded_pass(
-        self, structure: RunStructure, dense: DensePass, gates: Mapping[str, Tensor], start: str | None = None, times: int = 0
-    ) -> Any:
-        """The model's output for the batch taken once per row of the gates (or `times` times), replayed up to `start`."""
-        times = times or len(next(iter(gates.values())))
-        args, kwargs = folded(dense.calls[0], structure.arguments, times)
-        with ExitStack() as stack:
-            for name, rows in gates.items():
-                hook = gate_rows(self.sites[name], rows, structure.gate_dim[name])
-                stack.enter_context(output_input_hook(self.sites[name], hook))
-            if start is not None:
-                stack.enter_context(replaying(structure.plans[start], dense.stored, structure.dims, times))
-            return self.model(*args, **kwargs)
 
     def alone(self, batch: Any, gates: Masks) -> Tensor:
         """The sample losses under one mask: site name -> [query_heads]."""
@@ -185,42 +178,27 @@ class MaskedLosses:
                 stack.enter_context(frozen(self.model))
             yield
 
-    def say(self, what: str) -> None:
-        if what not in self._said:
-            log.warning("%s: %s", type(self.model).__name__, what)
-        self._said.add(what)
-
-
-@dataclass
-class DensePass:
-    """One pass with all heads: losses [samples]; the model's calls (args, kwargs); the sites in the order reached; results
-    of calls that replays take from it; whether the structure that is known fits it."""
-
-    losses: Tensor = field(default_factory=lambda: torch.zeros(0))
-    calls: list[tuple[tuple, dict]] = field(default_factory=list)
-    reached: dict[str, None] = field(default_factory=dict)
-    stored: dict[int, Any] = field(default_factory=dict)
-    fits: bool = False
-
 
 class MaskedBatch:
-    """One batch of MaskedLosses."""
+    """One batch of MaskedLosses. dense: its losses with all heads, [samples], fp32, on the CPU. reached: names of the sites
+    that it runs through, in order."""
 
     def __init__(self, owner: MaskedLosses, batch: Any, dense: DensePass) -> None:
-        self.owner, self.batch, self._dense = owner, batch, dense
-        self.dense = self.by_sample(dense.losses)  # [samples], fp32, on the CPU
+        self.owner, self.batch, self._pass = owner, batch, dense
         self.reached = tuple(dense.reached)
+        self.dense = self.by_sample(dense.losses)
 
     @property
     def samples(self) -> int:
         """How many samples the model's call holds."""
         structure = self.owner.structure
         if structure is not None:
-            return batch_size(self._dense.calls[0], structure.arguments)
-        tensors = [leaf for leaf in tree_flatten(self._dense.calls)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+            return batch_size(self._pass.calls[0], structure.arguments)
+        tensors = [leaf for leaf in tree_flatten(self._pass.calls)[0] if isinstance(leaf, Tensor) and leaf.dim()]
         return tensors[0].shape[0] if tensors else 1
 
     def by_sample(self, losses: Tensor) -> Tensor:
+        """[samples], fp32, on the CPU; a mean counts for each of its samples."""
         return (losses if losses.dim() else losses.expand(self.samples)).detach().float().cpu()
 
     def losses(self, masks: Masks) -> Tensor:
@@ -234,80 +212,63 @@ class MaskedBatch:
                 chosen = (changed.any(dim=0) & (start == position)).nonzero().flatten()
                 if len(chosen):
                     later = dict(list(gates.items())[position:])
-                    found[chosen] = self.group({other: rows[chosen] for other, rows in later.items()}, name)
+                    found[chosen] = self.starting_at(name, {other: rows[chosen] for other, rows in later.items()})
         if not torch.isfinite(found).all():
             raise InvalidInput("the loss is NaN or infinite under some head masks; is the model in too low a precision?")
         return found
 
     def checked(self, masks: Masks) -> dict[str, Tensor]:
         """The gates of all reached sites, in the order reached."""
-        owner, counts = self.owner, {len(rows) for rows in masks.values()}
+        sites, counts = self.owner.sites, {len(rows) for rows in masks.values()}
         if len(counts) != 1:
             raise InvalidInput(f"masks of {sorted(counts)} rows; expected the same number for every site, and one site at least.")
         for name, rows in masks.items():
-            if name not in owner.sites:
-                raise unknown_name("attention site", name, owner.sites)
-            heads = owner.sites[name].head_map.query_heads
+            if name not in sites:
+                raise unknown_name("attention site", name, sites)
+            heads = sites[name].head_map.query_heads
             if rows.dim() != 2 or rows.shape[1] != heads:
                 raise InvalidInput(f"masks of {name} have shape {list(rows.shape)}; expected [n_masks, {heads}].")
-            if name not in self._dense.reached and bool((rows != 1).any()):
+            if name not in self.reached and bool((rows != 1).any()):
                 raise InvalidInput(f"{name} is not reached by this batch; give data that runs through it, or leave it out.")
-        open_gates = {name: torch.ones(*counts, owner.sites[name].head_map.query_heads) for name in self.reached}
-        return {name: masks[name].detach().float().cpu() if name in masks else rows for name, rows in open_gates.items()}
+        opened = {name: torch.ones(*counts, sites[name].head_map.query_heads) for name in self.reached}
+        return {name: masks[name].detach().float().cpu() if name in masks else rows for name, rows in opened.items()}
 
-    def group(self, gates: dict[str, Tensor], start: str) -> Tensor:
-        """[masks, samples] of masks that change nothing before `start`, in passes of about equal size."""
-        owner, count = self.owner, len(gates[start])
+    def starting_at(self, name: str, gates: dict[str, Tensor]) -> Tensor:
+        """[masks, samples] of masks that change nothing before site `name`."""
+        owner = self.owner
         if owner.structure is None:
-            rows = [owner.alone(self.batch, {name: found[index] for name, found in gates.items()}) for index in range(count)]
-            return torch.stack([self.by_sample(row) for row in rows])
-        if owner.replays and start not in owner.verified:
-            self.verify(gates, start)
+            singly = [{other: rows[0] for other, rows in part.items()} for part in self.parts(gates, rows=1)]
+            return torch.stack([self.by_sample(owner.alone(self.batch, row)) for row in singly])
+        start = name if owner.structure.replays(name) else None
         return torch.cat([self.run(part, start) for part in self.parts(gates)])
 
-    def parts(self, gates: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    def parts(self, gates: dict[str, Tensor], rows: int | None = None) -> list[dict[str, Tensor]]:
+        """The masks in parts of about equal size, each of at most `rows` (default: the owner's) samples, or one mask."""
         count = len(next(iter(gates.values())))
-        size = max(1, self.owner.rows // self.samples)
-        pieces = {name: rows.chunk(-(-count // size)) for name, rows in gates.items()}
+        size = max(1, (rows or self.owner.rows) // self.samples)
+        pieces = {name: found.chunk(-(-count // size)) for name, found in gates.items()}
         return [dict(zip(pieces, parts)) for parts in zip(*pieces.values())]
 
-    def single_masks(self, gates: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        count = len(next(iter(gates.values())))
-        return [{name: rows[index : index + 1] for name, rows in gates.items()} for index in range(count)]
+    def folded_pass(self, gates: dict[str, Tensor], times: int, start: str | None = None) -> list[Any]:
+        """The output for each mask, from one pass."""
+        owner, found = self.owner, self._pass
+        place = next(owner.model.parameters()).device
+        gates = {name: rows.to(place) for name, rows in gates.items()}
+        output = folded_pass(owner.model, owner.sites, owner.structure, found.calls[0], gates, times, start, found.stored)
+        return [fold(output, owner.structure.output, times, index) for index in range(times)]
 
-    def folded_pass(self, gates: dict[str, Tensor], start: str | None = None, times: int = 0) -> Any:
-        return self.owner.folded_pass(self.owner.structure, self._dense, gates, start, times)
-
-    def run(self, gates: dict[str, Tensor], start: str) -> Tensor:
-        """[masks, samples]; in halves where the memory does not hold all at once."""
-        owner, count = self.owner, len(gates[start])
+    def run(self, gates: dict[str, Tensor], start: str | None) -> Tensor:
+        """[masks, samples] by one pass; by several smaller ones where memory does not hold it."""
+        owner, count = self.owner, len(next(iter(gates.values())))
+        changed = {name: rows for name, rows in gates.items() if bool((rows != 1).any())}
         try:
-            changed = {name: rows for name, rows in gates.items() if bool((rows != 1).any())} or {start: gates[start]}
-            output = self.folded_pass(changed, start if owner.replays else None)
-            folds = (fold(output, owner.structure.output, count, index) for index in range(count))
-            return torch.stack([self.by_sample(owner.losses_of(one, self.batch)) for one in folds])
+            outputs = self.folded_pass(changed, count, start)
+            return torch.stack([self.by_sample(owner.losses_of(output, self.batch)) for output in outputs])
         except torch.OutOfMemoryError:
             if count == 1:
                 raise
-        owner.rows = max(1, min(owner.rows, count * self.samples) // 2)
+        owner.rows = max(1, count * self.samples // 2)
         return torch.cat([self.run(part, start) for part in self.parts(gates)])
-
-    def verify(self, gates: dict[str, Tensor], start: str) -> None:
-        """Replays from `start` with all heads and with its heads closed; without replays from now on where that is wrong."""
-        owner = self.owner
-        heads = gates[start].shape[1]
-        pair = {start: torch.stack([torch.ones(heads), torch.zeros(heads)])}
-        try:
-            found = self.run(pair, start)
-            right = close(found[0], self.dense, owner.model)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            right = False
-        if not right:
-            owner.say(f"a pass cannot start again at {start}; masks are folded into whole passes")
-            owner.replays = False
-        owner.verified.add(start)
 
 
 @contextmanager

@@ -60,9 +60,13 @@ def recognised(output: Any, batch: Mapping, loss: Tensor, model: nn.Module) -> s
 
 def close(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
     """Whether both are the same losses but for rounding in the model's precision."""
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    allowed = TOLERANCE.get(dtype, LOW_PRECISION) * (1 + expected.abs())
+    allowed = tolerance_of(model) * (1 + expected.abs())
     return found.shape == expected.shape and bool(((found - expected).abs() <= allowed).all())
+
+
+def tolerance_of(model: nn.Module) -> float:
+    """The relative error that another order of summation may make in the model's precision."""
+    return TOLERANCE.get(next((parameter.dtype for parameter in model.parameters()), torch.float32), LOW_PRECISION)
 
 
 def next_token(output: Any, batch: Mapping) -> Rows | None:

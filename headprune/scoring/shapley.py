@@ -25,7 +25,9 @@ def permutation_marginals(
     going, block = torch.arange(permutations), max(1, heads // 8) if stop else heads
     for start in range(0, heads, block):
         removed = orders[going, start : start + block]
-        masks = torch.stack([after_removal(orders[going], count) for count in range(start + 1, start + removed.shape[1] + 1)], dim=1)
+        masks = torch.stack(
+            [after_removal(orders[going], count) for count in range(start + 1, start + removed.shape[1] + 1)], dim=1
+        )
         reached = losses(masks.flatten(0, 1)).double().view(len(going), -1)
         steps = torch.cat([current[going, None], reached], dim=1).diff(dim=1)
         marginals[going] = marginals[going].scatter(1, removed, steps)
