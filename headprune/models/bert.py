@@ -6,6 +6,8 @@ from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
+from headprune.models.emptied import empty
+from headprune.models.head_counts import set_head_counts
 from headprune.models.site import AttentionSite, contiguous_heads
 
 
@@ -28,9 +30,10 @@ class BertLike:
             name, module, inner, head_map, head_dim, head_dim, output.dense.out_features, kind, (*projections, dense)
         )
 
-    def after_cut(self, site: AttentionSite, head_map: HeadMap) -> None:
-        site.dispatcher.num_attention_heads = head_map.query_heads
-        site.dispatcher.all_head_size = head_map.query_heads * site.head_dim
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        set_head_counts(site.dispatcher, head_map, site.head_dim)
+        if not head_map.query_heads:
+            empty(site.dispatcher, None)
 
 
 register_adapter(BertLike())

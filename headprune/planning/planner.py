@@ -33,15 +33,15 @@ def plan(
         allocation: "global" ranks all heads together, "uniform" takes the same fraction of every layer.
         granularity: "query_head" removes query heads one by one and leaves ragged groups; "kv_group" removes a key/value
             head with all its query heads, so that groups stay equal.
-        min_heads: query heads that every site keeps at least (1 or more).
+        min_heads: query heads that every site keeps at least; with 0 whole attentions may go, though never all of them.
         protect: sites that lose nothing, or a mapping of site -> heads that must stay (None: all of them).
 
     Raises InfeasibleBudget where the constraints leave too little to remove; InvalidInput for unknown names.
     """
     if granularity not in GRANULARITIES:
         raise unknown_name("granularity", granularity, GRANULARITIES)
-    if min_heads < 1:
-        raise InvalidInput(f"min_heads is {min_heads}; every site keeps at least 1 query head.")
+    if min_heads < 0:
+        raise InvalidInput(f"min_heads is {min_heads}; give 0 (whole attentions may go) or more.")
     protected = protected_heads(scores, protect)
     for name in scores.unreached:
         protected[name] = set(range(scores.shapes[name].head_map.query_heads))

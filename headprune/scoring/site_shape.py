@@ -22,10 +22,8 @@ class SiteShape:
 
     @classmethod
     def of(cls, site: AttentionSite) -> SiteShape:
-        parameters = {False: 0, True: 0}
-        for projection in site.projections:
-            parameters[projection.per_kv_head] += projection.parameters_per_head()
-        return cls(site.head_map, site.head_dim, site.value_dim, site.hidden_size, parameters[False], parameters[True])
+        parameters = (site.parameters_per_head(False), site.parameters_per_head(True))
+        return cls(site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters)
 
     def parameters(self, head_map: HeadMap) -> int:
         return head_map.query_heads * self.query_head_parameters + head_map.kv_heads * self.kv_head_parameters
