@@ -71,11 +71,8 @@ def folded(tree: Any, dims: Dims, times: int) -> Any:
 
 
 def tiled(tensor: Tensor, dim: int, times: int) -> Tensor:
-    """[.., n, ..] -> [.., times * n, ..]: a copy, but for a batch of one, which is only shown several times."""
-    if times == 1:
-        return tensor.clone()
-    shape = tensor.shape
-    return tensor.unsqueeze(dim).expand(*shape[:dim], times, *shape[dim:]).flatten(dim, dim + 1)
+    """[.., n, ..] -> [.., times * n, ..]; a copy, as models take views of their tensors and change them in place."""
+    return torch.cat([tensor] * times, dim)
 
 
 def fold(tree: Any, dims: Dims, times: int, index: int) -> Any:
@@ -99,11 +96,16 @@ def part(leaf: Any, dim: int | None, times: int, index: int) -> Any:
     return leaf.narrow(dim, index * size, size)
 
 
-def alike(found: Any, expected: Any, dims: Dims, tolerance: float) -> bool:
-    """Whether two results hold the same tensors of a batch, but for rounding: `tolerance` of the largest entry of each."""
-    for one, two, dim in zip(tree_flatten(found)[0], tree_flatten(expected)[0], dims):
+def alike(found: Any, times: int, index: int, expected: Any, dims: Dims, tolerance: float) -> bool:
+    """Whether one of the `times` folds of `found` holds the same tensors of a batch as `expected`, but for rounding:
+    `tolerance` of the largest entry of each. False where there is no tensor of a batch to compare."""
+    mine, theirs = tree_flatten(found)[0], tree_flatten(expected)[0]
+    if len(mine) != len(theirs) or all(dim is None for dim in dims):
+        return False
+    for one, two, dim in zip(mine, theirs, dims):
         if dim is None:
             continue
+        one = part(one, dim, times, index)
         if one.shape != two.shape:
             return False
         one, two = one.detach().double().nan_to_num(), two.detach().double().nan_to_num()

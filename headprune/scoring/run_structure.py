@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.site import AttentionSite
-from headprune.scoring.folding import Dims, alike, argument_dims, batch_dims, first_sample, fold, folded
+from headprune.scoring.folding import Dims, alike, argument_dims, batch_dims, first_sample, folded
 from headprune.scoring.replay import Call, Plan, plan_until, recording, replaying, tracing
 
 Arguments = tuple[tuple, dict]
@@ -86,8 +86,7 @@ def structure_along(
     gate_dim = gate_dims(outputs, traced, doubled)
     if dims[0] is None or gate_dim is None:
         return None
-    halves = [fold(both, dims[0], 2, index) for index in range(2)]
-    if not alike(halves[0], dense, dims[0], tolerance) or not alike(halves[1], without, dims[0], tolerance):
+    if not all(alike(both, 2, index, single, dims[0], tolerance) for index, single in enumerate((dense, without))):
         return None
     storable = [found is not None and one.storable for found, one in zip(dims, traced)]
     plans = {name: plan_until(traced, storable, sites[name].output.module) for name in gate_dim}
@@ -104,7 +103,7 @@ def with_sound_plans(found: RunStructure, model: nn.Module, sample: Arguments, d
     for name, plan in found.plans.items():
         try:
             with replaying(plan, stored, found.dims, 1):
-                sound = alike(run(model, sample), dense, found.output, tolerance)
+                sound = alike(run(model, sample), 1, 0, dense, found.output, tolerance)
         except torch.OutOfMemoryError:
             raise
         except REFUSALS:

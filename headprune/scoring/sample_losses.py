@@ -53,7 +53,7 @@ def recognised(output: Any, batch: Mapping, loss: Tensor, model: nn.Module) -> s
             if close((losses * counts).nansum() / counts.sum(), loss.detach().to(losses), model):
                 return name
     raise InvalidInput(
-        f"the loss of {type(model).__name__} ({float(loss):.4g} on a batch) is none that headprune knows sample by sample "
+        f"the loss of {type(model).__name__} ({float(loss.detach()):.4g} on a batch) is none that headprune knows sample by sample "
         f"({', '.join(FORMS)}); give loss_fn(model, batch) -> per-sample losses [n]."
     )
 

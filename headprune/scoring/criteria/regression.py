@@ -8,7 +8,7 @@ from torch import Tensor
 from headprune.scoring.criterion import criterion
 from headprune.scoring.observations import Need, Observations
 
-RIDGES = torch.logspace(-6, 2, 25, dtype=torch.float64)  # of the mean squared singular value; the best is chosen
+RIDGES = torch.logspace(-6, 2, 25, dtype=torch.float64)  # of the mean eigenvalue; the best is chosen
 
 
 @criterion(
@@ -40,11 +40,11 @@ def ridge(inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     weights = weights / weights.sum()
     root = (len(targets) * weights).sqrt()
     x, y = root[:, None] * (inputs - weights @ inputs), root * (targets - weights @ targets)
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    projected, outside = u.T @ y, (y - u @ (u.T @ y)).square().sum()
-    ridges = RIDGES * s.square().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    shrunk = s.square() / (s.square() + ridges[:, None])  # [ridges, singular values]
-    residual = outside + ((1 - shrunk) * projected).square().sum(dim=1)
-    freedom = (len(y) - 1 - shrunk.sum(dim=1)).clamp(min=1e-9)
-    best = int((residual / freedom.square()).argmin())
-    return vt.T @ (projected * s / (s.square() + ridges[best]))
+    eigenvalues, vectors = torch.linalg.eigh(x.T @ x)
+    eigenvalues, projected = eigenvalues.clamp(min=0), vectors.T @ (x.T @ y)
+    ridges = RIDGES * eigenvalues.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    damped = 1 / (eigenvalues + ridges[:, None])  # [ridges, eigenvalues]
+    explained = (projected.square() * (2 * damped - eigenvalues * damped.square())).sum(dim=1)
+    freedom = (len(y) - 1 - (eigenvalues * damped).sum(dim=1)).clamp(min=1e-9)
+    best = int(((y.square().sum() - explained).clamp(min=0) / freedom.square()).argmin())
+    return vectors @ (projected * damped[best])
