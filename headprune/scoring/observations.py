@@ -55,13 +55,15 @@ class SiteObservations:
 
     weight_l1, weight_l2: fp32 [4, query_heads]: norms of each head's slice in query, key, value, output projection; a
         shared key/value head's are divided evenly over its group.
+    weight_max: fp32 [4, query_heads]: the largest magnitude in each slice; a shared key/value head's is that of its whole group.
     weight_count: fp32 [4, query_heads]: the number of weights behind them, divided likewise.
     gate_gradient: fp32 [samples, query_heads]: dL_n/dgate of each sample's loss.
     input_gram: fp64 [features, features]: sum over valid tokens of x x^T, x the output projection's input; features of
         head 0 first, then of head 1, ...
-    input_sum: fp64 [features]: sum of x; None where the projection has no bias that could take up a mean.
+    input_sum: fp64 [features]: sum of x.
     tokens: fp64 []: how many valid tokens that is.
     output_gram: fp64 [features, features]: W^T W of the output projection W [hidden, features].
+    output_l1: fp64 [features]: sum of |W| over each column of W.
     ablation: fp32 [samples, query_heads]: each sample's loss without the head less that with all heads.
     shapley: fp32 [orders, query_heads]: rise of a batch's mean loss when the head goes, in each random order of removal.
     shapley_samples: fp32 [orders]: how many samples that mean is over.
@@ -76,12 +78,14 @@ class SiteObservations:
     reached: bool = True
     weight_l1: Tensor | None = measured(Need.WEIGHTS, "same")
     weight_l2: Tensor | None = measured(Need.WEIGHTS, "same")
+    weight_max: Tensor | None = measured(Need.WEIGHTS, "same")
     weight_count: Tensor | None = measured(Need.WEIGHTS, "same")
     gate_gradient: Tensor | None = measured(Need.GATE_GRADIENT, "samples")
     input_gram: Tensor | None = measured(Need.GRAM, "sum")
     input_sum: Tensor | None = measured(Need.GRAM, "sum")
     tokens: Tensor | None = measured(Need.GRAM, "sum")
     output_gram: Tensor | None = measured(Need.GRAM, "same")
+    output_l1: Tensor | None = measured(Need.GRAM, "same")
     ablation: Tensor | None = measured(Need.ABLATION, "samples")
     shapley: Tensor | None = measured(Need.SHAPLEY, "samples")
     shapley_samples: Tensor | None = measured(Need.SHAPLEY, "samples")

@@ -1,25 +1,7 @@
 """The criteria that come with headprune; importing this package registers them."""
 
-from headprune.scoring.criteria import (
-    ablation,
-    fisher,
-    gate_gradient,
-    integrated_gradient,
-    least_squares,
-    magnitude,
-    random,
-    regression,
-    shapley,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "ablation",
-    "fisher",
-    "gate_gradient",
-    "integrated_gradient",
-    "least_squares",
-    "magnitude",
-    "random",
-    "regression",
-    "shapley",
-]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
