@@ -1,5 +1,29 @@
 """The criteria that come with headprune; importing this package registers them."""
 
-from headprune.scoring.criteria import fisher, gate_gradient, least_squares, magnitude, random
+from headprune.scoring.criteria import (
+    attention_redundancy,
+    confidence,
+    copying,
+    entropy,
+    fisher,
+    gate_gradient,
+    least_squares,
+    magnitude,
+    output_norm,
+    random,
+    specialisation,
+)
 
-__all__ = ["fisher", "gate_gradient", "least_squares", "magnitude", "random"]
+__all__ = [
+    "attention_redundancy",
+    "confidence",
+    "copying",
+    "entropy",
+    "fisher",
+    "gate_gradient",
+    "least_squares",
+    "magnitude",
+    "output_norm",
+    "random",
+    "specialisation",
+]

@@ -1,5 +1,23 @@
 """What measures each need; importing this package registers them."""
 
-from headprune.scoring.observers import gate_gradient, gram, weights
+from headprune.scoring.observers import (
+    attention,
+    attention_distance,
+    attention_pattern,
+    gate_gradient,
+    gram,
+    output_norm,
+    probe,
+    weights,
+)
 
-__all__ = ["gate_gradient", "gram", "weights"]
+__all__ = [
+    "attention",
+    "attention_distance",
+    "attention_pattern",
+    "gate_gradient",
+    "gram",
+    "output_norm",
+    "probe",
+    "weights",
+]
