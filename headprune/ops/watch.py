@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
@@ -68,6 +69,8 @@ def attention_of(
         )  # fmt: skip
     counting = next((watcher for watcher in watchers if watcher.stats), None)
     query_mask = counting.query_mask(query) if counting and counting.query_mask else None
+    if counting and key_mask is None and bias is not None:
+        key_mask = keys_seen(bias, query.shape[0], key.shape[2])
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     call = check_call(
         AttentionCall(
@@ -80,6 +83,13 @@ def attention_of(
     for watcher in watchers:
         watcher.seen(call, statistics if watcher.stats else None)
     return output
+
+
+def keys_seen(bias: Tensor, batch: int, kv_len: int) -> Tensor:
+    """bool [batch, kv_len]: the keys that some query may attend to. As a key mask it hides nothing more, and tells the
+    statistics which key of a padded sample is its first."""
+    seen = bias if bias.dtype == torch.bool else bias != float("-inf")
+    return seen.view((1,) * (4 - seen.dim()) + seen.shape).any(dim=1).any(dim=1).expand(batch, kv_len)
 
 
 def is_watched(module: nn.Module) -> bool:
