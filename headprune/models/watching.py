@@ -1,4 +1,4 @@
-"""Watching every attention of a model: transformers models run through our attention for the while, ours are watched as they are."""
+"""Watching every attention of a model; transformers models run through our attention for the while."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def through_headprune(model: nn.Module) -> Iterator[None]:
 def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
     """The outermost ones in `model`, itself included."""
     found: list[PreTrainedModel] = []
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, PreTrainedModel) and not any(module in set(outer.modules()) for outer in found):
             found.append(module)
     return found

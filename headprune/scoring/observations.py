@@ -60,9 +60,10 @@ class SiteObservations:
     gate_gradient: fp32 [samples, query_heads]: dL_n/dgate of each sample's loss.
     input_gram: fp64 [features, features]: sum over valid tokens of x x^T, x the output projection's input; features of
         head 0 first, then of head 1, ...
-    input_sum: fp64 [features]: sum of x; None where the projection has no bias that could take up a mean.
+    input_sum: fp64 [features]: sum of x.
     tokens: fp64 []: how many valid tokens that is.
     output_gram: fp64 [features, features]: W^T W of the output projection W [hidden, features].
+    output_l1: fp64 [features]: sum of |W| over each column of W.
 
     One row per sequence, each a mean over its tokens (max_logit: the maximum), fp32 [sequences, query_heads]:
     entropy, max_prob, max_logit, first_mass, distance, output_norm: as in headprune.ops.HeadStats.
@@ -108,6 +109,7 @@ class SiteObservations:
     probe_induction: Tensor | None = measured(Need.PROBE, "same")
     probe_previous: Tensor | None = measured(Need.PROBE, "same")
     probe_retrieval: Tensor | None = measured(Need.PROBE, "same")
+    output_l1: Tensor | None = measured(Need.GRAM, "same")
 
     def has(self, need: Need) -> bool:
         """Whether what `need` names was observed here."""

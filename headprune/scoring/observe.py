@@ -17,7 +17,8 @@ from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
 from headprune.models.checkpointing import checkpointed
 from headprune.models.site import AttentionSite
-from headprune.models.tokens import TokenKinds, TokenMask, attention_mask_of
+from headprune.models.token_kinds import TokenKinds
+from headprune.models.tokens import TokenMask, token_masks
 from headprune.scoring.observations import Need, Observations, SiteObservations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
 from headprune.scoring.site_shape import SiteShape
@@ -49,7 +50,7 @@ def observe(
         needs: members of Need, or their values ("weights", "gate_gradient", "attention", ...).
         loss_fn: `loss_fn(model, batch)` gives per-sample losses [n] (exact per-sample gradients) or their mean.
         token_mask: `token_mask(batch)` gives bool [batch, tokens] of the tokens that count in Gram matrices and in statistics of
-            the forward pass, or None for all; default the batch's "attention_mask".
+            the forward pass, or None for all; default the batch's own masks (headprune.models.tokens.token_masks).
         token_kinds: a tokenizer, or TokenKinds: which ids are special or punctuation, for attention_pattern.
         checkpointing: keep no activations inside the layers of a transformers model: they are computed again in the backward
             pass, so that the memory of gradients stays near that of inference; about a third more time.
@@ -66,7 +67,7 @@ def observe(
     if unreached not in UNREACHED:
         raise unknown_name("value of unreached", unreached, UNREACHED)
     kinds = None if token_kinds is None else TokenKinds.of(token_kinds)
-    setting = Setting(model, tuple(attention_sites(model)), loss_fn, token_mask or attention_mask_of, kinds, gram_device)
+    setting = Setting(model, tuple(attention_sites(model)), loss_fn, token_masks(model, token_mask), kinds, gram_device)
     wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
     earlier = taken_up(checkpoint, setting.sites, wanted)
     observers = [observer_of(need)(setting) for need in wanted]

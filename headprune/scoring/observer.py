@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
-from headprune.models.tokens import TokenKinds, TokenMask
+from headprune.models.token_kinds import TokenKinds
+from headprune.models.tokens import SiteTokenMask
 from headprune.scoring.observations import Need
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -20,12 +21,13 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is observed: a model in eval mode, its sites, and how a batch is run and its loss found; the rest as in `observe`."""
+    """What is observed: a model in eval mode, its sites, and how a batch is run, its loss found and its padding told; the rest
+    as in `observe`."""
 
     model: nn.Module
     sites: tuple[AttentionSite, ...]
     loss_fn: LossFunction | None
-    token_mask: TokenMask
+    token_mask: SiteTokenMask
     token_kinds: TokenKinds | None = None
     gram_device: torch.device | str | None = None
 

@@ -48,12 +48,7 @@ def score_observations(observed: Observations, criterion: str, normalize: str = 
 
 
 def score(
-    model: nn.Module,
-    batches: Any = (),
-    criterion: str | Sequence[str] = "fisher",
-    *,
-    normalize: str = "none",
-    **options: Any,
+    model: nn.Module, batches: Any = (), criterion: str | Sequence[str] = "fisher", *, normalize: str = "none", **options: Any
 ) -> HeadScores | dict[str, HeadScores]:
     """Scores every query head of `model` on `batches`; options are those of `observe` (loss_fn, token_mask, ...).
 

@@ -8,7 +8,7 @@ from headprune import scoring
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
 from headprune.models.gating import output_input_hook
-from headprune.models.tokens import TokenKinds
+from headprune.models.token_kinds import TokenKinds
 from headprune.planning import PruningPlan
 from headprune.surgery import cut
 
@@ -138,9 +138,10 @@ def test_our_own_layers_are_watched_with_and_without_weights():
     batch = {"states": states, "padding": padding}
     found = scoring.observe(model, [batch], {"attention"}, loss_fn=run, **options)
     attention = model.layers[0].self_attn
-    direct = lambda need: lambda model, batch: attention(  # noqa: E731
-        batch["states"], batch["states"], batch["states"], key_padding_mask=batch["padding"], need_weights=need
-    )
+
+    def direct(need):
+        return lambda model, batch: model(*[batch["states"]] * 3, key_padding_mask=batch["padding"], need_weights=need)
+
     _, weights = attention(states, states, states, key_padding_mask=padding, average_attn_weights=False)
     expected = row_means(weights.detach().double(), ~padding, entropy)
     for need in (True, False):
@@ -167,10 +168,11 @@ def test_the_attention_implementation_is_as_before_even_after_an_error(implement
 
 
 class OwnAttention(torch.nn.Module):
-    """A decoder layer's attention that multiplies its matrices by itself."""
+    """Laid out like a decoder layer's attention, but multiplies its matrices by itself."""
 
     def __init__(self):
         super().__init__()
+        self.config = None
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, torch.nn.Linear(8, 8))
         self.head_dim, self.num_heads = 4, 2

@@ -1,29 +1,7 @@
 """The criteria that come with headprune; importing this package registers them."""
 
-from headprune.scoring.criteria import (
-    attention_redundancy,
-    confidence,
-    copying,
-    entropy,
-    fisher,
-    gate_gradient,
-    least_squares,
-    magnitude,
-    output_norm,
-    random,
-    specialisation,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "attention_redundancy",
-    "confidence",
-    "copying",
-    "entropy",
-    "fisher",
-    "gate_gradient",
-    "least_squares",
-    "magnitude",
-    "output_norm",
-    "random",
-    "specialisation",
-]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -8,23 +8,13 @@ from headprune.scoring.observations import Need, SiteObservations
 COST = "two forward passes on generated tokens, no data; decoders"
 
 
-@criterion(
-    "induction",
-    needs={Need.PROBE},
-    source="Olsson et al. 2022, In-context Learning and Induction Heads",
-    cost=COST,
-)
+@criterion("induction", needs={Need.PROBE}, source="Olsson et al. 2022, In-context Learning and Induction Heads", cost=COST)
 def induction(observed: SiteObservations) -> Tensor:
     """Mean attention, in a random sequence's second occurrence, on the token that followed the first time."""
     return observed.probe_induction
 
 
-@criterion(
-    "previous_token",
-    needs={Need.PROBE},
-    source="Olsson et al. 2022, In-context Learning and Induction Heads",
-    cost=COST,
-)
+@criterion("previous_token", needs={Need.PROBE}, source="Olsson et al. 2022, In-context Learning and Induction Heads", cost=COST)
 def previous_token(observed: SiteObservations) -> Tensor:
     """Mean attention on the token before, in random sequences."""
     return observed.probe_previous

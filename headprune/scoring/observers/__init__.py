@@ -1,23 +1,7 @@
 """What measures each need; importing this package registers them."""
 
-from headprune.scoring.observers import (
-    attention,
-    attention_distance,
-    attention_pattern,
-    gate_gradient,
-    gram,
-    output_norm,
-    probe,
-    weights,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "attention",
-    "attention_distance",
-    "attention_pattern",
-    "gate_gradient",
-    "gram",
-    "output_norm",
-    "probe",
-    "weights",
-]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

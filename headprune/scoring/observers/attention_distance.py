@@ -27,7 +27,7 @@ class AttentionDistances(WatchedAttention):
         self._counts = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in heads}
 
     def see(self, site: AttentionSite, batch: Any, call: AttentionCall, stats: HeadStats | None) -> None:
-        counted = self.counted(batch, call.query)
+        counted = self.counted(site, batch, call.query)
         for rows in row_blocks(call):
             used = rows.probs.any(dim=2).any(dim=0)
             if counted is not None:

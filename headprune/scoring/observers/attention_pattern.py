@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headprune.models.site import AttentionSite
-from headprune.models.tokens import input_ids_of
+from headprune.models.token_kinds import input_ids_of
 from headprune.ops.call import AttentionCall
 from headprune.ops.rows import Rows, row_blocks
 from headprune.ops.stats import HeadStats
@@ -35,7 +35,7 @@ class AttentionPattern(WatchedAttention):
         self._rows = SampleRows(setting, self._fields)
 
     def see(self, site: AttentionSite, batch: Any, call: AttentionCall, stats: HeadStats | None) -> None:
-        counted, kinds = self.counted(batch, call.query), self._kinds_of_keys(batch, call)
+        counted, kinds = self.counted(site, batch, call.query), self._kinds_of_keys(batch, call)
         sums = torch.zeros(len(self._fields), call.batch, call.query_heads, dtype=torch.float64, device="cpu")
         count = torch.zeros(call.batch, call.query_heads, dtype=torch.float64, device="cpu")
         for rows in row_blocks(call):

@@ -40,28 +40,26 @@ class Grams(Observer):
 
     @contextmanager
     def watching_forward(self, batch: Any) -> Iterator[None]:
-        mask = self.setting.token_mask(batch)
         with ExitStack() as stack:
             for site in self.setting.sites:
-                stack.enter_context(output_input_hook(site, self._adder(site, mask)))
+                stack.enter_context(output_input_hook(site, self._adder(site, self.setting.token_mask(site.name, batch))))
             yield
 
     def found(self) -> dict[str, dict[str, Tensor]]:
-        found = {}
-        for site in self.setting.sites:
-            sums = {name: total.cpu().clone() for name, total in self._sums[site.name].items()}
-            if site.output.module.bias is None:
-                del sums["input_sum"]
-            found[site.name] = {**sums, "output_gram": self._output_gram(site)}
-        return found
+        return {
+            site.name: {
+                **{name: total.cpu().clone() for name, total in self._sums[site.name].items()}, **self._output_weights(site)
+            }
+            for site in self.setting.sites
+        }  # fmt: skip
 
     def reached(self) -> set[str]:
         return {name for name, sums in self._sums.items() if sums["tokens"]}
 
-    def _output_gram(self, site: AttentionSite) -> Tensor:
+    def _output_weights(self, site: AttentionSite) -> dict[str, Tensor]:
         weight = site.output.module.weight.detach()
         weight = (weight.T if is_conv1d(site.output.module) else weight)[:, self._columns[site.name].to(weight.device)].double()
-        return (weight.T @ weight).cpu()
+        return {"output_gram": (weight.T @ weight).cpu(), "output_l1": weight.abs().sum(dim=0).cpu()}
 
     def _adder(self, site: AttentionSite, mask: Tensor | None):
         sums, columns = self._sums[site.name], self._columns[site.name]

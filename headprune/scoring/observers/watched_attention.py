@@ -55,9 +55,9 @@ class WatchedAttention(Observer):
                     "(headprune.nn.replace_multihead_attention gives one). Choose a criterion of gradients or of outputs."
                 )
 
-    def counted(self, batch: Any, query: Tensor) -> Tensor | None:
+    def counted(self, site: AttentionSite, batch: Any, query: Tensor) -> Tensor | None:
         """bool [batch, query_len]: the rows of `query` [batch, query_heads, query_len, head_dim] that are no padding."""
-        mask = self.setting.token_mask(batch)
+        mask = self.setting.token_mask(site.name, batch)
         return None if mask is None else valid_tokens(query[:, 0], mask)
 
     def _watcher(self, site: AttentionSite, batch: Any) -> Watcher:
@@ -66,7 +66,7 @@ class WatchedAttention(Observer):
             with torch.no_grad():
                 self.see(site, batch, call, stats)
 
-        return Watcher(seen, self.stats, lambda query: self.counted(batch, query))
+        return Watcher(seen, self.stats, lambda query: self.counted(site, batch, query))
 
 
 class SampleRows:
