@@ -134,6 +134,9 @@ register_adapter(
     )
 )  # fmt: skip
 register_adapter(
+    Fused("modernbert", "Wqkv", "Wo", "head_dim", lambda module: hasattr(module, "config"), lambda module: blocks)
+)
+register_adapter(
     Fused("gpt_neox", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "config"), lambda module: per_head)
 )
 register_adapter(
