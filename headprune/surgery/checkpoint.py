@@ -43,9 +43,10 @@ def load(folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
     """
     config = load_config(folder)
     kept = kept_heads(getattr(config, SECTION, None))
-    if any(not head_map_after(site["original"], site["kept"]).is_uniform for site in sites_section(config)):
-        options.setdefault("attn_implementation", NAME)
     model_class = class_of(config)
+    ragged = any(not head_map_after(site["original"], site["kept"]).is_uniform for site in sites_section(config))
+    if ragged and model_class._can_set_attn_implementation():
+        options.setdefault("attn_implementation", NAME)
     try:
         model, report = pruned_class(model_class, kept).from_pretrained(
             folder, config=config, local_files_only=True, output_loading_info=True, **options
@@ -96,7 +97,10 @@ def pruned_class(model_class: type[PreTrainedModel], kept: dict[str, tuple[int, 
         section = getattr(config, SECTION)
         model_class.__init__(self, config, *args, **options)
         delattr(config, SECTION)  # what is built so far is the whole original
+        chosen = config._attn_implementation
         cut(self, kept, verify=False)
+        if config._attn_implementation != chosen:  # ragged groups run in every implementation
+            self.set_attn_implementation(chosen)
         setattr(config, SECTION, section)
 
     # The same name, so that a further save names a class that transformers has.
