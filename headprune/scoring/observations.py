@@ -55,9 +55,10 @@ class SiteObservations:
     gate_gradient: fp32 [samples, query_heads]: dL_n/dgate of each sample's loss.
     input_gram: fp64 [features, features]: sum over valid tokens of x x^T, x the output projection's input; features of
         head 0 first, then of head 1, ...
-    input_sum: fp64 [features]: sum of x; None where the projection has no bias that could take up a mean.
+    input_sum: fp64 [features]: sum of x.
     tokens: fp64 []: how many valid tokens that is.
     output_gram: fp64 [features, features]: W^T W of the output projection W [hidden, features].
+    output_l1: fp64 [features]: sum of |W| over each column of W.
     """
 
     name: str
@@ -71,6 +72,7 @@ class SiteObservations:
     input_sum: Tensor | None = measured(Need.GRAM, "sum")
     tokens: Tensor | None = measured(Need.GRAM, "sum")
     output_gram: Tensor | None = measured(Need.GRAM, "same")
+    output_l1: Tensor | None = measured(Need.GRAM, "same")
 
     def has(self, need: Need) -> bool:
         """Whether what `need` names was observed here."""

@@ -1,5 +1,7 @@
 """What measures each need; importing this package registers them."""
 
-from headprune.scoring.observers import gate_gradient, gram, weights
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["gate_gradient", "gram", "weights"]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -42,21 +42,18 @@ class Grams(Observer):
             yield
 
     def found(self) -> dict[str, dict[str, Tensor]]:
-        found = {}
-        for site in self.setting.sites:
-            sums = {name: total.clone() for name, total in self._sums[site.name].items()}
-            if site.output.module.bias is None:
-                del sums["input_sum"]
-            found[site.name] = {**sums, "output_gram": self._output_gram(site)}
-        return found
+        return {
+            site.name: {**{name: total.clone() for name, total in self._sums[site.name].items()}, **self._output_weights(site)}
+            for site in self.setting.sites
+        }
 
     def reached(self) -> set[str]:
         return {name for name, sums in self._sums.items() if sums["tokens"]}
 
-    def _output_gram(self, site: AttentionSite) -> Tensor:
+    def _output_weights(self, site: AttentionSite) -> dict[str, Tensor]:
         weight = site.output.module.weight.detach()
         weight = (weight.T if is_conv1d(site.output.module) else weight)[:, self._columns[site.name].to(weight.device)].double()
-        return (weight.T @ weight).cpu()
+        return {"output_gram": (weight.T @ weight).cpu(), "output_l1": weight.abs().sum(dim=0).cpu()}
 
     def _adder(self, site: AttentionSite, mask: Tensor | None):
         sums, columns = self._sums[site.name], self._columns[site.name]
