@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from headprune.errors import UnsupportedModel
-from headprune.models.adapters import adapter_of
 from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
@@ -116,14 +115,15 @@ def given(calls: dict[str, Call], name: str) -> Callable:
 
 def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable, call: Call) -> None:
     """UnsupportedModel unless a stand-in for the site, cut, gives `call.output`."""
-    module = stand_in(site.module)
-    twin = adapter_of(site).site(site.name, module)
+    twin = on_stand_ins(site)
     described = f"{site.name} ({type(site.module).__name__})"
     try:
-        cut_site(replace(twin, proven=True), kept)
-        output = module.eval()(*call.args, **call.kwargs)
+        cut_site(twin, kept)
+        output = twin.module.eval()(*call.args, **call.kwargs)
+    except UnsupportedModel:
+        raise
     except Exception as error:
-        raise UnsupportedModel(f"{described} cannot be cut: without heads it fails with {error!r}.") from error
+        raise UnsupportedModel(f"{described} cannot be cut: without those heads it fails with {error!r}.") from error
     found = first_tensor(output if isinstance(output, tuple) else (output,))
     allowed = max(TOLERANCE, 16 * torch.finfo(found.dtype).eps) * call.output.abs().max().clamp(min=1e-3)
     if found.shape != call.output.shape or not (found - call.output).abs().max() <= allowed:
@@ -134,9 +134,17 @@ def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable, ca
         )
 
 
-def stand_in(module: nn.Module, made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+def on_stand_ins(site: AttentionSite) -> AttentionSite:
+    """The same site on a stand-in for its module. All that it cuts must lie below that module."""
+    made: dict[nn.Module, nn.Module] = {}
+    module = stand_in(site.module, made)
+    projections = tuple(replace(part, module=made[part.module]) for part in site.projections)
+    extras = tuple(replace(part, module=made[part.module]) for part in site.extras)
+    return replace(site, module=module, dispatcher=made[site.dispatcher], projections=projections, extras=extras)
+
+
+def stand_in(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     """The same module tree in new module objects, sharing every tensor: what is cut there leaves `module` alone."""
-    made = {} if made is None else made
     if module not in made:
         twin = made[module] = type(module).__new__(type(module))
         own = {"_parameters", "_buffers", "_non_persistent_buffers_set"}
