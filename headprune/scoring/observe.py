@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
 from headprune.models.site import AttentionSite
-from headprune.models.tokens import TokenMask, attention_mask_of
+from headprune.models.tokens import TokenMask, token_masks
 from headprune.scoring.observations import Need, Observations, SiteObservations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
 from headprune.scoring.site_shape import SiteShape
@@ -45,7 +45,7 @@ def observe(
         needs: members of Need, or their values ("weights", "gate_gradient", "gram").
         loss_fn: `loss_fn(model, batch)` gives per-sample losses [n] (exact per-sample gradients) or their mean.
         token_mask: `token_mask(batch)` gives bool [batch, tokens] of the tokens that count in Gram matrices, or None; default
-            the batch's "attention_mask".
+            the batch's own masks (headprune.models.tokens.token_masks).
         unreached: what to do with attentions that no batch runs through (the vision tower of a model that sees text only):
             "error", or "keep" all of their heads.
         checkpoint: a file that keeps what was observed, written about once a minute and at the end. Where it exists the pass
@@ -57,7 +57,7 @@ def observe(
     """
     if unreached not in UNREACHED:
         raise unknown_name("value of unreached", unreached, UNREACHED)
-    setting = Setting(model, tuple(attention_sites(model)), loss_fn, token_mask or attention_mask_of)
+    setting = Setting(model, tuple(attention_sites(model)), loss_fn, token_masks(model, token_mask))
     wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
     earlier = taken_up(checkpoint, setting.sites, wanted)
     observers = [observer_of(need)(setting) for need in wanted]

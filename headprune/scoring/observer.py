@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
-from headprune.models.tokens import TokenMask
+from headprune.models.tokens import SiteTokenMask
 from headprune.scoring.observations import Need
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -19,12 +19,12 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is observed: a model in eval mode, its sites, and how a batch is run and its loss found."""
+    """What is observed: a model in eval mode, its sites, and how a batch is run, its loss found and its padding told."""
 
     model: nn.Module
     sites: tuple[AttentionSite, ...]
     loss_fn: LossFunction | None
-    token_mask: TokenMask
+    token_mask: SiteTokenMask
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of `batch`: per sample [n] where loss_fn gives that, else the mean. Raises InvalidInput where there is none."""

@@ -35,10 +35,9 @@ class Grams(Observer):
 
     @contextmanager
     def watching_batch(self, batch: Any) -> Iterator[None]:
-        mask = self.setting.token_mask(batch)
         with ExitStack() as stack:
             for site in self.setting.sites:
-                stack.enter_context(output_input_hook(site, self._adder(site, mask)))
+                stack.enter_context(output_input_hook(site, self._adder(site, self.setting.token_mask(site.name, batch))))
             yield
 
     def found(self) -> dict[str, dict[str, Tensor]]:
