@@ -33,7 +33,11 @@ class Call:
 
     args: tuple
     kwargs: dict[str, Any]
-    output: Tensor | None = None
+    returned: Any = None
+
+    @property
+    def output(self) -> Tensor | None:
+        return first_output(self.returned)
 
 
 @torch.no_grad()
@@ -107,8 +111,8 @@ def received(calls: dict[str, Call], name: str) -> Callable:
 
 def given(calls: dict[str, Call], name: str) -> Callable:
     def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-        if calls[name].output is None:
-            calls[name].output = first_tensor(output if isinstance(output, tuple) else (output,))
+        if calls[name].returned is None:
+            calls[name].returned = output
 
     return hook
 
@@ -119,12 +123,14 @@ def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable, ca
     described = f"{site.name} ({type(site.module).__name__})"
     try:
         cut_site(twin, kept)
-        output = twin.module.eval()(*call.args, **call.kwargs)
+        returned = twin.module.eval()(*call.args, **call.kwargs)
     except UnsupportedModel:
         raise
     except Exception as error:
         raise UnsupportedModel(f"{described} cannot be cut: without those heads it fails with {error!r}.") from error
-    found = first_tensor(output if isinstance(output, tuple) else (output,))
+    found = first_output(returned)
+    if found is None or form(returned) != form(call.returned):
+        raise UnsupportedModel(f"{described} cannot lose these heads: it would return {form(returned)}, not {form(call.returned)}.")
     allowed = max(TOLERANCE, 16 * torch.finfo(found.dtype).eps) * call.output.abs().max().clamp(min=1e-3)
     if found.shape != call.output.shape or not (found - call.output).abs().max() <= allowed:
         difference = "another shape" if found.shape != call.output.shape else f"{(found - call.output).abs().max():.1e} off"
@@ -132,6 +138,14 @@ def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable, ca
             f"{described} gives something else when heads are cut than when they are gated ({difference}): its heads are not "
             "where they seem to be, or they depend on each other. It cannot be pruned."
         )
+
+
+def first_output(returned: Any) -> Tensor | None:
+    return first_tensor(returned if isinstance(returned, tuple) else (returned,))
+
+
+def form(returned: Any) -> str:
+    return f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
 
 
 def on_stand_ins(site: AttentionSite) -> AttentionSite:
