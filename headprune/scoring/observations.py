@@ -51,6 +51,7 @@ class SiteObservations:
 
     weight_l1, weight_l2: fp32 [4, query_heads]: norms of each head's slice in query, key, value, output projection; a
         shared key/value head's are divided evenly over its group.
+    weight_max: fp32 [4, query_heads]: the largest magnitude in each slice; a shared key/value head's is that of its whole group.
     weight_count: fp32 [4, query_heads]: the number of weights behind them, divided likewise.
     gate_gradient: fp32 [samples, query_heads]: dL_n/dgate of each sample's loss.
     input_gram: fp64 [features, features]: sum over valid tokens of x x^T, x the output projection's input; features of
@@ -66,6 +67,7 @@ class SiteObservations:
     reached: bool = True
     weight_l1: Tensor | None = measured(Need.WEIGHTS, "same")
     weight_l2: Tensor | None = measured(Need.WEIGHTS, "same")
+    weight_max: Tensor | None = measured(Need.WEIGHTS, "same")
     weight_count: Tensor | None = measured(Need.WEIGHTS, "same")
     gate_gradient: Tensor | None = measured(Need.GATE_GRADIENT, "samples")
     input_gram: Tensor | None = measured(Need.GRAM, "sum")
