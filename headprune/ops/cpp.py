@@ -89,6 +89,12 @@ def attention_decode(call: DecodeCall) -> Tensor:
     return torch.ops.headprune_cpu.attention_decode.default(*decode_operands(call))
 
 
+def missing_weights() -> str | None:
+    if missing() is None and not hasattr(torch.ops.headprune_cpu, "head_weight_stats"):
+        return "the C++ extension is older than this source; run `python setup.py build_ext --inplace`"
+    return missing()
+
+
 def refuses_weights(call: WeightCall) -> str | None:
     if call.device.type != "cpu":
         return f"runs CPU tensors, not {call.device.type}"
@@ -111,4 +117,4 @@ def register_cpp() -> None:
     }
     for operator, run in runs.items():
         register(operator, Implementation("cpp", run, refuses, missing))
-    register("head_weight_stats", Implementation("cpp", head_weight_stats, refuses_weights, missing))
+    register("head_weight_stats", Implementation("cpp", head_weight_stats, refuses_weights, missing_weights))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from weight_cases import assert_exact, weight_call
 
-from headprune.ops.cpp import head_weight_stats, missing, refuses_weights
+from headprune.ops.cpp import head_weight_stats, missing_weights, refuses_weights
 from headprune.ops.weight_slices import HeadSlices, WeightCall
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = pytest.mark.skipif(missing_weights() is not None, reason=str(missing_weights()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
