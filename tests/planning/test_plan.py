@@ -194,3 +194,16 @@ def test_a_plan_that_names_a_site_twice_is_refused(tmp_path):
     path.write_text(path.read_text().replace("model.layers.1.self_attn", "model.layers.0.self_attn"))
     with pytest.raises(InvalidInput, match=r"plan\.json: model\.layers\.0\.self_attn stands in the file twice"):
         PruningPlan.load(path)
+
+
+def test_a_pickled_plan_is_refused_without_being_opened(tmp_path):
+    import pickle
+
+    class Trap:
+        def __reduce__(self):
+            return (pytest.fail, ("unpickled",))
+
+    path = tmp_path / "plan.json"
+    path.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(InvalidInput, match="cannot be read as a pruning_plan file"):
+        PruningPlan.load(path)
