@@ -42,7 +42,7 @@ def observe(
     Args:
         batches: dicts for `model(**batch)` whose output has a `loss`, or anything that `loss_fn` understands. Not read
             where only weights are needed.
-        needs: members of Need, or their values ("weights", "gate_gradient", "gram").
+        needs: members of Need, or their values ("weights", "weight_gradient", "gate_gradient", "gram").
         loss_fn: `loss_fn(model, batch)` gives per-sample losses [n] (exact per-sample gradients) or their mean.
         token_mask: `token_mask(batch)` gives bool [batch, tokens] of the tokens that count in Gram matrices, or None; default
             the batch's own masks (headprune.models.tokens.token_masks).
