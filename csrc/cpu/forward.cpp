@@ -265,6 +265,8 @@ void attention_forward(const Forward& problem) {
     splits.push_back(split_of(problem, groups[g], keys[groups[g].batch], static_cast<int64_t>(g), blocks));
     is_split.push_back(splits[g].parts > 0);
   }
+  // Small groups wait for memory and large ones compute: the threads take parts of all groups in turn, so that both have work.
+  std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.part < b.part; });
   const std::vector<Block> whole = blocks_of(problem, groups, keys, is_split, rows_per_block(problem, groups, threads));
   blocks.insert(blocks.end(), whole.begin(), whole.end());
   RowStats stats;

@@ -11,7 +11,7 @@ namespace headprune::cpu {
 
 constexpr int kThinRows = kLanes >= 16 ? 8 : 4;
 constexpr int kStep = 2 * kLanes;     // elements that are read at once
-constexpr int64_t kRowsAhead = 16;    // how far before their use rows are asked for
+constexpr int64_t kRowsAhead = 32;
 constexpr int kThinAccumulators = kLanes >= 16 ? 24 : 12;
 
 inline int64_t whole_steps(int64_t dim) { return (dim + kStep - 1) / kStep * kStep; }
@@ -64,30 +64,39 @@ inline void read_rest(const T* from, int64_t count, Vec& low, Vec& high) {
   Reader<T>::read(rest, low, high);
 }
 
+// Into the second cache: it waits for more lines at a time than the first one does.
 template <typename T>
 [[gnu::always_inline]] inline void ask_for(const T* elements) {
-  for (size_t bytes = 0; bytes < kStep * sizeof(T); bytes += 64) __builtin_prefetch(reinterpret_cast<const char*>(elements) + bytes);
+  for (size_t bytes = 0; bytes < kStep * sizeof(T); bytes += 64) __builtin_prefetch(reinterpret_cast<const char*>(elements) + bytes, 0, 2);
 }
 
+// Rows of keys or values: `now` (the last one repeated up to a multiple of kLanes), and what is read some rows after each.
+template <typename T>
+struct Rows {
+  const T* const* now;
+  const T* const* later;
+  Rows from(int64_t row) const { return {now + row, later + row}; }
+};
+
 // scores[row][key] = sum_x keys[key][x] * queries[row][x]; rows of scores are `stride` apart, a multiple of kLanes, those of
-// queries whole_steps(dim), arranged. keys[count] to keys[count + kRowsAhead] are the rows that come next.
-template <typename T, int Rows>
-void thin_scores(const T* const* keys, int64_t count, int64_t dim, const Real* queries, Real* scores, int64_t stride) {
-  constexpr int slots = std::bit_ceil(static_cast<unsigned>(Rows)), tile = kLanes / slots;
+// queries whole_steps(dim), arranged.
+template <typename T, int Heads>
+void thin_scores(Rows<T> keys, int64_t count, int64_t dim, const Real* queries, Real* scores, int64_t stride) {
+  constexpr int slots = std::bit_ceil(static_cast<unsigned>(Heads)), tile = kLanes / slots;
   const int64_t width = whole_steps(dim), whole = dim / kStep * kStep;
   for (int64_t first = 0; first < count; first += tile) {
     Vec sums[kLanes];
     std::fill_n(sums, kLanes, Vec(0));
     const auto multiply = [&](int64_t x, auto read) {
-      Vec query[2][Rows];
+      Vec query[2][Heads];
       #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) query[0][r] = load(queries + r * width + x), query[1][r] = load(queries + r * width + x + kLanes);
+      for (int r = 0; r < Heads; ++r) query[0][r] = load(queries + r * width + x), query[1][r] = load(queries + r * width + x + kLanes);
       #pragma GCC unroll 16
       for (int k = 0; k < tile; ++k) {
         Vec low, high;
-        read(keys[first + k] + x, low, high);
+        read(keys.now[first + k] + x, low, high);
         #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
+        for (int r = 0; r < Heads; ++r) {
           sums[r * tile + k] = at::vec::fmadd(low, query[0][r], sums[r * tile + k]);
           sums[r * tile + k] = at::vec::fmadd(high, query[1][r], sums[r * tile + k]);
         }
@@ -95,29 +104,29 @@ void thin_scores(const T* const* keys, int64_t count, int64_t dim, const Real* q
     };
     for (int64_t x = 0; x < whole; x += kStep) {
       #pragma GCC unroll 16
-      for (int k = 0; k < tile; ++k) ask_for(keys[first + k + kRowsAhead] + x);
+      for (int k = 0; k < tile; ++k) ask_for(keys.later[first + k] + x);
       multiply(x, [](const T* from, Vec& low, Vec& high) { Reader<T>::read(from, low, high); });
     }
     if (whole < dim) multiply(whole, [&](const T* from, Vec& low, Vec& high) { read_rest(from, dim - whole, low, high); });
     Real found[kLanes];
     store(found, lane_sums(sums));
     #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) std::memcpy(scores + r * stride + first, found + r * tile, tile * sizeof(Real));
+    for (int r = 0; r < Heads; ++r) std::memcpy(scores + r * stride + first, found + r * tile, tile * sizeof(Real));
   }
 }
 
 // sums[row][column] += sum_key values[key][column] * probs[row][key] for Steps * kStep columns from `column` on; where Rest
 // only `rest` of them are there.
-template <typename T, int Rows, int Steps, bool Rest>
-inline void thin_columns(const T* const* values, int64_t count, int64_t column, int64_t rest, const Real* probs, int64_t stride, Real* sums, int64_t width) {
-  Lanes sum[Rows * 2 * Steps];
+template <typename T, int Heads, int Steps, bool Rest>
+inline void thin_columns(Rows<T> values, int64_t count, int64_t column, int64_t rest, const Real* probs, int64_t stride, Real* sums, int64_t width) {
+  Lanes sum[Heads * 2 * Steps];
 #pragma GCC unroll 24
-  for (int i = 0; i < Rows * 2 * Steps; ++i) sum[i] = load(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes);
+  for (int i = 0; i < Heads * 2 * Steps; ++i) sum[i] = load(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes);
   for (int64_t key = 0; key < count; ++key) {
-    const T* from = values[key] + column;
+    const T* from = values.now[key] + column;
     if constexpr (!Rest) {
 #pragma GCC unroll 4
-      for (int s = 0; s < Steps; ++s) ask_for(values[key + kRowsAhead] + column + s * kStep);
+      for (int s = 0; s < Steps; ++s) ask_for(values.later[key] + column + s * kStep);
     }
 #pragma GCC unroll 4
     for (int s = 0; s < Steps; ++s) {
@@ -128,7 +137,7 @@ inline void thin_columns(const T* const* values, int64_t count, int64_t column, 
         Reader<T>::read(from + s * kStep, low, high);
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
+      for (int r = 0; r < Heads; ++r) {
         const Vec prob(probs[r * stride + key]);
         const int at = (r * Steps + s) * 2;
         sum[at] = multiply_add(prob, low, sum[at]);
@@ -137,23 +146,23 @@ inline void thin_columns(const T* const* values, int64_t count, int64_t column, 
     }
   }
 #pragma GCC unroll 24
-  for (int i = 0; i < Rows * 2 * Steps; ++i) store(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes, sum[i]);
+  for (int i = 0; i < Heads * 2 * Steps; ++i) store(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes, sum[i]);
 }
 
 // sums[row][column] += sum_key values[key][column] * probs[row][key]; rows of sums are whole_steps(dim) apart, arranged.
-template <typename T, int Rows>
-void thin_values(const T* const* values, int64_t count, int64_t dim, const Real* probs, int64_t stride, Real* sums) {
-  constexpr int steps = kThinAccumulators / (2 * Rows) >= 4 ? 4 : kThinAccumulators / (2 * Rows) >= 2 ? 2 : 1;
+template <typename T, int Heads>
+void thin_values(Rows<T> values, int64_t count, int64_t dim, const Real* probs, int64_t stride, Real* sums) {
+  constexpr int steps = kThinAccumulators / (2 * Heads) >= 4 ? 4 : kThinAccumulators / (2 * Heads) >= 2 ? 2 : 1;
   constexpr int64_t few = 16;  // keys whose rows stay in the first cache between one range of columns and the next
   const int64_t width = whole_steps(dim), whole = dim / kStep * kStep;
   for (int64_t key = 0; key < count; key += few) {
     const int64_t here = std::min(few, count - key);
     int64_t column = 0;
     for (; column + steps * kStep <= whole; column += steps * kStep) {
-      thin_columns<T, Rows, steps, false>(values + key, here, column, 0, probs + key, stride, sums, width);
+      thin_columns<T, Heads, steps, false>(values.from(key), here, column, 0, probs + key, stride, sums, width);
     }
-    for (; column < whole; column += kStep) thin_columns<T, Rows, 1, false>(values + key, here, column, 0, probs + key, stride, sums, width);
-    if (whole < dim) thin_columns<T, Rows, 1, true>(values + key, here, whole, dim - whole, probs + key, stride, sums, width);
+    for (; column < whole; column += kStep) thin_columns<T, Heads, 1, false>(values.from(key), here, column, 0, probs + key, stride, sums, width);
+    if (whole < dim) thin_columns<T, Heads, 1, true>(values.from(key), here, whole, dim - whole, probs + key, stride, sums, width);
   }
 }
 
@@ -164,12 +173,12 @@ struct ThinProducts {
   decltype(&thin_values<T, 1>) values;
 };
 
-template <typename T, int Rows = kThinRows>
+template <typename T, int Heads = kThinRows>
 ThinProducts<T> thin_products(int64_t rows) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return thin_products<T, Rows - 1>(rows);
+  if constexpr (Heads > 1) {
+    if (rows < Heads) return thin_products<T, Heads - 1>(rows);
   }
-  return {thin_scores<T, Rows>, thin_values<T, Rows>};
+  return {thin_scores<T, Heads>, thin_values<T, Heads>};
 }
 
 }  // namespace headprune::cpu

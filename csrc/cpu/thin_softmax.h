@@ -9,27 +9,43 @@ namespace headprune::cpu {
 
 // The working memory of thin panels, shared by those of a thread.
 struct ThinPlace {
-  Real *scores, *positions, *nothing;  // [kThinRows][kKeyBlock], [kKeyBlock], zeros [value_dim + kStep]
-  const void* rows[kKeyBlock + kLanes + kRowsAhead];
+  Real *scores, *positions, *nothing;  // [kThinRows][kKeyBlock], [kKeyBlock + kLanes], zeros [value_dim + kStep]
+  struct {
+    const void *now[kKeyBlock + kLanes], *later[kKeyBlock + kLanes];
+  } keys, values;
 };
 
-// Points at the rows of slots `slot` up to `slot + count` and at as many as the products want behind them, at most up to `end`.
 template <typename T>
-const T** point_at_rows(const Problem& problem, const Operand& operand, const Group& group, const Keys& keys, int64_t slot, int64_t count,
-                        int64_t end, ThinPlace& place) {
-  const T** rows = reinterpret_cast<const T**>(place.rows);
-  const int64_t wanted = (count + kLanes - 1) / kLanes * kLanes + kRowsAhead, there = std::min(wanted, end - slot);
+void point_at_rows(const Problem& problem, const Operand& operand, const Group& group, const Keys& keys, int64_t slot, int64_t count,
+                   const void** rows) {
   const auto row = [&](int64_t i) {
     return reinterpret_cast<const T*>(key_row(problem, operand, group.batch, group.kv_head, keys.at(slot + i)));
   };
-  const int64_t size = problem.pages ? problem.page_size : end, first = keys.first + slot;
-  for (int64_t i = 0; i < there;) {
-    const T* start = row(i);
-    const int64_t stop = !keys.index.empty() ? i + 1 : std::min(there, problem.pages ? i + size - (first + i) % size : there);
-    for (; i < stop; ++i, start += operand.row) rows[i] = start;
+  for (int64_t i = 0; i < count;) {
+    const int64_t page_ends = problem.pages ? problem.page_size - (keys.first + slot + i) % problem.page_size : count;
+    const int64_t stop = keys.index.empty() ? std::min(count, i + page_ends) : i + 1;
+    for (const T* start = row(i); i < stop; ++i, start += operand.row) rows[i] = start;
   }
-  std::fill(rows + there, rows + wanted, rows[there - 1]);
-  return rows;
+}
+
+// Points at the keys and the values of slots `slot` up to `slot + count`, and at what comes after them: the values after the
+// keys, then the keys that follow, up to slot `end`.
+template <typename T>
+void point(const Problem& problem, const Group& group, const Keys& keys, int64_t slot, int64_t count, int64_t end, ThinPlace& place) {
+  const void* next[kRowsAhead];
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes, coming = std::min(kRowsAhead, end - slot - count);
+  point_at_rows<T>(problem, problem.key, group, keys, slot, count, place.keys.now);
+  point_at_rows<T>(problem, problem.value, group, keys, slot, count, place.values.now);
+  point_at_rows<T>(problem, problem.key, group, keys, slot + count, coming, next);
+  for (auto* rows : {&place.keys, &place.values}) {
+    const int64_t inside = std::max<int64_t>(0, count - kRowsAhead);
+    std::fill(rows->now + count, rows->now + padded, rows->now[count - 1]);
+    std::copy_n(rows->now + count - inside, inside, rows->later);
+    std::fill(rows->later + inside, rows->later + padded, rows->now[count - 1]);
+  }
+  const int64_t few = std::min(count, kRowsAhead);
+  std::copy_n(place.values.now, few, place.keys.later + count - few);
+  std::copy_n(next, std::min(few, coming), place.values.later + count - few);
 }
 
 // What the options do to the scores of row `r`.
@@ -86,8 +102,11 @@ void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel&
   const Edits edits = edits_of(problem, panel, keys, slot, count, biased ? bias.rows : nullptr);
   const ThinProducts<T> products = thin_products<T>(panel.rows);
   const int64_t width = whole_steps(problem.value_dim);
-  const T** rows = point_at_rows<T>(problem, problem.key, group, keys, slot, count, end, place);
-  products.scores(rows, count, problem.head_dim, panel.thin_queries, place.scores, kKeyBlock);
+  point<T>(problem, group, keys, slot, count, end, place);
+  const auto rows_of = [](const auto& rows) {
+    return Rows<T>{reinterpret_cast<const T* const*>(rows.now), reinterpret_cast<const T* const*>(rows.later)};
+  };
+  products.scores(rows_of(place.keys), count, problem.head_dim, panel.thin_queries, place.scores, kKeyBlock);
   if (edits.any() || Stats) {
     for (int64_t key = 0; key < count; ++key) place.positions[key] = static_cast<Real>(keys.at(slot + key));
     std::fill_n(place.positions + count, kLanes, Real(0));
@@ -97,12 +116,11 @@ void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel&
     if (edits.any()) edit_row(edits, panel, r, count, place.positions, scores);
     thin_softmax<Stats>(panel, r, slot == 0, count, place.positions, width, scores, panel.thin_sums + r * width);
   }
-  rows = point_at_rows<T>(problem, problem.value, group, keys, slot, count, end, place);
   // The values of keys that the bias hides from the whole panel may hold inf or NaN.
   for (int64_t key = 0; biased && key < count; ++key) {
-    if (bias.best[key] == -kInfinity) rows[key] = reinterpret_cast<const T*>(place.nothing);
+    if (bias.best[key] == -kInfinity) place.values.now[key] = place.nothing;
   }
-  products.values(rows, count, problem.value_dim, place.scores, kKeyBlock, panel.thin_sums);
+  products.values(rows_of(place.values), count, problem.value_dim, place.scores, kKeyBlock, panel.thin_sums);
 }
 
 // What depends on the type that a thin panel reads.

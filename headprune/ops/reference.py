@@ -23,6 +23,9 @@ def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     key = call.key.to(work).index_select(1, groups)
     value = call.value.to(work).index_select(1, groups)
     allowed = visible(call)
+    # Keys that no query sees may hold inf or NaN in their rows; 0 * inf must reach neither the output nor a gradient.
+    unused = ~allowed.any(dim=2)[..., None]
+    key, value = key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
     scores = torch.matmul(call.query.to(work) * call.scale, key.transpose(2, 3))
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
@@ -39,9 +42,7 @@ def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     attends = allowed.any(dim=3) & lse.isfinite()
     probs = torch.exp(scores - lse.masked_fill(~attends, 0.0)[..., None])
     probs = probs.masked_fill(~(allowed & attends[..., None]), 0.0)
-    # A masked key may hold inf or NaN in its value; 0 * inf must not reach the output.
-    unused = ~allowed.any(dim=2)[..., None]
-    output = torch.matmul(probs, value.masked_fill(unused, 0.0))
+    output = torch.matmul(probs, value)
     if call.gate is not None:
         output = output * per_sample(call.gate).to(work)[..., None, None]
     packed = attention_stats(call, scores, probs, lse, attends, output) if call.stats else call.empty_stats()
