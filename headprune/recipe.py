@@ -15,7 +15,7 @@ from headprune.planning.allocation import get_allocation
 from headprune.planning.budget import Budget
 from headprune.planning.planner import GRANULARITIES
 from headprune.scoring.criterion import get_criterion
-from headprune.scoring.scores import NORMALIZATIONS
+from headprune.scoring.score import NORMALIZATIONS
 
 
 class Section(BaseModel):
@@ -49,7 +49,7 @@ class PlanSection(Section):
     budget: dict[str, float] = Field(default_factory=lambda: {"heads": 0.5})
     allocation: str = "global"
     granularity: str = "query_head"
-    min_heads: int = Field(default=1, ge=1)
+    min_heads: int = Field(default=1, ge=0)
     protect: dict[str, list[int] | None] = Field(default_factory=dict)
 
     @field_validator("budget")

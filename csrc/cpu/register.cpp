@@ -9,6 +9,7 @@
 #include "forward.h"
 #include "gradients.h"
 #include "tensors.h"
+#include "weight_tensors.h"
 
 namespace {
 
@@ -93,6 +94,14 @@ Tensor attention_decode(
   return output;
 }
 
+Tensor head_weight_stats(at::TensorList weights, at::TensorList grads, IntArrayRef dims, IntArrayRef spans, int64_t heads) {
+  TORCH_CHECK(!weights.empty() && dims.size() == weights.size(), "expected a weight, and a dim for each");
+  TORCH_CHECK(grads.empty() || grads.size() == weights.size(), "expected a gradient for each weight");
+  const Tensor stats = at::empty({grads.empty() ? 3 : 6, heads}, weights[0].options().dtype(at::kFloat));
+  weight_stats(weight_blocks(weights, grads, dims, spans), type_of(weights[0]), !grads.empty(), heads, stats.data_ptr<float>());
+  return stats;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(headprune_cpu, library) {
@@ -116,6 +125,7 @@ TORCH_LIBRARY(headprune_cpu, library) {
       "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor? page_table, "
       "int[] kv_of_query, int window, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_mask, "
       "Tensor? gate) -> Tensor");
+  library.def("head_weight_stats(Tensor[] weights, Tensor[] grads, int[] dims, int[] spans, int heads) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(headprune_cpu, CPU, library) {
@@ -124,4 +134,5 @@ TORCH_LIBRARY_IMPL(headprune_cpu, CPU, library) {
   library.impl("attention_varlen", attention_varlen);
   library.impl("attention_varlen_backward", attention_varlen_backward);
   library.impl("attention_decode", attention_decode);
+  library.impl("head_weight_stats", head_weight_stats);
 }

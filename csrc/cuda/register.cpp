@@ -14,13 +14,16 @@
 #include <vector>
 
 #include "decode.h"
+#include "weight_stats.h"
 
 namespace {
 
 using at::Tensor;
 using headprune::cuda::DecodeProblem;
+using headprune::cuda::Element;
 using headprune::cuda::Operand;
 using headprune::cuda::Type;
+using headprune::cuda::WeightProblem;
 using OptionalTensor = std::optional<Tensor>;
 
 Operand operand(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
@@ -48,8 +51,8 @@ struct Held {
 
 // Zeros that every launch leaves as zeros. Launches of one stream follow each other and share them; a CUDA graph, which may run
 // on any stream, has its own.
-Tensor counters(const Tensor& query, int64_t count, const c10::cuda::CUDAStream& stream) {
-  const auto options = query.options().dtype(at::kInt);
+Tensor counters(const Tensor& like, int64_t count, const c10::cuda::CUDAStream& stream) {
+  const auto options = like.options().dtype(at::kInt);
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return at::zeros({count}, options);
   static std::mutex mutex;
   // Never destroyed: at exit the CUDA context may be gone before it.
@@ -126,6 +129,45 @@ Tensor attention_decode(const Tensor& query, const Tensor& key_cache, const Tens
   return output;
 }
 
+Element element_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return Element::float32;
+    case at::kHalf: return Element::float16;
+    case at::kBFloat16: return Element::bfloat16;
+    default: TORCH_CHECK(false, "runs fp32, bf16 and fp16, not ", type);
+  }
+}
+
+// The tensors are given by their addresses; the caller keeps them alive.
+Tensor head_weight_stats(const Tensor& weights, const OptionalTensor& grads, at::ScalarType dtype, const Tensor& chunks,
+                         const Tensor& offsets, int64_t whole) {
+  static_assert(sizeof(headprune::cuda::Chunk) == 7 * sizeof(int64_t));
+  TORCH_CHECK(weights.scalar_type() == at::kLong && (!grads || grads->scalar_type() == at::kLong), "addresses must be int64");
+  TORCH_CHECK(chunks.scalar_type() == at::kLong && chunks.dim() == 2 && chunks.size(1) == 7 && chunks.is_contiguous(),
+              "chunks must be int64 [chunks, 7]");
+  TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.dim() == 1 && offsets.numel() >= 1, "offsets must be int32 [heads + 1]");
+  const c10::cuda::CUDAGuard guard(weights.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  WeightProblem problem{};
+  problem.element = element_of(dtype);
+  problem.whole = whole;
+  problem.weights = weights.const_data_ptr<int64_t>();
+  problem.grads = grads ? grads->const_data_ptr<int64_t>() : nullptr;
+  problem.chunks = static_cast<const headprune::cuda::Chunk*>(chunks.const_data_ptr());
+  problem.chunk_count = chunks.size(0);
+  problem.offsets = offsets.const_data_ptr<int>();
+  problem.heads = offsets.numel() - 1;
+  const auto floats = weights.options().dtype(at::kFloat);
+  const Tensor partial = at::empty({chunks.size(0), headprune::cuda::kMostStatistics}, floats);
+  const Tensor arrived = counters(weights, problem.heads, stream), stats = at::zeros({grads ? 6 : 3, problem.heads}, floats);
+  problem.partial = partial.data_ptr<float>();
+  problem.arrived = arrived.data_ptr<int>();
+  problem.stats = stats.data_ptr<float>();
+  const char* error = headprune::cuda::weight_stats(problem, stream.stream());
+  TORCH_CHECK(!error, "head_weight_stats on the GPU: ", error);
+  return stats;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(headprune_cuda, library) {
@@ -133,6 +175,11 @@ TORCH_LIBRARY(headprune_cuda, library) {
       "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor? page_table, Tensor tiles, "
       "int splits, int window, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_mask, Tensor? gate) "
       "-> Tensor");
+  library.def(
+      "head_weight_stats(Tensor weights, Tensor? grads, ScalarType dtype, Tensor chunks, Tensor offsets, int whole) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(headprune_cuda, CUDA, library) { library.impl("attention_decode", attention_decode); }
+TORCH_LIBRARY_IMPL(headprune_cuda, CUDA, library) {
+  library.impl("attention_decode", attention_decode);
+  library.impl("head_weight_stats", head_weight_stats);
+}

@@ -12,6 +12,11 @@ namespace headprune::cuda {
 
 struct Half {};
 struct BFloat16 {};
+struct Float {};
+
+struct Bytes16 {
+  uint32_t words[4];
+};
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -90,6 +95,21 @@ __device__ inline float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+__device__ inline float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline float number(Half, uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ inline float number(BFloat16, uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+
+// Memory that nobody reads again: it need not stay in L1.
+__device__ inline Bytes16 load_once128(const void* from) {
+  Bytes16 r;
+  asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(r.words[0]), "=r"(r.words[1]), "=r"(r.words[2]), "=r"(r.words[3])
+      : "l"(from));
+  return r;
+}
+__device__ inline uint32_t load_once32(const void* from) { return __ldg(static_cast<const unsigned*>(from)); }
+__device__ inline uint16_t load_once16(const void* from) { return __ldg(static_cast<const unsigned short*>(from)); }
 
 // What this thread wrote before is seen by every thread of the device that sees what it writes after.
 __device__ inline void fence_device() { __threadfence(); }

@@ -1,19 +1,23 @@
 """What a head is in each model family: sites, adapters, gates, and our attention inside transformers."""
 
-from headprune.models import attention_interface, bert, llama, variable_head
+from headprune.models import attention_interface, bert, fused, latent, separate, t5, variable_head
 from headprune.models.adapters import Adapter, attention_sites, register_adapter
 from headprune.models.gating import gated
-from headprune.models.site import AttentionSite, ProjectionHeads
+from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
 
 __all__ = [
     "Adapter",
     "AttentionSite",
+    "HeadTensor",
     "ProjectionHeads",
     "attention_interface",
     "attention_sites",
     "bert",
+    "fused",
     "gated",
-    "llama",
+    "latent",
     "register_adapter",
+    "separate",
+    "t5",
     "variable_head",
 ]

@@ -16,6 +16,8 @@ class Adapter(Protocol):
 
     Where the module slices its own weights the adapter also has `cut(site, kept_query_heads)`, which is called in place of
     the general cut; where it runs ragged groups by itself, in any model, `runs_ragged = True`.
+
+    `site` is asked again after a cut, so it must recognise what `after_cut` leaves, without heads too.
     """
 
     name: str
@@ -23,8 +25,9 @@ class Adapter(Protocol):
     def site(self, name: str, module: nn.Module) -> AttentionSite | None:
         """The site of `module`, which stands at `name` in its model; None where it is not of this kind."""
 
-    def after_cut(self, site: AttentionSite, head_map: HeadMap) -> None:
-        """Sets the attributes that the module's forward reads, once its weights hold the heads of `head_map`."""
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        """Sets what the module's forward reads, once its weights hold the heads of `head_map`: the `kept` query heads of
+        `site`, which is as it was before."""
 
 
 _adapters: dict[str, Adapter] = {}

@@ -1,36 +1,63 @@
-"""BERT-like attention: `self.{query,key,value}` beside a sibling `output.dense`."""
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), DeBERTa, DistilBERT."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
 
 from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.site import AttentionSite, contiguous_heads
+from headprune.models.emptied import empty
+from headprune.models.head_counts import set_head_counts
+from headprune.models.site import AttentionSite, Role, contiguous_heads
+
+ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 
 
-class BertLike:
-    name = "bert"
+@dataclass(frozen=True)
+class Named:
+    """Paths below the attention module; there is one key/value head per query head.
+
+    projections: in the order of ROLES. inner: the part that computes the attention, where the output projection stands beside
+    it ("" = the module itself). more: further projections with a slice per head, which a module may lack.
+    """
+
+    name: str
+    projections: tuple[str, str, str, str]
+    inner: str = ""
+    more: tuple[tuple[Role, str], ...] = ()
 
     def site(self, name: str, module: nn.Module) -> AttentionSite | None:
-        inner, output = getattr(module, "self", None), getattr(module, "output", None)
-        if not all(hasattr(inner, role) for role in ("query", "key", "value")) or not hasattr(output, "dense"):
+        parts = [*zip(ROLES, self.projections), *((role, path) for role, path in self.more if at(module, path) is not None)]
+        dispatcher = at(module, self.inner) if self.inner else module
+        if not all(isinstance(at(module, path), nn.Module) for _, path in parts) or not hasattr(dispatcher, "attention_head_size"):
             return None
-        head_dim = inner.attention_head_size
-        head_map = head_map_of(inner, inner.query.out_features, inner.key.out_features, head_dim, name)
-        projections = tuple(
-            contiguous_heads(role, f"{name}.self.{role}", getattr(inner, role), heads, head_dim)
-            for role, heads in (("query", head_map.query_heads), ("key", head_map.kv_heads), ("value", head_map.kv_heads))
-        )
-        dense = contiguous_heads("output", f"{name}.output.dense", output.dense, head_map.query_heads, head_dim)
-        kind = "cross" if "Cross" in type(inner).__name__ else "self"
-        return AttentionSite(
-            name, module, inner, head_map, head_dim, head_dim, output.dense.out_features, kind, (*projections, dense)
-        )
+        head_dim, output = dispatcher.attention_head_size, at(module, self.projections[3])
+        features = at(module, self.projections[0]).weight.shape[0]
+        head_map = head_map_of(dispatcher, features, features, head_dim, name)
+        heads = head_map.query_heads
+        projections = tuple(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, head_dim) for role, path in parts)
+        kind = "cross" if "Cross" in type(dispatcher).__name__ else "self"
+        return AttentionSite(name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections)
 
-    def after_cut(self, site: AttentionSite, head_map: HeadMap) -> None:
-        site.dispatcher.num_attention_heads = head_map.query_heads
-        site.dispatcher.all_head_size = head_map.query_heads * site.head_dim
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        set_head_counts(site.dispatcher, head_map, site.head_dim)
+        if not head_map.query_heads:
+            empty(site.dispatcher, None if self.inner else self.projections[3])
 
 
-register_adapter(BertLike())
+def at(module: nn.Module, path: str) -> nn.Module | None:
+    return reduce(lambda found, name: getattr(found, name, None), path.split("."), module)
+
+
+register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))
+register_adapter(
+    Named(
+        "deberta", ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"), "self",
+        # Positions have projections of their own, which the query and the key of the same head read.
+        (("key", "self.pos_key_proj"), ("query", "self.pos_query_proj")),
+    )
+)  # fmt: skip
+register_adapter(Named("distilbert", ("q_lin", "k_lin", "v_lin", "out_lin")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,8 @@ from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 
 Role = Literal["query", "key", "value", "output"]
+# Linear layers that hold nothing but a weight and a bias, under another name.
+PLAIN_LINEAR = {"Conv1D", "FalconLinear"}
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,14 @@ class ProjectionHeads:
 
     `features` [heads, width] numbers output features of `module` (query, key, value) or input features (output):
     query heads for "query" and "output", key/value heads for "key" and "value". A fused projection appears once per role.
+    whole: its features all stay when heads go (a norm over all of them still reads them); `features` says which are used.
     """
 
     role: Role
     name: str
     module: nn.Module
     features: Tensor
+    whole: bool = False
 
     @property
     def per_kv_head(self) -> bool:
@@ -48,8 +53,34 @@ class ProjectionHeads:
 
     def parameters_per_head(self) -> int:
         """Number of parameters that go with one head."""
-        width = self.features.shape[1]
-        return width * (self.module.weight.shape[1 - self.weight_dim] + int(self.bias_per_head))
+        if self.whole:
+            return 0
+        return self.features.shape[1] * (self.module.weight.shape[1 - self.weight_dim] + int(self.bias_per_head))
+
+
+@dataclass(frozen=True)
+class HeadTensor:
+    """What a head has beside its projections (a sink, its own norm, a column of a position table): `width` entries of
+    `module.attribute` along `dim`, head after head. The attribute may be a parameter, a buffer or a plain tensor."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    dim: int = 0
+    width: int = 1
+    per_kv_head: bool = False
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.module, self.attribute)
+
+    def features(self, heads: Sequence[int]) -> Tensor:
+        """The entries of these heads along `dim`, int64."""
+        starts = torch.tensor(list(heads), dtype=torch.long, device="cpu")[:, None] * self.width
+        return (starts + torch.arange(self.width, device="cpu")).flatten()
+
+    def parameters_per_head(self) -> int:
+        return self.width * self.tensor.numel() // max(self.tensor.shape[self.dim], 1)
 
 
 @dataclass(frozen=True)
@@ -58,6 +89,9 @@ class AttentionSite:
 
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
+    The projections come first by role: there is one of each role, or (a second position projection) several, of which the
+    first counts. extras: what else the heads own. proven: False where the layout was only guessed from names, so that a
+    cut must be checked by a forward pass.
     """
 
     name: str
@@ -69,6 +103,8 @@ class AttentionSite:
     hidden_size: int
     kind: Literal["self", "cross"]
     projections: tuple[ProjectionHeads, ...]
+    extras: tuple[HeadTensor, ...] = ()
+    proven: bool = True
 
     def projection(self, role: Role) -> ProjectionHeads:
         return next(projection for projection in self.projections if projection.role == role)
@@ -77,43 +113,71 @@ class AttentionSite:
     def output(self) -> ProjectionHeads:
         return self.projection("output")
 
-    def columns(self, query_heads: tuple[int, ...]) -> Tensor:
+    def columns(self, query_heads: Sequence[int]) -> Tensor:
         """The output projection's input features of these query heads, ascending, int64."""
         return self.output.features[list(query_heads)].flatten().sort().values
 
     def head_of_column(self) -> Tensor:
         """[input features of the output projection], int64: the query head that each one comes from."""
         features = self.output.features
-        owner = torch.empty(features.numel(), dtype=torch.long)
-        owner[features.flatten()] = torch.arange(features.shape[0]).repeat_interleave(features.shape[1])
+        owner = torch.empty(features.numel(), dtype=torch.long, device="cpu")
+        owner[features.flatten()] = torch.arange(features.shape[0], device="cpu").repeat_interleave(features.shape[1])
         return owner
 
+    def parameters_per_head(self, per_kv_head: bool) -> int:
+        """Parameters that go with one query head, or with one key/value head."""
+        owned = (*self.projections, *self.extras)
+        return sum(part.parameters_per_head() for part in owned if part.per_kv_head == per_kv_head)
+
     def parameters(self, head_map: HeadMap | None = None) -> int:
-        """Parameters of the projections that belong to heads, for `head_map` (default: as it is)."""
+        """Parameters that belong to heads, for `head_map` (default: as it is)."""
         head_map = head_map or self.head_map
-        heads = {True: head_map.kv_heads, False: head_map.query_heads}
-        return sum(projection.parameters_per_head() * heads[projection.per_kv_head] for projection in self.projections)
+        return head_map.query_heads * self.parameters_per_head(False) + head_map.kv_heads * self.parameters_per_head(True)
 
 
 def contiguous_heads(role: Role, name: str, module: nn.Module, heads: int, width: int) -> ProjectionHeads:
-    """Heads that lie one after another: head h owns features h * width up to (h + 1) * width."""
-    check_projection(name, module)
-    projection = ProjectionHeads(role, name, module, torch.arange(heads * width).view(heads, width))
-    have = module.weight.shape[projection.weight_dim]
-    if have != heads * width:
-        raise UnsupportedModel(f"{name} has {have} {role} features; expected {heads} heads x {width} = {heads * width}.")
+    """Heads that lie one after another and fill the projection: head h owns features h * width up to (h + 1) * width."""
+    projection = heads_at(role, name, module, heads, width)
+    check_filled(projection)
     return projection
+
+
+def heads_at(
+    role: Role, name: str, module: nn.Module, heads: int, width: int, start: int = 0, step: int | None = None
+) -> ProjectionHeads:
+    """Heads at equal distances in a fused projection: head h owns `width` features from start + h * step (default: width).
+
+    Complete the check with `check_filled` over all roles of the projection.
+    """
+    check_projection(name, module)
+    # On the CPU in models that are built on another device too.
+    starts = start + torch.arange(heads, device="cpu")[:, None] * (width if step is None else step)
+    return ProjectionHeads(role, name, module, starts + torch.arange(width, device="cpu"))
+
+
+def check_filled(*projections: ProjectionHeads) -> None:
+    """UnsupportedModel unless the heads of `projections`, all in one module, own each of its features exactly once."""
+    first = projections[0]
+    have, owned = first.module.weight.shape[first.weight_dim], torch.cat([part.features.flatten() for part in projections])
+    if not torch.equal(owned.sort().values, torch.arange(have, device="cpu")):
+        roles = " + ".join(f"{len(part.features)} {part.role} heads x {part.features.shape[1]}" for part in projections)
+        raise UnsupportedModel(f"{first.name} has {have} features; expected {roles} = {owned.numel()}.")
 
 
 def check_projection(name: str, module: nn.Module) -> None:
     """UnsupportedModel unless `module` is a plain linear layer whose weight can be sliced by head."""
-    if not (type(module) is nn.Linear or is_conv1d(module)):
+    kind = type(module).__name__
+    if not (type(module) is nn.Linear or kind in PLAIN_LINEAR):
         raise UnsupportedModel(
-            f"{name} is a {type(module).__name__}; heads can be cut out of torch.nn.Linear and Conv1D only. "
+            f"{name} is a {kind}; heads can be cut out of torch.nn.Linear and Conv1D only. "
             "Merge adapters and undo quantisation or parametrisation first."
         )
-    if not module.weight.is_floating_point():
-        raise UnsupportedModel(f"{name} holds {module.weight.dtype} weights; prune first and quantise after.")
+    weight = module.weight
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        found = weight.dtype if type(weight) in (nn.Parameter, Tensor) else type(weight).__name__
+        raise UnsupportedModel(
+            f"{name} holds {found} weights, quantised or spread over devices; prune first and quantise or shard after."
+        )
 
 
 def is_conv1d(module: nn.Module) -> bool:

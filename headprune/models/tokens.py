@@ -1,4 +1,4 @@
-"""Which tokens of a batch count: padded ones belong to no statistic."""
+"""Which tokens of a batch count, at each attention: padded ones belong to no statistic."""
 
 from __future__ import annotations
 
@@ -6,17 +6,65 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 
 TokenMask = Callable[[Any], Tensor | None]
+SiteTokenMask = Callable[[str, Any], Tensor | None]
+IGNORED_LABEL = -100
 
 
-def attention_mask_of(batch: Any) -> Tensor | None:
-    """The batch's 2-D "attention_mask", where it has one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if mask is not None and mask.dim() == 2 else None
+def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTokenMask:
+    """(site name, batch) -> bool or 0/1 [batch, tokens] of the tokens that count at that attention of `model`; None: all do.
+
+    token_mask(batch) counts for all attentions. By default it is the batch's 2-D "attention_mask"; in the decoder of an
+    encoder-decoder its "decoder_attention_mask", else the positions that have a label; in a part of the model that reads
+    pictures or sound there is none.
+    """
+    if token_mask is not None:
+        return lambda site, batch: token_mask(batch)
+    decoder = decoder_of(model)
+
+    def mask(site: str, batch: Any) -> Tensor | None:
+        if not isinstance(batch, Mapping) or not reads_tokens(model, site):
+            return None
+        if decoder is not None and f"{site}.".startswith(f"{decoder}."):
+            return plane(batch, "decoder_attention_mask", target_mask(batch))
+        return plane(batch, "attention_mask")
+
+    return mask
+
+
+def decoder_of(model: nn.Module) -> str | None:
+    """The path of the decoder in an encoder-decoder; None in every other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        return None
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder and name), None)
+
+
+def reads_tokens(model: nn.Module, site: str) -> bool:
+    """Whether the innermost transformers model around the attention `site` reads tokens, not pictures or sound."""
+    path = site
+    while path:
+        path = path.rpartition(".")[0]
+        around = model.get_submodule(path)
+        if hasattr(around, "main_input_name"):
+            return around.main_input_name == "input_ids"
+    return True
+
+
+def target_mask(batch: Mapping) -> Tensor | None:
+    """A decoder reads its labels shifted by one, so a position without a label is padding in what it gives."""
+    labels = plane(batch, "labels")
+    return None if labels is None else labels != IGNORED_LABEL
+
+
+def plane(batch: Mapping, key: str, default: Tensor | None = None) -> Tensor | None:
+    """The 2-D tensor that `batch` has at `key`."""
+    found = batch.get(key)
+    return found if isinstance(found, Tensor) and found.dim() == 2 else default
 
 
 def valid_tokens(states: Tensor, mask: Tensor | None) -> Tensor:

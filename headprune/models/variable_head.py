@@ -38,7 +38,7 @@ class VariableHead:
     def cut(self, site: AttentionSite, kept: tuple[int, ...]) -> None:
         site.module.prune(kept)
 
-    def after_cut(self, site: AttentionSite, head_map: HeadMap) -> None:
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         """Nothing is left to do: `prune` keeps the layer in order."""
 
 

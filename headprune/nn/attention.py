@@ -144,6 +144,8 @@ class VariableHeadAttention(nn.Module):
             key_padding_mask = key_padding_mask if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        if not self.num_heads:
+            return self._output(query.new_zeros(*query.shape[:2], 0), no_weights(query, key, need_weights), batched)
         q, k, v = self._heads(query, key, value)
         extra = int(self.bias_k is not None) + int(self.add_zero_attn)
         masks = read_masks(q, k.shape[2], extra, attn_mask, key_padding_mask, is_causal, need_weights)
@@ -155,9 +157,13 @@ class VariableHeadAttention(nn.Module):
         else:
             options = {"causal": masks.causal, "bias": masks.bias, "key_mask": masks.key_mask, "gate": self.gate}
             output = attention(q, k, v, self.head_map, **options)
-        output = self.out_proj(output.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
+        return self._output(output.transpose(1, 2).flatten(2), weights, batched)
+
+    def _output(self, heads: Tensor, weights: Tensor | None, batched: bool) -> tuple[Tensor, Tensor | None]:
+        """Projected, in the caller's order of dimensions. heads: [batch, query_len, all heads' features]."""
+        output = self.out_proj(heads)
         if not batched:
             return output[0], None if weights is None else weights[0]
         return (output if self.batch_first else output.transpose(0, 1)), weights
@@ -165,12 +171,10 @@ class VariableHeadAttention(nn.Module):
     def prune(self, keep: Iterable[int]) -> VariableHeadAttention:
         """Cuts all query heads but `keep` (numbered as they are now) out of the weights, in place; returns the layer.
 
-        A key/value head goes with the last query head that reads it. Raises InvalidInput for heads that do not exist and
-        for an empty `keep`.
+        A key/value head goes with the last query head that reads it; without heads the output bias is left. Raises
+        InvalidInput for heads that do not exist.
         """
         heads = self.head_map.checked(keep)
-        if not heads:
-            raise InvalidInput("the layer would lose all its heads; keep at least one.")
         rows, kv_rows = self._features(heads), self._features(self.head_map.kept_kv_heads(heads))
         for projection, features in ((self.q_proj, rows), (self.k_proj, kv_rows), (self.v_proj, kv_rows)):
             projection.weight = kept(projection.weight, 0, features)
@@ -267,12 +271,13 @@ class VariableHeadAttention(nn.Module):
         return output if self.gate is None else output * self.gate[:, None, None]
 
     def _features(self, heads: Iterable[int]) -> Tensor:
-        return torch.cat([torch.arange(head * self.head_dim, (head + 1) * self.head_dim) for head in heads])
+        starts = torch.tensor(list(heads), dtype=torch.long)[:, None] * self.head_dim
+        return (starts + torch.arange(self.head_dim)).flatten()
 
     def _take_shape(self, head_map: HeadMap) -> None:
         """Sets what depends on the head map, once the weights hold its heads."""
         self.head_map = head_map
-        self.kv_of_query = torch.tensor(head_map.kv_of_query, device=self.kv_of_query.device)
+        self.kv_of_query = torch.tensor(head_map.kv_of_query, dtype=torch.long, device=self.kv_of_query.device)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             projection.out_features, projection.in_features = projection.weight.shape
 
@@ -295,3 +300,8 @@ class VariableHeadAttention(nn.Module):
         self.bias_k, self.bias_v = resized(self.bias_k, 2, kv_rows), resized(self.bias_v, 2, kv_rows)
         self.gate = resized(self.gate, 0, head_map.query_heads)
         self._take_shape(head_map)
+
+
+def no_weights(query: Tensor, key: Tensor, wanted: bool) -> Tensor | None:
+    """The attention weights of a layer without heads, averaged: 0. query, key: [batch, length, features]."""
+    return query.new_zeros(query.shape[0], query.shape[1], key.shape[1]) if wanted else None

@@ -10,6 +10,8 @@ from headprune.ops.backend import Implementation, register
 from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
 from headprune.ops.decode import decode_operands
 from headprune.ops.extension import cpu_extension
+from headprune.ops.weight_slices import WeightCall
+from headprune.ops.weight_stats import weight_operands
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,6 +89,24 @@ def attention_decode(call: DecodeCall) -> Tensor:
     return torch.ops.headprune_cpu.attention_decode.default(*decode_operands(call))
 
 
+def missing_weights() -> str | None:
+    if missing() is None and not hasattr(torch.ops.headprune_cpu, "head_weight_stats"):
+        return "the C++ extension is older than this source; run `python setup.py build_ext --inplace`"
+    return missing()
+
+
+def refuses_weights(call: WeightCall) -> str | None:
+    if call.device.type != "cpu":
+        return f"runs CPU tensors, not {call.device.type}"
+    if call.dtype not in _DTYPES:
+        return f"runs fp32, bf16 and fp16, not {call.dtype}"
+    return None
+
+
+def head_weight_stats(call: WeightCall) -> Tensor:
+    return torch.ops.headprune_cpu.head_weight_stats.default(*weight_operands(call.readable()))
+
+
 def register_cpp() -> None:
     runs = {
         "attention": attention_forward,
@@ -97,3 +117,4 @@ def register_cpp() -> None:
     }
     for operator, run in runs.items():
         register(operator, Implementation("cpp", run, refuses, missing))
+    register("head_weight_stats", Implementation("cpp", head_weight_stats, refuses_weights, missing_weights))

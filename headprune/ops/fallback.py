@@ -20,6 +20,7 @@ def register_reference() -> None:
         "attention_varlen": reference.attention_varlen_forward,
         "attention_varlen_backward": by_autograd(reference.attention_varlen_backward),
         "attention_decode": reference.attention_decode,
+        "head_weight_stats": reference.head_weight_stats,
     }
     for operator, run in runs.items():
         register(operator, Implementation("reference", run, refuses=lambda call: None))

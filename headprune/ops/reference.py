@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
+from headprune.ops.weight_slices import WeightCall
 
 
 def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,6 +156,32 @@ def attention_decode(call: DecodeCall) -> Tensor:
         False,
     )  # fmt: skip
     return attention_forward(one)[0]
+
+
+def head_weight_stats(call: WeightCall) -> Tensor:
+    """fp32 [3 or 6, heads]: sum |w|, sum w^2, max |w| and, with gradients, sum w g, sum |w g|, sum (w g)^2 of each head."""
+    work = torch.promote_types(call.dtype, torch.float32)
+    found = torch.zeros(call.statistics, call.heads, dtype=work, device=call.device)
+    for projection, head, heads, start, stride, width in call.spans:
+        dim, owners = call.dims[projection], slice(head, head + heads)
+        index = torch.arange(heads * width, device=call.device).view(heads, width)
+        features = start + stride * (index // width) + index % width
+
+        def sliced(tensor: Tensor, dim: int = dim, features: Tensor = features) -> Tensor:
+            return tensor.movedim(dim, 0)[features].flatten(1).to(work)
+
+        w = sliced(call.weights[projection])
+        if not w.numel():
+            continue
+        found[0, owners] += w.abs().sum(1)
+        found[1, owners] += w.square().sum(1)
+        found[2, owners] = torch.maximum(found[2, owners], w.abs().amax(1))
+        if call.grads:
+            products = w * sliced(call.grads[projection])
+            found[3, owners] += products.sum(1)
+            found[4, owners] += products.abs().sum(1)
+            found[5, owners] += products.square().sum(1)
+    return found.float()
 
 
 def gathered_pages(cache: Tensor, page_table: Tensor) -> Tensor:

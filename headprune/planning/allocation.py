@@ -33,7 +33,8 @@ class Selection:
         self.kept = {name: set(range(shape.head_map.query_heads)) for name, shape in self.scores.shapes.items()}
 
     def may_remove(self, unit: Unit) -> bool:
-        return len(self.kept[unit.site]) - len(unit.heads) >= self.min_heads
+        left = sum(len(heads) for heads in self.kept.values()) - len(unit.heads)
+        return left > 0 and len(self.kept[unit.site]) - len(unit.heads) >= self.min_heads
 
     def remove(self, unit: Unit) -> None:
         self.kept[unit.site] -= set(unit.heads)

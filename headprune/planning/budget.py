@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
-from headprune.scoring.observations import SiteShape
+from headprune.scoring.site_shape import SiteShape
 
 
 @dataclass(frozen=True)

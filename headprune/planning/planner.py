@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
@@ -10,7 +11,10 @@ from headprune.planning.allocation import Selection, Unit, get_allocation
 from headprune.planning.budget import Budget
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.scoring.scores import HeadScores
+from headprune.scoring.stability import unsettled_heads
 
+log = logging.getLogger("headprune")
+UNSETTLED = 0.15  # of all heads
 GRANULARITIES = ("query_head", "kv_group")
 
 
@@ -29,23 +33,37 @@ def plan(
         allocation: "global" ranks all heads together, "uniform" takes the same fraction of every layer.
         granularity: "query_head" removes query heads one by one and leaves ragged groups; "kv_group" removes a key/value
             head with all its query heads, so that groups stay equal.
-        min_heads: query heads that every site keeps at least (1 or more).
+        min_heads: query heads that every site keeps at least; with 0 whole attentions may go, though never all of them.
         protect: sites that lose nothing, or a mapping of site -> heads that must stay (None: all of them).
 
     Raises InfeasibleBudget where the constraints leave too little to remove; InvalidInput for unknown names.
     """
     if granularity not in GRANULARITIES:
         raise unknown_name("granularity", granularity, GRANULARITIES)
-    if min_heads < 1:
-        raise InvalidInput(f"min_heads is {min_heads}; every site keeps at least 1 query head.")
+    if min_heads < 0:
+        raise InvalidInput(f"min_heads is {min_heads}; give 0 (whole attentions may go) or more.")
     protected = protected_heads(scores, protect)
+    for name in scores.unreached:
+        protected[name] = set(range(scores.shapes[name].head_map.query_heads))
     units = [unit for unit in removable_units(scores, granularity) if not protected[unit.site] & set(unit.heads)]
     selection = Selection(scores, budget, min_heads)
     # Equal scores go by position, so that a plan does not depend on the order of a hash.
     order = {name: index for index, name in enumerate(scores)}
     get_allocation(allocation)(selection, sorted(units, key=lambda unit: (unit.score, order[unit.site], unit.heads)))
     keep = {name: tuple(sorted(heads)) for name, heads in selection.kept.items()}
+    warn_of_unsettled(scores, keep)
     return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores)
+
+
+def warn_of_unsettled(scores: HeadScores, keep: Mapping[str, Iterable[int]]) -> None:
+    count = sum(len(heads) for heads in unsettled_heads(scores, keep).values())
+    total = sum(shape.head_map.query_heads for shape in scores.shapes.values())
+    if count > UNSETTLED * total:
+        log.warning(
+            "too few calibration samples to rank the heads near the cut: %d of %d might fall on its other side with others",
+            count,
+            total,
+        )
 
 
 def removable_units(scores: HeadScores, granularity: str) -> list[Unit]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -17,8 +16,8 @@ from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.gating import checked_keep
 from headprune.planning.budget import Budget
-from headprune.scoring.observations import SiteShape
 from headprune.scoring.scores import HeadScores
+from headprune.scoring.site_shape import SiteShape
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,8 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
     def save(self, path: str | Path) -> None:
         """Writes plan.json, through a temporary name; "keep" in it may be edited by hand."""
         sites = {name: {"keep": list(self[name]), "shape": self.shapes[name].to_json()} for name in self}
-        if self.scores is not None:
-            for name in self:
-                sites[name]["scores"] = self.scores[name].tolist()
+        for name, found in self.scores.to_json().items() if self.scores is not None else ():
+            sites[name].update(found)
         budget = None if self.budget is None else self.budget.to_json()
         write_json(path, "pruning_plan", {"criterion": self.criterion, "budget": budget, "sites": sites})
 
@@ -116,8 +114,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
             budget = None if document["budget"] is None else Budget(**document["budget"])
             scores = None
             if sites and all("scores" in site for site in sites.values()):
-                values = {name: torch.tensor(site["scores"], dtype=torch.float32) for name, site in sites.items()}
-                scores = HeadScores(document["criterion"], values, shapes)
+                scores = HeadScores.from_json(document["criterion"], sites)
             keep = {name: tuple(site["keep"]) for name, site in sites.items()}
             return cls(keep, shapes, budget, document["criterion"], scores)
         except HeadpruneError:

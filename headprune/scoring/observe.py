@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from typing import Any
+import logging
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
-from headprune.models.tokens import TokenMask, attention_mask_of
-from headprune.scoring.gate_gradient import GateGradients
-from headprune.scoring.gram import Grams
-from headprune.scoring.observations import Need, Observations, SiteObservations, SiteShape
-from headprune.scoring.weights import weight_statistics
+from headprune.models.site import AttentionSite
+from headprune.models.tokens import TokenMask, token_masks
+from headprune.scoring.observations import Need, Observations, SiteObservations
+from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
+from headprune.scoring.site_shape import SiteShape
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
+log = logging.getLogger("headprune")
+CHECKPOINT_SECONDS = 60.0
+UNREACHED = ("error", "keep")
 
 
 def observe(
@@ -27,6 +33,8 @@ def observe(
     *,
     loss_fn: LossFunction | None = None,
     token_mask: TokenMask | None = None,
+    unreached: Literal["error", "keep"] = "error",
+    checkpoint: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Observations:
     """Measures what `needs` names, in one pass over `batches`.
@@ -37,80 +45,184 @@ def observe(
         needs: members of Need, or their values ("weights", "gate_gradient", "gram").
         loss_fn: `loss_fn(model, batch)` gives per-sample losses [n] (exact per-sample gradients) or their mean.
         token_mask: `token_mask(batch)` gives bool [batch, tokens] of the tokens that count in Gram matrices, or None; default
-            the batch's "attention_mask".
+            the batch's own masks (headprune.models.tokens.token_masks).
+        unreached: what to do with attentions that no batch runs through (the vision tower of a model that sees text only):
+            "error", or "keep" all of their heads.
+        checkpoint: a file that keeps what was observed, written about once a minute and at the end. Where it exists the pass
+            goes on behind the batches that it holds; they must be the same again.
         progress: called with the number of batches done.
 
-    Raises InvalidInput where `batches` is empty, a loss is missing or not finite, or a site is never reached.
+    Raises InvalidInput where `batches` is empty or their keys differ, a loss is missing or not finite, a site is never
+    reached, or a checkpoint is of another model or other data.
     """
-    wanted = {as_need(need) for need in needs}
-    sites = attention_sites(model)
-    found: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
-    if Need.WEIGHTS in wanted:
-        for site in sites:
-            found[site.name].update(weight_statistics(site))
-    if wanted & {Need.GATE_GRADIENT, Need.GRAM}:
-        gradients = GateGradients(sites) if Need.GATE_GRADIENT in wanted else None
-        grams = Grams(sites) if Need.GRAM in wanted else None
-        run_batches(model, batches, gradients, grams, loss_fn, token_mask or attention_mask_of, progress)
-        for name, rows in gradients.rows.items() if gradients else ():
-            found[name]["gate_gradient"] = torch.cat(rows)
-        for name, sums in grams.found().items() if grams else ():
-            found[name].update(sums)
-    return Observations({site.name: SiteObservations(site.name, SiteShape.of(site), **found[site.name]) for site in sites})
+    if unreached not in UNREACHED:
+        raise unknown_name("value of unreached", unreached, UNREACHED)
+    setting = Setting(model, tuple(attention_sites(model)), loss_fn, token_masks(model, token_mask))
+    wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
+    earlier = taken_up(checkpoint, setting.sites, wanted)
+    observers = [observer_of(need)(setting) for need in wanted]
+    seen = run_pass(setting, batches, observers, earlier, checkpoint, progress)
+    observed = together(earlier, snapshot(setting, observers, seen))
+    refuse_unreached(observed, unreached)
+    if checkpoint:
+        observed.save(checkpoint)
+    return observed
 
 
-def run_batches(
-    model: nn.Module,
+def run_pass(
+    setting: Setting,
     batches: Iterable[Any],
-    gradients: GateGradients | None,
-    grams: Grams | None,
-    loss_fn: LossFunction | None,
-    token_mask: TokenMask,
+    observers: Sequence[Observer],
+    earlier: Observations | None,
+    checkpoint: str | Path | None,
     progress: Callable[[int], None] | None,
-) -> None:
-    """One pass, in eval mode: forward alone for Gram matrices, forward and backward for gate gradients."""
-    done, training = 0, model.training
+) -> tuple[int, ...]:
+    """Runs every batch that `earlier` does not hold, each once for all observers; gives the checksums of those batches."""
+    if all(observer.runs == "nothing" for observer in observers):
+        return ()
+    held, seen, keys, saved = earlier.seen if earlier else (), [], None, time.monotonic()
+    backward = any(observer.runs == "backward" for observer in observers)
+    with in_eval_mode(setting.model), ExitStack() as stack, torch.set_grad_enabled(backward):
+        if backward:
+            stack.enter_context(frozen(setting.model))
+        for observer in observers:
+            stack.enter_context(observer.watching_pass())
+        for index, batch in enumerate(batches):
+            keys = same_keys(keys, batch, index)
+            if index < len(held):
+                refuse_other_data(held[index], batch, index, checkpoint)
+            else:
+                run_batch(setting, batch, observers, backward)
+                seen.append(checksum(batch))
+                if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    together(earlier, snapshot(setting, observers, seen)).save(checkpoint)
+                    saved = time.monotonic()
+            if progress:
+                progress(index + 1)
+    if keys is None:
+        raise InvalidInput("the calibration set is empty; a criterion that runs the model needs at least one batch.")
+    return tuple(seen)
+
+
+def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backward: bool) -> None:
+    loss = None
+    with ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer.watching_batch(batch))
+        if backward:
+            loss = setting.loss(batch)
+            differentiate(loss)
+        elif any(observer.runs == "forward" for observer in observers):
+            setting.run(batch)
+    for observer in observers:
+        observer.after_batch(batch, None if loss is None else loss.detach())
+
+
+def differentiate(loss: Tensor) -> None:
+    if not torch.isfinite(loss).all():
+        raise InvalidInput(
+            "the loss is NaN or infinite on a calibration batch; look for empty labels or overflow in low precision."
+        )
+    if not loss.requires_grad:
+        raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
+    loss.sum().backward()
+
+
+def snapshot(setting: Setting, observers: Sequence[Observer], seen: Sequence[int]) -> Observations:
+    """What the observers have found so far."""
+    fields: dict[str, dict[str, Tensor]] = {site.name: {} for site in setting.sites}
+    for observer in observers:
+        for name, found in observer.found().items():
+            fields[name].update(found)
+    reached = set.intersection(*(observer.reached() for observer in observers)) if observers else set(fields)
+    sites = {
+        site.name: SiteObservations(site.name, SiteShape.of(site), site.name in reached, **fields[site.name])
+        for site in setting.sites
+    }
+    return Observations(sites, tuple(seen))
+
+
+def together(earlier: Observations | None, now: Observations) -> Observations:
+    return now if earlier is None else earlier + now
+
+
+def refuse_unreached(observed: Observations, unreached: str) -> None:
+    names = [name for name, site in observed.items() if not site.reached]
+    if not names:
+        return
+    shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    if unreached == "error" or len(names) == len(observed):
+        raise InvalidInput(
+            f"{shown} not reached by the calibration data or its loss; give data that runs through it, or "
+            "unreached='keep' to keep all of its heads."
+        )
+    log.warning("%s not reached by the calibration data: not scored, all heads stay", shown)
+
+
+def taken_up(checkpoint: str | Path | None, sites: Sequence[AttentionSite], wanted: Sequence[Need]) -> Observations | None:
+    """What an earlier try of the same pass left in `checkpoint`."""
+    if checkpoint is None or not Path(checkpoint).exists():
+        return None
+    earlier = Observations.load(checkpoint)
+    if {name: site.shape for name, site in earlier.items()} != {site.name: SiteShape.of(site) for site in sites}:
+        raise InvalidInput(f"{checkpoint} holds observations of another model; remove it or give another checkpoint.")
+    if any(site.has(need) != (need in wanted) for site in earlier.values() for need in Need):
+        raise InvalidInput(f"{checkpoint} holds other needs than {wanted}; remove it or give another checkpoint.")
+    log.info("taking up %s: %d batches are done", checkpoint, len(earlier.seen))
+    return earlier
+
+
+def same_keys(keys: set[str] | None, batch: Any, index: int) -> set[str]:
+    """The keys that all batches share; InvalidInput where this one has others."""
+    found = set(batch) if isinstance(batch, Mapping) else set()
+    if keys is not None and found != keys:
+        raise InvalidInput(
+            f"batch {index} has the keys {sorted(found)}, the ones before it {sorted(keys)}; every batch must have the same."
+        )
+    return found
+
+
+def refuse_other_data(expected: int, batch: Any, index: int, checkpoint: str | Path | None) -> None:
+    if checksum(batch) != expected:
+        raise InvalidInput(f"batch {index} is not the one that {checkpoint} holds; remove that file to start again.")
+
+
+def checksum(value: Any, start: int = 0) -> int:
+    """CRC-32 of a batch: tensors by their bytes, containers by what they hold, numbers and text as they are."""
+    if isinstance(value, Tensor):
+        start = zlib.crc32(f"{value.dtype}{tuple(value.shape)}".encode(), start)
+        return zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), start) if value.numel() else start
+    if isinstance(value, Mapping):
+        for key in value:
+            start = checksum(value[key], zlib.crc32(repr(key).encode(), start))
+        return start
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            start = checksum(item, start)
+        return start
+    plain = value is None or isinstance(value, (str, bytes, bool, int, float))
+    return zlib.crc32((repr(value) if plain else type(value).__name__).encode(), start)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with gradients.watching(model) if gradients else nullcontext(), torch.set_grad_enabled(gradients is not None):
-            for batch in batches:
-                with grams.watching(token_mask(batch)) if grams else nullcontext():
-                    loss = loss_of(model, batch, loss_fn, needed=gradients is not None)
-                if gradients:
-                    gradients.backward(loss)
-                done += 1
-                if progress:
-                    progress(done)
+        yield
     finally:
-        model.train(training)
-    if not done:
-        raise InvalidInput("the calibration set is empty; a criterion that runs the model needs at least one batch.")
+        for module, was in training.items():
+            module.training = was
 
 
-def loss_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None, needed: bool) -> Tensor | None:
-    """The loss of `batch`; where it is not `needed`, a forward pass of the model is enough."""
-    if loss_fn:
-        return loss_fn(model, batch)
-    if needed or not isinstance(batch, dict):
-        return model_loss(model, batch)
-    model(**batch)
-    return None
-
-
-def as_need(need: Need | str) -> Need:
-    if isinstance(need, Need):
-        return need
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside the block."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        return Need(need)
-    except ValueError:
-        raise unknown_name("observation", need, [known.value for known in Need]) from None
-
-
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """`output.loss` of a transformers model."""
-    if not isinstance(batch, dict):
-        raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give loss_fn.")
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise InvalidInput(f"{type(model).__name__} returned no loss: put labels into the batches, or give loss_fn.")
-    return loss
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -96,7 +96,7 @@ def pruned_class(model_class: type[PreTrainedModel], kept: dict[str, tuple[int, 
         section = getattr(config, SECTION)
         model_class.__init__(self, config, *args, **options)
         delattr(config, SECTION)  # what is built so far is the whole original
-        cut(self, kept)
+        cut(self, kept, verify=False)
         setattr(config, SECTION, section)
 
     # The same name, so that a further save names a class that transformers has.

@@ -21,7 +21,7 @@ from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite, is_conv1d
 from headprune.models.stream import first_tensor, residual_streams
-from headprune.models.tokens import attention_mask_of, valid_tokens
+from headprune.models.tokens import token_masks, valid_tokens
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
@@ -99,14 +99,14 @@ def resolve_outputs(
     Args:
         batches: calibration batches, a list or anything that can be read more than once.
         forward: runs the model on a batch; default `model(**batch)`.
-        token_mask: bool [batch, tokens] of the tokens that count; default the batch's "attention_mask".
+        token_mask: bool [batch, tokens] of the tokens that count; default as in headprune.models.tokens.token_masks.
         progress: called with (layers done, layers).
     """
     batches = list(batches)
     if not batches:
         raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
     forward = forward or (lambda model, batch: model(**batch))
-    token_mask = token_mask or attention_mask_of
+    masks = token_masks(model, token_mask)
     training = model.training
     model.eval()
     chosen = [site for site in sites if len(keep.get(site.name, ())) < site.head_map.query_heads and site.name in keep]
@@ -118,7 +118,7 @@ def resolve_outputs(
             streams = residual_streams(model, chosen, lambda: forward(model, batches[0]))
             for done, site in enumerate(chosen):
                 stream = streams.get(site.name)
-                train, held_out = gather(model, site, stream, chosen, keep, dense, solved, batches, forward, token_mask)
+                train, held_out = gather(model, site, stream, chosen, keep, dense, solved, batches, forward, masks)
                 report, solved[site.name] = resolve(site, keep[site.name], dense[site.name], train, held_out)
                 reports.append(report)
                 if progress:
@@ -132,9 +132,7 @@ def resolve_outputs(
     return reports
 
 
-def gather(
-    model, site, stream, chosen, keep, dense, solved, batches, forward, token_mask
-) -> tuple[NormalEquations, NormalEquations]:
+def gather(model, site, stream, chosen, keep, dense, solved, batches, forward, masks) -> tuple[NormalEquations, NormalEquations]:
     """Normal equations of `site`: the dense model's stream behind it against the inputs that the model pruned so far gives."""
     columns = site.columns(tuple(keep[site.name]))
     weight, _ = dense[site.name]
@@ -152,7 +150,7 @@ def gather(
         residual = dense_inputs.float() @ weight.T.float() - kept_inputs.float() @ kept_weight.T.float()
         if dense_stream is not None:
             residual += dense_stream.float() - pruned_stream.float()
-        valid = valid_tokens(inputs, token_mask(batch))
+        valid = valid_tokens(inputs, masks(site.name, batch))
         kept_inputs, residual = kept_inputs[valid], residual[valid]
         last = held_out if len(batches) > 1 and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else train
         last.add(kept_inputs, residual)

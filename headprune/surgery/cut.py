@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,33 +13,73 @@ from headprune.errors import InvalidPlan, UnsupportedModel
 from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
-from headprune.models.site import AttentionSite, ProjectionHeads
+from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
 from headprune.surgery.record import record_cut
+from headprune.surgery.rehearse import rehearse
 
 
-def cut(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> None:
+@dataclass(frozen=True)
+class CheckedCut:
+    """A cut that has passed every check: all sites of the model, and of those that lose heads what is kept."""
+
+    sites: dict[str, AttentionSite]
+    kept: dict[str, tuple[int, ...]]
+
+    @property
+    def ragged(self) -> list[AttentionSite]:
+        """The sites that will have groups of different sizes and count on the model's attention function for them."""
+        left = {
+            name: site.head_map.keep(self.kept.get(name, range(site.head_map.query_heads))) for name, site in self.sites.items()
+        }
+        return [
+            site
+            for name, site in self.sites.items()
+            if not left[name].is_uniform and not getattr(adapter_of(site), "runs_ragged", False)
+        ]
+
+
+def cut(
+    model: nn.Module, keep: Mapping[str, Sequence[int]], *, verify: bool = True, run: Callable[[nn.Module], Any] | None = None
+) -> None:
     """Removes all query heads but those in `keep` (site name -> heads; sites left out keep all), in place.
 
-    A key/value head goes with the last query head that reads it. dtype, device and requires_grad stay; where groups become
-    ragged the model is switched to attn_implementation="headprune", which is the only one that runs them.
+    A key/value head goes with the last query head that reads it; an attention without heads adds its output bias alone.
+    dtype, device and requires_grad stay; where groups become ragged the model is switched to
+    attn_implementation="headprune", which runs them without expanding keys and values (others still may be set).
 
-    Raises InvalidPlan where a site would lose all its heads, UnsupportedModel where ragged groups cannot be run; the model
-    is untouched then.
+    Args:
+        verify: first try each cut on a small input and compare with gating (headprune.surgery.rehearse).
+        run: one forward pass of the model for that; default a few random tokens or pixels, where the model takes such.
+
+    Raises InvalidPlan where nothing would be left, UnsupportedModel where an attention cannot be cut exactly; the model is
+    untouched then.
     """
+    carry_out(model, checked_cut(model, keep, verify=verify, run=run))
+
+
+def checked_cut(
+    model: nn.Module, keep: Mapping[str, Sequence[int]], *, verify: bool = True, run: Callable[[nn.Module], Any] | None = None
+) -> CheckedCut:
+    """All that can go wrong with a cut, found before anything is changed. Arguments and errors: see `cut`."""
     sites = {site.name: site for site in attention_sites(model)}
     kept = checked_keep(sites, keep)
-    emptied = [name for name, heads in kept.items() if not heads and sites[name].head_map.query_heads]
-    if emptied:
-        raise InvalidPlan(f"{emptied[0]} would lose all its heads; keep at least one in every attention.")
-    if any(
-        not site.head_map.keep(kept.get(name, range(site.head_map.query_heads))).is_uniform
-        for name, site in sites.items()
-        if not getattr(adapter_of(site), "runs_ragged", False)
-    ):
-        use_headprune_attention(model)
-    for name, heads in kept.items():
-        cut_site(sites[name], heads)
-    record_cut(model, sites, kept)
+    if not any(len(kept.get(name, range(site.head_map.query_heads))) for name, site in sites.items()):
+        raise InvalidPlan("every head of every attention would go; keep at least one in the model.")
+    changed = {name: heads for name, heads in kept.items() if len(heads) < sites[name].head_map.query_heads}
+    checked = CheckedCut(sites, changed)
+    check_owned_alone(model, [sites[name] for name in changed])
+    if checked.ragged:
+        check_dispatches(model)
+    rehearse(model, [(sites[name], heads) for name, heads in changed.items()], cut_site, run, verify)
+    return checked
+
+
+def carry_out(model: nn.Module, checked: CheckedCut) -> None:
+    if checked.ragged:
+        model.set_attn_implementation(attention_interface.NAME)
+    for name, heads in checked.kept.items():
+        cut_site(checked.sites[name], heads)
+    record_cut(model, checked.sites, checked.kept)
 
 
 def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
@@ -50,13 +92,16 @@ def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
     by_module: dict[int, list[tuple[ProjectionHeads, Tensor]]] = {}
     for projection in site.projections:
         heads = kept_kv if projection.per_kv_head else kept
-        features = projection.features[list(heads)].flatten()
-        by_module.setdefault(id(projection.module), []).append((projection, features))
+        if not projection.whole or not heads:
+            features = projection.features[list(heads)].flatten()
+            by_module.setdefault(id(projection.module), []).append((projection, features))
     for parts in by_module.values():
         # Fused projections keep their layout: the features that stay, in their old order.
         keep_features(parts[0][0], torch.cat([features for _, features in parts]).sort().values)
+    for extra in site.extras:
+        keep_entries(extra, kept_kv if extra.per_kv_head else kept)
     site.dispatcher.head_map = head_map
-    adapter.after_cut(site, head_map)
+    adapter.after_cut(site, head_map, kept)
 
 
 def keep_features(projection: ProjectionHeads, features: Tensor) -> None:
@@ -68,9 +113,14 @@ def keep_features(projection: ProjectionHeads, features: Tensor) -> None:
     set_sizes(module, *module.weight.shape)
 
 
-def sliced(parameter: nn.Parameter, dim: int, features: Tensor) -> nn.Parameter:
-    data = parameter.detach().index_select(dim, features.to(parameter.device))
-    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+def keep_entries(extra: HeadTensor, heads: Sequence[int]) -> None:
+    setattr(extra.module, extra.attribute, sliced(extra.tensor, extra.dim, extra.features(heads)))
+
+
+def sliced(tensor: Tensor, dim: int, features: Tensor) -> Tensor:
+    """A parameter stays one; a buffer or plain tensor too."""
+    data = tensor.detach().index_select(dim, features.to(tensor.device))
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
 def set_sizes(module: nn.Module, rows: int, columns: int) -> None:
@@ -80,15 +130,27 @@ def set_sizes(module: nn.Module, rows: int, columns: int) -> None:
         module.nx, module.nf = rows, columns
 
 
-def use_headprune_attention(model: nn.Module) -> None:
-    if not hasattr(model, "set_attn_implementation"):
+def check_owned_alone(model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+    """UnsupportedModel where a weight to be cut is also used elsewhere, or is not there (offloaded)."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(f"{name}.{attribute}")
+    for site in sites:
+        for projection in site.projections:
+            weight, module = projection.module.weight, projection.module
+            if len(users[id(weight)]) > 1:
+                raise UnsupportedModel(f"{' and '.join(users[id(weight)])} are one tied weight; untie them before pruning.")
+            if weight.is_meta and hasattr(module, "_hf_hook"):
+                raise UnsupportedModel(f"{projection.name} is offloaded; load the model without a device_map that offloads.")
+
+
+def check_dispatches(model: nn.Module) -> None:
+    """UnsupportedModel unless `model` can be switched to an attention function that runs ragged groups."""
+    can = getattr(model, "_can_set_attn_implementation", None)
+    if can is None or not can():
         raise UnsupportedModel(
             f"{type(model).__name__} cannot run ragged groups: it has no attention interface. "
-            'Plan with granularity="kv_group", which keeps groups equal.'
-        )
-    model.set_attn_implementation(attention_interface.NAME)
-    if model.config._attn_implementation != attention_interface.NAME:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not dispatch its attention, so ragged groups cannot run. "
             'Plan with granularity="kv_group", which keeps groups equal.'
         )

@@ -23,6 +23,9 @@ spec.loader.exec_module(aot)
         (90, "head_statistics"),
         (90, "decode bf16 d128"),
         (80, "decode bf16 d96 all options"),
+        (80, "weight_stats bf16 d128 gradients"),
+        (100, "weight_stats fp32 d64"),
+        (90, "weight_totals"),
     ],
 )
 def test_a_kernel_compiles_without_spilling_a_tile(capability, label):
@@ -42,6 +45,26 @@ def test_cuda_kernels_compile_without_spilling_a_tile():
         assert "failure" not in row
         assert row["spills"] <= 64
         assert 0 < row["registers"] <= 255
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH: no .cu file is compiled")
+def test_cuda_weight_statistics_keep_their_sums_in_registers():
+    rows = aot.compile_cuda(ROOT / "csrc" / "cuda" / "weight_stats.cu", (80,))
+    assert len(rows) == 6
+    for row in rows:
+        assert "failure" not in row
+        assert row["spills"] == 0
+        assert 0 < row["registers"] <= 128
+
+
+@pytest.mark.parametrize("grads", ["", " gradients"])
+def test_weights_are_read_16_bytes_at_a_time(grads):
+    from headprune.kernels.launch import compile_ahead
+
+    found = next(variant for variant in aot.variants(90) if variant.label == f"weight_stats bf16 d128{grads}")
+    ptx = compile_ahead(found.launch, 90).asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") == (8 if grads else 4)
+    assert "ld.global.b16" not in ptx
 
 
 def test_labels_are_unique():

@@ -76,8 +76,8 @@ def test_a_wrapped_projection_is_refused():
         models.attention_sites(model)
 
 
-def test_a_norm_over_all_heads_is_refused_with_the_reason():
+def test_a_norm_over_some_heads_is_refused_with_the_reason():
     model = llama()
-    model.model.layers[0].self_attn.q_norm = nn.RMSNorm(64)
-    with pytest.raises(UnsupportedModel, match="changes the statistic"):
+    model.model.layers[0].self_attn.q_norm = nn.RMSNorm(24)
+    with pytest.raises(UnsupportedModel, match=r"q_proj: its norm spans 24 features, neither one head \(8\) nor all of them"):
         models.attention_sites(model)

@@ -25,6 +25,11 @@ namespace headprune::cuda {
 
 struct Half {};
 struct BFloat16 {};
+struct Float {};
+
+struct Bytes16 {
+  uint32_t words[4];
+};
 
 struct Meeting {
   int arrived = 0;
@@ -170,6 +175,24 @@ inline float number(BFloat16, uint16_t bits) {
   std::memcpy(&value, &wide, 4);
   return value;
 }
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+template <class T>
+inline T load_once(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) {  // the GPU's own rule: as long as it is wide
+    std::fprintf(stderr, "a load of %zu bytes is not aligned\n", sizeof(T));
+    std::abort();
+  }
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+inline Bytes16 load_once128(const void* from) { return load_once<Bytes16>(from); }
+inline uint32_t load_once32(const void* from) { return load_once<uint32_t>(from); }
+inline uint16_t load_once16(const void* from) { return load_once<uint16_t>(from); }
 inline uint16_t rounded(Half, float value) { return _cvtss_sh(value, 0); }
 inline uint16_t rounded(BFloat16, float value) {
   uint32_t bits;

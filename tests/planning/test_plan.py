@@ -167,7 +167,7 @@ def test_a_budget_names_exactly_one_quantity():
     [
         ({"allocation": "gobal"}, "Did you mean 'global'"),
         ({"granularity": "kv_grop"}, "Did you mean 'kv_group'"),
-        ({"min_heads": 0}, "min_heads is 0"),
+        ({"min_heads": -1}, "min_heads is -1"),
         ({"protect": ["c"]}, "unknown attention site"),
     ],
 )
@@ -179,3 +179,10 @@ def test_unknown_options_are_refused(options, names):
 def test_a_budget_that_the_constraints_forbid_says_what_is_left():
     with pytest.raises(InfeasibleBudget, match="6 of 8 heads are left over 2 sites, 4 allowed"):
         plan(scores_of(TWO_LAYERS), Budget(heads=0.5), min_heads=3)
+
+
+def test_with_min_heads_0_whole_attentions_may_go_but_not_all_of_them():
+    found = plan(scores_of({"a": [0.1, 0.2], "b": [3.0, 4.0]}), Budget(heads=0.5), min_heads=0)
+    assert (found["a"], found["b"]) == ((), (0, 1))
+    with pytest.raises(InfeasibleBudget, match="2 of 2 heads are left"):
+        plan(scores_of({"a": [0.1, 0.2]}, kv_heads=1), Budget(heads=0.5), min_heads=0, granularity="kv_group")

@@ -74,6 +74,21 @@ def test_the_cheapest_head_scores_what_regression_cannot_replace(make, monkeypat
     assert float(scores.min()) == pytest.approx(float(min(lost) / whole), rel=1e-3)
 
 
+@pytest.mark.parametrize("make", [bert, llama])
+def test_the_error_of_each_head_alone_is_that_of_regression_without_it(make, monkeypatch):
+    monkeypatch.setattr(criterion, "RIDGE", 1e-9)
+    model, batches = make(), batches_for()
+    site = attention_sites(model)[0]
+    scores = scoring.score(model, batches, "least_squares_by_head", loss_fn=lambda model, batch: model(**batch))[site.name]
+    inputs, weight = inputs_of(model, site, batches), site.output.module.weight.detach().double()
+    if site.output.module.bias is not None:
+        inputs = inputs - inputs.mean(dim=0)
+    for head, found in enumerate(scores.tolist()):
+        others = inputs[:, site.head_of_column() != head]
+        lost = inputs @ weight.T - others @ torch.linalg.lstsq(others, inputs @ weight.T).solution
+        assert found == pytest.approx(float(lost.square().sum() / len(inputs)), rel=1e-3)
+
+
 def test_scores_rise_along_the_order_of_removal():
     scores = scoring.score(bert(), batches_for(3), "least_squares", loss_fn=lambda model, batch: model(**batch))
     for found in scores.values():
@@ -122,7 +137,8 @@ def test_gram_matrices_are_sums_over_tokens():
     site = attention_sites(model)[0]
     inputs, found = inputs_of(model, site, batches), grams(model, batches)[site.name]
     assert torch.allclose(found.input_gram, inputs.T @ inputs, rtol=1e-4, atol=1e-4)
-    assert found.input_sum is None
+    assert torch.allclose(found.input_sum, inputs.sum(dim=0), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.output_l1, site.output.module.weight.detach().double().abs().sum(dim=0))
     assert torch.allclose(found.output_gram, (lambda w: w.T @ w)(site.output.module.weight.detach().double()))
 
 

@@ -1,5 +1,7 @@
 """The criteria that come with headprune; importing this package registers them."""
 
-from headprune.scoring.criteria import fisher, gate_gradient, least_squares, magnitude, random
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["fisher", "gate_gradient", "least_squares", "magnitude", "random"]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

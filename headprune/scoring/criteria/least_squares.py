@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headprune.scoring.activations import diagonal_blocks, input_covariance
 from headprune.scoring.criterion import criterion
 from headprune.scoring.observations import Need, SiteObservations
 
@@ -28,7 +29,7 @@ def least_squares(observed: SiteObservations) -> Tensor:
     so that a ranking takes the heads in it.
     """
     heads = observed.shape.head_map.query_heads
-    order, costs = removal_costs(input_covariance(observed), observed.output_gram, heads)
+    order, costs = removal_costs(regression_gram(observed), observed.output_gram, heads)
     shares = torch.zeros(heads, dtype=torch.float64)
     total, last = max(sum(costs), torch.finfo(torch.float32).tiny), 0.0
     for head, cost in zip(order, costs):
@@ -51,12 +52,23 @@ def fisher_least_squares(observed: SiteObservations) -> Tensor:
     return least_squares(observed) * observed.gate_gradient.square().mean(dim=0).sum().sqrt()
 
 
-def input_covariance(observed: SiteObservations) -> Tensor:
-    """[features, features], fp64, ridge added: of the projection's inputs, about their mean where a bias can take it up."""
-    gram = observed.input_gram / observed.tokens
-    if observed.input_sum is not None:
-        mean = observed.input_sum / observed.tokens
-        gram = gram - torch.outer(mean, mean)
+@criterion(
+    "least_squares_by_head",
+    needs={Need.GRAM},
+    source="Optimal Brain Surgeon by head: Hassibi & Stork 1993; ZipLM, Kurtic et al. 2023, eq. 4",
+    cost="one forward pass and one matrix inverse per layer",
+)
+def least_squares_by_head(observed: SiteObservations) -> Tensor:
+    """Squared error of the layer's output, per token, when this head alone goes and the others are re-solved."""
+    gram, width = regression_gram(observed), observed.shape.value_dim
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    found = torch.linalg.solve(diagonal_blocks(inverse, width), diagonal_blocks(observed.output_gram, width))
+    return found.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
+
+
+def regression_gram(observed: SiteObservations) -> Tensor:
+    """[features, features], fp64, ridge added: E[x x^T] of the projection's inputs, about the mean where a bias takes it up."""
+    gram = input_covariance(observed) if observed.shape.output_bias else observed.input_gram / observed.tokens
     damping = (RIDGE * gram.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
     return gram + damping * torch.eye(len(gram), dtype=gram.dtype)
 
@@ -83,9 +95,3 @@ def removal_costs(gram: Tensor, output_gram: Tensor, heads: int) -> tuple[list[i
         output_gram = output_gram - cross - cross.T + taken.T @ output_gram[own, own] @ taken
         inverse = inverse - inverse[:, own] @ taken
     return order, costs
-
-
-def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
-    """[n * width, n * width] -> [n, width, width]."""
-    count = len(matrix) // width
-    return matrix.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -24,3 +24,21 @@ def magnitude_l2(observed: SiteObservations) -> Tensor:
 def magnitude_output(observed: SiteObservations) -> Tensor:
     """L2 norm of the head's columns of the output projection alone."""
     return observed.weight_l2[3]
+
+
+@criterion("magnitude_max", needs={Need.WEIGHTS}, source=SOURCE, cost="no data")
+def magnitude_max(observed: SiteObservations) -> Tensor:
+    """Largest magnitude among the head's query, key, value and output weights."""
+    return observed.weight_max.amax(dim=0)
+
+
+@criterion("magnitude_l1_mean", needs={Need.WEIGHTS}, source=SOURCE, cost="no data")
+def magnitude_l1_mean(observed: SiteObservations) -> Tensor:
+    """Mean magnitude of the head's weights: heads of different sizes can be compared."""
+    return observed.weight_l1.sum(dim=0) / observed.weight_count.sum(dim=0).clamp(min=1)
+
+
+@criterion("magnitude_l2_mean", needs={Need.WEIGHTS}, source=SOURCE, cost="no data")
+def magnitude_l2_mean(observed: SiteObservations) -> Tensor:
+    """Sum of the L2 norms of the head's projections over its number of weights."""
+    return observed.weight_l2.sum(dim=0) / observed.weight_count.sum(dim=0).clamp(min=1)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite, is_conv1d
 from headprune.models.tokens import valid_tokens
+from headprune.scoring.observations import Need
+from headprune.scoring.observer import Observer, Setting, observes
 
 
-class Grams:
-    """Sums over the valid tokens of everything that runs inside `watching(mask)`; one block per batch."""
+@observes(Need.GRAM)
+class Grams(Observer):
+    """Sums over the valid tokens of every batch."""
 
-    def __init__(self, sites: list[AttentionSite]) -> None:
-        self._sites = sites
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
         # Columns in the order of heads, whatever the layout; fp64, so that the order of batches leaves no trace.
-        self._columns = {site.name: site.output.features.flatten() for site in sites}
+        self._columns = {site.name: site.output.features.flatten() for site in setting.sites}
         self._sums = {
             name: {
                 "input_gram": torch.zeros(len(columns), len(columns), dtype=torch.float64),
@@ -31,29 +34,25 @@ class Grams:
         }
 
     @contextmanager
-    def watching(self, mask: Tensor | None) -> Iterator[None]:
-        """mask: [batch, tokens], true where a token counts; None: all do."""
+    def watching_batch(self, batch: Any) -> Iterator[None]:
         with ExitStack() as stack:
-            for site in self._sites:
-                stack.enter_context(output_input_hook(site, self._adder(site, mask)))
+            for site in self.setting.sites:
+                stack.enter_context(output_input_hook(site, self._adder(site, self.setting.token_mask(site.name, batch))))
             yield
 
     def found(self) -> dict[str, dict[str, Tensor]]:
-        """Site name -> input_gram, input_sum, tokens, output_gram as SiteObservations describes them."""
-        found = {}
-        for site in self._sites:
-            sums = dict(self._sums[site.name])
-            if not sums["tokens"]:
-                raise InvalidInput(f"{site.name} was not reached by the calibration data.")
-            if site.output.module.bias is None:
-                del sums["input_sum"]
-            found[site.name] = {**sums, "output_gram": self._output_gram(site)}
-        return found
+        return {
+            site.name: {**{name: total.clone() for name, total in self._sums[site.name].items()}, **self._output_weights(site)}
+            for site in self.setting.sites
+        }
 
-    def _output_gram(self, site: AttentionSite) -> Tensor:
+    def reached(self) -> set[str]:
+        return {name for name, sums in self._sums.items() if sums["tokens"]}
+
+    def _output_weights(self, site: AttentionSite) -> dict[str, Tensor]:
         weight = site.output.module.weight.detach()
         weight = (weight.T if is_conv1d(site.output.module) else weight)[:, self._columns[site.name].to(weight.device)].double()
-        return (weight.T @ weight).cpu()
+        return {"output_gram": (weight.T @ weight).cpu(), "output_l1": weight.abs().sum(dim=0).cpu()}
 
     def _adder(self, site: AttentionSite, mask: Tensor | None):
         sums, columns = self._sums[site.name], self._columns[site.name]

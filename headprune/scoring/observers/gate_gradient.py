@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite
+from headprune.scoring.observations import Need
+from headprune.scoring.observer import Observer, Setting, observes
 
 
 class _Tap(torch.autograd.Function):
@@ -33,49 +36,43 @@ class _Tap(torch.autograd.Function):
         return (grad if ctx.needs_input_grad[0] else None), None, None
 
 
-class GateGradients:
-    """Collects, per site, one row of gate gradients per sample: call `backward(loss)` after each forward inside `watching()`."""
+@observes(Need.GATE_GRADIENT)
+class GateGradients(Observer):
+    """One row of gate gradients per sample and site. A mean loss (a scalar) is scaled up by the number of its samples."""
 
-    def __init__(self, sites: list[AttentionSite]) -> None:
-        self.rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-        self._sites = sites
+    runs = "backward"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._rows: dict[str, list[Tensor]] = {site.name: [] for site in setting.sites}
         self._batch: dict[str, Tensor] = {}
+        self._reached: set[str] = set()
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Freezes the model, in eval mode, and taps every site; all is as before afterwards."""
-        training, frozen = model.training, [p for p in model.parameters() if p.requires_grad]
+    def watching_batch(self, batch: Any) -> Iterator[None]:
+        self._batch.clear()
         with ExitStack() as stack:
-            for site in self._sites:
+            for site in self.setting.sites:
                 stack.enter_context(output_input_hook(site, self._tap(site)))
-            try:
-                model.eval()
-                for parameter in frozen:
-                    parameter.requires_grad_(False)
-                yield
-            finally:
-                for parameter in frozen:
-                    parameter.requires_grad_(True)
-                model.train(training)
+            yield
 
-    def backward(self, loss: Tensor) -> None:
-        """Reads the gate gradients of one batch. loss: per-sample losses [n], or their mean (a scalar), which is scaled up
-        by the number of rows that the sites saw. Raises InvalidInput where the loss is not finite or reaches no site."""
-        if not torch.isfinite(loss).all():
-            raise InvalidInput(
-                "the loss is NaN or infinite on a calibration batch; look for empty labels or overflow in low precision."
-            )
-        if not loss.requires_grad:
-            raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
+    def after_batch(self, batch: Any, loss: Tensor | None) -> None:
+        self._reached |= set(self._batch)
+        samples = max((grads.shape[0] for grads in self._batch.values()), default=0)
+        for site in self.setting.sites:
+            # The loss of a batch that does not run through a site does not depend on its gates.
+            grads = self._batch.get(site.name, torch.zeros(samples, site.head_map.query_heads))
+            self._rows[site.name].append((grads * samples if loss.dim() == 0 else grads).cpu())
         self._batch.clear()
-        loss.sum().backward()
-        rows = max((grads.shape[0] for grads in self._batch.values()), default=0)
-        for site in self._sites:
-            if site.name not in self._batch:
-                raise InvalidInput(f"{site.name} was not reached by the loss: no gradient came through it.")
-            grads = self._batch[site.name]
-            self.rows[site.name].append((grads * rows if loss.dim() == 0 else grads).cpu())
-        self._batch.clear()
+
+    def found(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            site.name: {"gate_gradient": torch.cat([torch.zeros(0, site.head_map.query_heads), *self._rows[site.name]])}
+            for site in self.setting.sites
+        }
+
+    def reached(self) -> set[str]:
+        return set(self._reached)
 
     def _tap(self, site: AttentionSite):
         owner, heads = site.head_of_column(), site.head_map.query_heads

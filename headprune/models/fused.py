@@ -1,0 +1,150 @@
+"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT (blocks), GPT-NeoX, BLOOM (interleaved per
+head), Falcon (any of them)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headprune.errors import UnsupportedModel
+from headprune.head_map import HeadMap
+from headprune.models.adapters import head_map_of, register_adapter
+from headprune.models.emptied import Emptied, empty
+from headprune.models.fused_layout import blocks, per_group, per_head, places_in_groups
+from headprune.models.head_counts import set_head_counts
+from headprune.models.layer_config import follow_groups
+from headprune.models.own_positions import OwnPositions, remember_positions
+from headprune.models.selection import select_heads
+from headprune.models.site import AttentionSite, ProjectionHeads, check_projection, contiguous_heads, is_conv1d
+from headprune.models.specialise import specialise
+
+Layout = Callable[[str, nn.Module, HeadMap, int], tuple[ProjectionHeads, ...]]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One fused layout; registered once per kind of module.
+
+    fused, output, head_dim: attributes of the module. is_kind: tells it from others with the same three attributes.
+    layout: where the heads lie, or a function of the module that tells. kv_heads: key/value heads of a module that was never
+    cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads.
+    runs_ragged: the module expands ragged groups by itself.
+    """
+
+    name: str
+    fused: str
+    output: str
+    head_dim: str
+    is_kind: Callable[[nn.Module], bool]
+    layout: Callable[[nn.Module], Layout]
+    kv_heads: Callable[[nn.Module], int] | None = None
+    after: Callable[[AttentionSite, HeadMap, tuple[int, ...]], None] = lambda site, head_map, kept: None
+    emptied: type = Emptied
+    runs_ragged: bool = False
+
+    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+        if not all(hasattr(module, part) for part in (self.fused, self.output, self.head_dim)) or not self.is_kind(module):
+            return None
+        head_dim, output = getattr(module, self.head_dim), getattr(module, self.output)
+        check_projection(f"{name}.{self.output}", output)
+        features, hidden = output.weight.shape if is_conv1d(output) else reversed(output.weight.shape)
+        kv_features = features if self.kv_heads is None else self.kv_heads(module) * head_dim
+        head_map = head_map_of(module, features, kv_features, head_dim, name)
+        inputs = self.layout(module)(f"{name}.{self.fused}", getattr(module, self.fused), head_map, head_dim)
+        out = contiguous_heads("output", f"{name}.{self.output}", output, head_map.query_heads, head_dim)
+        return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, "self", (*inputs, out))
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        set_head_counts(site.module, head_map, site.head_dim)
+        self.after(site, head_map, kept)
+        if not head_map.query_heads:
+            empty(site.module, self.output, self.emptied)
+
+
+def phi3_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    # Its forward reads the number of query heads from the model's config.
+    follow_groups(site.module, head_map, num_attention_heads=head_map.query_heads)
+
+
+def positions_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    remember_positions(site.module, site.head_map.query_heads, kept)
+    specialise(site.module, OwnPositions)
+
+
+def falcon_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    remember_positions(site.module, site.head_map.query_heads, kept)
+    specialise(site.module, GroupedFalcon if site.module.new_decoder_architecture else OwnPositions)
+
+
+class GroupedFalcon(OwnPositions):
+    """Falcon with groups, equal or ragged. The stock module too hands the cache one key/value head per query head."""
+
+    def _split_heads(self, fused_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = fused_qkv.unflatten(-1, (-1, self.head_dim))
+        query, key = places_in_groups(self.head_map)
+        key_of_query = [key[kv] for kv in self.head_map.kv_of_query]
+        chosen = (query, key_of_query, [place + 1 for place in key_of_query])
+        return tuple(select_heads(heads, places, 2) for places in chosen)
+
+
+class EmptiedBloom(Emptied):
+    """BLOOM's attention adds the residual itself."""
+
+    def result(self, output: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        residual = kwargs["residual"] if "residual" in kwargs else args[1]
+        return residual + F.dropout(output, self.hidden_dropout, self.training), None
+
+
+def is_bloom(module: nn.Module) -> bool:
+    if not hasattr(module, "slow_but_exact"):
+        return False
+    if module.pretraining_tp > 1 and module.slow_but_exact:
+        raise UnsupportedModel("BLOOM's slow_but_exact forward slices weights by the original width; set slow_but_exact=False.")
+    return True
+
+
+def is_gpt2(module: nn.Module) -> bool:
+    return is_conv1d(module.c_attn) and hasattr(module, "split_size") and not hasattr(module, "q_attn")
+
+
+def falcon_layout(module: nn.Module) -> Layout:
+    return per_group if module.new_decoder_architecture else blocks if module.multi_query else per_head
+
+
+def falcon_kv_heads(module: nn.Module) -> int:
+    many = module.new_decoder_architecture or not module.multi_query
+    return module.num_kv_heads if many else 1
+
+
+register_adapter(Fused("gpt2", "c_attn", "c_proj", "head_dim", is_gpt2, lambda module: blocks))
+register_adapter(
+    Fused(
+        "phi3", "qkv_proj", "o_proj", "head_dim", lambda module: hasattr(module, "num_key_value_heads"), lambda module: blocks,
+        kv_heads=lambda module: module.num_key_value_heads, after=phi3_after,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "mpt", "Wqkv", "out_proj", "head_dim", lambda module: hasattr(module, "clip_qkv"), lambda module: blocks,
+        after=positions_after,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused("gpt_neox", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "config"), lambda module: per_head)
+)
+register_adapter(
+    Fused(
+        "bloom", "query_key_value", "dense", "head_dim", is_bloom, lambda module: per_head,
+        after=positions_after, emptied=EmptiedBloom,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "falcon", "query_key_value", "dense", "head_dim", lambda module: hasattr(module, "new_decoder_architecture"),
+        falcon_layout, kv_heads=falcon_kv_heads, after=falcon_after, runs_ragged=True,
+    )
+)  # fmt: skip

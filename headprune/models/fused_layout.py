@@ -1,0 +1,43 @@
+"""Where query, key and value heads lie in one linear layer that holds them all."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from headprune.head_map import HeadMap
+from headprune.models.site import ProjectionHeads, check_filled, check_projection, heads_at
+
+
+def blocks(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+    """All query heads, then all key heads, then all value heads."""
+    q, kv = head_map.query_heads, head_map.kv_heads
+    starts = (("query", q, 0), ("key", kv, q * head_dim), ("value", kv, (q + kv) * head_dim))
+    return filled(*(heads_at(role, name, module, heads, head_dim, start) for role, heads, start in starts))
+
+
+def per_head(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+    """Query, key and value of head 0, then of head 1, ..."""
+    heads = head_map.query_heads
+    roles = enumerate(("query", "key", "value"))
+    return filled(*(heads_at(role, name, module, heads, head_dim, index * head_dim, 3 * head_dim) for index, role in roles))
+
+
+def per_group(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+    """The query heads of group 0, its key head, its value head, then group 1, ..."""
+    check_projection(name, module)
+    query, key = places_in_groups(head_map)
+    places = {"query": query, "key": key, "value": [place + 1 for place in key]}
+    features = torch.arange((head_map.query_heads + 2 * head_map.kv_heads) * head_dim, device="cpu").view(-1, head_dim)
+    return filled(*(ProjectionHeads(role, name, module, features[list(found)]) for role, found in places.items()))
+
+
+def places_in_groups(head_map: HeadMap) -> tuple[list[int], list[int]]:
+    """For `per_group`, in heads: the place of each query head, and of each key head (its value head follows)."""
+    query = [head + 2 * kv for head, kv in enumerate(head_map.kv_of_query)]
+    return query, [end + 2 * group for group, end in enumerate(head_map.group_offsets[1:])]
+
+
+def filled(*projections: ProjectionHeads) -> tuple[ProjectionHeads, ...]:
+    check_filled(*projections)
+    return projections

@@ -1,0 +1,21 @@
+"""The head counts that attention modules keep as attributes and read in their forward."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from headprune.head_map import HeadMap
+
+QUERY_HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_query_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+ALL_QUERY_FEATURES = ("all_head_size", "inner_dim", "attn_dim", "split_size")
+
+
+def set_head_counts(module: nn.Module, head_map: HeadMap, head_dim: int) -> None:
+    """Sets those attributes of `module` that it has; widths that other things share (hidden_size, embed_dim) are left."""
+    values = dict.fromkeys(QUERY_HEADS, head_map.query_heads)
+    values |= dict.fromkeys(KEY_VALUE_HEADS, head_map.kv_heads)
+    values |= dict.fromkeys(ALL_QUERY_FEATURES, head_map.query_heads * head_dim)
+    for name, value in values.items():
+        if isinstance(module.__dict__.get(name), int):
+            setattr(module, name, value)

@@ -1,0 +1,45 @@
+"""Multi-head latent attention (DeepSeek v2, v3 and what is built like them): heads live in q_b_proj (or q_proj), kv_b_proj and
+o_proj; the compressed latents that the cache holds belong to no head and stay."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from headprune.head_map import HeadMap
+from headprune.models.adapters import head_map_of, register_adapter
+from headprune.models.emptied import empty
+from headprune.models.head_counts import set_head_counts
+from headprune.models.layer_config import follow_groups
+from headprune.models.site import AttentionSite, check_filled, check_projection, contiguous_heads, heads_at
+
+SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+class Latent:
+    """Each query head has a key/value head of its own, as in plain multi-head attention."""
+
+    name = "latent"
+
+    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+        if not all(hasattr(module, part) for part in ("kv_b_proj", "o_proj", *SIZES)):
+            return None
+        nope, rope, value = (getattr(module, size) for size in SIZES)
+        check_projection(f"{name}.o_proj", module.o_proj)
+        hidden, features = module.o_proj.weight.shape
+        head_map = head_map_of(module, features, features, value, name)
+        heads, query = head_map.query_heads, "q_proj" if getattr(module, "q_b_proj", None) is None else "q_b_proj"
+        q = contiguous_heads("query", f"{name}.{query}", getattr(module, query), heads, nope + rope)
+        kv = (f"{name}.kv_b_proj", module.kv_b_proj, heads)
+        k, v = heads_at("key", *kv, nope, 0, nope + value), heads_at("value", *kv, value, nope, nope + value)
+        check_filled(k, v)
+        o = contiguous_heads("output", f"{name}.o_proj", module.o_proj, heads, value)
+        return AttentionSite(name, module, module, head_map, nope + rope, value, hidden, "self", (q, k, v, o))
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        set_head_counts(site.module, head_map, site.head_dim)
+        follow_groups(site.module, head_map)
+        if not head_map.query_heads:
+            empty(site.module, "o_proj")
+
+
+register_adapter(Latent())

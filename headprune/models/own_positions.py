@@ -1,0 +1,39 @@
+"""Position biases that a model makes for all heads at once and hands to every layer (ALiBi in BLOOM, Falcon and MPT): a
+pruned layer picks those of its own heads. The slopes stay those of the original heads, whatever was cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from headprune.models.selection import select_heads
+
+BIASES = ("alibi", "position_bias", "attention_mask")
+
+
+class OwnPositions:
+    """Forward of an attention module whose `position_heads` (of `all_position_heads`) are left."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for name in BIASES:
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs[name] = own_part(kwargs[name], self.position_heads, self.all_position_heads)
+        return super().forward(*args, **kwargs)
+
+
+def own_part(bias: Tensor, heads: tuple[int, ...], all_heads: int) -> Tensor:
+    """The part of `bias` that belongs to `heads`: [batch * all_heads, 1, kv_len] or [batch, all_heads, query_len, kv_len];
+    a bias that is the same for all heads as it is."""
+    if bias.dim() == 3:
+        return select_heads(bias.unflatten(0, (-1, all_heads)), heads, 1).flatten(0, 1)
+    if bias.dim() == 4 and bias.shape[1] == all_heads > 1:
+        return select_heads(bias, heads, 1)
+    return bias
+
+
+def remember_positions(module: nn.Module, heads_before: int, kept: tuple[int, ...]) -> None:
+    """Sets `position_heads` and `all_position_heads` after a cut of `module`, which may have been cut before."""
+    earlier = getattr(module, "position_heads", tuple(range(heads_before)))
+    module.all_position_heads = getattr(module, "all_position_heads", heads_before)
+    module.position_heads = tuple(earlier[head] for head in kept)

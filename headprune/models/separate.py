@@ -1,0 +1,106 @@
+"""Attention with one linear layer each for query, key, value and output, and key/value heads shared in groups or not:
+Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere) and OPT."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from headprune.errors import UnsupportedModel
+from headprune.head_map import HeadMap
+from headprune.models.adapters import head_map_of, register_adapter
+from headprune.models.emptied import empty
+from headprune.models.head_counts import set_head_counts
+from headprune.models.layer_config import follow_groups
+from headprune.models.selection import select_heads
+from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads, check_projection, contiguous_heads, heads_at
+from headprune.models.specialise import specialise
+
+ROLES = ("query", "key", "value", "output")
+OUTPUTS = ("o_proj", "out_proj", "dense")
+
+
+class Separate:
+    """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense) in one module that knows its head_dim.
+
+    Attention sinks and per-head q/k norms go with their heads; norms of one head_dim are shared by all and stay. A norm
+    over all heads at once (OLMo 2) divides every head by a statistic of all of them: there the query and key projections
+    and their norms stay whole and the heads are picked behind the norm, so that values, outputs and cache shrink exactly.
+    """
+
+    name = "separate"
+
+    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+        output = next((output for output in OUTPUTS if hasattr(module, output)), None)
+        linear = ("q_proj", "k_proj", "v_proj", output)
+        if output is None or not all(isinstance(getattr(module, part, None), nn.Module) for part in linear):
+            return None
+        if not (isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "config")):
+            return None
+        head_dim, o = module.head_dim, getattr(module, output)
+        for part in linear:
+            check_projection(f"{name}.{part}", getattr(module, part))
+        head_map = head_map_of(module, o.weight.shape[1], module.v_proj.weight.shape[0], head_dim, name)
+        heads = dict(zip(ROLES, (head_map.query_heads, head_map.kv_heads, head_map.kv_heads, head_map.query_heads)))
+        projections, extras = [], []
+        for role, part in zip(ROLES, linear):
+            norm = getattr(module, f"{part[0]}_norm", None) if role in ("query", "key") else None
+            projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim))
+            extras += norm_of_each_head(f"{name}.{part[0]}_norm", norm, heads[role], head_dim, role == "key")
+        if isinstance(getattr(module, "sinks", None), Tensor):
+            extras.append(HeadTensor(f"{name}.sinks", module, "sinks"))
+        table = getattr(module, "relative_position_bias", None)
+        if isinstance(getattr(table, "relative_position_bias_table", None), Tensor):
+            extras.append(HeadTensor(f"{name}.relative_position_bias", table, "relative_position_bias_table", dim=1))
+        last = name.rpartition(".")[2]
+        kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
+        return AttentionSite(
+            name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras)
+        )
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        module = site.module
+        set_head_counts(module, head_map, site.head_dim)
+        follow_groups(module, head_map)
+        for role, heads in (("query", kept), ("key", site.head_map.kept_kv_heads(kept))):
+            if site.projection(role).whole:
+                pick_behind_norm(getattr(module, f"{role[0]}_norm"), heads, site.head_dim)
+        if not head_map.query_heads:
+            empty(module, site.output.name.rpartition(".")[2])
+
+
+def projection(role, name: str, module: nn.Module, norm: nn.Module | None, heads: int, head_dim: int) -> ProjectionHeads:
+    weight = getattr(norm, "weight", None)
+    if not heads or weight is None or weight.dim() != 1 or weight.numel() == head_dim:
+        return contiguous_heads(role, name, module, heads, head_dim)
+    if weight.numel() != module.weight.shape[0]:
+        raise UnsupportedModel(f"{name}: its norm spans {weight.numel()} features, neither one head ({head_dim}) nor all of them.")
+    whole = heads_at(role, name, module, module.weight.shape[0] // head_dim, head_dim)
+    picked = getattr(norm, "picked_heads", tuple(range(heads)))
+    return ProjectionHeads(role, name, module, whole.features[list(picked)], whole=True)
+
+
+def norm_of_each_head(name: str, norm: nn.Module | None, heads: int, head_dim: int, per_kv_head: bool) -> list[HeadTensor]:
+    """A norm with weights [heads, head_dim] (Cohere)."""
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.dim() != 2:
+        return []
+    if weight.shape != (heads, head_dim):
+        raise UnsupportedModel(f"{name} has weights {list(weight.shape)}; expected [{heads}, {head_dim}].")
+    return [HeadTensor(name, norm, "weight", per_kv_head=per_kv_head)]
+
+
+class PicksHeads:
+    """A norm over all heads that hands on `picked_heads` (of the original) alone."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return select_heads(super().forward(states), self.picked_heads, -1, self.picked_width)
+
+
+def pick_behind_norm(norm: nn.Module, kept: tuple[int, ...], head_dim: int) -> None:
+    earlier = getattr(norm, "picked_heads", None)
+    norm.picked_heads = tuple(kept) if earlier is None else tuple(earlier[head] for head in kept)
+    norm.picked_width = head_dim
+    specialise(norm, PicksHeads)
+
+
+register_adapter(Separate())

@@ -1,0 +1,46 @@
+"""Another forward for one module of a model: the module takes a subclass of its own class, made on the fly.
+
+Everything else stays what it was: weights and their names, hooks, isinstance, the printed class name. deepcopy and pickle
+work, because the class can be made again from the two it consists of.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch import nn
+
+from headprune.errors import UnsupportedModel
+
+
+def specialise(module: nn.Module, behaviour: type) -> None:
+    """`module`'s methods now come from `behaviour` first, then from the class that it had at first.
+
+    Raises UnsupportedModel where a tool has put another forward on the instance, which would hide ours.
+    """
+    if "forward" in module.__dict__:
+        raise UnsupportedModel(
+            f"{type(module).__name__} has had its forward replaced (by accelerate's dispatch, say); undo that before pruning "
+            "(accelerate.hooks.remove_hook_from_module(model, recurse=True)) and do it again after."
+        )
+    module.__class__ = combined(behaviour, original_class(module))
+
+
+def original_class(module: nn.Module) -> type:
+    return getattr(type(module), "headprune_original", type(module))
+
+
+@cache
+def combined(behaviour: type, original: type) -> type:
+    namespace = {"__module__": original.__module__, "__reduce__": reduce_combined, "headprune_original": original}
+    return type(original.__name__, (behaviour, original), namespace | {"headprune_behaviour": behaviour})
+
+
+def reduce_combined(module: nn.Module) -> tuple:
+    kind = type(module)
+    return rebuild, (kind.headprune_behaviour, kind.headprune_original), module.__dict__
+
+
+def rebuild(behaviour: type, original: type) -> nn.Module:
+    kind = combined(behaviour, original)
+    return kind.__new__(kind)

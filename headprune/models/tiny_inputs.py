@@ -1,0 +1,62 @@
+"""The smallest input that a transformers model runs on, for checks by a forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOKENS = 6
+
+
+def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Arguments of `model.forward`: two rows of tokens (one of them padded), one picture, one spectrogram, as the model
+    takes them; None where its config does not tell."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return None
+    taken = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {}
+    main = getattr(model, "main_input_name", "input_ids")
+    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
+    if "input_ids" in taken and main in ("input_ids", "pixel_values") and isinstance(vocabulary, int):
+        inputs |= tokens(vocabulary)
+    if "pixel_values" in taken:
+        inputs |= pixels(getattr(config, "vision_config", config))
+    if "input_features" in taken and main == "input_features":
+        inputs |= spectrogram(config)
+    if not inputs:
+        return None
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
+        inputs["decoder_input_ids"] = tokens(vocabulary)["input_ids"][: rows_of(inputs)]
+    place = next(model.parameters())
+    return {name: value.to(place.device, place.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+
+def rows_of(inputs: dict[str, Tensor]) -> int:
+    return next(iter(inputs.values())).shape[0]
+
+
+def tokens(vocabulary: int) -> dict[str, Tensor]:
+    ids = 1 + torch.arange(2 * TOKENS).view(2, TOKENS) * 7919 % max(vocabulary - 1, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :1] = 0
+    return {"input_ids": ids.clamp(max=vocabulary - 1), "attention_mask": mask}
+
+
+def pixels(config: Any) -> dict[str, Tensor]:
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return {}
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)}
+
+
+def spectrogram(config: Any) -> dict[str, Tensor]:
+    if not hasattr(config, "num_mel_bins") or not hasattr(config, "max_source_positions"):
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    return {"input_features": torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)}

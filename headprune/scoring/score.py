@@ -1,0 +1,76 @@
+"""From observations to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import unknown_name
+from headprune.models.tokens import TokenMask
+from headprune.scoring.criterion import get_criterion
+from headprune.scoring.observations import Observations
+from headprune.scoring.observe import observe
+from headprune.scoring.observer import LossFunction
+from headprune.scoring.scores import HeadScores
+from headprune.scoring.stability import spread_of
+
+NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda scores: scores,
+    "layer_l2": lambda scores: scores / scores.norm().clamp(min=torch.finfo(torch.float32).tiny),
+    "layer_sum": lambda scores: scores / scores.abs().sum().clamp(min=torch.finfo(torch.float32).tiny),
+}
+
+
+def score_observations(observed: Observations, criterion: str, normalize: str = "none") -> HeadScores:
+    """The scores that `criterion` gives to what was observed.
+
+    normalize: "none", "layer_l2" (Michel et al. divide each layer's scores by their L2 norm) or "layer_sum".
+    Raises InvalidInput for an unknown name, or where the criterion needs what was not observed.
+    """
+    chosen = get_criterion(criterion)
+    if normalize not in NORMALIZATIONS:
+        raise unknown_name("normalization", normalize, NORMALIZATIONS)
+    reached = Observations({name: site for name, site in observed.items() if site.reached}, observed.seen)
+    by_layer = NORMALIZATIONS[normalize]
+    normalized = replace(chosen, whole_model=True, function=lambda some: {k: by_layer(v) for k, v in chosen.scores(some).items()})
+    found, spread = normalized.scores(reached), spread_of(reached, normalized)
+    nothing = {name: torch.full((site.shape.head_map.query_heads,), torch.nan) for name, site in observed.items()}
+    label = criterion if normalize == "none" else f"{criterion}/{normalize}"
+    return HeadScores(
+        label,
+        {**nothing, **found},
+        {name: site.shape for name, site in observed.items()},
+        None if spread is None else {**nothing, **spread},
+        frozenset(observed) - frozenset(reached),
+    )
+
+
+def score(
+    model: nn.Module,
+    batches: Any = (),
+    criterion: str | Sequence[str] = "fisher",
+    *,
+    normalize: str = "none",
+    loss_fn: LossFunction | None = None,
+    token_mask: TokenMask | None = None,
+    unreached: Literal["error", "keep"] = "error",
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> HeadScores | dict[str, HeadScores]:
+    """Scores every query head of `model` on `batches`; see `observe` for all but criterion and normalize.
+
+    criterion: one name, or a list of names: everything is measured in one pass and a dict of HeadScores comes back.
+    Raises InvalidInput for an unknown criterion, an empty calibration set, a loss that is missing or not finite.
+    """
+    names = [criterion] if isinstance(criterion, str) else list(criterion)
+    needs = frozenset().union(*(get_criterion(name).needs for name in names))
+    observed = observe(
+        model, batches, needs, loss_fn=loss_fn, token_mask=token_mask, unreached=unreached, checkpoint=checkpoint, progress=progress
+    )
+    scores = {name: score_observations(observed, name, normalize) for name in names}
+    return scores[criterion] if isinstance(criterion, str) else scores

@@ -1,0 +1,40 @@
+"""The geometry of one attention site, apart from its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from headprune.head_map import HeadMap
+from headprune.models.site import AttentionSite
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What plans and budgets need to know of a site; all sizes in features or parameters."""
+
+    head_map: HeadMap
+    head_dim: int
+    value_dim: int
+    hidden_size: int
+    query_head_parameters: int  # go with each query head
+    kv_head_parameters: int  # go with each key/value head
+    output_bias: bool = False  # whether the output projection has a bias, which can take up a mean
+
+    @classmethod
+    def of(cls, site: AttentionSite) -> SiteShape:
+        parameters = (site.parameters_per_head(False), site.parameters_per_head(True))
+        biased = getattr(site.output.module, "bias", None) is not None
+        return cls(site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters, biased)
+
+    def parameters(self, head_map: HeadMap) -> int:
+        return head_map.query_heads * self.query_head_parameters + head_map.kv_heads * self.kv_head_parameters
+
+    def to_json(self) -> dict:
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**content, "head_map": {"kv_of_query": list(self.head_map.kv_of_query), "kv_heads": self.head_map.kv_heads}}
+
+    @classmethod
+    def from_json(cls, content: Mapping) -> SiteShape:
+        head_map = content["head_map"]
+        return cls(**{**content, "head_map": HeadMap(tuple(head_map["kv_of_query"]), head_map["kv_heads"])})

@@ -1,0 +1,138 @@
+"""Whether there were enough calibration samples to tell the heads apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from headprune.errors import InvalidInput
+from headprune.scoring.agreement import agreement
+from headprune.scoring.criterion import Criterion, get_criterion
+from headprune.scoring.observations import MERGES, Observations, SiteObservations, fields_of
+from headprune.scoring.scores import HeadScores
+
+RESAMPLES = 50
+DOUBT = 1.645  # standard deviations: a head this near to the cut would fall on its other side in 1 of 20 other samples
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How alike the rankings from different draws of calibration data are: mean Spearman correlation and mean overlap of
+    the heads kept, over pairs of rankings; unsettled: site -> heads that some draws keep and others remove."""
+
+    spearman: float
+    overlap: float
+    keep: float
+    unsettled: dict[str, tuple[int, ...]]
+
+    def __str__(self) -> str:
+        count = sum(len(heads) for heads in self.unsettled.values())
+        return f"Spearman {self.spearman:.3f}, {self.overlap:.0%} of the best {self.keep:.0%} the same, {count} heads unsettled"
+
+
+def ranking_stability(
+    observed: Observations | Sequence[Observations], criterion: str, keep: float = 0.5, resamples: int = RESAMPLES
+) -> Stability:
+    """How stable a criterion's ranking is across calibration data.
+
+    observed: observations of several disjoint draws of data (data seeds), or one set, whose samples are then drawn again
+    with replacement `resamples` times (bootstrap, Efron 1979).
+    Raises InvalidInput where one set is given and the criterion reads sums over samples, which cannot be drawn again.
+    """
+    chosen = get_criterion(criterion)
+    if isinstance(observed, Observations):
+        if not can_resample(chosen):
+            raise InvalidInput(
+                f"{criterion} reads sums over all samples, which cannot be drawn again; observe several parts of the data "
+                "and give them as a list."
+            )
+        rankings = bootstrap(observed, chosen, resamples)
+    else:
+        rankings = [chosen.scores(part) for part in observed]
+    if len(rankings) < 2:
+        raise InvalidInput("stability compares rankings; give at least two draws of data.")
+    pairs = [agreement(rankings[i], rankings[j], keep) for i, j in combinations(range(min(len(rankings), 20)), 2)]
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    return Stability(mean([pair.spearman for pair in pairs]), mean([pair.overlap for pair in pairs]), keep, between(rankings, keep))
+
+
+def between(rankings: Sequence[Mapping[str, Tensor]], keep: float) -> dict[str, tuple[int, ...]]:
+    """The heads that between 5 % and 95 % of the rankings keep."""
+    everything = torch.stack([torch.cat(list(ranking.values())) for ranking in rankings])
+    count = max(1, round(keep * everything.shape[1]))
+    kept = torch.zeros_like(everything).scatter_(1, everything.topk(count, dim=1).indices, 1.0).mean(dim=0)
+    parts = kept.split([len(scores) for scores in rankings[0].values()])
+    found = {name: ((part > 0.05) & (part < 0.95)).nonzero().flatten() for name, part in zip(rankings[0], parts)}
+    return {name: tuple(heads.tolist()) for name, heads in found.items() if len(heads)}
+
+
+def can_resample(chosen: Criterion) -> bool:
+    """Whether all that the criterion reads is kept sample by sample (or does not depend on the data at all)."""
+    merges = {MERGES[name] for need in chosen.needs for name in fields_of(need)}
+    return "samples" in merges and merges <= {"samples", "same"}
+
+
+def bootstrap(observed: Observations, chosen: Criterion, resamples: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    """The scores from `resamples` draws of the samples with replacement; one draw is the same for all sites."""
+    generator = torch.Generator().manual_seed(seed)
+    rankings = []
+    for _ in range(resamples):
+        draws: dict[int, Tensor] = {}
+        sites = {name: resampled(site, draws, generator) for name, site in observed.items()}
+        rankings.append(chosen.scores(Observations(sites)))
+    return rankings
+
+
+def resampled(site: SiteObservations, draws: dict[int, Tensor], generator: torch.Generator) -> SiteObservations:
+    drawn = {}
+    for name, merge in MERGES.items():
+        rows = getattr(site, name)
+        if merge == "samples" and rows is not None and len(rows):
+            count = len(rows)
+            if count not in draws:
+                draws[count] = torch.randint(count, (count,), generator=generator)
+            drawn[name] = rows[draws[count]]
+    return replace(site, **drawn)
+
+
+def spread_of(observed: Observations, chosen: Criterion) -> dict[str, Tensor] | None:
+    """Bootstrap standard deviation of each score, or None where the samples cannot be drawn again."""
+    if not can_resample(chosen):
+        return None
+    rankings = bootstrap(observed, chosen, RESAMPLES)
+    return {name: torch.stack([ranking[name] for ranking in rankings]).std(dim=0) for name in observed}
+
+
+def unsettled_heads(scores: HeadScores, keep: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Site -> the heads whose scores lie so near to the cut that other calibration samples might decide otherwise.
+
+    Empty where the scores have no spread. The cut is the middle between the best removed and the worst kept head, of the
+    model where that separates them (a global ranking), else of each site.
+    """
+    if scores.spread is None:
+        return {}
+    reached = [name for name in scores if name not in scores.unreached]
+    overall = cut_between({name: scores[name] for name in reached}, keep)
+    found = {}
+    for name in reached:
+        cut = overall if overall is not None else cut_between({name: scores[name]}, keep)
+        if cut is not None:
+            near = ((scores[name] - cut).abs() < DOUBT * scores.spread[name]).nonzero().flatten()
+            found[name] = tuple(near.tolist())
+    return {name: heads for name, heads in found.items() if heads}
+
+
+def cut_between(scores: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]]) -> float | None:
+    """None where nothing is removed or kept, or where a removed head scores higher than a kept one."""
+    kept, removed = [], []
+    for name, values in scores.items():
+        stays = set(keep[name])
+        for head, value in enumerate(values.tolist()):
+            (kept if head in stays else removed).append(value)
+    if not kept or not removed or max(removed) > min(kept):
+        return None
+    return (max(removed) + min(kept)) / 2

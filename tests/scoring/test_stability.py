@@ -1,0 +1,74 @@
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import llama, tokens
+
+from headprune import scoring
+from headprune.errors import InvalidInput
+from headprune.planning import Budget, plan
+from headprune.scoring import HeadScores, Need, Observations, ranking_stability, unsettled_heads
+from headprune.scoring.stability import spread_of
+
+
+def observed(samples: int, seed: int = 0, noise: float = 1.0) -> Observations:
+    """Gate gradients whose size grows from head to head, with noise between the samples."""
+    found = scoring.observe(llama(), [], {"weights"})
+    generator = torch.Generator().manual_seed(seed)
+    sites = {}
+    for number, (name, site) in enumerate(found.items()):
+        size = 1.0 + torch.arange(8) + 8 * number
+        sites[name] = replace(site, gate_gradient=size * (1 + noise * torch.randn(samples, 8, generator=generator)))
+    return Observations(sites)
+
+
+def test_the_spread_of_a_mean_is_its_standard_error():
+    found = observed(400)
+    spread = spread_of(found, scoring.get_criterion("gate_gradient"))
+    for name, site in found.items():
+        expected = site.gate_gradient.abs().std(dim=0) / 20
+        assert torch.allclose(spread[name], expected, rtol=0.5)
+        assert (spread[name] / expected).mean() == pytest.approx(1.0, abs=0.15)
+
+
+def test_scores_of_samples_carry_their_spread_to_the_disk_and_others_have_none(tmp_path):
+    scores = scoring.score_observations(observed(20), "fisher")
+    scores.save(tmp_path / "scores.json")
+    again = HeadScores.load(tmp_path / "scores.json")
+    assert all(torch.equal(again.spread[name], scores.spread[name]) for name in scores)
+    assert scoring.score(llama(), criterion="magnitude_l1").spread is None
+
+
+def test_more_samples_make_a_ranking_more_stable_and_settle_heads():
+    few, many = (ranking_stability(observed(count), "gate_gradient", keep=0.5) for count in (4, 400))
+    assert few.spearman < many.spearman <= 1
+    assert few.overlap < many.overlap <= 1
+    assert sum(map(len, many.unsettled.values())) < sum(map(len, few.unsettled.values()))
+    seeds = ranking_stability([observed(400, seed) for seed in range(3)], "gate_gradient")
+    assert seeds.spearman > 0.95
+
+
+def test_without_noise_nothing_is_unsettled():
+    found = observed(10, noise=0.0)
+    assert ranking_stability(found, "fisher").unsettled == {}
+    scores = scoring.score_observations(found, "fisher")
+    assert unsettled_heads(scores, plan(scores, Budget(heads=0.5)).keep) == {}
+
+
+def test_a_plan_from_too_few_samples_says_so(caplog):
+    with caplog.at_level(logging.WARNING, "headprune"):
+        plan(scoring.score_observations(observed(400), "gate_gradient"), Budget(heads=0.5))
+        assert not caplog.records
+        plan(scoring.score_observations(observed(3), "gate_gradient"), Budget(heads=0.5))
+    assert "too few calibration samples" in caplog.text
+
+
+def test_sums_cannot_be_drawn_again_but_parts_of_the_data_compare():
+    batches = [{"input_ids": tokens(4, 12, seed)} for seed in range(2)]
+    parts = [scoring.observe(llama(), [batch], {Need.GRAM}) for batch in batches]
+    with pytest.raises(InvalidInput, match="give them as a list"):
+        ranking_stability(parts[0], "wanda")
+    assert -1 <= ranking_stability(parts, "wanda").spearman <= 1
+    with pytest.raises(InvalidInput, match="at least two"):
+        ranking_stability(parts[:1], "wanda")

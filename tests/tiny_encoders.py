@@ -1,0 +1,130 @@
+"""Tiny random encoders, encoder-decoders and vision models: what each family needs for the tests that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from tiny_models import VOCABULARY, padded, tokens
+from torch import Tensor
+
+EVERY = ("eager", "sdpa", "headprune")
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+TEXT = {**SIZES, "vocab_size": VOCABULARY, "pad_token_id": 0, "max_position_embeddings": 32, "num_labels": 5}
+QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LABELS = 5
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model: its class and config, a batch for it (padded on a side), and the attentions that it can run."""
+
+    model: str
+    config: str
+    options: dict
+    batch: Callable[[str], dict[str, Tensor]]
+    implementations: tuple[str, ...] = EVERY
+
+    def make(self, implementation: str | None = None, seed: int = 0) -> transformers.PreTrainedModel:
+        torch.manual_seed(seed)
+        config = getattr(transformers, self.config)(**self.options)
+        config._attn_implementation = implementation or self.implementations[0]
+        return getattr(transformers, self.model)(config).eval()
+
+
+def text_batch(side: str) -> dict[str, Tensor]:
+    batch = padded(side=side)
+    labels = torch.randint(0, LABELS, batch["input_ids"].shape, generator=torch.Generator().manual_seed(2))
+    return {**batch, "labels": labels.where(batch["attention_mask"].bool(), -100)}
+
+
+def encoder(name: str, implementations: tuple[str, ...] = EVERY, **options) -> Family:
+    return Family(f"{name}ForTokenClassification", f"{name}Config", {**TEXT, **options}, text_batch, implementations)
+
+
+ENCODERS = {
+    "bert": encoder("Bert", **QUIET),
+    "roberta": encoder("Roberta", **QUIET),
+    "electra": encoder("Electra", embedding_size=16, **QUIET),
+    "distilbert": Family(
+        "DistilBertForTokenClassification",
+        "DistilBertConfig",
+        {
+            "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": VOCABULARY, "initializer_range": 0.2,
+            "dropout": 0.0, "attention_dropout": 0.0, "num_labels": LABELS, "max_position_embeddings": 32,
+        },
+        text_batch,
+    ),
+    "deberta_v3": encoder(
+        "DebertaV2", ("eager",), relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4, share_att_key=False,
+        norm_rel_ebd="layer_norm", type_vocab_size=0, position_biased_input=False, **QUIET,
+    ),
+    "deberta_v3_shared_keys": encoder(
+        "DebertaV2", ("eager",), relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4, share_att_key=True,
+        type_vocab_size=0, position_biased_input=False, **QUIET,
+    ),
+}  # fmt: skip
+
+
+def target_batch(side: str) -> dict[str, Tensor]:
+    """Encoder tokens with padding, and labels of another length whose last positions do not count."""
+    labels = tokens(3, 6, seed=3)
+    labels[1, 4:] = -100
+    return {**padded(side=side), "labels": labels}
+
+
+def spectrogram_batch(side: str) -> dict[str, Tensor]:
+    """The mask says which frames are sound; Whisper's encoder has half as many positions and looks at all of them."""
+    features = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(4))
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, 12:] = 0
+    return {"input_features": features * mask[:, None], "attention_mask": mask, "labels": target_batch(side)["labels"]}
+
+
+BART = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY, "init_std": 0.2, "dropout": 0.0, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None, "max_position_embeddings": 32,
+}  # fmt: skip
+T5 = {
+    "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4, "vocab_size": VOCABULARY,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0,
+}  # fmt: skip
+WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None}
+SEQ2SEQ = {
+    "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
+    "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
+    "t5": Family("T5ForConditionalGeneration", "T5Config", T5, target_batch),
+    "whisper": Family("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, spectrogram_batch),
+}
+
+
+def picture_batch(side: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5 if side == "left" else 6)
+    return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator), "labels": torch.arange(3) % LABELS}
+
+
+def caption_batch(side: str) -> dict[str, Tensor]:
+    """Pictures and captions, the captions padded."""
+    return {"pixel_values": picture_batch(side)["pixel_values"], **padded(side=side), "return_loss": True}
+
+
+def classifier(name: str, **options) -> Family:
+    return Family(f"{name}ForImageClassification", f"{name}Config", {**PICTURE, **options}, picture_batch)
+
+
+PICTURE = {**QUIET, "image_size": 16, "patch_size": 4, "num_labels": LABELS, "initializer_range": 0.2}
+CLIP = {
+    "text_config": {**TEXT, "eos_token_id": 2, "attention_dropout": 0.0},
+    "vision_config": {**SIZES, "image_size": 16, "patch_size": 4},
+    "projection_dim": 16, "initializer_factor": 4.0,
+}  # fmt: skip
+SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [4, 4], "window_size": 4, "patch_size": 2, "drop_path_rate": 0.0}
+VISION = {
+    "vit": classifier("ViT", **SIZES),
+    "deit": classifier("DeiT", layer_norm_eps=1e-3, **SIZES),
+    "swin": classifier("Swin", **SWIN),
+    "clip": Family("CLIPModel", "CLIPConfig", CLIP, caption_batch),
+}
