@@ -89,8 +89,13 @@ def attention(
             stats,
         )
     )
+    return attend(call)
+
+
+def attend(call: AttentionCall) -> Tensor | tuple[Tensor, HeadStats]:
+    """`attention` of a checked call."""
     output, _, packed = torch.ops.headprune.attention(*operands(call))
-    return (output, HeadStats.from_packed(packed)) if stats else output
+    return (output, HeadStats.from_packed(packed)) if call.stats else output
 
 
 def operands(call: AttentionCall) -> tuple:

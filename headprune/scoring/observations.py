@@ -25,6 +25,11 @@ class Need(Enum):
     WEIGHTS = "weights"
     GATE_GRADIENT = "gate_gradient"
     GRAM = "gram"
+    ATTENTION = "attention"
+    ATTENTION_PATTERN = "attention_pattern"
+    ATTENTION_DISTANCE = "attention_distance"
+    OUTPUT_NORM = "output_norm"
+    PROBE = "probe"
 
     @classmethod
     def of(cls, need: Need | str) -> Need:
@@ -60,6 +65,20 @@ class SiteObservations:
     tokens: fp64 []: how many valid tokens that is.
     output_gram: fp64 [features, features]: W^T W of the output projection W [hidden, features].
     output_l1: fp64 [features]: sum of |W| over each column of W.
+
+    One row per sequence, each a mean over its tokens (max_logit: the maximum), fp32 [sequences, query_heads]:
+    entropy, max_prob, max_logit, first_mass, distance, output_norm: as in headprune.ops.HeadStats.
+    previous_mass, self_mass, local_mass: attention on the token before, on the token itself, on those up to 4 away.
+    special_mass, punctuation_mass: attention on such tokens; ordinary_max_prob: the largest probability of a key that is not
+        special. None where token_kinds are not known.
+    projected_norm: ||O_h W_h^T||, the length of what the head adds to its layer's output.
+
+    distance_sum: fp64 [query_heads, query_heads]: Jensen-Shannon divergence of two heads' attention, summed over rows.
+    distance_rows: fp64 []: how many rows that is.
+
+    On generated token sequences, fp32 [query_heads]: probe_induction, probe_previous: mean attention on the token that
+        followed the last time, on the token before. probe_retrieval: the share of a needle's tokens that are the one most
+        attended to when they are to be copied.
     """
 
     name: str
@@ -74,6 +93,24 @@ class SiteObservations:
     input_sum: Tensor | None = measured(Need.GRAM, "sum")
     tokens: Tensor | None = measured(Need.GRAM, "sum")
     output_gram: Tensor | None = measured(Need.GRAM, "same")
+    entropy: Tensor | None = measured(Need.ATTENTION, "samples")
+    max_prob: Tensor | None = measured(Need.ATTENTION, "samples")
+    max_logit: Tensor | None = measured(Need.ATTENTION, "samples")
+    first_mass: Tensor | None = measured(Need.ATTENTION, "samples")
+    distance: Tensor | None = measured(Need.ATTENTION, "samples")
+    output_norm: Tensor | None = measured(Need.ATTENTION, "samples")
+    previous_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    self_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    local_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    special_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    punctuation_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    ordinary_max_prob: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    projected_norm: Tensor | None = measured(Need.OUTPUT_NORM, "samples")
+    distance_sum: Tensor | None = measured(Need.ATTENTION_DISTANCE, "sum")
+    distance_rows: Tensor | None = measured(Need.ATTENTION_DISTANCE, "sum")
+    probe_induction: Tensor | None = measured(Need.PROBE, "same")
+    probe_previous: Tensor | None = measured(Need.PROBE, "same")
+    probe_retrieval: Tensor | None = measured(Need.PROBE, "same")
     output_l1: Tensor | None = measured(Need.GRAM, "same")
 
     def has(self, need: Need) -> bool:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headprune.errors import unknown_name
-from headprune.models.tokens import TokenMask
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.observations import Observations
 from headprune.scoring.observe import observe
-from headprune.scoring.observer import LossFunction
 from headprune.scoring.scores import HeadScores
 from headprune.scoring.stability import spread_of
 
@@ -51,26 +48,15 @@ def score_observations(observed: Observations, criterion: str, normalize: str = 
 
 
 def score(
-    model: nn.Module,
-    batches: Any = (),
-    criterion: str | Sequence[str] = "fisher",
-    *,
-    normalize: str = "none",
-    loss_fn: LossFunction | None = None,
-    token_mask: TokenMask | None = None,
-    unreached: Literal["error", "keep"] = "error",
-    checkpoint: str | Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    model: nn.Module, batches: Any = (), criterion: str | Sequence[str] = "fisher", *, normalize: str = "none", **options: Any
 ) -> HeadScores | dict[str, HeadScores]:
-    """Scores every query head of `model` on `batches`; see `observe` for all but criterion and normalize.
+    """Scores every query head of `model` on `batches`; options are those of `observe` (loss_fn, token_mask, ...).
 
     criterion: one name, or a list of names: everything is measured in one pass and a dict of HeadScores comes back.
     Raises InvalidInput for an unknown criterion, an empty calibration set, a loss that is missing or not finite.
     """
     names = [criterion] if isinstance(criterion, str) else list(criterion)
     needs = frozenset().union(*(get_criterion(name).needs for name in names))
-    observed = observe(
-        model, batches, needs, loss_fn=loss_fn, token_mask=token_mask, unreached=unreached, checkpoint=checkpoint, progress=progress
-    )
+    observed = observe(model, batches, needs, **options)
     scores = {name: score_observations(observed, name, normalize) for name in names}
     return scores[criterion] if isinstance(criterion, str) else scores
