@@ -5,6 +5,7 @@ import headprune.scoring.criteria
 import headprune.scoring.observers  # noqa: F401
 from headprune.scoring.agreement import Agreement
 from headprune.scoring.criterion import Criterion, criteria, criterion, get_criterion
+from headprune.scoring.movement import MovementRecorder
 from headprune.scoring.observations import Need, Observations, SiteObservations
 from headprune.scoring.observe import observe
 from headprune.scoring.score import score, score_observations
@@ -16,6 +17,7 @@ __all__ = [
     "Agreement",
     "Criterion",
     "HeadScores",
+    "MovementRecorder",
     "Need",
     "Observations",
     "SiteObservations",
