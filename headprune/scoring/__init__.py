@@ -4,6 +4,7 @@
 import headprune.scoring.criteria
 import headprune.scoring.observers  # noqa: F401
 from headprune.scoring.agreement import Agreement
+from headprune.scoring.block_fisher import block_fisher
 from headprune.scoring.criterion import Criterion, criteria, criterion, get_criterion
 from headprune.scoring.observations import Need, Observations, SiteObservations
 from headprune.scoring.observe import observe
@@ -21,6 +22,7 @@ __all__ = [
     "SiteObservations",
     "SiteShape",
     "Stability",
+    "block_fisher",
     "criteria",
     "criterion",
     "get_criterion",
