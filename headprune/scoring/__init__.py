@@ -6,6 +6,7 @@ import headprune.scoring.observers  # noqa: F401
 from headprune.scoring.agreement import Agreement
 from headprune.scoring.block_fisher import block_fisher
 from headprune.scoring.criterion import Criterion, criteria, criterion, get_criterion
+from headprune.scoring.movement import MovementRecorder
 from headprune.scoring.observations import Need, Observations, SiteObservations
 from headprune.scoring.observe import observe
 from headprune.scoring.portraits import HeadPortrait, Portraits, portrait_needs, portraits
@@ -19,6 +20,7 @@ __all__ = [
     "Criterion",
     "HeadPortrait",
     "HeadScores",
+    "MovementRecorder",
     "Need",
     "Observations",
     "Portraits",
