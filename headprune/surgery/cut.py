@@ -14,6 +14,7 @@ from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
+from headprune.nn.replace import own_attention
 from headprune.surgery.record import record_cut
 from headprune.surgery.rehearse import rehearse
 
@@ -45,7 +46,8 @@ def cut(
 
     A key/value head goes with the last query head that reads it; an attention without heads adds its output bias alone.
     dtype, device and requires_grad stay; where groups become ragged the model is switched to
-    attn_implementation="headprune", which runs them without expanding keys and values (others still may be set).
+    attn_implementation="headprune", which runs them without expanding keys and values (others still may be set). Each
+    torch.nn.MultiheadAttention becomes a VariableHeadAttention.
 
     Args:
         verify: first try each cut on a small input and compare with gating (headprune.surgery.rehearse).
@@ -54,7 +56,8 @@ def cut(
     Raises InvalidPlan where nothing would be left, UnsupportedModel where an attention cannot be cut exactly; the model is
     untouched then.
     """
-    carry_out(model, checked_cut(model, keep, verify=verify, run=run))
+    with own_attention(model, keep=True):
+        carry_out(model, checked_cut(model, keep, verify=verify, run=run))
 
 
 def checked_cut(
