@@ -25,6 +25,10 @@ class Need(Enum):
     WEIGHTS = "weights"
     GATE_GRADIENT = "gate_gradient"
     GRAM = "gram"
+    ABLATION = "ablation"
+    SHAPLEY = "shapley"
+    MASK_TRIALS = "mask_trials"
+    INTEGRATED_GRADIENT = "integrated_gradient"
     ATTENTION = "attention"
     ATTENTION_PATTERN = "attention_pattern"
     ATTENTION_DISTANCE = "attention_distance"
@@ -65,6 +69,13 @@ class SiteObservations:
     tokens: fp64 []: how many valid tokens that is.
     output_gram: fp64 [features, features]: W^T W of the output projection W [hidden, features].
     output_l1: fp64 [features]: sum of |W| over each column of W.
+    ablation: fp32 [samples, query_heads]: each sample's loss without the head less that with all heads.
+    shapley: fp32 [orders, query_heads]: rise of a batch's mean loss when the head goes, in each random order of removal.
+    shapley_samples: fp32 [orders]: how many samples that mean is over.
+    trial_masks: fp32 [trials, query_heads]: the heads that were kept (1) in random trials over the whole model.
+    trial_changes: fp32 [trials]: a batch's mean loss in each trial less that with all heads; the same at every site.
+    trial_samples: fp32 [trials]: how many samples that mean is over.
+    integrated_gradient: fp32 [samples, query_heads]: integral over alpha of dL_n/dgate with all gates at alpha.
 
     One row per sequence, each a mean over its tokens (max_logit: the maximum), fp32 [sequences, query_heads]:
     entropy, max_prob, max_logit, first_mass, distance, output_norm: as in headprune.ops.HeadStats.
@@ -93,6 +104,7 @@ class SiteObservations:
     input_sum: Tensor | None = measured(Need.GRAM, "sum")
     tokens: Tensor | None = measured(Need.GRAM, "sum")
     output_gram: Tensor | None = measured(Need.GRAM, "same")
+    output_l1: Tensor | None = measured(Need.GRAM, "same")
     entropy: Tensor | None = measured(Need.ATTENTION, "samples")
     max_prob: Tensor | None = measured(Need.ATTENTION, "samples")
     max_logit: Tensor | None = measured(Need.ATTENTION, "samples")
@@ -111,7 +123,13 @@ class SiteObservations:
     probe_induction: Tensor | None = measured(Need.PROBE, "same")
     probe_previous: Tensor | None = measured(Need.PROBE, "same")
     probe_retrieval: Tensor | None = measured(Need.PROBE, "same")
-    output_l1: Tensor | None = measured(Need.GRAM, "same")
+    ablation: Tensor | None = measured(Need.ABLATION, "samples")
+    shapley: Tensor | None = measured(Need.SHAPLEY, "samples")
+    shapley_samples: Tensor | None = measured(Need.SHAPLEY, "samples")
+    trial_masks: Tensor | None = measured(Need.MASK_TRIALS, "samples")
+    trial_changes: Tensor | None = measured(Need.MASK_TRIALS, "samples")
+    trial_samples: Tensor | None = measured(Need.MASK_TRIALS, "samples")
+    integrated_gradient: Tensor | None = measured(Need.INTEGRATED_GRADIENT, "samples")
 
     def has(self, need: Need) -> bool:
         """Whether what `need` names was observed here."""
