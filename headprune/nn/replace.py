@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 from torch import nn
 
@@ -36,6 +38,17 @@ def own_attention(model: nn.Module, keep: bool = False) -> Iterator[nn.Module]:
         raise
     if not keep:
         undo()
+
+
+def on_own_attention(change: Callable) -> Callable:
+    """`change(model, ...)` run with `own_attention(model)`, which stays; with dry_run=True it does not."""
+
+    @wraps(change)
+    def run(model: nn.Module, *args: Any, **options: Any) -> Any:
+        with own_attention(model, keep=not options.get("dry_run", False)):
+            return change(model, *args, **options)
+
+    return run
 
 
 def swap(model: nn.Module) -> Callable[[], None]:

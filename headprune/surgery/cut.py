@@ -14,7 +14,7 @@ from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
-from headprune.nn.replace import own_attention
+from headprune.nn.replace import on_own_attention
 from headprune.surgery.record import record_cut
 from headprune.surgery.rehearse import rehearse
 
@@ -39,6 +39,7 @@ class CheckedCut:
         ]
 
 
+@on_own_attention
 def cut(
     model: nn.Module, keep: Mapping[str, Sequence[int]], *, verify: bool = True, run: Callable[[nn.Module], Any] | None = None
 ) -> None:
@@ -56,8 +57,7 @@ def cut(
     Raises InvalidPlan where nothing would be left, UnsupportedModel where an attention cannot be cut exactly; the model is
     untouched then.
     """
-    with own_attention(model, keep=True):
-        carry_out(model, checked_cut(model, keep, verify=verify, run=run))
+    carry_out(model, checked_cut(model, keep, verify=verify, run=run))
 
 
 def checked_cut(

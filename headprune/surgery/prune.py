@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from headprune.models import attention_sites
+from headprune.nn.replace import on_own_attention
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.surgery.compensate import Resolved, resolve_outputs
 from headprune.surgery.cut import cut
 
 
+@on_own_attention
 def prune(
     model: nn.Module,
     plan: PruningPlan,
