@@ -25,6 +25,8 @@ class Need(Enum):
     WEIGHTS = "weights"
     GATE_GRADIENT = "gate_gradient"
     GRAM = "gram"
+    WEIGHT_GRADIENT = "weight_gradient"
+    MOVEMENT = "movement"
     ABLATION = "ablation"
     SHAPLEY = "shapley"
     MASK_TRIALS = "mask_trials"
@@ -62,6 +64,9 @@ class SiteObservations:
         shared key/value head's are divided evenly over its group.
     weight_max: fp32 [4, query_heads]: the largest magnitude in each slice; a shared key/value head's is that of its whole group.
     weight_count: fp32 [4, query_heads]: the number of weights behind them, divided likewise.
+    weight_gradient_dot, weight_gradient_abs, weight_gradient_square: fp32 [batches, 4, query_heads]: sum w g, sum |w g| and
+        sum (w g)^2 over each head's slice, g the gradient of that batch's mean loss; divided likewise.
+    movement: fp32 [4, query_heads]: -sum w g added up over training steps, divided likewise.
     gate_gradient: fp32 [samples, query_heads]: dL_n/dgate of each sample's loss.
     input_gram: fp64 [features, features]: sum over valid tokens of x x^T, x the output projection's input; features of
         head 0 first, then of head 1, ...
@@ -80,6 +85,7 @@ class SiteObservations:
     One row per sequence, each a mean over its tokens (max_logit: the maximum), fp32 [sequences, query_heads]:
     entropy, max_prob, max_logit, first_mass, distance, output_norm: as in headprune.ops.HeadStats.
     previous_mass, self_mass, local_mass: attention on the token before, on the token itself, on those up to 4 away.
+    evenness: entropy of a row over that of equal attention to all keys in sight.
     special_mass, punctuation_mass: attention on such tokens; ordinary_max_prob: the largest probability of a key that is not
         special. None where token_kinds are not known.
     projected_norm: ||O_h W_h^T||, the length of what the head adds to its layer's output.
@@ -99,6 +105,10 @@ class SiteObservations:
     weight_l2: Tensor | None = measured(Need.WEIGHTS, "same")
     weight_max: Tensor | None = measured(Need.WEIGHTS, "same")
     weight_count: Tensor | None = measured(Need.WEIGHTS, "same")
+    weight_gradient_dot: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
+    weight_gradient_abs: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
+    weight_gradient_square: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
+    movement: Tensor | None = measured(Need.MOVEMENT, "sum")
     gate_gradient: Tensor | None = measured(Need.GATE_GRADIENT, "samples")
     input_gram: Tensor | None = measured(Need.GRAM, "sum")
     input_sum: Tensor | None = measured(Need.GRAM, "sum")
@@ -114,6 +124,7 @@ class SiteObservations:
     previous_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     self_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     local_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    evenness: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     special_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     punctuation_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     ordinary_max_prob: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
