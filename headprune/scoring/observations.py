@@ -85,6 +85,7 @@ class SiteObservations:
     One row per sequence, each a mean over its tokens (max_logit: the maximum), fp32 [sequences, query_heads]:
     entropy, max_prob, max_logit, first_mass, distance, output_norm: as in headprune.ops.HeadStats.
     previous_mass, self_mass, local_mass: attention on the token before, on the token itself, on those up to 4 away.
+    evenness: entropy of a row over that of equal attention to all keys in sight.
     special_mass, punctuation_mass: attention on such tokens; ordinary_max_prob: the largest probability of a key that is not
         special. None where token_kinds are not known.
     projected_norm: ||O_h W_h^T||, the length of what the head adds to its layer's output.
@@ -123,6 +124,7 @@ class SiteObservations:
     previous_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     self_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     local_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    evenness: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     special_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     punctuation_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     ordinary_max_prob: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
