@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from headprune.models.tiny_inputs import tiny_inputs
+from headprune.nn.replace import on_own_attention
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.surgery.compensate import Resolved, resolve_outputs
 from headprune.surgery.cut import carry_out, checked_cut
+from headprune.surgery.normal_equations import get_solver
 from headprune.surgery.savings import Savings
 
 
@@ -33,6 +35,7 @@ class PruneReport:
         return f"{'pruned' if self.done else 'dry run, nothing was changed'}\n{self.savings}"
 
 
+@on_own_attention
 def prune(
     model: nn.Module,
     plan: PruningPlan,
@@ -40,6 +43,7 @@ def prune(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     token_mask: Callable[[Any], Tensor | None] | None = None,
+    compensation: str = "least_squares",
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
     verify: bool = True,
@@ -50,6 +54,7 @@ def prune(
     (`headprune.surgery.compensate`). forward, token_mask, progress: as there.
 
     Args:
+        compensation: "least_squares", or, to compare with, "mask_tuning" (Kwon et al. 2022) or "bias" (FLAP).
         dry_run: check all and say what would go and what that saves; nothing is changed.
         verify: try the cut of each attention on a small input first and compare it with gating (`headprune.surgery.cut`): a
             few random tokens or pixels, else the first calibration batch.
@@ -58,6 +63,7 @@ def prune(
     InvalidInput where calibration is empty. The model is untouched then.
     """
     plan.check_fits(model)
+    get_solver(compensation)
     batches = None if calibration is None else list(calibration)
     run = None
     if batches and tiny_inputs(model) is None:
@@ -69,6 +75,8 @@ def prune(
     resolved: list[Resolved] = []
     if batches is not None:
         sites = list(checked.sites.values())
-        resolved = resolve_outputs(model, sites, plan, batches, forward=forward, token_mask=token_mask, progress=progress)
+        resolved = resolve_outputs(
+            model, sites, plan, batches, forward=forward, token_mask=token_mask, method=compensation, progress=progress
+        )
     carry_out(model, checked)
     return PruneReport(savings, tuple(resolved), done=True)
