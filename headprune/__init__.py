@@ -16,7 +16,17 @@ from headprune.evaluation import Evaluation, evaluate
 from headprune.head_map import HeadMap
 from headprune.models import AttentionSite, attention_sites, gated, register_adapter
 from headprune.planning import Budget, PruningPlan, plan
-from headprune.scoring import HeadScores, Need, Observations, criteria, criterion, observe, score, score_observations
+from headprune.scoring import (
+    HeadScores,
+    Need,
+    Observations,
+    criteria,
+    criterion,
+    observe,
+    ranking_stability,
+    score,
+    score_observations,
+)
 from headprune.surgery import cut, load, prune, save
 from headprune.version import __version__
 
@@ -48,6 +58,7 @@ __all__ = [
     "ops",
     "plan",
     "prune",
+    "ranking_stability",
     "register_adapter",
     "save",
     "score",

@@ -56,7 +56,7 @@ inline void read_panel(
 struct Edits {
   float softcap;      // in log2 units; 0: none
   bool alibi;
-  const float* bias;  // [key][row] in log2 units, or null
+  const float* bias;  // in log2 units, [key][row] or for thin panels [row][key]; null: none
   bool causal;        // some row of the panel lies before some key of the block
   int64_t window;     // 0: all rows see all keys of the block as far as the window goes
 
@@ -74,21 +74,26 @@ inline Edits edits_of(const Problem& problem, const Panel& panel, const Keys& ke
 
 inline Vec hide(Vec score, Vec condition) { return Vec::blendv(score, Vec(-kInfinity), condition); }
 
-// The scores of kLanes rows, from row `lane` of the panel on, and key number `key` of the block.
-inline Vec edited(const Edits& edits, Vec score, const Panel& panel, int64_t key, int lane, int rows, Vec key_position, Vec& tanh_of_score) {
-  const Vec ahead = key_position - load(panel.position + lane);
+// kLanes scores at once. `ahead`: how far their keys stand ahead of their queries; `bias`: kLanes of it, read where there is one.
+inline Vec edited(const Edits& edits, Vec score, Vec ahead, Vec slope, const Real* bias, Vec& tanh_of_score) {
   if (edits.softcap != 0.f) {
     tanh_of_score = tanh(score);
     score = Vec(edits.softcap) * tanh_of_score;
   }
-  if (edits.alibi) score = score - load(panel.slope + lane) * ahead.abs();
+  if (edits.alibi) score = score - slope * ahead.abs();
   if (edits.bias) {
-    const Vec bias = load(edits.bias + key * rows + lane);
-    score = hide(score + bias, bias == Vec(-kInfinity));
+    const Vec added = load(bias);
+    score = hide(score + added, added == Vec(-kInfinity));
   }
   if (edits.causal) score = hide(score, ahead > Vec(0.f));
   if (edits.window) score = hide(score, ahead.abs() >= Vec(static_cast<float>(edits.window)));
   return score;
+}
+
+// The scores of kLanes rows, from row `lane` of the panel on, and key number `key` of the block.
+inline Vec edited(const Edits& edits, Vec score, const Panel& panel, int64_t key, int lane, int rows, Vec key_position, Vec& tanh_of_score) {
+  const Real* bias = edits.bias + (edits.bias ? key * rows + lane : 0);
+  return edited(edits, score, key_position - load(panel.position + lane), load(panel.slope + lane), bias, tanh_of_score);
 }
 
 }  // namespace headprune::cpu

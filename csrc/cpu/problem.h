@@ -5,6 +5,8 @@
 
 namespace headprune::cpu {
 
+using Real = float;
+
 enum class Type { float32, bfloat16, float16 };
 
 // [batch, head, row, column]; a column is one element.

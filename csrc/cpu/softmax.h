@@ -15,7 +15,7 @@ struct PanelStats {
 };
 
 struct SoftmaxPanel : Panel {
-  float* thin_queries;  // [row][head_dim] where the panel is thin, as scaled as queries
+  float *thin_queries, *thin_sums;  // [row][whole_steps(dim)] where the panel is thin: queries and output, arranged (thin.h)
   float* output;        // [value_dim][row]
   float *high, *sum;    // [row]
   PanelStats stats;

@@ -15,6 +15,16 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// What a Vec holds. GCC keeps arrays of these in registers, but not always those of a class with constructors.
+#if defined(CPU_CAPABILITY_AVX512)
+using Lanes = __m512;
+#elif defined(CPU_CAPABILITY_AVX2)
+using Lanes = __m256;
+#else
+using Lanes = Vec;
+#endif
+
+inline Vec multiply_add(Vec a, Vec b, Vec sum) { return at::vec::fmadd(a, b, sum); }
 inline Vec load(const float* from) { return Vec::loadu(from); }
 inline void store(float* to, Vec x) { x.store(to); }
 
@@ -42,6 +52,34 @@ inline float sum_of_lanes(Vec x) {
   store(lanes, x);
   for (float lane : lanes) sum += lane;
   return sum;
+#endif
+}
+
+// Lane i: the sum of the lanes of rows[i].
+inline Vec lane_sums(const Vec (&rows)[kLanes]) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 pairs[8], fours[4], halves[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = rows[2 * i], b = rows[2 * i + 1];
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto fold = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
+  for (int i = 0; i < 2; ++i) halves[i] = fold(fours[2 * i], fours[2 * i + 1]);
+  return fold(halves[0], halves[1]);
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 fours[2];
+  for (int i = 0; i < 2; ++i) {
+    fours[i] = _mm256_hadd_ps(_mm256_hadd_ps(rows[4 * i], rows[4 * i + 1]), _mm256_hadd_ps(rows[4 * i + 2], rows[4 * i + 3]));
+  }
+  return _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20), _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+#else
+  float sums[kLanes];
+  for (int i = 0; i < kLanes; ++i) sums[i] = sum_of_lanes(rows[i]);
+  return load(sums);
 #endif
 }
 

@@ -90,7 +90,8 @@ class AttentionSite:
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
     The projections come first by role: there is one of each role, or (a second position projection) several, of which the
-    first counts. extras: what else the heads own. proven: False where the layout was only guessed from names, so that a
+    first counts. extras: what else the heads own. windowed: what the module sees as a batch are the windows of each sample, one
+    sample after another. proven: False where the layout was only guessed from names, so that a
     cut must be checked by a forward pass.
     """
 
@@ -104,6 +105,7 @@ class AttentionSite:
     kind: Literal["self", "cross"]
     projections: tuple[ProjectionHeads, ...]
     extras: tuple[HeadTensor, ...] = ()
+    windowed: bool = False
     proven: bool = True
 
     def projection(self, role: Role) -> ProjectionHeads:

@@ -22,9 +22,7 @@ def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     scores, allowed, lse, attends, probs = probabilities(call)
     groups = torch.tensor(call.head_map.kv_of_query, dtype=torch.long, device=call.query.device)
     value = call.value.to(probs.dtype).index_select(1, groups)
-    # A masked key may hold inf or NaN in its value; 0 * inf must not reach the output.
-    unused = ~allowed.any(dim=2)[..., None]
-    output = torch.matmul(probs, value.masked_fill(unused, 0.0))
+    output = torch.matmul(probs, value.masked_fill(unseen(allowed), 0.0))
     if call.gate is not None:
         output = output * per_sample(call.gate).to(probs.dtype)[..., None, None]
     packed = attention_stats(call, scores, probs, lse, attends, output) if call.stats else call.empty_stats()
@@ -39,6 +37,7 @@ def probabilities(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     groups = torch.tensor(call.head_map.kv_of_query, dtype=torch.long, device=call.query.device)
     key = call.key.to(work).index_select(1, groups)
     allowed = visible(call)
+    key = key.masked_fill(unseen(allowed), 0.0)
     scores = torch.matmul(call.query.to(work) * call.scale, key.transpose(2, 3))
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
@@ -56,6 +55,12 @@ def probabilities(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     probs = torch.exp(scores - lse.masked_fill(~attends, 0.0)[..., None])
     probs = probs.masked_fill(~(allowed & attends[..., None]), 0.0)
     return scores, allowed, lse, attends, probs
+
+
+def unseen(allowed: Tensor) -> Tensor:
+    """bool [batch, query_heads, kv_len, 1]: keys that no query sees. They may hold inf or NaN, and 0 * inf must reach neither
+    the output nor a gradient."""
+    return ~allowed.any(dim=2)[..., None]
 
 
 def attention_stats(call: AttentionCall, scores: Tensor, probs: Tensor, lse: Tensor, attends: Tensor, output: Tensor) -> Tensor:
