@@ -10,7 +10,7 @@
 Importing headprune also registers attn_implementation="headprune" with transformers.
 """
 
-from headprune import nn, ops
+from headprune import compat, nn, ops
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InfeasibleBudget, InvalidInput, InvalidPlan, UnsupportedModel
 from headprune.evaluation import Evaluation, evaluate
 from headprune.head_map import HeadMap
@@ -48,6 +48,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "attention_sites",
+    "compat",
     "criteria",
     "criterion",
     "cut",

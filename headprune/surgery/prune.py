@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headprune.models.tiny_inputs import tiny_inputs
+from headprune.nn.replace import on_own_attention
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.surgery.compensate import Resolved, resolve_outputs
 from headprune.surgery.cut import carry_out, checked_cut
@@ -34,6 +35,7 @@ class PruneReport:
         return f"{'pruned' if self.done else 'dry run, nothing was changed'}\n{self.savings}"
 
 
+@on_own_attention
 def prune(
     model: nn.Module,
     plan: PruningPlan,
