@@ -45,7 +45,8 @@ def test_uniform(versus, dtype):
     q, k, v, lengths, reads = cache(dtype)
     versus(
         f"CPU decode, 24/8 heads d128, cache 4096, batch 4, {dtype}", lambda: attention_decode(q, k, v, lengths),
-        {"SDPA enable_gqa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)}, at_least=1.0, of_floor=0.8, reads=reads,
+        {"SDPA enable_gqa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)}, at_least=1.0, of_floor=0.8,
+        reads=reads,
     )  # fmt: skip
 
 

@@ -131,11 +131,13 @@ def compare(
     floor_run = {"reads": reads} if reads else {}
     times, failed = measure({"ours": ours, **peers, **floor_run}, torch.device(device), rounds)
     medians = {peer: statistics.median(values) * 1e6 for peer, values in times.items()}
-    ours_us = medians.pop("ours")
+    ours_us, read_us = medians.pop("ours"), medians.pop("reads", math.nan)
     peer = min(medians, key=medians.__getitem__) if medians else ""
     peer_us = medians.get(peer, math.nan)
     low, _, high = statistics.quantiles(times["ours"], n=4)
-    floors = {"bytes read": medians.pop("reads")} if reads else {}
+    floors = {}
+    if reads:
+        floors["bytes read"] = read_us
     if ceilings and gflop:
         floors["arithmetic"] = gflop / ceilings.gflops * 1e6
     if ceilings and gbyte:

@@ -162,8 +162,9 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
-def test_fp64_is_refused_with_a_reason():
-    assert "float64" in refuses(in_fp64(make_call(Shape())))
+def test_an_integer_call_is_refused_with_a_reason():
+    call = make_call(Shape())
+    assert "int64" in refuses(replace(call, query=call.query.long()))
 
 
 def test_public_operator_runs_through_cpp_and_passes_opcheck():
