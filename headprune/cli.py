@@ -80,22 +80,32 @@ def carry_out(recipe) -> None:
 def score(
     model: ModelArgument,
     task: TaskOption = None,
-    criterion: Annotated[str, typer.Option(help="See `headprune criteria`.")] = "fisher",
+    criterion: Annotated[str, typer.Option(help="One or several, with commas between; see `headprune criteria`.")] = "fisher",
     normalize: Annotated[str, typer.Option(help="none, layer_l2 or layer_sum.")] = "none",
+    portraits: Annotated[bool, typer.Option("--portraits", help="Say what each head attends to.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")] = False,
     output: OutputOption = Path("scores.json"),
 ) -> None:
-    """Score every head of a model."""
+    """Score every head of a model, by several criteria in one pass; say how far they agree and can be trusted."""
     from headprune import scoring
+    from headprune.report.score_report import ScoreReport
 
-    scoring.get_criterion(criterion)
+    names = list(dict.fromkeys(name.strip() for name in criterion.split(",")))
+    needs = frozenset().union(*(scoring.get_criterion(name).needs for name in names))
+    scoring.check_normalization(normalize)
     dense, data = opened(model, task)
-    scores = with_bar(f"score heads by {criterion}", lambda progress: scoring.score(
-        dense, data.calibration, criterion, normalize=normalize, loss_fn=data.loss,
-        progress=lambda done: progress(done, len(data.calibration)),
+    observed = with_bar(f"score heads by {', '.join(names)}", lambda progress: scoring.observe(
+        dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,
+        token_kinds=data.tokenizer, progress=lambda done: progress(done, len(data.calibration)),
     ))  # fmt: skip
-    scores.save(output)
-    console.print(scores)
-    console.print(f"written to {output}")
+    report = ScoreReport.of(observed, names, normalize, portraits)
+    written = report.save(output)
+    if json:
+        console.print_json(data=report.to_json())
+    for shown in () if json else (*report.tables(), *(f"written to {path}" for path in written)):
+        console.print(shown)
+    for warning in report.warnings():
+        progress_console.print(f"[yellow]{escape(warning)}[/]", highlight=False, soft_wrap=True)
 
 
 @app.command()

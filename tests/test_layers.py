@@ -15,7 +15,7 @@ LAYERS = [
     {"recipe"},
     {"schedules"},
     {"recovery"},
-    {"evaluation"},
+    {"evaluation", "compat"},
     {"surgery"},
     {"planning"},
     {"scoring"},

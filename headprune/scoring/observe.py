@@ -19,6 +19,7 @@ from headprune.models.checkpointing import checkpointed
 from headprune.models.site import AttentionSite
 from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import TokenMask, token_masks
+from headprune.nn.replace import own_attention
 from headprune.scoring.observations import Need, Observations, SiteObservations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
 from headprune.scoring.site_shape import SiteShape
@@ -67,17 +68,18 @@ def observe(
     if unreached not in UNREACHED:
         raise unknown_name("value of unreached", unreached, UNREACHED)
     kinds = None if token_kinds is None else TokenKinds.of(token_kinds)
-    setting = Setting(model, tuple(attention_sites(model)), loss_fn, token_masks(model, token_mask), kinds, gram_device)
-    wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
-    earlier = taken_up(checkpoint, setting.sites, wanted)
-    observers = [observer_of(need)(setting) for need in wanted]
-    with checkpointed(model) if checkpointing else nullcontext():
-        seen = run_pass(setting, batches, observers, earlier, checkpoint, progress)
-    observed = together(earlier, snapshot(setting, observers, seen))
-    refuse_unreached(observed, unreached)
-    if checkpoint:
-        observed.save(checkpoint)
-    return observed
+    with own_attention(model):
+        setting = Setting(model, tuple(attention_sites(model)), loss_fn, token_masks(model, token_mask), kinds, gram_device)
+        wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
+        earlier = taken_up(checkpoint, setting.sites, wanted)
+        observers = [observer_of(need)(setting) for need in wanted]
+        with checkpointed(model) if checkpointing else nullcontext():
+            seen = run_pass(setting, batches, observers, earlier, checkpoint, progress)
+        observed = together(earlier, snapshot(setting, observers, seen))
+        refuse_unreached(observed, unreached)
+        if checkpoint:
+            observed.save(checkpoint)
+        return observed
 
 
 def run_pass(

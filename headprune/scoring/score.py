@@ -23,6 +23,11 @@ NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def check_normalization(name: str) -> None:
+    if name not in NORMALIZATIONS:
+        raise unknown_name("normalization", name, NORMALIZATIONS)
+
+
 def score_observations(observed: Observations, criterion: str, normalize: str = "none") -> HeadScores:
     """The scores that `criterion` gives to what was observed.
 
@@ -30,8 +35,7 @@ def score_observations(observed: Observations, criterion: str, normalize: str = 
     Raises InvalidInput for an unknown name, or where the criterion needs what was not observed.
     """
     chosen = get_criterion(criterion)
-    if normalize not in NORMALIZATIONS:
-        raise unknown_name("normalization", normalize, NORMALIZATIONS)
+    check_normalization(normalize)
     reached = Observations({name: site for name, site in observed.items() if site.reached}, observed.seen)
     by_layer = NORMALIZATIONS[normalize]
     normalized = replace(chosen, whole_model=True, function=lambda some: {k: by_layer(v) for k, v in chosen.scores(some).items()})

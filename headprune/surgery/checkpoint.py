@@ -8,62 +8,113 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from headprune.files import whole_folder
-from headprune.models.attention_interface import NAME
+from headprune.surgery import modeling_headprune
+from headprune.surgery.companions import copy_companions
 from headprune.surgery.cut import cut
-from headprune.surgery.record import SECTION, head_map_after, kept_heads
+from headprune.surgery.manifest import check_manifest, write_manifest
+from headprune.surgery.plain_checkpoint import load_plain, save_plain
+from headprune.surgery.record import SECTION, kept_heads
+from headprune.surgery.remote_code import write_remote_code
 
 
-def save(model: PreTrainedModel, folder: str | os.PathLike, *, tokenizer: Any = None, **options: Any) -> Path:
-    """Writes `model` (and `tokenizer`) to `folder`: all of it or nothing; what stood there is replaced at the end.
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    source: str | os.PathLike | None = None,
+    **options: Any,
+) -> Path:
+    """Writes `model` to `folder`: all of it or nothing; what stood there is replaced at the end.
 
-    options: as for `save_pretrained` (max_shard_size, ...). Raises UnsupportedModel for a model that is not of
-    transformers, HeadpruneError where the disk refuses.
+    A transformers model becomes a folder for `load` and for `AutoModel*.from_pretrained(folder, trust_remote_code=True)`; any
+    other module becomes its weights and head maps, for `load(folder, model=the unpruned module)`.
+
+    Args:
+        tokenizer, processor: objects to save beside it. Tokenizer, processor and pooling files that are not given are
+            copied from `source`, by default the local folder that the model was loaded from.
+        options: as for `save_pretrained` (max_shard_size, ...).
+
+    Raises UnsupportedModel where adapters are attached, HeadpruneError where the disk refuses.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel(f"{type(model).__name__} is not a transformers model; save its state_dict and the plan instead.")
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has adapters attached, whose weights are not the model's. Call merge_and_unload() and save "
+            "what it returns, or save the adapters by themselves with save_pretrained."
+        )
     folder = Path(folder)
+    origin = Path(source if source is not None else getattr(model, "name_or_path", "") or os.devnull)
     with whole_folder(folder) as draft:
-        model.save_pretrained(draft, **options)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(draft, **options)
+            write_remote_code(model, draft)
+        else:
+            save_plain(model, draft, **options)
+        for companion in (tokenizer, processor):
+            if companion is not None:
+                companion.save_pretrained(draft)
+        if origin.is_dir():
+            copy_companions(origin, draft)
+        if isinstance(model, PreTrainedModel):
+            write_manifest(draft)
     return folder
 
 
-def load(folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
+def load(folder: str | os.PathLike, *, model: nn.Module | None = None, verify: bool = True, **options: Any) -> nn.Module:
     """A model from `folder`, pruned by headprune or not, in eval mode.
 
-    options: as for `from_pretrained` (dtype, device_map, attn_implementation, ...). Where groups are ragged the attention
-    is "headprune" unless you name another.
+    Args:
+        model: for a folder that holds a module which is not of transformers: the unpruned module, whose heads are cut and
+            whose weights are replaced, in place.
+        verify: compare the files with the digests that `save` wrote.
+        options: as for `from_pretrained` (dtype, device_map, attn_implementation, ...). Where groups are ragged the attention
+            is "headprune" unless you name another.
 
-    Raises InvalidInput where the folder is no model, CorruptCheckpoint where its weights do not fit its config.
+    Raises InvalidInput where the folder is no model, CorruptCheckpoint, naming the file, where it is not what was saved or
+    its weights do not fit its config.
     """
+    folder = Path(folder)
+    if model is not None:
+        return load_plain(folder, model, verify=verify)
     config = load_config(folder)
-    kept = kept_heads(getattr(config, SECTION, None))
-    if any(not head_map_after(site["original"], site["kept"]).is_uniform for site in sites_section(config)):
-        options.setdefault("attn_implementation", NAME)
+    section = getattr(config, SECTION, None)
+    kept = kept_heads(section)
+    if verify:
+        check_manifest(folder)
     model_class = class_of(config)
     try:
-        model, report = pruned_class(model_class, kept).from_pretrained(
-            folder, config=config, local_files_only=True, output_loading_info=True, **options
+        found, report = pruned_class(model_class, section).from_pretrained(
+            folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CorruptCheckpoint(f"{folder} does not load as {model_class.__name__}: {first_line(error)}") from error
+    wrong = sorted(report["mismatched_keys"])  # transformers would only say that there are some
+    if wrong:
+        name, have, expected = wrong[0]
+        raise CorruptCheckpoint(
+            f"{folder} does not load as {model_class.__name__}: its config asks for {name} {list(expected)}, the weights hold "
+            f"{list(have)}{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}."
+        )
     # A head that a task adds later (a pooler, say) may be missing in stock folders; an attention weight may not.
     missing = sorted(key for key in report["missing_keys"] if any(key.startswith(f"{name}.") for name in kept))
     if missing:
         raise CorruptCheckpoint(f"{folder} lacks weights that its config promises: {', '.join(missing[:3])}.")
-    return model
+    if options.get("attn_implementation") not in (None, found.config._attn_implementation):
+        found.set_attn_implementation(options["attn_implementation"])  # the cut chose what runs ragged groups best
+    return found
 
 
 def skeleton(folder: str | os.PathLike) -> PreTrainedModel:
     """The model of `folder` without its weights (on the meta device): sites, head maps and sizes at no cost."""
     config = load_config(folder)
     with torch.device("meta"):
-        return pruned_class(class_of(config), kept_heads(getattr(config, SECTION, None)))(config)
+        return pruned_class(class_of(config), getattr(config, SECTION, None))(config)
 
 
 def load_config(folder: str | os.PathLike) -> transformers.PreTrainedConfig:
@@ -79,6 +130,7 @@ def load_config(folder: str | os.PathLike) -> transformers.PreTrainedConfig:
 def class_of(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that the config names, else the base model of its type."""
     for name in getattr(config, "architectures", None) or ():
+        name = name.removeprefix(modeling_headprune.PREFIX)
         if hasattr(transformers, name):
             return getattr(transformers, name)
     try:
@@ -87,24 +139,25 @@ def class_of(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
         raise UnsupportedModel(f"no transformers class is known for a {type(config).__name__}.") from None
 
 
-def pruned_class(model_class: type[PreTrainedModel], kept: dict[str, tuple[int, ...]]) -> type[PreTrainedModel]:
-    """`model_class` whose instances are built with only the `kept` heads, so that sliced weights load into them."""
-    if not kept:
+def pruned_class(model_class: type[PreTrainedModel], section: dict | None) -> type[PreTrainedModel]:
+    """`model_class` whose instances are built with only the heads that `section` keeps, so that sliced weights load."""
+    if not section:
         return model_class
+    # The same name, so that a further save names a class that transformers has.
+    name, module = model_class.__name__, model_class.__module__
+    if section.get("regularised"):
+        return modeling_headprune.pruned_class(name, model_class, module)
+    kept = kept_heads(section)
 
     def __init__(self, config, *args, **options) -> None:
-        section = getattr(config, SECTION)
-        model_class.__init__(self, config, *args, **options)
-        delattr(config, SECTION)  # what is built so far is the whole original
+        saved = getattr(config, SECTION)
+        delattr(config, SECTION)  # what is built first is the whole original
+        with modeling_headprune.whole(config):
+            model_class.__init__(self, config, *args, **options)
         cut(self, kept, verify=False)
-        setattr(config, SECTION, section)
+        setattr(config, SECTION, saved)
 
-    # The same name, so that a further save names a class that transformers has.
-    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
-
-
-def sites_section(config: transformers.PreTrainedConfig) -> list[dict]:
-    return list((getattr(config, SECTION, None) or {}).get("sites", {}).values())
+    return type(name, (model_class,), {"__init__": __init__, "__module__": module})
 
 
 def first_line(error: Exception) -> str:

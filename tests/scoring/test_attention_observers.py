@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from scoring.attention_by_definition import divergence, eager_attentions, entropy, row_means
@@ -46,6 +48,7 @@ def test_statistics_are_means_over_the_rows_of_eager_attention(make, side):
             "previous_mass": lambda row, query: row[query - 1] if query else 0.0,
             "self_mass": lambda row, query: row[query],
             "local_mass": lambda row, query: row[max(0, query - 4) : query + 5].sum(),
+            "evenness": lambda row, query: entropy(row, query) / max(math.log((row > 0).sum()), 1e-9),
         }
         for field, value in by_row.items():
             assert torch.allclose(getattr(site, field).double(), row_means(weights, mask, value), atol=1e-5), field
@@ -188,6 +191,14 @@ def test_an_attention_that_cannot_be_watched_is_named():
     with pytest.raises(InvalidInput, match=r"0 \(OwnAttention\) computes its attention by itself"):
         scoring.observe(model, [torch.randn(1, 3, 8)], {"attention"}, loss_fn=run)
     assert scoring.observe(model, [torch.randn(1, 3, 8)], {"output_norm"}, loss_fn=run)["0"].projected_norm.shape == (1, 2)
+
+
+def test_grams_can_be_summed_elsewhere():
+    plain = scoring.observe(bert(), [padded()], {"gram"}, loss_fn=FORWARD)
+    asked = scoring.observe(bert(), [padded()], {"gram"}, loss_fn=FORWARD, gram_device="cpu")
+    for name, site in plain.items():
+        assert torch.equal(asked[name].input_gram, site.input_gram)
+        assert site.input_gram.dtype == torch.float64
 
 
 def test_token_kinds_come_from_a_tokenizer():

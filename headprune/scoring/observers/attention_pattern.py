@@ -20,7 +20,7 @@ from headprune.scoring.observer import Setting, observes
 from headprune.scoring.observers.watched_attention import SampleRows, WatchedAttention
 
 NEAR = 4  # tokens on either side that count as local
-OF_POSITIONS = ("previous_mass", "self_mass", "local_mass")
+OF_POSITIONS = ("previous_mass", "self_mass", "local_mass", "evenness")
 OF_KINDS = ("special_mass", "punctuation_mass", "ordinary_max_prob")
 
 
@@ -63,9 +63,16 @@ def row_masses(rows: Rows, kinds: dict[str, Tensor] | None) -> dict[str, Tensor]
     """Field -> [query_heads, rows]. kinds: kind -> bool [kv_len]."""
     on = lambda keys: (rows.probs * keys).sum(dim=2)  # noqa: E731
     found = {
-        "previous_mass": on(rows.ahead == -1), "self_mass": on(rows.ahead == 0), "local_mass": on(rows.ahead.abs() <= NEAR)
+        "previous_mass": on(rows.ahead == -1), "self_mass": on(rows.ahead == 0), "local_mass": on(rows.ahead.abs() <= NEAR),
+        "evenness": evenness(rows.probs),
     }  # fmt: skip
     if kinds is not None:
         found["special_mass"], found["punctuation_mass"] = on(kinds["special"]), on(kinds["punctuation"])
         found["ordinary_max_prob"] = rows.probs.masked_fill(kinds["special"], 0.0).amax(dim=2)
     return found
+
+
+def evenness(probs: Tensor) -> Tensor:
+    """[query_heads, rows]: entropy over that of equal attention to all keys in sight; 0 where only one is."""
+    most = (probs > 0).sum(dim=2).clamp(min=1).to(probs.dtype).log()
+    return torch.where(most > 0, torch.special.entr(probs).sum(dim=2) / most.clamp(min=torch.finfo(probs.dtype).tiny), 0.0)

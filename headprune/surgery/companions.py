@@ -1,0 +1,27 @@
+"""The files of a model folder that are neither weights nor config: tokenizer, processor, templates, pooling."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+FILES = (
+    "added_tokens.json", "chat_template.*", "config_sentence_transformers.json", "feature_extractor_config.json", "*.spm",
+    "generation_config.json", "merges.txt", "modules.json", "normalizer.json", "preprocessor_config.json", "processor_config.json",
+    "sentence_bert_config.json", "special_tokens_map.json", "spiece.model", "sentencepiece*.model", "tokenizer.model",
+    "tokenizer*.json", "video_preprocessor_config.json", "vocab.*", "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
+)  # fmt: skip
+
+
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copies from `source` what `folder` lacks; returns their names."""
+    copied = []
+    for pattern in FILES:
+        for path in sorted(source.glob(pattern)):
+            name = path.relative_to(source)
+            target = folder / name
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+                copied.append(str(name))
+    return copied

@@ -1,0 +1,77 @@
+"""How a pruned model differs from its stock class, as plain data: what `modeling_headprune.py` builds it from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from headprune.models import attention_sites
+from headprune.models.layer_config import LayerConfig
+from headprune.surgery.modeling_headprune import whole
+from headprune.surgery.record import as_json
+
+PLAIN = (bool, int, float, str, type(None))
+# Set by training or placing a model, not by its shape.
+PASSING = {"training", "gradient_checkpointing"}
+
+
+def layout_of(model: PreTrainedModel, stock: type[PreTrainedModel]) -> dict[str, dict[str, Any]] | None:
+    """Module name -> its parameters' shapes, attributes and head map, where they differ from a fresh `stock` of the same
+    config; None where a difference is more than that (another class of module, a hook, a buffer), so that only headprune
+    can build the model."""
+    with whole(model.config) as config, torch.device("meta"):
+        fresh = stock(config)
+    originals = dict(fresh.named_modules())
+    modules = dict(model.named_modules())
+    if set(originals) != set(modules):
+        return None
+    sites = {id(site.dispatcher): site.head_map for site in attention_sites(model)}
+    layout: dict[str, dict[str, Any]] = {}
+    for name, module in modules.items():
+        entry = difference(module, originals[name]) if name else {}
+        if entry is None:
+            return None
+        if id(module) in sites:
+            entry["head_map"] = as_json(sites[id(module)])
+        if entry:
+            layout[name] = entry
+    return layout
+
+
+def difference(module: nn.Module, original: nn.Module) -> dict[str, Any] | None:
+    """What `layout_of` says of one module; None where it cannot be said."""
+    if type(module) is not type(original) or hooks(module) != hooks(original) or buffers(module) != buffers(original):
+        return None
+    shapes = shapes_of(module)
+    if set(shapes) != set(shapes_of(original)):
+        return None
+    old, new = plain_attributes(original), plain_attributes(module)
+    own = getattr(module.config, "own", {}) if isinstance(getattr(module, "config", None), LayerConfig) else {}
+    entry = {
+        "shapes": {name: shape for name, shape in shapes.items() if shape != shapes_of(original)[name]},
+        "attributes": {name: value for name, value in new.items() if name in old and value != old[name]},
+        "config": {name: value for name, value in own.items() if name != "_attn_implementation"},  # that one follows the groups
+    }
+    return {part: values for part, values in entry.items() if values}
+
+
+def shapes_of(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in module.named_parameters(recurse=False)}
+
+
+def buffers(module: nn.Module) -> Mapping[str, torch.Size]:
+    return {name: value.shape for name, value in module.named_buffers(recurse=False)}
+
+
+def hooks(module: nn.Module) -> tuple[int, int]:
+    return len(module._forward_hooks), len(module._forward_pre_hooks)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value for name, value in vars(module).items() if isinstance(value, PLAIN) and name not in PASSING and name[0] != "_"
+    }

@@ -1,0 +1,64 @@
+"""headprune.json: digests of what a saved folder holds, so that a load can say which part is off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from headprune.errors import CorruptCheckpoint
+from headprune.files import read_json, write_json
+
+FILE = "headprune.json"
+KIND = "headprune_checkpoint"
+WEIGHTS = "*.safetensors"
+# The parts of config.json that say which heads are left.
+SECTIONS = ("headprune", "per_layer_config")
+
+
+def write_manifest(folder: Path, **content: Any) -> None:
+    """Records the weight files of `folder` and the head sections of its config, beside `content`."""
+    files = sorted(folder.glob(WEIGHTS))
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(file_digest, files))
+    weights = {path.name: {"bytes": path.stat().st_size, "sha256": digest} for path, digest in zip(files, digests)}
+    write_json(folder / FILE, KIND, {**content, "config_sha256": config_digest(folder), "weights": weights})
+
+
+def check_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`, empty where it has none. Raises CorruptCheckpoint, naming the file, where the folder is not
+    what was saved."""
+    if not (folder / FILE).is_file():
+        return {}
+    document = read_json(folder / FILE, KIND)
+    otherwise = "Save it again, or pass verify=False if you changed it on purpose."
+    if document.get("config_sha256") != config_digest(folder):
+        raise CorruptCheckpoint(
+            f"{folder}/config.json: its sections {' and '.join(SECTIONS)} are not those that were saved. {otherwise}"
+        )
+    weights = document.get("weights", {})
+    for name, entry in weights.items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptCheckpoint(f"{path} is missing; the folder was saved with {len(weights)} weight files.")
+        if path.stat().st_size != entry["bytes"]:
+            raise CorruptCheckpoint(f"{path} has {path.stat().st_size:,} bytes where {entry['bytes']:,} were saved. {otherwise}")
+    with ThreadPoolExecutor() as pool:
+        for (name, entry), digest in zip(weights.items(), pool.map(file_digest, [folder / name for name in weights])):
+            if digest != entry["sha256"]:
+                raise CorruptCheckpoint(f"{folder / name} is corrupt: its sha256 is not the one that was saved. {otherwise}")
+    return document
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    text = json.dumps([config.get(section) for section in SECTIONS], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,161 @@
+"""A pruned transformers model: the stock class, built with the heads that its config lists.
+
+headprune writes this file beside the weights, so that `AutoModel*.from_pretrained(folder, trust_remote_code=True)` works
+with nothing but transformers and torch. `HeadPrunedX` is transformers' X. Where headprune is installed it cuts the heads and
+its kernels run layers whose groups differ in size; else the `layout` in the config's `headprune` section says which parameters
+are smaller and which attributes differ, and such layers run through the stock attention on expanded keys and values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface, conversion_mapping
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    import headprune  # registers attn_implementation="headprune"
+except ImportError:
+    headprune = None
+
+PREFIX = "HeadPruned"
+EXPANDED = "headprune_expanded"
+# Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
+EXCHANGEABLE = ("eager", "sdpa", "flex_attention", "flash_attention", "headprune")
+_classes: dict[str, type] = {}
+
+
+def __getattr__(name: str) -> type:
+    stock = getattr(transformers, name.removeprefix(PREFIX), None)
+    if not name.startswith(PREFIX) or stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _classes:
+        _classes[name] = pruned_class(name, stock, __name__)
+    return _classes[name]
+
+
+def pruned_class(name: str, stock: type, module: str) -> type:
+    """`stock` whose instances are built with the heads that their config lists."""
+
+    def __init__(self, config, *args, **options) -> None:
+        section, chosen = config.headprune, config._attn_implementation
+        del config.headprune  # what is built first is the whole original
+        with whole(config):
+            stock.__init__(self, config, *args, **options)
+        if headprune is not None and section.get("sites"):
+            kept = {name: site["kept"] for name, site in section["sites"].items()}
+            headprune.cut(self, renamed(self, kept), verify=False)
+        elif section.get("layout") is not None:
+            shrink(self, section["layout"])
+        else:
+            raise ImportError(f"{name} has layers that only headprune can build here: pip install headprune.")
+        config.headprune = section
+        if any_ragged(self):
+            use_ragged_attention(self, chosen)
+
+    # What transformers reads off a class's module and name is to be what it reads off the stock class.
+    members = {"__init__": __init__, "__module__": module, "is_custom_code": classmethod(lambda cls: False)}
+    for ability in ("attn", "experts"):
+        question = f"_can_set_{ability}_implementation"
+        if hasattr(stock, question):
+            members[f"{question}_cached_value"] = getattr(stock, question)()
+    names_on_disk = conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__)
+    if names_on_disk is not None and name != stock.__name__:
+        conversion_mapping.register_checkpoint_conversion_mapping(name, names_on_disk, overwrite=True)
+    return type(name, (stock,), members)
+
+
+@contextlib.contextmanager
+def whole(config):
+    """Inside the block `config` describes the original: layers are built alike, and made smaller afterwards."""
+    spec = config.__dict__.pop("_heterogeneity_spec", None)
+    try:
+        yield config
+    finally:
+        if spec is not None:
+            config.__dict__["_heterogeneity_spec"] = spec
+
+
+def renamed(model: nn.Module, entries: dict) -> dict:
+    """`entries` by the names that their modules have in `model`: a folder saved from the base model also loads with a head on
+    it, and the other way round."""
+    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+    found = {}
+    for name, entry in entries.items():
+        here = next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in modules), None)
+        if here is None:
+            raise ValueError(f"{type(model).__name__} has no module {name}, which the headprune section of its config names.")
+        found[here] = entry
+    return found
+
+
+def shrink(model: nn.Module, layout: dict) -> None:
+    """Gives the modules that `layout` names their shapes, attributes and head maps; the values are set by loading."""
+    for name, entry in renamed(model, layout).items():
+        module = model.get_submodule(name)
+        for parameter, shape in entry.get("shapes", {}).items():
+            old = getattr(module, parameter)
+            part = old.detach()[tuple(slice(size) for size in shape)].clone()
+            setattr(module, parameter, nn.Parameter(part, requires_grad=old.requires_grad))
+        for attribute, value in entry.get("attributes", {}).items():
+            setattr(module, attribute, value)
+        own = dict(entry.get("config", {}))
+        if "head_map" in entry:
+            module.kv_of_query = tuple(entry["head_map"]["kv_of_query"])
+            if headprune is not None:
+                module.head_map = headprune.HeadMap(module.kv_of_query, entry["head_map"]["kv_heads"])
+            if is_ragged(module):
+                own["_attn_implementation"] = EXPANDED
+        if own:
+            module.config = LayerConfig(module.config, own)
+
+
+class LayerConfig:
+    """`shared`, the model's config, with some values of one layer's own."""
+
+    def __init__(self, shared, own: dict) -> None:
+        self.__dict__.update(shared=shared, own=own)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or "own" not in self.__dict__:
+            raise AttributeError(name)
+        return self.own[name] if name in self.own else getattr(self.shared, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self.shared, name, value)
+
+
+def is_ragged(module: nn.Module) -> bool:
+    kv_of_query = getattr(getattr(module, "head_map", None), "kv_of_query", getattr(module, "kv_of_query", ()))
+    return len({kv_of_query.count(kv) for kv in set(kv_of_query)}) > 1
+
+
+def any_ragged(model: nn.Module) -> bool:
+    return any(is_ragged(module) for module in model.modules())
+
+
+def use_ragged_attention(model: nn.Module, chosen: str | None) -> None:
+    """chosen: the attention that the model was asked to be built with; transformers' default becomes headprune's kernels."""
+    if chosen is not None and not chosen.startswith(EXCHANGEABLE):
+        raise ValueError(
+            f"this model has ragged groups, which attention {chosen!r} cannot run. `headprune export --to vllm` (or another "
+            "target) makes the groups equal without changing the outputs."
+        )
+    if headprune is not None and model._can_set_attn_implementation():
+        model.set_attn_implementation("headprune" if chosen in (None, "sdpa") else chosen)
+
+
+def expanded_attention(module, query, key, value, attention_mask, **arguments):
+    """The model's own attention function on one key/value head per query head."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.shared._attn_implementation, eager)
+    index = torch.tensor(module.kv_of_query, device=key.device)
+    return function(module, query, key.index_select(1, index), value.index_select(1, index), attention_mask, **arguments)
+
+
+if headprune is None:
+    AttentionInterface.register(EXPANDED, expanded_attention)

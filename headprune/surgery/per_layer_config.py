@@ -1,0 +1,47 @@
+"""transformers' own per-layer head counts (`per_layer_config`, 5.14 and later): what its caches and other engines read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from headprune.head_map import HeadMap
+
+
+def set_layer_config(config: PreTrainedConfig, head_maps: Mapping[str, HeadMap], head_dims: Mapping[str, int]) -> None:
+    """Writes the counts of each layer into `config`, or takes old ones away where they cannot be said.
+
+    head_maps and head_dims: by site name. They can be said where every layer has one attention and all groups are equal.
+    `head_dim` is made explicit, because it no longer follows from the number of heads; the global counts stay those of the
+    original.
+    """
+    config.per_layer_config = None
+    numbered = by_layer(head_maps)
+    fits = sorted(numbered) == list(range(getattr(config, "num_hidden_layers", None) or 0)) and len(numbered) == len(head_maps)
+    if not fits or len(set(head_dims.values())) != 1 or not all(head_map.is_uniform for head_map in head_maps.values()):
+        return
+    if getattr(config, "head_dim", None) is None:
+        config.head_dim = next(iter(head_dims.values()))
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = {layer: counts(config, head_map) for layer, head_map in numbered.items()}
+
+
+def by_layer(head_maps: Mapping[str, HeadMap]) -> dict[int, HeadMap]:
+    found = {}
+    for name, head_map in head_maps.items():
+        number = re.search(r"\.(\d+)\.", f".{name}.")
+        if number:
+            found[int(number.group(1))] = head_map
+    return found
+
+
+def counts(config: PreTrainedConfig, head_map: HeadMap) -> dict[str, Any]:
+    if not head_map.query_heads:
+        return {"skip": ["attention"]}
+    found = {"num_attention_heads": head_map.query_heads}
+    if hasattr(config, "num_key_value_heads"):
+        found["num_key_value_heads"] = head_map.kv_heads
+    return found

@@ -1,0 +1,56 @@
+"""Pruned modules that are not of transformers: the weights, and the head maps that turn the unpruned module into theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from headprune.errors import CorruptCheckpoint, InvalidInput, InvalidPlan
+from headprune.files import read_json
+from headprune.models import attention_sites
+from headprune.surgery.cut import cut
+from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
+from headprune.surgery.record import as_json, kept_heads, record_of
+
+WEIGHTS = "model.safetensors"
+
+
+def save_plain(model: nn.Module, folder: Path, **options: Any) -> None:
+    """Raises InvalidInput for options, which only transformers' `save_pretrained` takes."""
+    if options:
+        raise InvalidInput(f"{type(model).__name__} is not of transformers, so save takes no {', '.join(sorted(options))}.")
+    save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
+    write_manifest(folder, class_name=type(model).__name__, record=dict(record_of(model)))
+
+
+def load_plain(folder: Path, model: nn.Module, *, verify: bool = True) -> nn.Module:
+    """`model`, unpruned, with its heads cut as in `folder` and the weights from there, in place and in eval mode.
+
+    Raises InvalidInput where the folder is none of `save`'s, InvalidPlan where `model` is not what was pruned,
+    CorruptCheckpoint where files are off; the model is untouched by the first two.
+    """
+    if not (folder / FILE).is_file():
+        raise InvalidInput(f"{folder} holds no module that headprune saved: it has no {FILE}.")
+    document = check_manifest(folder) if verify else read_json(folder / FILE, KIND)
+    record = document.get("record")
+    if record is None:
+        raise InvalidInput(f"{folder} holds a transformers model; call load(folder) without model=.")
+    kept = kept_heads(record)
+    head_maps = {site.name: as_json(site.head_map) for site in attention_sites(model)} if kept else {}
+    for name, entry in record.get("sites", {}).items():
+        if head_maps.get(name) != entry["original"]:
+            raise InvalidPlan(
+                f"{folder} was cut from another model: at {name} it had {entry['original']}, the given one has "
+                f"{head_maps.get(name, 'no such attention')}. Give the unpruned {document.get('class_name')}."
+            )
+    if kept:
+        cut(model, kept)
+    try:
+        load_model(model, str(folder / WEIGHTS), device="cpu")
+    except (RuntimeError, SafetensorError, OSError, InvalidInput) as error:
+        raise CorruptCheckpoint(f"{folder / WEIGHTS} does not fit the given {type(model).__name__}: {error}") from error
+    return model.eval()

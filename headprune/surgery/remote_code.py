@@ -1,0 +1,53 @@
+"""Makes a saved folder load with `AutoModel*.from_pretrained(folder, trust_remote_code=True)`, also without headprune."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from headprune.surgery import modeling_headprune
+from headprune.surgery.layout import layout_of
+from headprune.surgery.modeling_headprune import PREFIX
+from headprune.surgery.record import SECTION
+
+FILE = Path(modeling_headprune.__file__)
+
+
+def write_remote_code(model: PreTrainedModel, folder: Path) -> None:
+    """Adds modeling_headprune.py and names it in the config.json that `save_pretrained` wrote to `folder`."""
+    stock = stock_class(type(model))
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["architectures"] = [stock.__name__]
+    if config.get(SECTION):
+        config[SECTION]["layout"] = layout_of(model, stock)
+        config["auto_map"] = auto_map(model.config)
+        shutil.copyfile(FILE, folder / FILE.name)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def stock_class(found: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of transformers that `found` is, or was made from; `found` itself where there is none."""
+    for candidate in found.__mro__:
+        name = candidate.__name__.removeprefix(PREFIX)
+        if issubclass(candidate, PreTrainedModel) and name != "PreTrainedModel" and hasattr(transformers, name):
+            return getattr(transformers, name)
+    return found
+
+
+def auto_map(config: PreTrainedConfig) -> dict[str, str]:
+    """Auto class -> the class in modeling_headprune.py, for every task that transformers has for this kind of model."""
+    found = {}
+    for name in sorted(modeling_auto.__all__):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None or type(config) not in mapping:
+            continue
+        classes = mapping[type(config)]
+        first = classes[0] if isinstance(classes, (tuple, list)) else classes
+        found[name] = f"{FILE.stem}.{PREFIX}{first.__name__}"
+    return found

@@ -1,0 +1,53 @@
+"""Tokenizer, processor and generation files travel with a pruned model."""
+
+import pytest
+import torch
+from tiny_models import llama
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from headprune.surgery import cut, load, save
+
+
+def tokenizer(word: str = "head") -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"[UNK]": 0, word: 1}, unk_token="[UNK]")))
+
+
+@pytest.fixture
+def dense(tmp_path):
+    model = llama()
+    model.generation_config.update(max_new_tokens=7)
+    folder = save(model, tmp_path / "dense", tokenizer=tokenizer())
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"state")
+    (folder / "README.md").write_text("the dense model")
+    return folder
+
+
+def test_files_of_the_folder_that_a_model_came_from_go_along(tmp_path, dense):
+    model = load(dense)
+    cut(model, {"model.layers.0.self_attn": [1]})
+    folder = save(model, tmp_path / "pruned")
+    assert AutoTokenizer.from_pretrained(folder)("head").input_ids == [1]
+    assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (folder / "1_Pooling" / "config.json").exists()
+    assert not (folder / "optimizer.pt").exists()
+    assert not (folder / "README.md").exists()
+    assert load(folder).generation_config.max_new_tokens == 7
+
+
+def test_a_given_tokenizer_takes_precedence_and_a_source_can_be_named(tmp_path, dense):
+    folder = save(load(dense), tmp_path / "given", tokenizer=tokenizer("gate"))
+    assert AutoTokenizer.from_pretrained(folder)("gate").input_ids == [1]
+    folder = save(llama(), tmp_path / "named", source=dense)
+    assert AutoTokenizer.from_pretrained(folder)("head").input_ids == [1]
+
+
+def test_a_folder_saved_over_itself_keeps_its_files(dense):
+    before = load(dense)
+    cut(before, {"model.layers.0.self_attn": [1]})
+    save(before, dense)
+    assert AutoTokenizer.from_pretrained(dense)("head").input_ids == [1]
+    assert torch.equal(load(dense).lm_head.weight, before.lm_head.weight)

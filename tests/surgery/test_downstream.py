@@ -1,0 +1,61 @@
+"""What users do with a pruned model next: adapters, torch.export, torch.compile."""
+
+import pytest
+import torch
+from tiny_models import hidden, llama, tokens
+
+from headprune.errors import UnsupportedModel
+from headprune.surgery import cut, save
+
+PLANS = {
+    "even": {"model.layers.0.self_attn": [0, 1, 6, 7], "model.layers.1.self_attn": [2]},
+    "ragged": {"model.layers.0.self_attn": [0, 1, 3, 6], "model.layers.1.self_attn": [2, 4, 5]},
+}
+
+
+@pytest.fixture(params=PLANS)
+def pruned(request):
+    model = llama()
+    cut(model, PLANS[request.param])
+    return model
+
+
+def test_lora_adapters_attach_train_and_merge(pruned, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(pruned, config)
+    optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.05)
+    ids = tokens()
+    before = adapted(input_ids=ids, labels=ids).loss
+    before.backward()
+    optimizer.step()
+    assert adapted(input_ids=ids, labels=ids).loss < before
+    with pytest.raises(UnsupportedModel, match="merge_and_unload"):
+        save(adapted, tmp_path / "adapted")
+    expected = hidden(adapted.eval(), input_ids=ids)
+    merged = adapted.merge_and_unload()
+    assert torch.allclose(hidden(merged, input_ids=ids), expected, atol=1e-4)
+    assert save(merged, tmp_path / "merged").is_dir()
+
+
+def test_adapters_that_transformers_attached_are_refused_too(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = llama()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModel, match="adapters"):
+        save(model, tmp_path / "adapted")
+
+
+def test_a_pruned_model_exports(pruned):
+    ids = tokens(batch=2)
+    exported = torch.export.export(pruned, (), {"input_ids": ids, "use_cache": False}, strict=False)
+    found = exported.module()(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(found, hidden(pruned, input_ids=ids), atol=1e-5)
+
+
+def test_a_pruned_model_compiles_without_a_graph_break(pruned):
+    ids = tokens(batch=2)
+    expected = hidden(pruned, input_ids=ids)
+    compiled = torch.compile(pruned, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(input_ids=ids, use_cache=False).logits, expected, atol=1e-5)

@@ -1,0 +1,76 @@
+"""Modules that are not of transformers: saved as weights and head maps, loaded into the unpruned module."""
+
+import pytest
+import torch
+from tiny_models import llama
+from torch import nn
+
+from headprune.errors import CorruptCheckpoint, InvalidInput, InvalidPlan
+from headprune.models import attention_sites
+from headprune.nn import VariableHeadAttention, replace_multihead_attention
+from headprune.surgery import cut, load, save
+
+
+def encoder(seed: int = 0, width: int = 32) -> nn.Module:
+    torch.manual_seed(seed)
+    layer = nn.TransformerEncoderLayer(width, 4, 48, batch_first=True)
+    return replace_multihead_attention(nn.TransformerEncoder(layer, 2)).eval()
+
+
+@pytest.fixture
+def pruned():
+    model = encoder()
+    cut(model, {"layers.0.self_attn": [1, 3]})
+    cut(model, {"layers.0.self_attn": [1], "layers.1.self_attn": [0, 2, 3]})
+    return model
+
+
+def test_an_encoder_of_torch_comes_back_with_its_heads_and_weights(tmp_path, pruned):
+    folder = save(pruned, tmp_path / "encoder")
+    again = load(folder, model=encoder(seed=1))
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(again(x), pruned(x))
+    assert [site.head_map.query_heads for site in attention_sites(again)] == [1, 3]
+    folder = save(again, tmp_path / "again")
+    assert torch.equal(load(folder, model=encoder(seed=2))(x), pruned(x))
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = VariableHeadAttention(16, 4, batch_first=True)
+            self.embedding, self.head = nn.Embedding(10, 16), nn.Linear(16, 10, bias=False)
+            self.head.weight = self.embedding.weight
+
+    model = Tied()
+    cut(model, {"attention": [2]})
+    again = load(save(model, tmp_path / "tied"), model=Tied())
+    assert again.head.weight is again.embedding.weight
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path, pruned):
+    folder = save(pruned, tmp_path / "encoder")
+    with pytest.raises(InvalidPlan, match=r"layers\.0\.self_attn"):
+        load(folder, model=llama())
+    with pytest.raises(InvalidPlan, match="unpruned TransformerEncoder"):
+        load(folder, model=pruned)
+    with pytest.raises(CorruptCheckpoint, match="does not fit"):
+        load(folder, model=encoder(width=64))
+    with pytest.raises(InvalidInput, match="without model="):
+        load(save(llama(), tmp_path / "llama"), model=encoder())
+    with pytest.raises(InvalidInput, match=r"no headprune\.json"):
+        load(tmp_path, model=encoder())
+    with pytest.raises(InvalidInput, match="max_shard_size"):
+        save(pruned, tmp_path / "sharded", max_shard_size="1GB")
+    assert not (tmp_path / "sharded").exists()
+
+
+def test_a_corrupt_file_is_named(tmp_path, pruned):
+    folder = save(pruned, tmp_path / "encoder")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors is corrupt"):
+        load(folder, model=encoder())

@@ -1,0 +1,147 @@
+"""`AutoModel*.from_pretrained(folder, trust_remote_code=True)`, with headprune and where it cannot be imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import bert, hidden, llama, padded
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from headprune.head_map import HeadMap
+from headprune.models import attention_sites
+from headprune.surgery import cut, load, save
+
+EVEN = {"model.layers.0.self_attn": [0, 1, 6, 7], "model.layers.1.self_attn": [2]}
+RAGGED = {"model.layers.0.self_attn": [0, 1, 3, 6], "model.layers.1.self_attn": [2, 4, 5]}
+MODELS = {
+    "llama_even": (llama, EVEN, "AutoModelForCausalLM"),
+    "llama_ragged": (llama, RAGGED, "AutoModelForCausalLM"),
+    "llama_base": (llama, RAGGED, "AutoModel"),
+    "bert": (bert, {"encoder.layer.0.attention": [1], "encoder.layer.1.attention": [0, 2, 3]}, "AutoModel"),
+}
+WITHOUT_HEADPRUNE = """
+import sys
+sys.modules["headprune"] = None  # any import of it now fails
+import torch, transformers
+from tiny_models import hidden, padded
+for name in sys.argv[2:]:
+    kind, folder = name.split("=")
+    auto = getattr(transformers, kind)
+    model = auto.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    assert not any(module.startswith("headprune.") for module in sys.modules)
+    found = [hidden(model, **padded())]
+    if model.can_generate():
+        options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+        found.append(model.generate(**padded(), **options))
+        eager = auto.from_pretrained(folder, trust_remote_code=True, local_files_only=True, attn_implementation="eager")
+        found.append(hidden(eager, **padded()))
+    model.save_pretrained(folder + "-again")
+    again = auto.from_pretrained(folder + "-again", trust_remote_code=True, local_files_only=True)
+    found.append(hidden(again, **padded()))
+    torch.save(found, folder + "/found.pt")
+"""
+
+
+def pruned(name: str):
+    make, keep, _ = MODELS[name]
+    model = make()
+    cut(model, keep)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("remote")
+    for name in MODELS:
+        save(pruned(name), root / name)
+    arguments = [f"{auto}={root / name}" for name, (_, _, auto) in MODELS.items()]
+    command = [sys.executable, "-c", WITHOUT_HEADPRUNE, "", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def reference(name: str):
+    model = pruned(name)
+    return model.base_model if MODELS[name][2] == "AutoModel" and name != "bert" else model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_loads_where_headprune_is_not(folders, name):
+    model = reference(name)
+    expected = hidden(model, **padded())
+    found = torch.load(folders / name / "found.pt")
+    tokens = [] if len(found) == 2 else [found.pop(1)]
+    assert all(torch.allclose(output, expected, atol=2e-6) for output in found)
+    for sequence in tokens:
+        assert torch.equal(sequence, model.generate(**padded(), max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_headprune_the_same_folder_runs_its_kernels_and_can_be_pruned_further(folders, name):
+    auto = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}[MODELS[name][2]]
+    model = auto.from_pretrained(folders / name, trust_remote_code=True)
+    expected = reference(name)
+    assert torch.allclose(hidden(model, **padded()), hidden(expected, **padded()), atol=2e-6)
+    maps = [site.head_map for site in attention_sites(model)]
+    assert maps == [site.head_map for site in attention_sites(expected)]
+    assert (model.config._attn_implementation == "headprune") == (not all(head_map.is_uniform for head_map in maps))
+    keep = {attention_sites(model)[1].name: [0]}
+    cut(model, keep)
+    cut(expected, keep)
+    assert torch.allclose(hidden(model, **padded()), hidden(expected, **padded()), atol=2e-6)
+
+
+def test_what_transformers_saved_again_loads_with_headprune(folders):
+    again = load(folders / "llama_ragged-again")
+    assert torch.equal(hidden(again, **padded()), hidden(load(folders / "llama_ragged"), **padded()))
+
+
+def test_a_pruned_encoder_becomes_a_classifier(folders):
+    model = AutoModelForSequenceClassification.from_pretrained(folders / "bert", trust_remote_code=True, num_labels=3)
+    assert [str(site.head_map) for site in attention_sites(model)] == ["1q/1kv", "3q/3kv"]
+    assert torch.equal(hidden(model.bert, **padded()), hidden(pruned("bert"), **padded()))
+    assert model(**padded()).logits.shape == (3, 3)
+
+
+def test_the_stock_class_refuses_the_folder_instead_of_filling_it_with_noise(folders):
+    with pytest.raises(RuntimeError, match=r"(?i)mismatch"):
+        AutoModelForCausalLM.from_pretrained(folders / "llama_even", trust_remote_code=False)
+
+
+def test_an_engine_with_its_own_attention_is_refused_ragged_groups(folders, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "engine", lambda *arguments, **options: None)
+    with pytest.raises(ValueError, match="headprune export"):
+        AutoModel.from_pretrained(folders / "llama_ragged", trust_remote_code=True, attn_implementation="engine")
+    assert AutoModel.from_pretrained(folders / "llama_even", trust_remote_code=True, attn_implementation="engine") is not None
+
+
+def test_even_groups_are_said_in_transformers_own_way_too(folders):
+    def config(name: str) -> dict:
+        return json.loads((folders / name / "config.json").read_text())
+
+    assert config("llama_even")["per_layer_config"] == {
+        "0": {"num_attention_heads": 4, "num_key_value_heads": 2}, "1": {"num_attention_heads": 1, "num_key_value_heads": 1}
+    }  # fmt: skip
+    assert config("bert")["per_layer_config"] == {"0": {"num_attention_heads": 1}, "1": {"num_attention_heads": 3}}
+    assert config("bert")["head_dim"] == 8
+    assert "per_layer_config" not in config("llama_ragged")
+
+
+def test_chunked_prefill_with_a_static_cache_finds_the_counts_of_each_layer(folders):
+    model = load(folders / "llama_even")
+    ids = padded()["input_ids"][:1]
+    options = {"max_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    static = model.generate(ids, cache_implementation="static", prefill_chunk_size=4, **options)
+    assert torch.equal(static, model.generate(ids, **options))
+
+
+def test_a_further_cut_renews_the_counts(folders):
+    model = load(folders / "llama_even")
+    cut(model, {"model.layers.0.self_attn": [0]})
+    assert [layer.num_attention_heads for layer in model.config.per_layer_config] == [1, 1]
+    cut(ragged := llama(), {"model.layers.0.self_attn": [0, 1, 2, 3, 4]})
+    assert not ragged.config.is_heterogeneous
+    assert attention_sites(ragged)[0].head_map == HeadMap((0, 0, 1, 1, 2), 3)
