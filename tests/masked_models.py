@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from tiny_models import VOCABULARY, bert, llama, padded, tokens
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForSequenceClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from headprune.nn import VariableHeadAttention, replace_multihead_attention
 from headprune.planning import PruningPlan
@@ -46,6 +55,26 @@ def classifier():
 
 def encoder_decoder():
     return bart(), None, {**padded(side="right"), "labels": tokens(3, 7, 5)}
+
+
+def t5():
+    """The first layer's position bias goes to all others beside the hidden states."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=2, decoder_start_token_id=0,
+        initializer_factor=3.0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval(), None, {**padded(side="right"), "labels": tokens(3, 7, 5)}
+
+
+def swin():
+    """Attention sees windows: several rows for each sample."""
+    torch.manual_seed(0)
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=4, initializer_range=0.5
+    )
+    model = SwinForImageClassification(config).eval()
+    return model, None, {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 1])}
 
 
 def squares(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -137,6 +166,8 @@ CASES = {
     "ragged llama": (ragged_llama, "replayed"),
     "classifier": (classifier, "replayed"),
     "encoder-decoder": (encoder_decoder, "replayed"),
+    "t5": (t5, "replayed"),
+    "swin": (swin, "replayed"),
     "torch encoder": (torch_encoder, "replayed"),
     "sequence first": (sequence_first, "replayed"),
     "shared weights": (lambda: on_states(Layers(shared=True)), "replayed"),

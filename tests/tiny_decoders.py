@@ -34,7 +34,18 @@ FAMILIES = {
     "qwen2": ("Qwen2", MODERN),
     "qwen3": ("Qwen3", {**MODERN, "head_dim": 8}),
     "qwen3_moe": ("Qwen3Moe", {**MODERN, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}),
-    "gemma2": ("Gemma2", {**MODERN, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}),
+    # Eager: in some releases its sdpa leaves the soft cap out.
+    "gemma2": (
+        "Gemma2",
+        {
+            **MODERN,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "attn_implementation": "eager",
+        },
+    ),
     "gemma3": ("Gemma3", {**MODERN, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}),
     "phi3": ("Phi3", MODERN),
     "olmo2": ("Olmo2", MODERN),

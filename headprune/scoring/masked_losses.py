@@ -30,19 +30,23 @@ from headprune.scoring.run_structure import RunStructure, folded_pass, run_struc
 from headprune.scoring.sample_losses import OwnLoss, close, tolerance_of
 
 log = logging.getLogger("headprune")
-ROWS = 16
+ROWS = {"cpu": 16}  # of a pass by default: more only leaves the caches
+ROWS_ELSEWHERE = 64
 
 Masks = Mapping[str, Tensor]
 
 
-def masked_losses(model: nn.Module, batch: Any, masks: Masks, *, loss_fn: LossFunction | None = None, rows: int = ROWS) -> Tensor:
+def masked_losses(
+    model: nn.Module, batch: Any, masks: Masks, *, loss_fn: LossFunction | None = None, rows: int | None = None
+) -> Tensor:
     """Each sample's loss under each mask, [n_masks, samples], fp32, on the CPU.
 
     Args:
         batch: a dict for `model(**batch)` with labels, or what `loss_fn` understands.
         masks: site name -> gates [n_masks, query_heads], 0 or 1 or any factor; sites left out keep all heads.
         loss_fn: `loss_fn(model, batch)` gives per-sample losses [n] or their mean; default: the model's own, by sample.
-        rows: how many samples one pass may hold; a batch larger than that is run once per mask.
+        rows: how many samples one pass may hold, by default 16 on a CPU and 64 elsewhere; halved where memory does not hold
+            them. A batch larger than that is run once per mask.
 
     Raises InvalidInput for masks of an unknown site or another shape, of a site that the batch does not run through, for a
     loss that is missing, unknown or not finite.
@@ -67,11 +71,13 @@ class MaskedLosses:
     where it cannot start again at a site masks are folded into whole passes, and where not even that, run one by one."""
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[AttentionSite], loss_fn: LossFunction | None = None, rows: int = ROWS
+        self, model: nn.Module, sites: Sequence[AttentionSite], loss_fn: LossFunction | None = None, rows: int | None = None
     ) -> None:
-        if rows < 1:
+        if rows is not None and rows < 1:
             raise InvalidInput(f"rows is {rows}; expected at least 1 sample a pass.")
-        self.model, self.rows, self.loss_fn = model, rows, loss_fn or OwnLoss()
+        self.model, self.loss_fn = model, loss_fn or OwnLoss()
+        self.place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.rows = rows or ROWS.get(self.place.type, ROWS_ELSEWHERE)
         self.sites = {site.name: site for site in sites}
         self.structure: RunStructure | None = None
         self.folds = True  # until a model or its loss does not allow it
@@ -186,7 +192,7 @@ class MaskedBatch:
     def __init__(self, owner: MaskedLosses, batch: Any, dense: DensePass) -> None:
         self.owner, self.batch, self._pass = owner, batch, dense
         self.reached = tuple(dense.reached)
-        self.dense = self.by_sample(dense.losses)
+        self.dense = self.by_sample(dense.losses).cpu()
 
     @property
     def samples(self) -> int:
@@ -198,8 +204,8 @@ class MaskedBatch:
         return tensors[0].shape[0] if tensors else 1
 
     def by_sample(self, losses: Tensor) -> Tensor:
-        """[samples], fp32, on the CPU; a mean counts for each of its samples."""
-        return (losses if losses.dim() else losses.expand(self.samples)).detach().float().cpu()
+        """[samples], fp32; a mean counts for each of its samples."""
+        return (losses if losses.dim() else losses.expand(self.samples)).detach().float()
 
     def losses(self, masks: Masks) -> Tensor:
         """[n_masks, samples], fp32, on the CPU; see `masked_losses`."""
@@ -238,7 +244,7 @@ class MaskedBatch:
         owner = self.owner
         if owner.structure is None:
             singly = [{other: rows[0] for other, rows in part.items()} for part in self.parts(gates, rows=1)]
-            return torch.stack([self.by_sample(owner.alone(self.batch, row)) for row in singly])
+            return torch.stack([self.by_sample(owner.alone(self.batch, row)) for row in singly]).cpu()
         start = name if owner.structure.replays(name) else None
         return torch.cat([self.run(part, start) for part in self.parts(gates)])
 
@@ -252,8 +258,7 @@ class MaskedBatch:
     def folded_pass(self, gates: dict[str, Tensor], times: int, start: str | None = None) -> list[Any]:
         """The output for each mask, from one pass."""
         owner, found = self.owner, self._pass
-        place = next(owner.model.parameters()).device
-        gates = {name: rows.to(place) for name, rows in gates.items()}
+        gates = {name: rows.to(owner.place) for name, rows in gates.items()}
         output = folded_pass(owner.model, owner.sites, owner.structure, found.calls[0], gates, times, start, found.stored)
         return [fold(output, owner.structure.output, times, index) for index in range(times)]
 
@@ -263,7 +268,7 @@ class MaskedBatch:
         changed = {name: rows for name, rows in gates.items() if bool((rows != 1).any())}
         try:
             outputs = self.folded_pass(changed, count, start)
-            return torch.stack([self.by_sample(owner.losses_of(output, self.batch)) for output in outputs])
+            return torch.stack([self.by_sample(owner.losses_of(output, self.batch)) for output in outputs]).cpu()
         except torch.OutOfMemoryError:
             if count == 1:
                 raise

@@ -69,9 +69,11 @@ def observe(
         raise unknown_name("value of unreached", unreached, UNREACHED)
     kinds = None if token_kinds is None else TokenKinds.of(token_kinds)
     with own_attention(model):
-        setting = Setting(model, tuple(attention_sites(model)), loss_fn, token_masks(model, token_mask), kinds, gram_device)
+        every = attention_sites(model)
+        sites, headless = (tuple(site for site in every if bool(site.head_map.query_heads) is has) for has in (True, False))
+        setting = Setting(model, sites, loss_fn, token_masks(model, token_mask), kinds, gram_device, headless)
         wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
-        earlier = taken_up(checkpoint, setting.sites, wanted)
+        earlier = taken_up(checkpoint, every, wanted)
         observers = [observer_of(need)(setting) for need in wanted]
         with checkpointed(model) if checkpointing else nullcontext():
             seen = run_pass(setting, batches, observers, earlier, checkpoint, progress)
@@ -156,6 +158,7 @@ def snapshot(setting: Setting, observers: Sequence[Observer], seen: Sequence[int
         site.name: SiteObservations(site.name, SiteShape.of(site), site.name in reached, **fields[site.name])
         for site in setting.sites
     }
+    sites |= {site.name: SiteObservations(site.name, SiteShape.of(site), reached=False) for site in setting.headless}
     return Observations(sites, tuple(seen))
 
 
@@ -164,7 +167,7 @@ def together(earlier: Observations | None, now: Observations) -> Observations:
 
 
 def refuse_unreached(observed: Observations, unreached: str) -> None:
-    names = [name for name, site in observed.items() if not site.reached]
+    names = [name for name, site in observed.items() if not site.reached and site.shape.head_map.query_heads]
     if not names:
         return
     shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -183,7 +186,8 @@ def taken_up(checkpoint: str | Path | None, sites: Sequence[AttentionSite], want
     earlier = Observations.load(checkpoint)
     if {name: site.shape for name, site in earlier.items()} != {site.name: SiteShape.of(site) for site in sites}:
         raise InvalidInput(f"{checkpoint} holds observations of another model; remove it or give another checkpoint.")
-    if any(site.has(need) != (need in wanted) for site in earlier.values() for need in Need):
+    measured = [site for site in earlier.values() if site.shape.head_map.query_heads]
+    if any(site.has(need) != (need in wanted) for site in measured for need in Need):
         raise InvalidInput(f"{checkpoint} holds other needs than {wanted}; remove it or give another checkpoint.")
     log.info("taking up %s: %d batches are done", checkpoint, len(earlier.seen))
     return earlier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from headprune.errors import InvalidInput
 IGNORED = -100  # a label that no loss counts, by torch's and transformers' convention
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a loss computed in another order; others: LOW_PRECISION
 LOW_PRECISION = 5e-2
+SAME_LOGITS = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the mean loss of the same logits, by the loss's own precision
+SAME_LOGITS_LOW_PRECISION = 1e-2
 
 Rows = tuple[Tensor, Tensor]  # each sample's loss [n], the labels that it is the mean of [n]
 
@@ -35,7 +38,7 @@ class OwnLoss:
         output = model(**batch)
         loss = getattr(output, "loss", None)
         if loss is not None:
-            self._form = recognised(output, batch, loss, model)
+            self._form = recognised(output, batch, loss, type(model).__name__, self._form)
         elif self._form is None or not (set(batch) & {"labels", "start_positions"}):
             raise InvalidInput(f"{type(model).__name__} returned no loss: put labels into the batches, or give loss_fn.")
         losses, counts = FORMS[self._form](output, batch)
@@ -44,18 +47,27 @@ class OwnLoss:
         return losses
 
 
-def recognised(output: Any, batch: Mapping, loss: Tensor, model: nn.Module) -> str:
-    """The name of the form whose weighted mean is `loss`."""
+def recognised(output: Any, batch: Mapping, loss: Tensor, model: str, known: str | None) -> str:
+    """The name of the form whose weighted mean is `loss`: `known` where that still fits, else the one that comes nearest."""
+    expected = float(loss.detach())
+    allowed = SAME_LOGITS.get(loss.dtype, SAME_LOGITS_LOW_PRECISION) * (1 + abs(expected))
+    if not math.isfinite(expected):
+        raise InvalidInput(
+            f"the loss of {model} is NaN or infinite on a batch; look for empty labels or overflow in low precision."
+        )
+    distances = {}
     for name, form in FORMS.items():
         found = form(output, batch)
         if found is not None:
-            losses, counts = found
-            if close((losses * counts).nansum() / counts.sum(), loss.detach().to(losses), model):
-                return name
-    raise InvalidInput(
-        f"the loss of {type(model).__name__} ({float(loss.detach()):.4g} on a batch) is none that headprune knows sample by sample "
-        f"({', '.join(FORMS)}); give loss_fn(model, batch) -> per-sample losses [n]."
-    )
+            losses, counts = (part.detach().double() for part in found)
+            distances[name] = abs(float((losses * counts).nansum() / counts.sum()) - expected)
+    nearest = known if distances.get(known, math.inf) <= allowed else min(distances, key=distances.get, default=None)
+    if nearest is None or not distances[nearest] <= allowed:
+        raise InvalidInput(
+            f"the loss of {model} ({expected:.4g} on a batch) is none that headprune knows sample by sample "
+            f"({', '.join(FORMS)}); give loss_fn(model, batch) -> per-sample losses [n]."
+        )
+    return nearest
 
 
 def close(found: Tensor, expected: Tensor, model: nn.Module) -> bool:

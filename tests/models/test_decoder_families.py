@@ -6,6 +6,8 @@ import zlib
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_decoders import FAMILIES, decoder
 from tiny_models import hidden, padded, tokens
 
@@ -22,6 +24,7 @@ PLANS = {
 }
 NO_STATIC_CACHE = {"falcon_alibi"}  # the stock model itself fails with one
 NO_ASSISTANT = {"mpt"}  # decodes without a cache by default, which assisted decoding needs
+CROPS_WINDOWS = Version(transformers.__version__) >= Version("5.23")  # earlier, assisted decoding fails in stock models with one
 
 
 def drawn(family: str) -> tuple[list[int], list[int]]:
@@ -81,7 +84,7 @@ def test_it_generates_what_the_gated_model_does(family, keep):
         with gated(model, plan):
             expected = model.generate(**greedy, **options)
         assert torch.equal(pruned.generate(**greedy, **options), expected), options
-    if family not in NO_ASSISTANT:
+    if family not in NO_ASSISTANT and (CROPS_WINDOWS or not getattr(model.config, "sliding_window", None)):
         alone = {**greedy, "input_ids": tokens(1, 7), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
         assert torch.equal(pruned.generate(**alone, assistant_model=model), pruned.generate(**alone))
 

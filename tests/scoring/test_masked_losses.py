@@ -92,6 +92,30 @@ def test_a_replay_computes_only_what_comes_behind_the_heads():
     assert ran == ["1.encoder_attn.q_proj", "1.fc1"]
 
 
+def test_low_precision_agrees_within_its_rounding():
+    model, batch = llama().bfloat16(), {"input_ids": tokens(), "labels": tokens()}
+    masks = masks_for(model)
+    masked = MaskedLosses(model, attention_sites(model))
+    assert torch.allclose(masked.on(batch).losses(masks), one_by_one(model, None, batch, masks), rtol=2e-2)
+    assert all(map(masked.structure.replays, masked.structure.gate_dim))
+
+
+def test_passes_shrink_until_memory_holds_them():
+    model, loss_fn, batch = CASES["classifier"][0]()
+    sizes = []
+
+    def small_memory(module, args):
+        sizes.append(len(args[0]))
+        if len(args[0]) > 6:
+            raise torch.OutOfMemoryError
+
+    model.bert.encoder.layer[1].register_forward_pre_hook(small_memory)
+    masks = {name: rows[:8] for name, rows in masks_for(model).items()}
+    found = MaskedLosses(model, attention_sites(model), loss_fn, 24).on(batch).losses(masks)
+    assert torch.allclose(found, one_by_one(model, loss_fn, batch, masks), rtol=1e-4, atol=1e-6)
+    assert max(sizes) > 6
+
+
 def test_nothing_is_left_behind():
     model, loss_fn, batch = CASES["ragged llama"][0]()
     model.train()

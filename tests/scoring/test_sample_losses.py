@@ -1,11 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from masked_models import bart, bert_with, classes
-from tiny_models import llama, padded, tokens
+from tiny_models import VOCABULARY, llama, padded, tokens
 from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
 from headprune.errors import InvalidInput
-from headprune.scoring.sample_losses import OwnLoss
+from headprune.scoring.sample_losses import OwnLoss, next_token, token
 
 
 def some_ignored(labels: torch.Tensor) -> torch.Tensor:
@@ -52,6 +54,18 @@ def test_each_samples_loss_is_that_of_the_sample_by_itself_and_their_mean_is_the
     if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
         counts = (labels[:, 1 if case == "causal" else 0 :] != -100).sum(dim=1)
     assert float((losses * counts).sum() / counts.sum()) == pytest.approx(float(model(**batch).loss), rel=1e-4)
+
+
+def test_of_losses_that_lie_near_each_other_the_models_own_is_taken():
+    """The wrong form, first in order, is off by less than a tolerance of 1e-3 would notice."""
+    batch = {"labels": tokens(2, 4)}
+    logits = torch.zeros(2, 4, VOCABULARY)
+    logits[:, :3].scatter_(2, batch["labels"][:, :3, None], 1e-3)
+    output = SimpleNamespace(logits=logits, loss=token(SimpleNamespace(logits=logits), batch)[0].mean())
+    own = OwnLoss()
+    losses = own(lambda **_: output, batch)
+    assert torch.allclose(losses.mean(), output.loss, rtol=1e-7)
+    assert abs(float(next_token(output, batch)[0].mean() - output.loss)) < 1e-3
 
 
 def test_a_sample_without_labels_is_named():
