@@ -10,7 +10,7 @@
 #include "scratch.h"
 #include "thin_softmax.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 namespace {
 
 constexpr int64_t kMostPanels = 4;
@@ -19,8 +19,8 @@ constexpr int64_t kPartKeys = 4 * kKeyBlock;
 // Everything that a thread needs for one block of rows.
 struct Workplace {
   SoftmaxPanel panels[kMostPanels];
-  float* states[kMostPanels];
-  float *keys, *values, *scores, *rows;
+  Real* states[kMostPanels];
+  Real *keys, *values, *scores, *rows;
   BiasBlock bias;
   ThinPlace thin;
 };
@@ -56,7 +56,7 @@ Workplace set_up(const Problem& problem) {
 
 void open_panel(
     const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, bool sinks, SoftmaxPanel& panel,
-    float* buffer) {
+    Real* buffer) {
   place_panel(problem, group, keys, first, rows, panel);
   const int64_t width = panel.width();
   std::fill_n(panel.sum, width, 0.f);
@@ -76,14 +76,14 @@ void open_panel(
   }
   std::fill_n(panel.output, width * problem.value_dim, 0.f);
   std::fill_n(panel.stats.top, width, -kInfinity);
-  for (float* field : {panel.stats.mass, panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
+  for (Real* field : {panel.stats.mass, panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
 }
 
 // The part of `block_*` (keys `slot` up to `slot + count`) that the panel sees, taken into its softmax and its output.
 template <int Vecs, bool Stats>
 void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
             RowBlock key, RowBlock value, Workplace& place) {
-  float* bias = problem.bias.data ? place.bias.transposed : nullptr;
+  Real* bias = problem.bias.data ? place.bias.transposed : nullptr;
   if (bias && !read_bias(problem.bias, batch, panel, keys, slot, count, place.bias)) return;
   if (bias) turn_bias(panel, count, place.bias);
   const Edits edits = edits_of(problem, panel, keys, slot, count, bias);
@@ -95,15 +95,15 @@ void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, co
     const bool hidden = bias && place.bias.best[from] == -kInfinity;
     for (to = from + 1; to < count && (bias && place.bias.best[to] == -kInfinity) == hidden;) ++to;
     if (hidden) continue;
-    const float* probs = place.scores + from * Vecs * kLanes;
-    const float* seen = value.data + from * value.stride;
+    const Real* probs = place.scores + from * Vecs * kLanes;
+    const Real* seen = value.data + from * value.stride;
     value_block<Vecs>(seen, value.stride, to - from, probs, problem.value_dim, panel.output);
   }
 }
 
 template <int Vecs>
-void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, float* buffer, RowStats* stats) {
-  float lse[kPanelRows], gate[kPanelRows];
+void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, Real* buffer, RowStats* stats) {
+  Real lse[kPanelRows], gate[kPanelRows];
   for (int64_t r = 0; r < panel.width(); ++r) gate[r] = problem.gate_of(group.batch, panel.head[r]);
   Vec factor[Vecs];
   for (int v = 0; v < Vecs; ++v) {
@@ -165,7 +165,7 @@ void walk_keys(const Forward& problem, const Group& group, const Keys& keys, int
 }
 
 // `states` is where the panels of a part are left, state_floats apart; null: the rows are closed here.
-void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, float* states, Workplace& place,
+void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, Real* states, Workplace& place,
                RowStats* stats) {
   const int64_t panels = panels_of(block.rows);
   int64_t from = keys.count, to = 0;
@@ -189,8 +189,8 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
 // after the other.
 struct Split {
   int64_t group, rows, parts;
-  std::vector<float> states;
-  float* state(int64_t part, int64_t panel, int64_t value_dim) {
+  std::vector<Real> states;
+  Real* state(int64_t part, int64_t panel, int64_t value_dim) {
     return states.data() + (part * panels_of(rows) + panel) * state_floats(value_dim);
   }
 };
@@ -281,7 +281,7 @@ void attention_forward(const Forward& problem) {
     for (int64_t i; (i = next.fetch_add(1)) < total;) {
       const Block& block = blocks[i];
       const Group& group = groups[block.group];
-      float* states = block.part < 0 ? nullptr : splits[block.group].state(block.part, 0, problem.value_dim);
+      Real* states = block.part < 0 ? nullptr : splits[block.group].state(block.part, 0, problem.value_dim);
       run_block(problem, group, keys[group.batch], block, states, place, problem.stats ? &stats : nullptr);
     }
   });
@@ -295,4 +295,4 @@ void attention_forward(const Forward& problem) {
   if (problem.stats) average_stats(problem, stats);
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

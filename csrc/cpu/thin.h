@@ -7,7 +7,7 @@
 
 #include "rows.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 constexpr int kThinRows = kLanes >= 16 ? 8 : 4;
 constexpr int kStep = 2 * kLanes;     // elements that are read at once
@@ -27,13 +27,13 @@ struct Reader<Real> {
   static int place(int i) { return i; }
   static void read(const Real* from, Vec& low, Vec& high) { low = load(from), high = load(from + kLanes); }
 };
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(HEADPRUNE_AVX512) || defined(HEADPRUNE_AVX2)
 // A bf16 is the upper half of a float: even elements are shifted up, odd ones are where they belong.
 template <>
 struct Reader<at::BFloat16> {
   static int place(int i) { return i % 2 * kLanes + i / 2; }
   static void read(const at::BFloat16* from, Vec& low, Vec& high) {
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(HEADPRUNE_AVX512)
     const __m512i both = _mm512_loadu_si512(from);
     low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
     high = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
@@ -181,4 +181,4 @@ ThinProducts<T> thin_products(int64_t rows) {
   return {thin_scores<T, Heads>, thin_values<T, Heads>};
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

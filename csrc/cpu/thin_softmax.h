@@ -5,7 +5,7 @@
 #include "softmax.h"
 #include "thin.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 // The working memory of thin panels, shared by those of a thread.
 struct ThinPlace {
@@ -136,11 +136,11 @@ constexpr ThinKind thin_kind() {
 }
 
 inline ThinKind thin_kind(Type type) {
-  switch (type) {
-    case Type::bfloat16: return thin_kind<at::BFloat16>();
-    case Type::float16: return thin_kind<at::Half>();
-    default: return thin_kind<Real>();
-  }
+#if !defined(HEADPRUNE_FP64)
+  if (type == Type::bfloat16) return thin_kind<at::BFloat16>();
+  if (type == Type::float16) return thin_kind<at::Half>();
+#endif
+  return thin_kind<Real>();
 }
 
 // The rows of a panel [row][head_dim], scaled, as its products want them, and no output yet.
@@ -161,4 +161,4 @@ inline void close_thin(const Problem& problem, const SoftmaxPanel& panel) {
   }
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

@@ -117,7 +117,7 @@ def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
     query, value, stats = args[0], args[2], args[-1]
     batch, heads, length, _ = query.shape
     output = query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
-    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
+    lse = query.new_empty((batch, heads, length), dtype=torch.promote_types(query.dtype, torch.float32))
     return output, lse, query.new_empty((6, batch, heads) if stats else (0,), dtype=torch.float32)
 
 
