@@ -52,7 +52,7 @@ def extensions() -> tuple[list, dict]:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    cpu = sources("cpu", ".cpp")
+    cpu = sources("cpu", ".cpp") + sources("cpu/fp64", ".cpp")
     names = {} if not cpu else INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": []}
     built = [CppExtension(f"headprune._cpu_{name}", cpu, extra_compile_args=CPU_FLAGS + flags) for name, flags in names.items()]
     cuda = sources("cuda", ".cu") + sources("cuda", ".cpp")

@@ -1,11 +1,12 @@
 """Forward attention on the CPU, fp32."""
 
 import pytest
+import torch
 from cpu_shapes import RAGGED, expanded_sdpa, rows
 from torch.nn.functional import scaled_dot_product_attention
 
 from headprune import HeadMap
-from headprune.ops import attention
+from headprune.ops import attention, attention_varlen
 
 
 @pytest.mark.parametrize("length", [64, 128, 256, 512])
@@ -59,4 +60,21 @@ def test_pruned_to_some_heads(versus, kept):
     versus(
         f"CPU forward, {kept} of {heads} heads d{dim} S512 batch 4", lambda: attention(*few),
         {"all heads": lambda: attention(q, k, v)}, at_most=1.08 * kept / heads,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dim", [32, 64])
+def test_packed(versus, dim):
+    lengths, heads = (512, 64, 200, 33, 128, 350, 17, 256), 12
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    q, k, v = torch.randn(3, sum(lengths), heads, dim)
+
+    def one_by_one():
+        sequences = zip(*(tensor.split(lengths) for tensor in (q, k, v)))
+        return torch.cat([scaled_dot_product_attention(*(x.transpose(0, 1) for x in one)).transpose(0, 1) for one in sequences])
+
+    versus(
+        f"CPU forward, {len(lengths)} packed sequences of {min(lengths)} to {max(lengths)}, {heads} heads d{dim}",
+        lambda: attention_varlen(q, k, v, starts, starts), {"SDPA on each": one_by_one}, at_least=1.0,
+        gflop=4 * heads * sum(length**2 for length in lengths) * dim / 1e9,
     )  # fmt: skip

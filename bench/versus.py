@@ -114,6 +114,7 @@ def compare(
     gflop: float = 0.0,
     gbyte: float = 0.0,
     ceilings: Ceilings | None = None,
+    reads: Callable[[], object] | None = None,
     rounds: int = 15,
 ) -> Row:
     """Measures one row.
@@ -124,14 +125,19 @@ def compare(
         at_most: goal for our time / peer time ("at most 1.10 times as long").
         of_floor: goal for floor time / our time ("85 % of the copy bandwidth").
         gflop, gbyte: what the call must compute and move at least; the larger of their times at `ceilings` is the floor.
+        reads: a plain library call that reads as many bytes; timed in the same rounds, its time is a floor too. For machines
+            whose bandwidth is shared and changes from minute to minute.
     """
-    times, failed = measure({"ours": ours, **peers}, torch.device(device), rounds)
+    floor_run = {"reads": reads} if reads else {}
+    times, failed = measure({"ours": ours, **peers, **floor_run}, torch.device(device), rounds)
     medians = {peer: statistics.median(values) * 1e6 for peer, values in times.items()}
-    ours_us = medians.pop("ours")
+    ours_us, read_us = medians.pop("ours"), medians.pop("reads", math.nan)
     peer = min(medians, key=medians.__getitem__) if medians else ""
     peer_us = medians.get(peer, math.nan)
     low, _, high = statistics.quantiles(times["ours"], n=4)
     floors = {}
+    if reads:
+        floors["bytes read"] = read_us
     if ceilings and gflop:
         floors["arithmetic"] = gflop / ceilings.gflops * 1e6
     if ceilings and gbyte:

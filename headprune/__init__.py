@@ -10,13 +10,24 @@
 Importing headprune also registers attn_implementation="headprune" with transformers.
 """
 
-from headprune import nn, ops
+from headprune import compat, nn, ops
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InfeasibleBudget, InvalidInput, InvalidPlan, UnsupportedModel
 from headprune.evaluation import Evaluation, evaluate
 from headprune.head_map import HeadMap
 from headprune.models import AttentionSite, attention_sites, gated, register_adapter
 from headprune.planning import Budget, PruningPlan, plan
-from headprune.scoring import HeadScores, Need, Observations, criteria, criterion, observe, score, score_observations
+from headprune.scoring import (
+    HeadScores,
+    Need,
+    Observations,
+    criteria,
+    criterion,
+    observe,
+    portraits,
+    ranking_stability,
+    score,
+    score_observations,
+)
 from headprune.surgery import cut, load, prune, save
 from headprune.version import __version__
 
@@ -37,6 +48,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "attention_sites",
+    "compat",
     "criteria",
     "criterion",
     "cut",
@@ -47,7 +59,9 @@ __all__ = [
     "observe",
     "ops",
     "plan",
+    "portraits",
     "prune",
+    "ranking_stability",
     "register_adapter",
     "save",
     "score",

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from headprune.errors import HeadpruneError
+from headprune.errors import HeadpruneError, InvalidInput, unknown_name
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders here; nothing is ever fetched
 app = typer.Typer(
@@ -80,22 +80,32 @@ def carry_out(recipe) -> None:
 def score(
     model: ModelArgument,
     task: TaskOption = None,
-    criterion: Annotated[str, typer.Option(help="See `headprune criteria`.")] = "fisher",
+    criterion: Annotated[str, typer.Option(help="One or several, with commas between; see `headprune criteria`.")] = "fisher",
     normalize: Annotated[str, typer.Option(help="none, layer_l2 or layer_sum.")] = "none",
+    portraits: Annotated[bool, typer.Option("--portraits", help="Say what each head attends to.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")] = False,
     output: OutputOption = Path("scores.json"),
 ) -> None:
-    """Score every head of a model."""
+    """Score every head of a model, by several criteria in one pass; say how far they agree and can be trusted."""
     from headprune import scoring
+    from headprune.report.score_report import ScoreReport
 
-    scoring.get_criterion(criterion)
+    names = list(dict.fromkeys(name.strip() for name in criterion.split(",")))
+    needs = frozenset().union(*(scoring.get_criterion(name).needs for name in names))
+    scoring.check_normalization(normalize)
     dense, data = opened(model, task)
-    scores = with_bar(f"score heads by {criterion}", lambda progress: scoring.score(
-        dense, data.calibration, criterion, normalize=normalize, loss_fn=data.loss,
-        progress=lambda done: progress(done, len(data.calibration)),
+    observed = with_bar(f"score heads by {', '.join(names)}", lambda progress: scoring.observe(
+        dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,
+        token_kinds=data.tokenizer, progress=lambda done: progress(done, len(data.calibration)),
     ))  # fmt: skip
-    scores.save(output)
-    console.print(scores)
-    console.print(f"written to {output}")
+    report = ScoreReport.of(observed, names, normalize, portraits)
+    written = report.save(output)
+    if json:
+        console.print_json(data=report.to_json())
+    for shown in () if json else (*report.tables(), *(f"written to {path}" for path in written)):
+        console.print(shown)
+    for warning in report.warnings():
+        progress_console.print(f"[yellow]{escape(warning)}[/]", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -115,23 +125,104 @@ def plan_command(
     heads: Annotated[float | None, typer.Option(help="Fraction of the query heads to remove.")] = None,
     params: Annotated[float | None, typer.Option(help="Fraction of the attention parameters to remove.")] = None,
     kv_cache: Annotated[float | None, typer.Option(help="Fraction of the key/value cache to remove.")] = None,
-    allocation: Annotated[str, typer.Option(help="global or uniform.")] = "global",
+    flops: Annotated[float | None, typer.Option(help="Fraction of the attention FLOPs to remove.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Fraction of the model's latency to remove, by --table.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs are counted for.")] = 512,
+    table: Annotated[Path | None, typer.Option(help="latency.json from `headprune latency` on this machine.")] = None,
+    allocation: Annotated[str, typer.Option(help="global, uniform or optimal.")] = "global",
     granularity: Annotated[str, typer.Option(help="query_head (ragged groups) or kv_group (whole groups).")] = "query_head",
     min_heads: Annotated[int, typer.Option(help="Query heads that every attention keeps.")] = 1,
+    multiple_of: Annotated[int, typer.Option(help="Attentions that lose heads keep a multiple of this.")] = 1,
     protect: Annotated[list[str] | None, typer.Option(help="Attention sites that lose nothing.")] = None,
+    sensitivity: Annotated[Path | None, typer.Option(help="sensitivity.json; loss curves for --allocation optimal.")] = None,
     output: OutputOption = Path("plan.json"),
 ) -> None:
     """Choose the heads to keep under a budget."""
-    from headprune.planning import Budget, plan
+    from headprune.planning import Budget, LatencyTable, Sensitivity, plan
     from headprune.scoring import HeadScores
 
-    budget = Budget(heads, params, kv_cache)
+    measured = None if table is None else LatencyTable.load(table)
+    budget = Budget(heads, params, kv_cache, flops, latency, length, measured)
     chosen = plan(
-        HeadScores.load(scores), budget, allocation=allocation, granularity=granularity, min_heads=min_heads, protect=protect or ()
-    )
+        HeadScores.load(scores), budget, allocation=allocation, granularity=granularity, min_heads=min_heads,
+        multiple_of=multiple_of, protect=protect or (), sensitivity=None if sensitivity is None else Sensitivity.load(sensitivity),
+    )  # fmt: skip
     chosen.save(output)
     console.print(chosen)
     console.print(f"written to {output}")
+
+
+@app.command("latency")
+def latency_command(model: ModelArgument, task: TaskOption = None, output: OutputOption = Path("latency.json")) -> None:
+    """Time every attention with every number of heads on this machine, for latency budgets."""
+    from headprune.evaluation import measure_latency_table
+
+    dense, data = opened(model, task)
+    table = with_bar("time attentions", lambda progress: measure_latency_table(dense, data.latency_inputs(), progress=progress))
+    table.save(output)
+    console.print(f"{table.machine}: batch {table.batch}, {table.length} tokens; the rest of the model {table.rest / 1e6:.2f} ms")
+    for key, times in table.attention.items():
+        console.print(f"  {key}: {' '.join(f'{time / 1e6:.2f}' for time in times)} ms with 0, 1, 2, ... heads")
+    console.print(f"written to {output}")
+
+
+@app.command("sensitivity")
+def sensitivity_command(
+    model: ModelArgument,
+    scores: Annotated[Path, typer.Argument(help="scores.json: the order in which the heads of a layer go.")],
+    task: TaskOption = None,
+    output: OutputOption = Path("sensitivity.json"),
+) -> None:
+    """Which layers tolerate pruning: the loss with 1, 2, 3, ... heads of each attention gone."""
+    from headprune.planning import sensitivity
+    from headprune.scoring import HeadScores
+
+    dense, data = opened(model, task)
+    found = with_bar("measure sensitivity", lambda progress: sensitivity(
+        dense, data.calibration, HeadScores.load(scores), loss_fn=data.loss,
+        progress=lambda done: progress(done, len(data.calibration)),
+    ))  # fmt: skip
+    found.save(output)
+    console.print(found)
+    console.print(f"written to {output}")
+
+
+@app.command("sweep")
+def sweep_command(
+    model: ModelArgument,
+    scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
+    budgets: Annotated[str, typer.Option(help="Fractions to remove, with commas between.")] = "0.25,0.5,0.65,0.75",
+    quantity: Annotated[str, typer.Option(help="What the fractions are of: heads, params, kv_cache or flops.")] = "heads",
+    allocation: Annotated[str, typer.Option(help="global, uniform or optimal.")] = "global",
+    task: TaskOption = None,
+    output: OutputOption = Path("sweep.json"),
+) -> None:
+    """Quality and cost over many budgets, from one scoring pass."""
+    from headprune.planning import Budget
+    from headprune.scoring import HeadScores
+    from headprune.sweep import sweep
+
+    chosen = [Budget(**{known_quantity(quantity): fraction}) for fraction in fractions(budgets)]
+    ranking = HeadScores.load(scores)
+    dense, data = opened(model, task)
+    found = with_bar("sweep", lambda progress: sweep(dense, data, ranking, chosen, allocation=allocation, progress=progress))
+    found.save(output)
+    console.print(found)
+    console.print(f"written to {output}")
+
+
+def known_quantity(name: str) -> str:
+    known = ("heads", "params", "kv_cache", "flops")
+    if name not in known:
+        raise unknown_name("quantity", name, known)
+    return name
+
+
+def fractions(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInput(f"budgets {text!r}: expected fractions with commas between, for example 0.25,0.5.") from None
 
 
 @app.command("prune")

@@ -91,7 +91,9 @@ def read_json(source: str | os.PathLike, kind: str) -> dict[str, Any]:
     where it was written by a newer schema."""
     source = Path(source)
     try:
-        document = json.loads(source.read_text(encoding="utf-8"))
+        document = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except InvalidInput as error:
+        raise InvalidInput(f"{source}: {error}") from None
     except FileNotFoundError:
         raise InvalidInput(f"{source} does not exist; expected a {kind} file (JSON).") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -105,6 +107,15 @@ def read_json(source: str | os.PathLike, kind: str) -> dict[str, Any]:
             f"{source} has schema version {version}; this headprune reads up to {SCHEMA_VERSION}. Update headprune to read it."
         )
     return document
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """InvalidInput where a file edited by hand names something twice; json would take the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = sorted({name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1})
+        raise InvalidInput(f"{', '.join(twice)} stands in the file twice.")
+    return found
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class PlanSection(Section):
     @field_validator("budget")
     @classmethod
     def valid_budget(cls, budget: dict[str, float]) -> dict[str, float]:
-        known = Budget.__dataclass_fields__
+        known = [name for name in Budget.__dataclass_fields__ if name != "table"]
         for name in budget:
             one_of("budget", name, known)
         Budget(**budget)

@@ -240,7 +240,9 @@ def compare_output(output: Tensor, exact: Tensor, theirs: Tensor, dtype: torch.d
 
 
 def compare_rest(lse: Tensor, exact_lse: Tensor, stats: Tensor, exact_stats: Tensor, dtype: torch.dtype) -> None:
-    assert torch.allclose(lse, exact_lse, rtol=1e-5, atol=1e-4), f"lse is off by {(lse - exact_lse).abs().nan_to_num().max():.2e}"
+    assert torch.allclose(lse.double(), exact_lse.double(), rtol=1e-5, atol=1e-4), (
+        f"lse is off by {(lse - exact_lse).abs().nan_to_num().max():.2e}"
+    )
     assert stats.shape == exact_stats.shape
     for name, ours, exact in zip(FIELDS, stats, exact_stats):
         # The norm is that of an output whose probabilities were rounded to dtype.

@@ -57,6 +57,10 @@ ENCODERS = {
         },
         text_batch,
     ),
+    "modernbert": encoder(
+        "ModernBert", cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2, local_attention=4,
+        layer_types=["full_attention", "sliding_attention"], initializer_cutoff_factor=3.0, embedding_dropout=0.0,
+    ),
     "deberta_v3": encoder(
         "DebertaV2", ("eager",), relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4, share_att_key=False,
         norm_rel_ebd="layer_norm", type_vocab_size=0, position_biased_input=False, **QUIET,

@@ -18,18 +18,18 @@
 #include "panel.h"
 #include "scratch.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 namespace {
 
 int64_t padded(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 
 struct Workplace {
   Panel panel;
-  float *keys, *values, *grad_keys, *grad_values;  // [kKeyBlock][padded dim]
-  float *scores, *grad_scores;                     // [kKeyBlock][row]; scores become probabilities
-  float *query_rows, *grad_rows, *grad_queries;    // [row][padded dim]
-  float* grads;                                    // [value_dim][row]
-  float *lse, *delta;                              // [row], lse in log2 units
+  Real *keys, *values, *grad_keys, *grad_values;  // [kKeyBlock][padded dim]
+  Real *scores, *grad_scores;                     // [kKeyBlock][row]; scores become probabilities
+  Real *query_rows, *grad_rows, *grad_queries;    // [row][padded dim]
+  Real* grads;                                    // [value_dim][row]
+  Real *lse, *delta;                              // [row], lse in log2 units
   BiasBlock bias;
 };
 
@@ -42,7 +42,7 @@ Workplace set_up(const Problem& problem) {
   place.values = scratch.take(kKeyBlock * value_width);
   place.grad_keys = scratch.take(kKeyBlock * key_width);
   place.grad_values = scratch.take(kKeyBlock * value_width);
-  for (float** block : {&place.scores, &place.grad_scores, &place.bias.rows, &place.bias.transposed}) {
+  for (Real** block : {&place.scores, &place.grad_scores, &place.bias.rows, &place.bias.transposed}) {
     *block = scratch.take(kKeyBlock * kPanelRows);
   }
   place.query_rows = scratch.take(kPanelRows * key_width);
@@ -50,7 +50,7 @@ Workplace set_up(const Problem& problem) {
   place.grad_queries = scratch.take(kPanelRows * key_width);
   place.panel.queries = scratch.take(kPanelRows * key_width);
   place.grads = scratch.take(kPanelRows * value_width);
-  for (float** field : {&place.panel.position, &place.panel.slope, &place.lse, &place.delta}) *field = scratch.take(kPanelRows);
+  for (Real** field : {&place.panel.position, &place.panel.slope, &place.lse, &place.delta}) *field = scratch.take(kPanelRows);
   return place;
 }
 
@@ -99,10 +99,10 @@ void open_panel(const Backward& problem, const Group& group, const Keys& keys, c
 // Scores become probabilities; grad_scores, on entry dP, become dS as the query and key products want it. `bias_grad`, where
 // asked for, gets dS before the softcap.
 template <int Vecs, bool Edited>
-void softmax_backward(const Edits& edits, const Keys& keys, int64_t slot, int64_t count, Workplace& place, float* bias_grad) {
+void softmax_backward(const Edits& edits, const Keys& keys, int64_t slot, int64_t count, Workplace& place, Real* bias_grad) {
   constexpr int rows = Vecs * kLanes;
   for (int64_t key = 0; key < count; ++key) {
-    const Vec key_position(static_cast<float>(keys.at(slot + key)));
+    const Vec key_position(static_cast<Real>(keys.at(slot + key)));
     for (int v = 0; v < Vecs; ++v) {
       const int64_t at = key * rows + v * kLanes;
       Vec score = load(place.scores + at), tanh_of_score;
@@ -125,8 +125,8 @@ void add_bias_gradient(
     const BiasGradient& gradient, int64_t batch, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, BiasBlock& block) {
   transpose(block.transposed, panel.width(), count, panel.width(), block.rows, kKeyBlock);
   for (int64_t r = 0; r < panel.rows; ++r) {
-    float* to = gradient.data + batch * gradient.batch + panel.head[r] * gradient.head + panel.query[r] * gradient.row;
-    const float* from = block.rows + r * kKeyBlock;
+    Real* to = gradient.data + batch * gradient.batch + panel.head[r] * gradient.head + panel.query[r] * gradient.row;
+    const Real* from = block.rows + r * kKeyBlock;
     for (int64_t key = 0; key < count; ++key) to[keys.at(slot + key)] += from[key];
   }
 }
@@ -137,12 +137,13 @@ void exchange(const Backward& problem, const Group& group, const Keys& keys, int
               int64_t offset, Workplace& place) {
   constexpr int rows = Vecs * kLanes;
   const int64_t key_width = padded(problem.head_dim), value_width = padded(problem.value_dim);
-  float* bias = problem.bias.data ? place.bias.transposed : nullptr;
+  Real* bias = problem.bias.data ? place.bias.transposed : nullptr;
   if (bias && !read_bias(problem.bias, group.batch, place.panel, keys, slot, count, place.bias)) return;
+  if (bias) turn_bias(place.panel, count, place.bias);
   const Edits edits = edits_of(problem, place.panel, keys, slot, count, bias);
   score_block<Vecs>(key.data, key.stride, count, place.panel.queries, problem.head_dim, place.scores);
   score_block<Vecs>(value.data, value.stride, count, place.grads, problem.value_dim, place.grad_scores);
-  float* bias_grad = problem.grad_bias.data ? place.bias.transposed : nullptr;
+  Real* bias_grad = problem.grad_bias.data ? place.bias.transposed : nullptr;
   const auto run = edits.any() ? softmax_backward<Vecs, true> : softmax_backward<Vecs, false>;
   run(edits, keys, slot, count, place, bias_grad);
   if (bias_grad) add_bias_gradient(problem.grad_bias, group.batch, place.panel, keys, slot, count, place.bias);
@@ -169,8 +170,8 @@ void add_grad_queries(const Backward& problem, const Group& group, const Workpla
   const int64_t key_width = padded(problem.head_dim);
   for (int64_t r = 0; r < place.panel.rows; ++r) {
     const int64_t row = problem.sequences[group.batch].query_start + place.panel.query[r];
-    char* at = row_of(problem.grad_query, Type::float32, group.batch, place.panel.head[r], row);
-    float* to = reinterpret_cast<float*>(at);
+    char* at = row_of(problem.grad_query, kRealType, group.batch, place.panel.head[r], row);
+    Real* to = reinterpret_cast<Real*>(at);
     for (int64_t x = 0; x < problem.head_dim; ++x) to[x] += problem.scale * place.grad_queries[r * key_width + x];
   }
 }
@@ -182,7 +183,7 @@ void wait_for(const std::atomic<int64_t>& added, int64_t slot) {
 }
 
 void write_rows(const Problem& problem, const Operand& to, const Group& group, const Keys& keys, int64_t slot, int64_t count,
-                const float* rows, int64_t dim) {
+                const Real* rows, int64_t dim) {
   for (int64_t i = 0; to.data && i < count; ++i) {
     write_row(rows + i * padded(dim), dim, problem.type, key_row(problem, to, group.batch, group.kv_head, keys.at(slot + i)));
   }
@@ -252,4 +253,4 @@ void attention_backward(const Backward& problem) {
   });
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

@@ -3,55 +3,60 @@
 
 #include "panel.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 constexpr int64_t kKeyBlock = 128;
 
 struct BiasBlock {
-  float* rows;        // [kPanelRows][kKeyBlock]
-  float* transposed;  // [kKeyBlock][panel width], in log2 units
-  float best[kKeyBlock];  // the largest over the panel's rows; -inf: nobody sees this key
+  Real* rows;        // [kPanelRows][kKeyBlock]
+  Real* transposed;  // [kKeyBlock][panel width], in log2 units
+  Real best[kKeyBlock];  // the largest over the panel's rows; -inf: nobody sees this key
+  bool shared;            // all rows have the same
 };
 
-inline void read_bias_row(const Bias& bias, int64_t offset, const Keys& keys, int64_t slot, int64_t count, float* row) {
+inline void read_bias_row(const Bias& bias, int64_t offset, const Keys& keys, int64_t slot, int64_t count, Real* row) {
   if (bias.is_bool) {
     const bool* from = static_cast<const bool*>(bias.data) + offset;
     for (int64_t key = 0; key < count; ++key) row[key] = from[keys.at(slot + key) * bias.column] ? 0.f : -kInfinity;
   } else if (bias.column == 1 && keys.index.empty()) {
-    const float* from = static_cast<const float*>(bias.data) + offset + keys.first + slot;
+    const Real* from = static_cast<const Real*>(bias.data) + offset + keys.first + slot;
     for (int64_t key = 0; key < count; ++key) row[key] = from[key] * kLog2e;
   } else {
-    const float* from = static_cast<const float*>(bias.data) + offset;
+    const Real* from = static_cast<const Real*>(bias.data) + offset;
     for (int64_t key = 0; key < count; ++key) row[key] = from[keys.at(slot + key) * bias.column] * kLog2e;
   }
 }
 
-// False where no row of the panel may see any key of the block.
+// Reads rows and best. False where no row of the panel may see any key of the block.
 inline bool read_bias(
     const Bias& bias, int64_t batch, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, BiasBlock& block) {
-  const int64_t width = panel.width();
   std::fill_n(block.best, count, -kInfinity);
   int64_t previous = -1;
-  bool shared = true;
+  block.shared = true;
   for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t offset = batch * bias.batch + panel.head[r] * bias.head + panel.query[r] * bias.row;
-    float* row = block.rows + r * kKeyBlock;
+    Real* row = block.rows + r * kKeyBlock;
     if (offset == previous) {
       std::copy_n(row - kKeyBlock, count, row);
       continue;
     }
-    shared = shared && r == 0;
+    block.shared = block.shared && r == 0;
     previous = offset;
     read_bias_row(bias, offset, keys, slot, count, row);
     for (int64_t key = 0; key < count; ++key) block.best[key] = std::max(block.best[key], row[key]);
   }
-  if (shared) {
-    for (int64_t key = 0; key < count; ++key) std::fill_n(block.transposed + key * width, width, block.rows[key]);
-  } else {
-    for (int64_t r = panel.rows; r < width; ++r) std::fill_n(block.rows + r * kKeyBlock, count, -kInfinity);
-    transpose(block.rows, kKeyBlock, width, count, block.transposed, width);
-  }
-  return std::any_of(block.best, block.best + count, [](float best) { return best != -kInfinity; });
+  return std::any_of(block.best, block.best + count, [](Real best) { return best != -kInfinity; });
 }
 
-}  // namespace headprune::cpu
+// Fills `transposed` from `rows`.
+inline void turn_bias(const Panel& panel, int64_t count, BiasBlock& block) {
+  const int64_t width = panel.width();
+  if (block.shared) {
+    for (int64_t key = 0; key < count; ++key) std::fill_n(block.transposed + key * width, width, block.rows[key]);
+    return;
+  }
+  for (int64_t r = panel.rows; r < width; ++r) std::fill_n(block.rows + r * kKeyBlock, count, -kInfinity);
+  transpose(block.rows, kKeyBlock, width, count, block.transposed, width);
+}
+
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

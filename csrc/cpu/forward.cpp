@@ -3,45 +3,40 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
-#include <cmath>
 
 #include "bias.h"
 #include "keys.h"
+#include "row_stats.h"
 #include "scratch.h"
-#include "softmax.h"
+#include "thin_softmax.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 namespace {
 
 constexpr int64_t kMostPanels = 4;
 constexpr int64_t kPartKeys = 4 * kKeyBlock;
 
-// The statistics of single rows before they are averaged, each laid out like lse.
-struct RowStats {
-  std::vector<float> values;
-  int64_t rows = 0;
-  enum Field { entropy, max_prob, max_logit, first_mass, distance, output_norm, counted };
-  float& at(Field field, int64_t row) { return values[field * rows + row]; }
-};
-
 // Everything that a thread needs for one block of rows.
 struct Workplace {
   SoftmaxPanel panels[kMostPanels];
-  float* states[kMostPanels];
-  float *keys, *values, *scores, *rows;
+  Real* states[kMostPanels];
+  Real *keys, *values, *scores, *rows;
   BiasBlock bias;
+  ThinPlace thin;
 };
 
 Workplace set_up(const Problem& problem) {
   const int64_t dim = std::max(problem.head_dim, problem.value_dim);
-  const int64_t panel_floats = 2 * kPanelRows * (problem.head_dim + 1) + state_floats(problem.value_dim);
+  const int64_t key_steps = whole_steps(problem.head_dim), value_steps = whole_steps(problem.value_dim);
+  const int64_t panel_floats = kPanelRows * (problem.head_dim + 2) + kThinRows * (key_steps + value_steps) + state_floats(problem.value_dim);
   Scratch& scratch = thread_scratch();
-  scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + 3 * kPanelRows) + kPanelRows * dim);
+  scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + 3 * kPanelRows + 2) + kPanelRows * dim + value_steps);
   Workplace place;
   for (int64_t p = 0; p < kMostPanels; ++p) {
     SoftmaxPanel& panel = place.panels[p];
     panel.queries = scratch.take(problem.head_dim * kPanelRows);
-    panel.thin_queries = scratch.take(problem.head_dim * kThinRows);
+    panel.thin_queries = scratch.take(kThinRows * key_steps);
+    panel.thin_sums = scratch.take(kThinRows * value_steps);
     panel.position = scratch.take(kPanelRows);
     panel.slope = scratch.take(kPanelRows);
     place.states[p] = scratch.take(state_floats(problem.value_dim));
@@ -52,12 +47,16 @@ Workplace set_up(const Problem& problem) {
   place.bias.rows = scratch.take(kKeyBlock * kPanelRows);
   place.bias.transposed = scratch.take(kKeyBlock * kPanelRows);
   place.rows = scratch.take(kPanelRows * dim);
+  place.thin.scores = place.scores;
+  place.thin.positions = scratch.take(kKeyBlock + kLanes);
+  place.thin.nothing = scratch.take(value_steps);
+  std::fill_n(place.thin.nothing, value_steps, 0.f);
   return place;
 }
 
 void open_panel(
     const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, bool sinks, SoftmaxPanel& panel,
-    float* buffer) {
+    Real* buffer) {
   place_panel(problem, group, keys, first, rows, panel);
   const int64_t width = panel.width();
   std::fill_n(panel.sum, width, 0.f);
@@ -71,29 +70,24 @@ void open_panel(
   read_panel(problem, problem.query, group, panel, problem.head_dim, problem.head_dim, buffer);
   scale_row(buffer, width * problem.head_dim, query_factor(problem));
   if (panel.thin()) {
-    std::copy_n(buffer, panel.rows * problem.head_dim, panel.thin_queries);
+    open_thin(problem, buffer, panel);
   } else {
     transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
   }
   std::fill_n(panel.output, width * problem.value_dim, 0.f);
   std::fill_n(panel.stats.top, width, -kInfinity);
-  for (float* field : {panel.stats.mass, panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
+  for (Real* field : {panel.stats.mass, panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
 }
 
 // The part of `block_*` (keys `slot` up to `slot + count`) that the panel sees, taken into its softmax and its output.
 template <int Vecs, bool Stats>
 void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
             RowBlock key, RowBlock value, Workplace& place) {
-  float* bias = problem.bias.data ? place.bias.transposed : nullptr;
+  Real* bias = problem.bias.data ? place.bias.transposed : nullptr;
   if (bias && !read_bias(problem.bias, batch, panel, keys, slot, count, place.bias)) return;
+  if (bias) turn_bias(panel, count, place.bias);
   const Edits edits = edits_of(problem, panel, keys, slot, count, bias);
-  const bool thin = Vecs == 1 && panel.thin();
-  const ThinProducts products = thin_products(panel.rows);
-  if (thin) {
-    products.scores(key.data, key.stride, count, panel.thin_queries, problem.head_dim, panel.width(), place.scores);
-  } else {
-    score_block<Vecs>(key.data, key.stride, count, panel.queries, problem.head_dim, place.scores);
-  }
+  score_block<Vecs>(key.data, key.stride, count, panel.queries, problem.head_dim, place.scores);
   if (edits.any()) edit_scores<Vecs>(edits, panel, keys, slot, count, place.scores);
   softmax_step<Vecs, Stats>(panel, keys, slot, count, problem.value_dim, place.scores);
   // Keys that the bias hides from the whole panel are left out: their values may hold inf or NaN.
@@ -101,41 +95,15 @@ void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, co
     const bool hidden = bias && place.bias.best[from] == -kInfinity;
     for (to = from + 1; to < count && (bias && place.bias.best[to] == -kInfinity) == hidden;) ++to;
     if (hidden) continue;
-    const float* probs = place.scores + from * Vecs * kLanes;
-    const float* seen = value.data + from * value.stride;
-    if (thin) {
-      products.values(seen, value.stride, to - from, probs, panel.width(), problem.value_dim, panel.output, place.rows);
-    } else {
-      value_block<Vecs>(seen, value.stride, to - from, probs, problem.value_dim, panel.output);
-    }
-  }
-}
-
-void record_stats(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const float* lse, RowStats& stats) {
-  for (int64_t r = 0; r < panel.rows; ++r) {
-    const bool wanted = !problem.query_mask || problem.query_mask[group.batch * problem.sequences[group.batch].query_len + panel.query[r]];
-    if (!wanted || panel.stats.top[r] == -kInfinity) continue;
-    const int64_t row = problem.number_of(group.batch, panel.head[r], panel.query[r]);
-    const float inverse = 1.f / panel.sum[r];
-    const float mass = panel.stats.mass[r] * inverse;
-    stats.at(RowStats::counted, row) = 1.f;
-    stats.at(RowStats::entropy, row) = std::log(panel.sum[r]) * mass - kLn2 * panel.stats.weighted[r] * inverse;
-    stats.at(RowStats::max_prob, row) = std::exp2(panel.stats.top[r] - panel.high[r]) * inverse;
-    stats.at(RowStats::max_logit, row) = panel.stats.top[r] * kLn2;
-    stats.at(RowStats::first_mass, row) = panel.stats.first[r] * inverse;
-    stats.at(RowStats::distance, row) = panel.stats.distance[r] * inverse;
-    double square = 0;
-    for (int64_t c = 0; c < problem.value_dim; ++c) {
-      const float x = panel.output[c * panel.width() + r];
-      square += x * x;
-    }
-    stats.at(RowStats::output_norm, row) = static_cast<float>(std::sqrt(square));
+    const Real* probs = place.scores + from * Vecs * kLanes;
+    const Real* seen = value.data + from * value.stride;
+    value_block<Vecs>(seen, value.stride, to - from, probs, problem.value_dim, panel.output);
   }
 }
 
 template <int Vecs>
-void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, float* buffer, RowStats* stats) {
-  float lse[kPanelRows], gate[kPanelRows];
+void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, Real* buffer, RowStats* stats) {
+  Real lse[kPanelRows], gate[kPanelRows];
   for (int64_t r = 0; r < panel.width(); ++r) gate[r] = problem.gate_of(group.batch, panel.head[r]);
   Vec factor[Vecs];
   for (int v = 0; v < Vecs; ++v) {
@@ -150,7 +118,7 @@ void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel&
     void* output = query_row(problem, problem.output, group.batch, panel.head[r], panel.query[r]);
     write_row(buffer + r * problem.value_dim, problem.value_dim, problem.type, output);
   }
-  if (stats) record_stats(problem, group, panel, lse, *stats);
+  if (stats) record_stats(problem, group, panel, *stats);
 }
 
 int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
@@ -159,8 +127,45 @@ void close(const Forward& problem, const Group& group, const SoftmaxPanel& panel
   (panel.vecs == 1 ? close_panel<1> : close_panel<kPanelVecs>)(problem, group, panel, place.rows, stats);
 }
 
+struct Blocks {
+  RowBlock key, value;
+};
+
+Blocks read_blocks(const Problem& problem, const Group& group, const Keys& keys, int64_t slot, int64_t count, Workplace& place) {
+  const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
+  return {row_block(problem, problem.key, group, keys, slot, count, head_dim, head_dim, place.keys),
+          row_block(problem, problem.value, group, keys, slot, count, value_dim, value_dim, place.values)};
+}
+
+// The keys from slot `from` up to `to` for all panels of a block of rows, read once for all.
+void walk_keys(const Forward& problem, const Group& group, const Keys& keys, int64_t panels, int64_t from, int64_t to, bool stats,
+               Workplace& place) {
+  const ThinKind kind = thin_kind(problem.type);
+  const auto thin = stats ? kind.attend_with_stats : kind.attend;
+  const bool all_thin = panels == 1 && place.panels[0].thin();
+  // Blocks start at multiples of their size, so that a panel's sums do not depend on the panels beside it.
+  for (int64_t slot = from, end; slot < to; slot = end) {
+    end = std::min(to, (slot / kKeyBlock + 1) * kKeyBlock);
+    const Blocks blocks = all_thin ? Blocks{} : read_blocks(problem, group, keys, slot, end - slot, place);
+    for (int64_t p = 0; p < panels; ++p) {
+      const SoftmaxPanel& panel = place.panels[p];
+      const int64_t first = std::max(slot, panel.slots_from), last = std::min(end, panel.slots_to);
+      if (first >= last) continue;
+      if (panel.thin()) {
+        thin(problem, group, panel, keys, first, last - first, std::min(to, panel.slots_to), place.bias, place.thin);
+        continue;
+      }
+      const RowBlock key{blocks.key.data + (first - slot) * blocks.key.stride, blocks.key.stride};
+      const RowBlock value{blocks.value.data + (first - slot) * blocks.value.stride, blocks.value.stride};
+      const auto run = panel.vecs == 1 ? (stats ? attend<1, true> : attend<1, false>)
+                                       : (stats ? attend<kPanelVecs, true> : attend<kPanelVecs, false>);
+      run(problem, group.batch, panel, keys, first, last - first, key, value, place);
+    }
+  }
+}
+
 // `states` is where the panels of a part are left, state_floats apart; null: the rows are closed here.
-void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, float* states, Workplace& place,
+void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, Real* states, Workplace& place,
                RowStats* stats) {
   const int64_t panels = panels_of(block.rows);
   int64_t from = keys.count, to = 0;
@@ -173,33 +178,19 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
     from = std::min(from, std::max(block.from, panel.slots_from));
     to = std::max(to, std::min(block.to, panel.slots_to));
   }
-  const bool once = panels == 1 && place.panels[0].thin();
-  // Blocks start at multiples of their size, so that a panel's sums do not depend on the panels beside it.
-  for (int64_t slot = from, end; slot < to; slot = end) {
-    end = std::min(to, (slot / kKeyBlock + 1) * kKeyBlock);
-    const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
-    const RowBlock key = row_block(problem, problem.key, group, keys, slot, end - slot, head_dim, head_dim, place.keys, once);
-    const RowBlock value = row_block(problem, problem.value, group, keys, slot, end - slot, value_dim, value_dim, place.values, once);
-    for (int64_t p = 0; p < panels; ++p) {
-      const SoftmaxPanel& panel = place.panels[p];
-      const int64_t first = std::max(slot, panel.slots_from), last = std::min(end, panel.slots_to);
-      if (first >= last) continue;
-      const RowBlock seen_key{key.data + (first - slot) * key.stride, key.stride};
-      const RowBlock seen_value{value.data + (first - slot) * value.stride, value.stride};
-      const auto run = panel.vecs == 1 ? (stats ? attend<1, true> : attend<1, false>)
-                                       : (stats ? attend<kPanelVecs, true> : attend<kPanelVecs, false>);
-      run(problem, group.batch, panel, keys, first, last - first, seen_key, seen_value, place);
-    }
+  walk_keys(problem, group, keys, panels, from, to, stats, place);
+  for (int64_t p = 0; p < panels; ++p) {
+    if (place.panels[p].thin()) close_thin(problem, place.panels[p]);
+    if (!states) close(problem, group, place.panels[p], place, stats);
   }
-  for (int64_t p = 0; !states && p < panels; ++p) close(problem, group, place.panels[p], place, stats);
 }
 
 // The rows of a group that are split over the keys: its parts are blocks, numbered from `part` 0 on; their states lie one
 // after the other.
 struct Split {
   int64_t group, rows, parts;
-  std::vector<float> states;
-  float* state(int64_t part, int64_t panel, int64_t value_dim) {
+  std::vector<Real> states;
+  Real* state(int64_t part, int64_t panel, int64_t value_dim) {
     return states.data() + (part * panels_of(rows) + panel) * state_floats(value_dim);
   }
 };
@@ -229,26 +220,6 @@ void clear_silent_heads(const Forward& problem) {
         std::memset(query_row(problem, problem.output, batch, head, query), 0, problem.value_dim * element_size(problem.type));
       }
     }
-  }
-}
-
-void average_stats(const Forward& problem, RowStats& rows) {
-  const int64_t heads = problem.batches * problem.query_heads;
-  for (int64_t head = 0; head < heads; ++head) {
-    double sums[6] = {};
-    double counted = 0;
-    float top = -kInfinity;
-    const int64_t batch = head / problem.query_heads, first = problem.number_of(batch, head % problem.query_heads, 0);
-    for (int64_t row = first; row < first + problem.sequences[batch].query_len; ++row) {
-      if (rows.at(RowStats::counted, row) == 0.f) continue;
-      counted += 1;
-      top = std::max(top, rows.at(RowStats::max_logit, row));
-      for (int field = 0; field < 6; ++field) sums[field] += rows.at(static_cast<RowStats::Field>(field), row);
-    }
-    for (int field = 0; field < 6; ++field) {
-      problem.stats[field * heads + head] = static_cast<float>(sums[field] / std::max(counted, 1.0));
-    }
-    problem.stats[RowStats::max_logit * heads + head] = top;
   }
 }
 
@@ -294,6 +265,8 @@ void attention_forward(const Forward& problem) {
     splits.push_back(split_of(problem, groups[g], keys[groups[g].batch], static_cast<int64_t>(g), blocks));
     is_split.push_back(splits[g].parts > 0);
   }
+  // Small groups wait for memory and large ones compute: the threads take parts of all groups in turn, so that both have work.
+  std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.part < b.part; });
   const std::vector<Block> whole = blocks_of(problem, groups, keys, is_split, rows_per_block(problem, groups, threads));
   blocks.insert(blocks.end(), whole.begin(), whole.end());
   RowStats stats;
@@ -308,7 +281,7 @@ void attention_forward(const Forward& problem) {
     for (int64_t i; (i = next.fetch_add(1)) < total;) {
       const Block& block = blocks[i];
       const Group& group = groups[block.group];
-      float* states = block.part < 0 ? nullptr : splits[block.group].state(block.part, 0, problem.value_dim);
+      Real* states = block.part < 0 ? nullptr : splits[block.group].state(block.part, 0, problem.value_dim);
       run_block(problem, group, keys[group.batch], block, states, place, problem.stats ? &stats : nullptr);
     }
   });
@@ -322,4 +295,4 @@ void attention_forward(const Forward& problem) {
   if (problem.stats) average_stats(problem, stats);
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

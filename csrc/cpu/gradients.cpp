@@ -15,7 +15,7 @@
 #include "delta.h"
 #include "forward.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 namespace {
 
 // Gates below this are not divided out of the output: it may have lost its precision.
@@ -26,20 +26,20 @@ Tensor output_of_faint_heads(Held held, const Tensor& faint, const Tensor& like)
   Problem& problem = held.problem;
   problem.gate = held.floats(faint);
   Forward forward{problem};
-  const Tensor output = at::empty_like(like), lse = at::empty({problem.numbers.count}, like.options().dtype(at::kFloat));
+  const Tensor output = at::empty_like(like), lse = at::empty({problem.numbers.count}, like.options().dtype(kReal));
   forward.output = operand(output);
   if (problem.numbers.batch == 0) forward.output.batch = 0;
-  forward.lse = lse.data_ptr<float>();
+  forward.lse = lse.data_ptr<Real>();
   forward.stats = nullptr;
   attention_forward(forward);
   return output;
 }
 
 Tensor dots(const Problem& problem, const Tensor& a, const Tensor& b) {
-  const Tensor found = at::zeros({problem.numbers.count}, a.options().dtype(at::kFloat));
+  const Tensor found = at::zeros({problem.numbers.count}, a.options().dtype(kReal));
   Operand left = operand(a), right = operand(b);
   if (problem.numbers.batch == 0) left.batch = right.batch = 0;
-  row_dots(problem, left, right, found.data_ptr<float>());
+  row_dots(problem, left, right, found.data_ptr<Real>());
   return found;
 }
 
@@ -47,7 +47,7 @@ Tensor dots(const Problem& problem, const Tensor& a, const Tensor& b) {
 template <typename Factor>
 Tensor head_sums(const Problem& problem, const Tensor& rows, Factor factor) {
   const Tensor sums = at::empty({problem.batches, problem.query_heads}, rows.options().dtype(at::kDouble));
-  const float* from = rows.const_data_ptr<float>();
+  const Real* from = rows.const_data_ptr<Real>();
   double* to = sums.data_ptr<double>();
   for (int64_t batch = 0; batch < problem.batches; ++batch) {
     for (int64_t head = 0; head < problem.query_heads; ++head) {
@@ -64,28 +64,28 @@ Tensor reduced(const Tensor& sums, const Tensor& like) { return (like.dim() == 2
 
 // The probability of each row's sink.
 struct SinkProbability {
-  const float *sinks, *lse;
+  const Real *sinks, *lse;
   double operator()(int64_t head, int64_t number) const {
-    return sinks && lse[number] != -std::numeric_limits<float>::infinity() ? std::exp(sinks[head] - lse[number]) : 0.0;
+    return sinks && lse[number] != -std::numeric_limits<Real>::infinity() ? std::exp(sinks[head] - lse[number]) : 0.0;
   }
 };
 
 // Of a bias that is the same for all keys: the softmax forgets it but for what the sink takes.
 Tensor gradient_of_row_bias(const Problem& problem, const Tensor& bias, const Tensor& delta, const SinkProbability& sink) {
   const Tensor rows = at::empty_like(delta);
-  const float* from = delta.const_data_ptr<float>();
-  float* to = rows.data_ptr<float>();
+  const Real* from = delta.const_data_ptr<Real>();
+  Real* to = rows.data_ptr<Real>();
   const int64_t queries = problem.numbers.head;
-  for (int64_t i = 0; i < delta.numel(); ++i) to[i] = from[i] * static_cast<float>(sink(i / queries % problem.query_heads, i));
+  for (int64_t i = 0; i < delta.numel(); ++i) to[i] = from[i] * static_cast<Real>(sink(i / queries % problem.query_heads, i));
   return rows.view({problem.batches, problem.query_heads, queries, 1}).sum_to_size(bias.sizes());
 }
 
 Tensor zeroed_bias_gradient(Backward& backward, const Tensor& bias) {
   std::vector<int64_t> shape(4 - bias.dim(), 1);
   shape.insert(shape.end(), bias.sizes().begin(), bias.sizes().end());
-  const Tensor grad = at::zeros(shape, bias.options().dtype(at::kFloat));
+  const Tensor grad = at::zeros(shape, bias.options().dtype(kReal));
   const auto stride = [&](int64_t dim) { return shape[dim] == 1 ? 0 : grad.stride(dim); };
-  backward.grad_bias = {grad.data_ptr<float>(), stride(0), stride(1), stride(2)};
+  backward.grad_bias = {grad.data_ptr<Real>(), stride(0), stride(1), stride(2)};
   return grad;
 }
 
@@ -97,7 +97,7 @@ std::array<Tensor, 6> gradients(const Held& held, const Options& options, const 
   Backward backward{held.problem};
   const bool packed = held.problem.numbers.batch == 0;
   const Tensor grad_output = rows_contiguous(given.grad_output), output = rows_contiguous(given.output), lse = given.lse.contiguous();
-  const SinkProbability sink{held.problem.sinks, lse.const_data_ptr<float>()};
+  const SinkProbability sink{held.problem.sinks, lse.const_data_ptr<Real>()};
   const Tensor delta = dots(held.problem, output, grad_output);
   if (need_gate) {
     const Tensor gate = options.gate->to(at::kDouble), faint = gate.abs().lt(smallest_divisor(held.problem.type));
@@ -119,13 +119,13 @@ std::array<Tensor, 6> gradients(const Held& held, const Options& options, const 
   if (!(need_query || need_key || need_value || backward.grad_bias.data)) return grads;
 
   backward.grad_output = operand(grad_output);
-  backward.lse = lse.const_data_ptr<float>();
-  backward.delta = delta.const_data_ptr<float>();
+  backward.lse = lse.const_data_ptr<Real>();
+  backward.delta = delta.const_data_ptr<Real>();
   Tensor query_sums;
   if (need_query) {
     grads[0] = at::zeros_like(given.query);
-    const bool in_place = held.problem.type == Type::float32 && rows_contiguous(grads[0]).is_same(grads[0]);
-    query_sums = in_place ? grads[0] : at::zeros(given.query.sizes(), given.query.options().dtype(at::kFloat));
+    const bool in_place = held.problem.type == kRealType && rows_contiguous(grads[0]).is_same(grads[0]);
+    query_sums = in_place ? grads[0] : at::zeros(given.query.sizes(), given.query.options().dtype(kReal));
     backward.grad_query = operand(query_sums);
   }
   Tensor grad_key, grad_value;
@@ -142,4 +142,4 @@ std::array<Tensor, 6> gradients(const Held& held, const Options& options, const 
   return grads;
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

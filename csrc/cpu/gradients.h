@@ -4,7 +4,7 @@
 
 #include "tensors.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 // What a backward operator is given besides its problem, and the tensors that want gradients; all [batch, heads, rows, dim]
 // but for bias, sinks and gate. `output` is gated.
@@ -17,4 +17,4 @@ struct BackwardTensors {
 // Gradients of query, key, value, bias, sinks and gate in the dtypes and shapes of these; those not needed are undefined.
 std::array<Tensor, 6> gradients(const Held& held, const Options& options, const BackwardTensors& given);
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

@@ -3,9 +3,12 @@
 
 #include <cstdint>
 
-namespace headprune::cpu {
+#include "real.h"
 
-enum class Type { float32, bfloat16, float16 };
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
+
+enum class Type { float32, bfloat16, float16, float64 };
+constexpr Type kRealType = sizeof(Real) == 8 ? Type::float64 : Type::float32;
 
 // [batch, head, row, column]; a column is one element.
 struct Operand {
@@ -45,18 +48,18 @@ struct Problem {
   const int64_t* kv_of_query;  // [query_heads], non-decreasing
   bool causal;
   int64_t window;  // 0: none
-  float scale;
-  float softcap;  // 0: none
+  Real scale;
+  Real softcap;  // 0: none
   Bias bias;
-  const float* alibi_slopes;  // [query_heads] or null, like all that follow
-  const float* sinks;         // [query_heads]
-  const float* gate;          // [query_heads], one set per sample where gate_batch is not 0
+  const Real* alibi_slopes;  // [query_heads] or null, like all that follow
+  const Real* sinks;         // [query_heads]
+  const Real* gate;          // [query_heads], one set per sample where gate_batch is not 0
   int64_t gate_batch;
   const bool* key_mask;  // key_mask_batch apart for each sample
   int64_t key_mask_batch;
   const bool* query_mask;  // [batches, query_len]
 
-  float gate_of(int64_t batch, int64_t head) const { return gate ? gate[batch * gate_batch + head] : 1.f; }
+  Real gate_of(int64_t batch, int64_t head) const { return gate ? gate[batch * gate_batch + head] : 1.f; }
   int64_t number_of(int64_t batch, int64_t head, int64_t query) const {
     return batch * numbers.batch + head * numbers.head + sequences[batch].query_start + query;
   }
@@ -64,8 +67,8 @@ struct Problem {
 
 struct Forward : Problem {
   Operand output;  // in the type of the query
-  float* lse;      // of each row
-  float* stats;    // [6, batches, query_heads] or null
+  Real* lse;      // of each row
+  float* stats;   // [6, batches, query_heads] or null
 };
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

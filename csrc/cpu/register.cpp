@@ -9,7 +9,6 @@
 #include "forward.h"
 #include "gradients.h"
 #include "tensors.h"
-#include "weight_tensors.h"
 
 namespace {
 
@@ -21,10 +20,11 @@ using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // `output` as the kernel's [batch, heads, rows, dim].
 Tensor run_forward(const Held& held, const Tensor& output, const Tensor& lse, bool stats) {
   Forward forward{held.problem};
-  const Tensor packed = stats ? at::empty({6, forward.batches, forward.query_heads}, lse.options()) : at::empty({0}, lse.options());
+  const Tensor packed = at::empty(stats ? std::vector<int64_t>{6, forward.batches, forward.query_heads} : std::vector<int64_t>{0},
+                                  lse.options().dtype(at::kFloat));
   forward.output = operand(output);
   if (forward.numbers.batch == 0) forward.output.batch = 0;
-  forward.lse = lse.data_ptr<float>();
+  forward.lse = lse.data_ptr<Real>();
   forward.stats = stats ? packed.data_ptr<float>() : nullptr;
   attention_forward(forward);
   return packed;
@@ -37,7 +37,7 @@ Found attention(
   const Options options{kv_of_query, causal, window, scale, softcap, bias, alibi_slopes, sinks, key_mask, query_mask, gate};
   const Held held = hold(query, key, value, options);
   const Tensor output = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)}, query.options()).transpose(1, 2);
-  const Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, query.options().dtype(at::kFloat));
+  const Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, query.options().dtype(kReal));
   return {output, lse, run_forward(held, output, lse, stats)};
 }
 
@@ -58,11 +58,11 @@ Found attention_varlen(
   const Options options{kv_of_query, causal, window, scale, softcap, {}, alibi_slopes, sinks, {}, {}, gate};
   const Held held = hold_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, options);
   const Tensor output = at::empty({query.size(0), query.size(1), value.size(2)}, query.options());
-  const Tensor lse = at::empty({query.size(1), query.size(0)}, query.options().dtype(at::kFloat));
+  const Tensor lse = at::empty({query.size(1), query.size(0)}, query.options().dtype(kReal));
   // Tokens behind the last sequence.
   const int64_t end = held.sequences.empty() ? 0 : held.sequences.back().query_start + held.sequences.back().query_len;
   output.slice(0, end).zero_();
-  lse.slice(1, end).fill_(-std::numeric_limits<float>::infinity());
+  lse.slice(1, end).fill_(-std::numeric_limits<Real>::infinity());
   return {output, lse, run_forward(held, as_one_batch(output), lse, stats)};
 }
 
@@ -90,21 +90,22 @@ Tensor attention_decode(
   const Options options{kv_of_query, true, window, scale, softcap, {}, alibi_slopes, sinks, key_mask, {}, gate};
   const Held held = hold_cache(query, key_cache, value_cache, lengths, page_table, options);
   const Tensor output = at::empty({query.size(0), query.size(2), query.size(1), value_cache.size(3)}, query.options()).transpose(1, 2);
-  run_forward(held, output, at::empty({held.problem.numbers.count}, query.options().dtype(at::kFloat)), false);
+  run_forward(held, output, at::empty({held.problem.numbers.count}, query.options().dtype(kReal)), false);
   return output;
-}
-
-Tensor head_weight_stats(at::TensorList weights, at::TensorList grads, IntArrayRef dims, IntArrayRef spans, int64_t heads) {
-  TORCH_CHECK(!weights.empty() && dims.size() == weights.size(), "expected a weight, and a dim for each");
-  TORCH_CHECK(grads.empty() || grads.size() == weights.size(), "expected a gradient for each weight");
-  const Tensor stats = at::empty({grads.empty() ? 3 : 6, heads}, weights[0].options().dtype(at::kFloat));
-  weight_stats(weight_blocks(weights, grads, dims, spans), type_of(weights[0]), !grads.empty(), heads, stats.data_ptr<float>());
-  return stats;
 }
 
 }  // namespace
 
-TORCH_LIBRARY(headprune_cpu, library) {
+#if defined(HEADPRUNE_FP64)
+#define HEADPRUNE_LIBRARY headprune_cpu_fp64
+#else
+#define HEADPRUNE_LIBRARY headprune_cpu
+#endif
+// The name must be replaced before torch's macros paste it.
+#define DEFINE(name, library) TORCH_LIBRARY(name, library)
+#define IMPLEMENT(name, library) TORCH_LIBRARY_IMPL(name, CPU, library)
+
+DEFINE(HEADPRUNE_LIBRARY, library) {
   library.def(
       "attention(Tensor query, Tensor key, Tensor value, int[] kv_of_query, bool causal, int window, float scale, float softcap, "
       "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_mask, Tensor? query_mask, Tensor? gate, bool stats) "
@@ -125,14 +126,12 @@ TORCH_LIBRARY(headprune_cpu, library) {
       "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor? page_table, "
       "int[] kv_of_query, int window, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? key_mask, "
       "Tensor? gate) -> Tensor");
-  library.def("head_weight_stats(Tensor[] weights, Tensor[] grads, int[] dims, int[] spans, int heads) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(headprune_cpu, CPU, library) {
+IMPLEMENT(HEADPRUNE_LIBRARY, library) {
   library.impl("attention", attention);
   library.impl("attention_backward", attention_backward);
   library.impl("attention_varlen", attention_varlen);
   library.impl("attention_varlen_backward", attention_varlen_backward);
   library.impl("attention_decode", attention_decode);
-  library.impl("head_weight_stats", head_weight_stats);
 }

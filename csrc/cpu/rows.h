@@ -8,9 +8,9 @@
 #include "problem.h"
 #include "vector.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
-inline int64_t element_size(Type type) { return type == Type::float32 ? 4 : 2; }
+inline int64_t element_size(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
 inline char* row_of(const Operand& operand, Type type, int64_t batch, int64_t head, int64_t row) {
   const int64_t offset = batch * operand.batch + head * operand.head + row * operand.row;
@@ -32,7 +32,7 @@ inline char* key_row(const Problem& problem, const Operand& operand, int64_t bat
 }
 
 template <typename T>
-inline void widen(const T* from, int64_t count, float* to) {
+inline void widen(const T* from, int64_t count, Real* to) {
   using Wide = at::vec::Vectorized<T>;
   int64_t i = 0;
   for (; i + Wide::size() <= count; i += Wide::size()) {
@@ -40,11 +40,11 @@ inline void widen(const T* from, int64_t count, float* to) {
     store(to + i, low);
     store(to + i + kLanes, high);
   }
-  for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
+  for (; i < count; ++i) to[i] = static_cast<Real>(from[i]);
 }
 
 template <typename T>
-inline void narrow(const float* from, int64_t count, T* to) {
+inline void narrow(const Real* from, int64_t count, T* to) {
   using Wide = at::vec::Vectorized<T>;
   int64_t i = 0;
   for (; i + Wide::size() <= count; i += Wide::size()) {
@@ -53,26 +53,26 @@ inline void narrow(const float* from, int64_t count, T* to) {
   for (; i < count; ++i) to[i] = static_cast<T>(from[i]);
 }
 
-inline void read_row(const void* from, Type type, int64_t count, float* to) {
-  switch (type) {
-    case Type::float32: std::memcpy(to, from, count * sizeof(float)); break;
-    case Type::bfloat16: widen(static_cast<const at::BFloat16*>(from), count, to); break;
-    case Type::float16: widen(static_cast<const at::Half*>(from), count, to); break;
-  }
+inline void read_row(const void* from, Type type, int64_t count, Real* to) {
+#if !defined(HEADPRUNE_FP64)
+  if (type == Type::bfloat16) return widen(static_cast<const at::BFloat16*>(from), count, to);
+  if (type == Type::float16) return widen(static_cast<const at::Half*>(from), count, to);
+#endif
+  std::memcpy(to, from, count * sizeof(Real));
 }
 
-inline void write_row(const float* from, int64_t count, Type type, void* to) {
-  switch (type) {
-    case Type::float32: std::memcpy(to, from, count * sizeof(float)); break;
-    case Type::bfloat16: narrow(from, count, static_cast<at::BFloat16*>(to)); break;
-    case Type::float16: narrow(from, count, static_cast<at::Half*>(to)); break;
-  }
+inline void write_row(const Real* from, int64_t count, Type type, void* to) {
+#if !defined(HEADPRUNE_FP64)
+  if (type == Type::bfloat16) return narrow(from, count, static_cast<at::BFloat16*>(to));
+  if (type == Type::float16) return narrow(from, count, static_cast<at::Half*>(to));
+#endif
+  std::memcpy(to, from, count * sizeof(Real));
 }
 
-inline void scale_row(float* row, int64_t count, float factor) {
+inline void scale_row(Real* row, int64_t count, Real factor) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(row + i, load(row + i) * Vec(factor));
   for (; i < count; ++i) row[i] *= factor;
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

@@ -7,7 +7,7 @@
 
 #include "problem.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 // The keys that key_mask lets through, in order; slot t is key index[t], or first + t where they are neighbours.
 struct Keys {
@@ -94,4 +94,4 @@ inline std::vector<Block> blocks_of(
   return blocks;
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

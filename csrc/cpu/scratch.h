@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <new>
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 class Scratch {
  public:
@@ -17,19 +17,19 @@ class Scratch {
     if (floats <= size_) return;
     std::free(memory_);
     size_ = (floats + 1023) / 1024 * 1024;
-    memory_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
+    memory_ = static_cast<Real*>(std::aligned_alloc(64, size_ * sizeof(Real)));
     if (!memory_) throw std::bad_alloc();
   }
   // `count` floats, 64 bytes aligned.
-  float* take(int64_t count) {
-    float* taken = memory_ + used_;
+  Real* take(int64_t count) {
+    Real* taken = memory_ + used_;
     used_ += (count + 15) / 16 * 16;
     return taken;
   }
 
  private:
   static constexpr int64_t kSlack = 1024;  // rounding of up to 64 takes
-  float* memory_ = nullptr;
+  Real* memory_ = nullptr;
   int64_t size_ = 0;
   int64_t used_ = 0;
 };
@@ -39,4 +39,4 @@ inline Scratch& thread_scratch() {
   return scratch;
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

@@ -7,17 +7,17 @@
 #include "panel.h"
 #include "thin.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 // Sums over keys of p, p * x, p * distance (x = score - high) and p of the first visible key; top = highest score.
 struct PanelStats {
-  float *top, *mass, *weighted, *distance, *first;
+  Real *top, *mass, *weighted, *distance, *first;
 };
 
 struct SoftmaxPanel : Panel {
-  float* thin_queries;  // [row][head_dim] where the panel is thin, as scaled as queries
-  float* output;        // [value_dim][row]
-  float *high, *sum;    // [row]
+  Real *thin_queries, *thin_sums;  // [row][whole_steps(dim)] where the panel is thin: queries and output, arranged (thin.h)
+  Real* output;        // [value_dim][row]
+  Real *high, *sum;    // [row]
   PanelStats stats;
 
   bool thin() const { return rows <= kThinRows; }
@@ -26,10 +26,10 @@ struct SoftmaxPanel : Panel {
 // All that the softmax of a panel has come to, in one piece of memory.
 inline int64_t state_floats(int64_t value_dim) { return (value_dim + 7) * kPanelRows; }
 
-inline void place_state(SoftmaxPanel& panel, float* state, int64_t value_dim) {
+inline void place_state(SoftmaxPanel& panel, Real* state, int64_t value_dim) {
   panel.output = state;
   state += value_dim * kPanelRows;
-  for (float** field : {&panel.high, &panel.sum, &panel.stats.top, &panel.stats.mass, &panel.stats.weighted, &panel.stats.distance,
+  for (Real** field : {&panel.high, &panel.sum, &panel.stats.top, &panel.stats.mass, &panel.stats.weighted, &panel.stats.distance,
                         &panel.stats.first}) {
     *field = state;
     state += kPanelRows;
@@ -37,12 +37,12 @@ inline void place_state(SoftmaxPanel& panel, float* state, int64_t value_dim) {
 }
 
 template <int Vecs>
-void edit_scores(const Edits& edits, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, float* scores) {
+void edit_scores(const Edits& edits, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, Real* scores) {
   constexpr int rows = Vecs * kLanes;
   for (int64_t key = 0; key < count; ++key) {
-    const Vec key_position(static_cast<float>(keys.at(slot + key)));
+    const Vec key_position(static_cast<Real>(keys.at(slot + key)));
     for (int v = 0; v < Vecs; ++v) {
-      float* at = scores + key * rows + v * kLanes;
+      Real* at = scores + key * rows + v * kLanes;
       Vec tanh_of_score;
       store(at, edited(edits, load(at), panel, key, v * kLanes, rows, key_position, tanh_of_score));
     }
@@ -50,10 +50,10 @@ void edit_scores(const Edits& edits, const Panel& panel, const Keys& keys, int64
 }
 
 template <int Vecs>
-void rescale(float* panel_rows, int64_t count, const Vec* factor) {
+void rescale(Real* panel_rows, int64_t count, const Vec* factor) {
   for (int64_t i = 0; i < count; ++i) {
     for (int v = 0; v < Vecs; ++v) {
-      float* at = panel_rows + (i * Vecs + v) * kLanes;
+      Real* at = panel_rows + (i * Vecs + v) * kLanes;
       store(at, load(at) * factor[v]);
     }
   }
@@ -61,7 +61,7 @@ void rescale(float* panel_rows, int64_t count, const Vec* factor) {
 
 // Takes one block of scores into the running softmax: scores become unnormalised probabilities.
 template <int Vecs, bool Stats>
-void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count, int64_t value_dim, float* scores) {
+void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count, int64_t value_dim, Real* scores) {
   constexpr int rows = Vecs * kLanes;
   Vec block_high[Vecs];
   for (int v = 0; v < Vecs; ++v) block_high[v] = Vec(-kInfinity);
@@ -95,12 +95,12 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
   }
   for (int64_t key = 0; key < count; ++key) {
     for (int v = 0; v < Vecs; ++v) {
-      float* at = scores + key * rows + v * kLanes;
+      Real* at = scores + key * rows + v * kLanes;
       const Vec x = load(at) - high[v];
       const Vec p = exp2(x);
       sum[v] = sum[v] + p;
       if constexpr (Stats) {
-        const Vec apart = (Vec(static_cast<float>(keys.at(slot + key))) - load(panel.position + v * kLanes)).abs();
+        const Vec apart = (Vec(static_cast<Real>(keys.at(slot + key))) - load(panel.position + v * kLanes)).abs();
         mass[v] = mass[v] + p;
         weighted[v] = at::vec::fmadd(p, max_second(Vec(-127.f), x), weighted[v]);
         distance[v] = at::vec::fmadd(p, apart, distance[v]);
@@ -127,7 +127,7 @@ inline void merge(const SoftmaxPanel& panel, const SoftmaxPanel& other, int64_t 
     const Vec high = Vec::blendv(now, Vec(0.f), now == Vec(-kInfinity));
     const Vec shift = max_second(Vec(-127.f), load(panel.high + at) - high), other_shift = max_second(Vec(-127.f), load(other.high + at) - high);
     const Vec factor = exp2(shift), other_factor = exp2(other_shift);
-    const auto add = [&](float* to, const float* from) { store(to, load(to) * factor + load(from) * other_factor); };
+    const auto add = [&](Real* to, const Real* from) { store(to, load(to) * factor + load(from) * other_factor); };
     store(panel.high + at, now);
     add(panel.sum + at, other.sum + at);
     for (int64_t c = 0; c < value_dim; ++c) add(panel.output + c * panel.width() + at, other.output + c * panel.width() + at);
@@ -141,4 +141,4 @@ inline void merge(const SoftmaxPanel& panel, const SoftmaxPanel& other, int64_t 
   }
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

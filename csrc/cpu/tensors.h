@@ -8,10 +8,11 @@
 
 #include "problem.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+constexpr at::ScalarType kReal = c10::CppTypeToScalarType<Real>::value;
 
 // What the operators take besides query, key and value.
 struct Options {
@@ -29,19 +30,20 @@ struct Held {
   std::vector<Tensor> tensors;
 
   Tensor keep(Tensor tensor) { return tensors.emplace_back(std::move(tensor)); }
-  const float* floats(const OptionalTensor& tensor) {
-    return tensor ? keep(tensor->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
+  const Real* floats(const OptionalTensor& tensor) {
+    return tensor ? keep(tensor->to(kReal).contiguous()).const_data_ptr<Real>() : nullptr;
   }
   const bool* bools(const OptionalTensor& tensor) { return tensor ? keep(tensor->contiguous()).const_data_ptr<bool>() : nullptr; }
 };
 
 inline Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return Type::float32;
-    case at::kBFloat16: return Type::bfloat16;
-    case at::kHalf: return Type::float16;
-    default: TORCH_CHECK(false, "headprune_cpu runs fp32, bf16 and fp16, not ", tensor.scalar_type());
-  }
+  const at::ScalarType type = tensor.scalar_type();
+  if (type == kReal) return kRealType;
+#if !defined(HEADPRUNE_FP64)
+  if (type == at::kBFloat16) return Type::bfloat16;
+  if (type == at::kHalf) return Type::float16;
+#endif
+  TORCH_CHECK(false, "these kernels compute in ", kReal, ", which does not fit ", type);
 }
 
 inline Tensor rows_contiguous(const Tensor& tensor) {
@@ -58,7 +60,7 @@ inline Bias bias_of(Held& held, const OptionalTensor& given, int64_t query_len, 
   const Problem& problem = held.problem;
   const bool is_bool = given->scalar_type() == at::kBool;
   const Tensor bias =
-      held.keep(is_bool ? *given : given->to(at::kFloat)).expand({problem.batches, problem.query_heads, query_len, kv_len});
+      held.keep(is_bool ? *given : given->to(kReal)).expand({problem.batches, problem.query_heads, query_len, kv_len});
   return {bias.const_data_ptr(), is_bool, bias.stride(0), bias.stride(1), bias.stride(2), bias.stride(3)};
 }
 
@@ -84,8 +86,8 @@ inline Held hold(const Tensor& query, const Tensor& key, const Tensor& value, st
   problem.kv_of_query = options.kv_of_query.data();
   problem.causal = options.causal;
   problem.window = options.window;
-  problem.scale = static_cast<float>(options.scale);
-  problem.softcap = static_cast<float>(options.softcap);
+  problem.scale = static_cast<Real>(options.scale);
+  problem.softcap = static_cast<Real>(options.softcap);
   problem.bias = bias_of(held, options.bias, query.size(2), key.size(2));
   problem.alibi_slopes = held.floats(options.alibi_slopes);
   problem.sinks = held.floats(options.sinks);
@@ -146,4 +148,4 @@ inline Held hold_cache(const Tensor& query, const Tensor& key_cache, const Tenso
   return held;
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

@@ -1,103 +1,184 @@
-// The products of attention for panels of few rows (decode): the columns are in the vector lanes, so that no lane idles, and
-// keys and values are read as they lie, once. Scores and output keep the panel's layout.
+// The products of attention for panels of few rows (decode). The columns are in the vector lanes, so that no lane idles, and
+// keys and values are read as they lie and in their own type, once, through one pointer for each row.
 #pragma once
 
-#include "tile.h"
+#include <bit>
+#include <cstring>
 
-namespace headprune::cpu {
+#include "rows.h"
 
-constexpr int kThinRows = kLanes >= 16 ? 8 : kLanes / 2;
-constexpr int kThinAccumulators = kLanes >= 16 ? 16 : 8;
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
-// scores[key][row] = sum_x keys[key][x] * queries[row][x]; rows of queries are head_dim apart.
-template <int Rows>
-void thin_scores(const float* keys, int64_t stride, int64_t count, const float* queries, int64_t head_dim, int64_t width, float* scores) {
-  constexpr int tile = Rows * 4 <= kThinAccumulators ? 4 : Rows * 2 <= kThinAccumulators ? 2 : 1;
-  std::fill_n(scores, count * width, 0.f);
-  for (int64_t first = 0; first < count; first += tile) {
-    const float* key[tile];  // past the end the last one again
-    for (int k = 0; k < tile; ++k) key[k] = keys + std::min(first + k, count - 1) * stride;
-    Vec sum[tile][Rows];
-    for (auto& row : sum) std::fill_n(row, Rows, Vec(0.f));
-    int64_t x = 0;
-    for (; x + kLanes <= head_dim; x += kLanes) {
-      Vec query[Rows];
-      for (int r = 0; r < Rows; ++r) query[r] = load(queries + r * head_dim + x);
-      for (int k = 0; k < tile; ++k) {
-        const Vec columns = load(key[k] + x);
-        for (int r = 0; r < Rows; ++r) sum[k][r] = at::vec::fmadd(columns, query[r], sum[k][r]);
-      }
-    }
-    for (int k = 0; k < tile && first + k < count; ++k) {
-      for (int r = 0; r < Rows; ++r) {
-        float score = sum_of_lanes(sum[k][r]);
-        for (int64_t rest = x; rest < head_dim; ++rest) score += key[k][rest] * queries[r * head_dim + rest];
-        scores[(first + k) * width + r] = score;
-      }
-    }
+constexpr int kThinRows = kLanes >= 16 ? 8 : 4;
+constexpr int kStep = 2 * kLanes;     // elements that are read at once
+constexpr int64_t kRowsAhead = 32;
+constexpr int kThinAccumulators = kLanes >= 16 ? 24 : 12;
+
+inline int64_t whole_steps(int64_t dim) { return (dim + kStep - 1) / kStep * kStep; }
+
+// Two vectors of the kStep elements at `from`; element i is number place(i) of them.
+template <typename T>
+struct Reader {
+  static int place(int i) { return i; }
+  static void read(const T* from, Vec& low, Vec& high) { std::tie(low, high) = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from)); }
+};
+template <>
+struct Reader<Real> {
+  static int place(int i) { return i; }
+  static void read(const Real* from, Vec& low, Vec& high) { low = load(from), high = load(from + kLanes); }
+};
+#if defined(HEADPRUNE_AVX512) || defined(HEADPRUNE_AVX2)
+// A bf16 is the upper half of a float: even elements are shifted up, odd ones are where they belong.
+template <>
+struct Reader<at::BFloat16> {
+  static int place(int i) { return i % 2 * kLanes + i / 2; }
+  static void read(const at::BFloat16* from, Vec& low, Vec& high) {
+#if defined(HEADPRUNE_AVX512)
+    const __m512i both = _mm512_loadu_si512(from);
+    low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    high = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+#else
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    low = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    high = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-65536)));
+#endif
   }
+};
+#endif
+
+// The order in which Reader<T> gives the elements of a row, and back.
+template <typename T>
+void arrange(const Real* row, int64_t dim, Real* arranged) {
+  for (int64_t x = 0; x < dim; ++x) arranged[x / kStep * kStep + Reader<T>::place(x % kStep)] = row[x];
+}
+template <typename T>
+Real arranged_at(const Real* arranged, int64_t x) {
+  return arranged[x / kStep * kStep + Reader<T>::place(x % kStep)];
 }
 
-// sums[row][column] += sum_key values[key][column] * probs[key][row] for Vecs * kLanes columns; rows of sums `dim` apart.
-template <int Rows, int Vecs>
-inline void thin_columns(const float* values, int64_t stride, int64_t count, const float* probs, int64_t width, float* sums, int64_t dim) {
-  Vec sum[Rows][Vecs];
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vecs; ++v) sum[r][v] = load(sums + r * dim + v * kLanes);
-  }
-  for (int64_t key = 0; key < count; ++key) {
-    Vec columns[Vecs];
-    for (int v = 0; v < Vecs; ++v) columns[v] = load(values + key * stride + v * kLanes);
-    for (int r = 0; r < Rows; ++r) {
-      const Vec prob(probs[key * width + r]);
-      for (int v = 0; v < Vecs; ++v) sum[r][v] = at::vec::fmadd(prob, columns[v], sum[r][v]);
-    }
-  }
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vecs; ++v) store(sums + r * dim + v * kLanes, sum[r][v]);
-  }
+// The last `count` < kStep elements of a row, filled up with 0.
+template <typename T>
+inline void read_rest(const T* from, int64_t count, Vec& low, Vec& high) {
+  T rest[kStep] = {};
+  std::memcpy(rest, from, count * sizeof(T));
+  Reader<T>::read(rest, low, high);
 }
 
-// output[column][row] += sum_key values[key][column] * probs[key][row]; `sums` is room for [Rows][value_dim].
-template <int Rows>
-void thin_values(
-    const float* values, int64_t stride, int64_t count, const float* probs, int64_t width, int64_t value_dim, float* output, float* sums) {
-  constexpr int vecs = kThinAccumulators / Rows >= 4 ? 4 : kThinAccumulators / Rows >= 2 ? 2 : 1;
-  constexpr int64_t few = 16;  // keys whose rows stay in the first cache between one range of columns and the next
-  std::fill_n(sums, Rows * value_dim, 0.f);
-  for (int64_t key = 0; key < count; key += few) {
-    const int64_t here = std::min(few, count - key);
-    const float *from = values + key * stride, *prob = probs + key * width;
-    int64_t column = 0;
-    for (; column + vecs * kLanes <= value_dim; column += vecs * kLanes) {
-      thin_columns<Rows, vecs>(from + column, stride, here, prob, width, sums + column, value_dim);
-    }
-    for (; column + kLanes <= value_dim; column += kLanes) {
-      thin_columns<Rows, 1>(from + column, stride, here, prob, width, sums + column, value_dim);
-    }
-    for (; column < value_dim; ++column) {
-      for (int64_t k = 0; k < here; ++k) {
-        for (int r = 0; r < Rows; ++r) sums[r * value_dim + column] += from[k * stride + column] * prob[k * width + r];
-      }
-    }
-  }
-  for (int64_t column = 0; column < value_dim; ++column) {
-    for (int r = 0; r < Rows; ++r) output[column * width + r] += sums[r * value_dim + column];
-  }
+// Into the second cache: it waits for more lines at a time than the first one does.
+template <typename T>
+[[gnu::always_inline]] inline void ask_for(const T* elements) {
+  for (size_t bytes = 0; bytes < kStep * sizeof(T); bytes += 64) __builtin_prefetch(reinterpret_cast<const char*>(elements) + bytes, 0, 2);
 }
 
-// thin_scores<rows> and thin_values<rows> for 1 <= rows <= kThinRows.
-struct ThinProducts {
-  decltype(&thin_scores<1>) scores;
-  decltype(&thin_values<1>) values;
+// Rows of keys or values: `now` (the last one repeated up to a multiple of kLanes), and what is read some rows after each.
+template <typename T>
+struct Rows {
+  const T* const* now;
+  const T* const* later;
+  Rows from(int64_t row) const { return {now + row, later + row}; }
 };
 
-template <int Rows = kThinRows>
-ThinProducts thin_products(int64_t rows) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return thin_products<Rows - 1>(rows);
+// scores[row][key] = sum_x keys[key][x] * queries[row][x]; rows of scores are `stride` apart, a multiple of kLanes, those of
+// queries whole_steps(dim), arranged.
+template <typename T, int Heads>
+void thin_scores(Rows<T> keys, int64_t count, int64_t dim, const Real* queries, Real* scores, int64_t stride) {
+  constexpr int slots = std::bit_ceil(static_cast<unsigned>(Heads)), tile = kLanes / slots;
+  const int64_t width = whole_steps(dim), whole = dim / kStep * kStep;
+  for (int64_t first = 0; first < count; first += tile) {
+    Vec sums[kLanes];
+    std::fill_n(sums, kLanes, Vec(0));
+    const auto multiply = [&](int64_t x, auto read) {
+      Vec query[2][Heads];
+      #pragma GCC unroll 16
+      for (int r = 0; r < Heads; ++r) query[0][r] = load(queries + r * width + x), query[1][r] = load(queries + r * width + x + kLanes);
+      #pragma GCC unroll 16
+      for (int k = 0; k < tile; ++k) {
+        Vec low, high;
+        read(keys.now[first + k] + x, low, high);
+        #pragma GCC unroll 16
+        for (int r = 0; r < Heads; ++r) {
+          sums[r * tile + k] = at::vec::fmadd(low, query[0][r], sums[r * tile + k]);
+          sums[r * tile + k] = at::vec::fmadd(high, query[1][r], sums[r * tile + k]);
+        }
+      }
+    };
+    for (int64_t x = 0; x < whole; x += kStep) {
+      #pragma GCC unroll 16
+      for (int k = 0; k < tile; ++k) ask_for(keys.later[first + k] + x);
+      multiply(x, [](const T* from, Vec& low, Vec& high) { Reader<T>::read(from, low, high); });
+    }
+    if (whole < dim) multiply(whole, [&](const T* from, Vec& low, Vec& high) { read_rest(from, dim - whole, low, high); });
+    Real found[kLanes];
+    store(found, lane_sums(sums));
+    #pragma GCC unroll 16
+    for (int r = 0; r < Heads; ++r) std::memcpy(scores + r * stride + first, found + r * tile, tile * sizeof(Real));
   }
-  return {thin_scores<Rows>, thin_values<Rows>};
 }
 
-}  // namespace headprune::cpu
+// sums[row][column] += sum_key values[key][column] * probs[row][key] for Steps * kStep columns from `column` on; where Rest
+// only `rest` of them are there.
+template <typename T, int Heads, int Steps, bool Rest>
+inline void thin_columns(Rows<T> values, int64_t count, int64_t column, int64_t rest, const Real* probs, int64_t stride, Real* sums, int64_t width) {
+  Lanes sum[Heads * 2 * Steps];
+#pragma GCC unroll 24
+  for (int i = 0; i < Heads * 2 * Steps; ++i) sum[i] = load(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes);
+  for (int64_t key = 0; key < count; ++key) {
+    const T* from = values.now[key] + column;
+    if constexpr (!Rest) {
+#pragma GCC unroll 4
+      for (int s = 0; s < Steps; ++s) ask_for(values.later[key] + column + s * kStep);
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < Steps; ++s) {
+      Vec low, high;
+      if constexpr (Rest) {
+        read_rest(from, rest, low, high);
+      } else {
+        Reader<T>::read(from + s * kStep, low, high);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < Heads; ++r) {
+        const Vec prob(probs[r * stride + key]);
+        const int at = (r * Steps + s) * 2;
+        sum[at] = multiply_add(prob, low, sum[at]);
+        sum[at + 1] = multiply_add(prob, high, sum[at + 1]);
+      }
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < Heads * 2 * Steps; ++i) store(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes, sum[i]);
+}
+
+// sums[row][column] += sum_key values[key][column] * probs[row][key]; rows of sums are whole_steps(dim) apart, arranged.
+template <typename T, int Heads>
+void thin_values(Rows<T> values, int64_t count, int64_t dim, const Real* probs, int64_t stride, Real* sums) {
+  constexpr int steps = kThinAccumulators / (2 * Heads) >= 4 ? 4 : kThinAccumulators / (2 * Heads) >= 2 ? 2 : 1;
+  constexpr int64_t few = 16;  // keys whose rows stay in the first cache between one range of columns and the next
+  const int64_t width = whole_steps(dim), whole = dim / kStep * kStep;
+  for (int64_t key = 0; key < count; key += few) {
+    const int64_t here = std::min(few, count - key);
+    int64_t column = 0;
+    for (; column + steps * kStep <= whole; column += steps * kStep) {
+      thin_columns<T, Heads, steps, false>(values.from(key), here, column, 0, probs + key, stride, sums, width);
+    }
+    for (; column < whole; column += kStep) thin_columns<T, Heads, 1, false>(values.from(key), here, column, 0, probs + key, stride, sums, width);
+    if (whole < dim) thin_columns<T, Heads, 1, true>(values.from(key), here, whole, dim - whole, probs + key, stride, sums, width);
+  }
+}
+
+// thin_scores<T, rows> and thin_values<T, rows> for 1 <= rows <= kThinRows.
+template <typename T>
+struct ThinProducts {
+  decltype(&thin_scores<T, 1>) scores;
+  decltype(&thin_values<T, 1>) values;
+};
+
+template <typename T, int Heads = kThinRows>
+ThinProducts<T> thin_products(int64_t rows) {
+  if constexpr (Heads > 1) {
+    if (rows < Heads) return thin_products<T, Heads - 1>(rows);
+  }
+  return {thin_scores<T, Heads>, thin_values<T, Heads>};
+}
+
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

@@ -6,7 +6,7 @@
 
 #include "vector.h"
 
-namespace headprune::cpu {
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTile = 8;  // 8 x 2 accumulators of 32 registers
@@ -22,7 +22,7 @@ constexpr int kPanelRows = kPanelVecs * kLanes;
 // and `out_stride` apart.
 template <int Count, int Vecs, bool Add>
 inline void multiply_tile(
-    const float* a, int64_t a_outer, int64_t a_inner, const float* b, int64_t b_stride, int64_t depth, float* out, int64_t out_stride) {
+    const Real* a, int64_t a_outer, int64_t a_inner, const Real* b, int64_t b_stride, int64_t depth, Real* out, int64_t out_stride) {
   Vec sum[Count][Vecs];
   for (int i = 0; i < Count; ++i) {
     for (int v = 0; v < Vecs; ++v) sum[i][v] = Add ? load(out + i * out_stride + v * kLanes) : Vec(0.f);
@@ -42,7 +42,7 @@ inline void multiply_tile(
 
 template <int Vecs, bool Add, bool Unit, int Count = kTile>
 inline void multiply_tail(
-    int64_t count, const float* a, int64_t stride, const float* b, int64_t b_stride, int64_t depth, float* out, int64_t out_stride) {
+    int64_t count, const Real* a, int64_t stride, const Real* b, int64_t b_stride, int64_t depth, Real* out, int64_t out_stride) {
   if constexpr (Count > 0) {
     if (count == Count) {
       return multiply_tile<Count, Vecs, Add>(a, Unit ? 1 : stride, Unit ? stride : 1, b, b_stride, depth, out, out_stride);
@@ -53,7 +53,7 @@ inline void multiply_tail(
 
 // scores[key][row] = sum_x keys[key][x] * queries[x][row]
 template <int Vecs>
-void score_block(const float* keys, int64_t stride, int64_t count, const float* queries, int64_t head_dim, float* scores) {
+void score_block(const Real* keys, int64_t stride, int64_t count, const Real* queries, int64_t head_dim, Real* scores) {
   constexpr int rows = Vecs * kLanes;
   for (int64_t key = 0; key < count; key += kTile) {
     multiply_tail<Vecs, false, false>(
@@ -63,7 +63,7 @@ void score_block(const float* keys, int64_t stride, int64_t count, const float* 
 
 // output[column][row] += sum_key values[key][column] * probs[key][row]
 template <int Vecs>
-void value_block(const float* values, int64_t stride, int64_t count, const float* probs, int64_t value_dim, float* output) {
+void value_block(const Real* values, int64_t stride, int64_t count, const Real* probs, int64_t value_dim, Real* output) {
   constexpr int rows = Vecs * kLanes;
   for (int64_t column = 0; column < value_dim; column += kTile) {
     multiply_tail<Vecs, true, true>(
@@ -75,7 +75,7 @@ void value_block(const float* values, int64_t stride, int64_t count, const float
 // a(i, x) is a[i + x * stride] where Unit, else a[i * stride + x].
 template <bool Unit>
 void columns_block(
-    int64_t count, const float* a, int64_t stride, const float* b, int64_t b_stride, int64_t depth, int64_t width, float* out,
+    int64_t count, const Real* a, int64_t stride, const Real* b, int64_t b_stride, int64_t depth, int64_t width, Real* out,
     int64_t out_stride) {
   for (int64_t column = 0; column < width; column += kPanelRows) {
     const bool half = width - column < kPanelRows;
@@ -87,4 +87,4 @@ void columns_block(
   }
 }
 
-}  // namespace headprune::cpu
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION

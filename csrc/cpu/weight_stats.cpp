@@ -171,6 +171,7 @@ void weight_stats(const std::vector<WeightBlock>& blocks, Type type, bool grads,
     case Type::float32: add_pieces<float>(pieces, grads, partial.data()); break;
     case Type::bfloat16: add_pieces<at::BFloat16>(pieces, grads, partial.data()); break;
     case Type::float16: add_pieces<at::Half>(pieces, grads, partial.data()); break;
+    case Type::float64: break;  // type_of has refused it
   }
   finish(pieces, partial.data(), statistics, heads, stats);
 }

@@ -1,5 +1,6 @@
 """Quality and cost, always dense against pruned in the same run."""
 
 from headprune.evaluation.evaluate import Comparison, Evaluation, compare, evaluate
+from headprune.evaluation.latency_table import measure_latency_table
 
-__all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
+__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "measure_latency_table"]

@@ -17,6 +17,8 @@ class Adapter(Protocol):
     Where the module slices its own weights the adapter also has `cut(site, kept_query_heads)`, which is called in place of
     the general cut; where it runs ragged groups by itself, in any model, `runs_ragged = True`.
 
+    Where it recognises what others may know better, `guesses = True`: it is asked last.
+
     `site` is asked again after a cut, so it must recognise what `after_cut` leaves, without heads too.
     """
 
@@ -70,13 +72,17 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
 
 
 def find_site(name: str, module: nn.Module) -> AttentionSite | None:
-    found = (adapter.site(name, module) for adapter in _adapters.values())
+    found = (adapter.site(name, module) for adapter in known_first())
     return next((site for site in found if site is not None), None)
+
+
+def known_first() -> list[Adapter]:
+    return sorted(_adapters.values(), key=lambda adapter: getattr(adapter, "guesses", False))
 
 
 def adapter_of(site: AttentionSite) -> Adapter:
     """The adapter that found `site`."""
-    for adapter in _adapters.values():
+    for adapter in known_first():
         if adapter.site(site.name, site.module) is not None:
             return adapter
     raise UnsupportedModel(f"{site.name} ({type(site.module).__name__}) is not recognised any more; was it changed by hand?")
@@ -84,8 +90,11 @@ def adapter_of(site: AttentionSite) -> Adapter:
 
 def looks_like_attention(module: nn.Module) -> bool:
     """A module named as an attention that has linear layers of its own or below."""
-    named = type(module).__name__.lower().endswith(("attention", "selfattention", "attn"))
-    return named and any(hasattr(child, "weight") and child.weight is not None for child in module.modules())
+    return named_as_attention(module) and any(getattr(child, "weight", None) is not None for child in module.modules())
+
+
+def named_as_attention(module: nn.Module) -> bool:
+    return type(module).__name__.lower().endswith(("attention", "attn"))
 
 
 def head_map_of(dispatcher: nn.Module, query_features: int, kv_features: int, head_dim: int, name: str) -> HeadMap:

@@ -17,8 +17,9 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
-from headprune.ops import attention, attention_varlen
+from headprune.ops import attention_varlen
 from headprune.ops.sdpa import repeated_heads
+from headprune.ops.watch import attention_of, refuse_watched
 
 NAME = "headprune"
 # What transformers and its models hand to attention functions and what changes nothing here: a sliding window is in the mask
@@ -74,6 +75,7 @@ def headprune_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if arguments.get("cu_seq_lens_q") is not None:
         check_packed(module, attention_mask, position_bias, dropout)
+        refuse_watched(module, "packed sequences (cu_seq_lens_q)")
         return packed_attention(query, key, value, head_map, causal, scaling, softcap, s_aux, arguments), None
     causal = causal and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:
@@ -83,11 +85,11 @@ def headprune_attention(
     key_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     bias = merged_bias(attention_mask if key_mask is None else None, position_bias)
     if dropout:
+        refuse_watched(module, "attention dropout")
         output = dropped_attention(query, key, value, head_map, causal, scaling, softcap, s_aux, key_mask, bias, dropout)
     else:
-        output = attention(
-            query, key, value, head_map, causal=causal, scale=scaling, softcap=softcap, sinks=s_aux, key_mask=key_mask, bias=bias
-        )
+        options = {"causal": causal, "scale": scaling, "softcap": softcap, "sinks": s_aux, "key_mask": key_mask, "bias": bias}
+        output = attention_of(module, query, key, value, head_map, **options)
     return output.transpose(1, 2), None
 
 

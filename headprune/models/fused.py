@@ -133,6 +133,7 @@ register_adapter(
         after=positions_after,
     )
 )  # fmt: skip
+register_adapter(Fused("modernbert", "Wqkv", "Wo", "head_dim", lambda module: hasattr(module, "config"), lambda module: blocks))
 register_adapter(
     Fused("gpt_neox", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "config"), lambda module: per_head)
 )

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from headprune.errors import InvalidPlan, unknown_name
 from headprune.models.adapters import attention_sites
 from headprune.models.site import AttentionSite
+from headprune.nn.replace import own_attention
 
 
 @contextmanager
 def gated(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Iterator[nn.Module]:
     """The same model with the gates of all other heads at 0; nothing is cut, and it is as before afterwards.
 
-    keep: site name -> the query heads that stay open; sites left out keep all.
+    keep: site name -> the query heads that stay open; sites left out keep all. Inside the block every
+    torch.nn.MultiheadAttention is a VariableHeadAttention with the same weights.
     Raises InvalidInput for an unknown site or head.
     """
-    sites = sites_by_name(model)
-    with ExitStack() as stack:
+    with own_attention(model), ExitStack() as stack:
+        sites = sites_by_name(model)
         for name, heads in checked_keep(sites, keep).items():
             site = sites[name]
             open_heads = torch.zeros(site.head_map.query_heads)

@@ -33,7 +33,7 @@ class Latent:
         k, v = heads_at("key", *kv, nope, 0, nope + value), heads_at("value", *kv, value, nope, nope + value)
         check_filled(k, v)
         o = contiguous_heads("output", f"{name}.o_proj", module.o_proj, heads, value)
-        return AttentionSite(name, module, module, head_map, nope + rope, value, hidden, "self", (q, k, v, o))
+        return AttentionSite(name, module, module, head_map, nope + rope, value, hidden, "self", (q, k, v, o), latent_cache=True)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.module, head_map, site.head_dim)

@@ -48,14 +48,16 @@ class Separate:
             extras += norm_of_each_head(f"{name}.{part[0]}_norm", norm, heads[role], head_dim, role == "key")
         if isinstance(getattr(module, "sinks", None), Tensor):
             extras.append(HeadTensor(f"{name}.sinks", module, "sinks"))
-        table = getattr(module, "relative_position_bias", None)
-        if isinstance(getattr(table, "relative_position_bias_table", None), Tensor):
+        table = getattr(module, "relative_position_bias", None)  # of a Swin window
+        windowed = isinstance(getattr(table, "relative_position_bias_table", None), Tensor)
+        if windowed:
             extras.append(HeadTensor(f"{name}.relative_position_bias", table, "relative_position_bias_table", dim=1))
         last = name.rpartition(".")[2]
         kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
-            name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras)
-        )
+            name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
+            windowed,
+        )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         module = site.module

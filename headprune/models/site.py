@@ -90,8 +90,9 @@ class AttentionSite:
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
     The projections come first by role: there is one of each role, or (a second position projection) several, of which the
-    first counts. extras: what else the heads own. proven: False where the layout was only guessed from names, so that a
-    cut must be checked by a forward pass.
+    first counts. extras: what else the heads own. windowed: what the module sees as a batch are the windows of each sample, one
+    sample after another. proven: False where the layout was only guessed from names, so that a cut must be checked by a forward
+    pass. latent_cache: a cache holds something that belongs to no head.
     """
 
     name: str
@@ -104,7 +105,9 @@ class AttentionSite:
     kind: Literal["self", "cross"]
     projections: tuple[ProjectionHeads, ...]
     extras: tuple[HeadTensor, ...] = ()
+    windowed: bool = False
     proven: bool = True
+    latent_cache: bool = False
 
     def projection(self, role: Role) -> ProjectionHeads:
         return next(projection for projection in self.projections if projection.role == role)
@@ -112,6 +115,11 @@ class AttentionSite:
     @property
     def output(self) -> ProjectionHeads:
         return self.projection("output")
+
+    @property
+    def cached_features(self) -> int:
+        """What a cache holds of one token for each key/value head, in features."""
+        return 0 if self.latent_cache else self.head_dim + self.value_dim
 
     def columns(self, query_heads: Sequence[int]) -> Tensor:
         """The output projection's input features of these query heads, ascending, int64."""

@@ -16,7 +16,7 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     takes them; None where its config does not tell."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        return None
+        return picture_for_patches(model)
     taken = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
     main = getattr(model, "main_input_name", "input_ids")
@@ -33,6 +33,20 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
         inputs["decoder_input_ids"] = tokens(vocabulary)["input_ids"][: rows_of(inputs)]
     place = next(model.parameters())
     return {name: value.to(place.device, place.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+
+def picture_for_patches(model: nn.Module) -> dict[str, Tensor] | None:
+    """timm's vision transformers keep the size of their pictures with the patch embedding."""
+    patches = getattr(model, "patch_embed", None)
+    size, place = getattr(patches, "img_size", None), next(model.parameters(), None)
+    if (
+        size is None
+        or not isinstance(getattr(patches, "proj", None), nn.Conv2d)
+        or "x" not in inspect.signature(model.forward).parameters
+    ):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return {"x": torch.randn(1, patches.proj.in_channels, *size, generator=generator).to(place)}
 
 
 def rows_of(inputs: dict[str, Tensor]) -> int:

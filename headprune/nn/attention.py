@@ -13,8 +13,8 @@ from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.nn.masks import Masks, read_masks
 from headprune.nn.weights import ROLES, draw_like_torch, kept, resized, undrawn_linear, unpack
-from headprune.ops.attention import attention
 from headprune.ops.sdpa import repeated_heads
+from headprune.ops.watch import attention_of, is_watched
 
 
 class VariableHeadAttention(nn.Module):
@@ -149,14 +149,16 @@ class VariableHeadAttention(nn.Module):
         q, k, v = self._heads(query, key, value)
         extra = int(self.bias_k is not None) + int(self.add_zero_attn)
         masks = read_masks(q, k.shape[2], extra, attn_mask, key_padding_mask, is_causal, need_weights)
+        options = {"causal": masks.causal, "bias": masks.bias, "key_mask": masks.key_mask, "gate": self.gate}
         weights = None
         if need_weights:
+            if is_watched(self):
+                attention_of(self, q, k, v, self.head_map, **options)
             output, weights = self._attend_with_weights(q, k, v, masks)
         elif self.training and self.dropout:
             output = self._attend_with_dropout(q, k, v, masks)
         else:
-            options = {"causal": masks.causal, "bias": masks.bias, "key_mask": masks.key_mask, "gate": self.gate}
-            output = attention(q, k, v, self.head_map, **options)
+            output = attention_of(self, q, k, v, self.head_map, **options)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         return self._output(output.transpose(1, 2).flatten(2), weights, batched)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
 from torch import nn
 
 from headprune.nn.attention import VariableHeadAttention
@@ -13,20 +18,66 @@ def replace_multihead_attention(model: nn.Module) -> nn.Module:
     A layer that stands in several places stays shared. Subclasses are left alone: their forward may be another. Where
     `model` itself is such a layer the new one is returned. An optimizer made before holds the old parameters.
     """
-    swapped: dict[int, VariableHeadAttention] = {}
-
-    def swap(layer: nn.Module) -> VariableHeadAttention:
-        if id(layer) not in swapped:
-            swapped[id(layer)] = VariableHeadAttention.from_torch(layer)
-        return swapped[id(layer)]
-
     if type(model) is nn.MultiheadAttention:
-        return swap(model)
-    for module in list(model.modules()):
-        for name, child in module._modules.items():  # named_children() leaves out a second name of a shared layer
-            if type(child) is nn.MultiheadAttention:
-                setattr(module, name, swap(child))
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(type(part) is VariableHeadAttention for part in module.modules()):
-            module.use_nested_tensor = False  # else padded batches reach the layers as nested tensors, for torch's own kernel
+        return VariableHeadAttention.from_torch(model)
+    swap(model)
     return model
+
+
+@contextmanager
+def own_attention(model: nn.Module, keep: bool = False) -> Iterator[nn.Module]:
+    """Inside the block `replace_multihead_attention(model)` holds, so that the heads of plain torch models can be reached.
+
+    Afterwards torch's own layers, which kept their weights, are back; with keep=True only where the block fails.
+    """
+    undo = swap(model)
+    try:
+        yield model
+    except BaseException:
+        undo()
+        raise
+    if not keep:
+        undo()
+
+
+def on_own_attention(change: Callable) -> Callable:
+    """`change(model, ...)` run with `own_attention(model)`, which stays; with dry_run=True it does not."""
+
+    @wraps(change)
+    def run(model: nn.Module, *args: Any, **options: Any) -> Any:
+        with own_attention(model, keep=not options.get("dry_run", False)):
+            return change(model, *args, **options)
+
+    return run
+
+
+def swap(model: nn.Module) -> Callable[[], None]:
+    """Swaps the layers below `model`; returns what puts the old ones back."""
+    swapped: dict[nn.Module, VariableHeadAttention] = {}
+    places: list[tuple[nn.Module, str, nn.Module]] = []
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):  # named_children() leaves out a second name of a shared layer
+            if type(child) is nn.MultiheadAttention:
+                if child not in swapped:
+                    swapped[child] = VariableHeadAttention.from_torch(child)
+                places.append((module, name, child))
+                setattr(module, name, swapped[child])
+    # Else padded batches reach the layers as nested tensors, for torch's own kernel.
+    nested = [module for module in model.modules() if takes_nested_tensors(module)]
+    for encoder in nested:
+        encoder.use_nested_tensor = False
+
+    def undo() -> None:
+        for module, name, child in places:
+            setattr(module, name, child.train(swapped[child].training))
+        for encoder in nested:
+            encoder.use_nested_tensor = True
+
+    return undo
+
+
+def takes_nested_tensors(module: nn.Module) -> bool:
+    """A torch.nn.TransformerEncoder that would, and has swapped layers."""
+    if not isinstance(module, nn.TransformerEncoder) or not module.use_nested_tensor:
+        return False
+    return any(type(part) is VariableHeadAttention for part in module.modules())

@@ -89,8 +89,13 @@ def attention(
             stats,
         )
     )
+    return attend(call)
+
+
+def attend(call: AttentionCall) -> Tensor | tuple[Tensor, HeadStats]:
+    """`attention` of a checked call."""
     output, _, packed = torch.ops.headprune.attention(*operands(call))
-    return (output, HeadStats.from_packed(packed)) if stats else output
+    return (output, HeadStats.from_packed(packed)) if call.stats else output
 
 
 def operands(call: AttentionCall) -> tuple:
@@ -112,7 +117,7 @@ def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
     query, value, stats = args[0], args[2], args[-1]
     batch, heads, length, _ = query.shape
     output = query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
-    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
+    lse = query.new_empty((batch, heads, length), dtype=torch.promote_types(query.dtype, torch.float32))
     return output, lse, query.new_empty((6, batch, heads) if stats else (0,), dtype=torch.float32)
 
 

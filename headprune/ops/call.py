@@ -63,7 +63,8 @@ class AttentionCall:
         return self.query.new_empty(shape).transpose(1, 2)
 
     def empty_lse(self) -> Tensor:
-        return self.query.new_empty((self.batch, self.query_heads, self.query_len), dtype=torch.float32)
+        shape = (self.batch, self.query_heads, self.query_len)
+        return self.query.new_empty(shape, dtype=torch.promote_types(self.query.dtype, torch.float32))
 
     def empty_stats(self) -> Tensor:
         """[6, batch, query_heads] in the order of HeadStats' fields; no elements where none were asked for."""
@@ -114,7 +115,8 @@ class VarlenCall:
 
     def empty_lse(self) -> Tensor:
         """[query_heads, tokens]."""
-        return self.query.new_empty((self.query_heads, self.query.shape[0]), dtype=torch.float32)
+        shape = (self.query_heads, self.query.shape[0])
+        return self.query.new_empty(shape, dtype=torch.promote_types(self.query.dtype, torch.float32))
 
     def empty_stats(self) -> Tensor:
         shape = (6, self.sequences, self.query_heads) if self.stats else (0,)

@@ -13,7 +13,7 @@ from headprune.ops.extension import cpu_extension
 from headprune.ops.weight_slices import WeightCall
 from headprune.ops.weight_stats import weight_operands
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # computed in fp32
 
 
 def missing() -> str | None:
@@ -24,19 +24,26 @@ def missing() -> str | None:
 def refuses(call: AttentionCall | VarlenCall | DecodeCall) -> str | None:
     if call.query.device.type != "cpu":
         return f"runs CPU tensors, not {call.query.device.type}"
-    if call.query.dtype not in _DTYPES:
-        return f"runs fp32, bf16 and fp16, not {call.query.dtype}"
+    if call.query.dtype not in (*_DTYPES, torch.float64):
+        return f"runs fp32, bf16, fp16 and fp64, not {call.query.dtype}"
+    if call.query.dtype == torch.float64 and not hasattr(torch.ops.headprune_cpu_fp64, "attention"):
+        return "was built from older sources, without fp64: build it again (python setup.py build_ext --inplace)"
     return None
 
 
+def kernels(query: Tensor):
+    """The operators that compute in fp64, or those that compute in fp32."""
+    return torch.ops.headprune_cpu_fp64 if query.dtype == torch.float64 else torch.ops.headprune_cpu
+
+
 def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.headprune_cpu.attention.default(*operands(call))
+    return kernels(call.query).attention.default(*operands(call))
 
 
 def attention_backward(
     call: AttentionCall, grad_output: Tensor, output: Tensor, lse: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    return torch.ops.headprune_cpu.attention_backward.default(
+    return kernels(call.query).attention_backward.default(
         grad_output,
         output,
         lse,
@@ -76,17 +83,17 @@ def varlen_options(call: VarlenCall) -> tuple:
 
 
 def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.headprune_cpu.attention_varlen.default(*varlen_options(call), call.stats)
+    return kernels(call.query).attention_varlen.default(*varlen_options(call), call.stats)
 
 
 def attention_varlen_backward(
     call: VarlenCall, grad_output: Tensor, output: Tensor, lse: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    return torch.ops.headprune_cpu.attention_varlen_backward.default(grad_output, output, lse, needs, *varlen_options(call))
+    return kernels(call.query).attention_varlen_backward.default(grad_output, output, lse, needs, *varlen_options(call))
 
 
 def attention_decode(call: DecodeCall) -> Tensor:
-    return torch.ops.headprune_cpu.attention_decode.default(*decode_operands(call))
+    return kernels(call.query).attention_decode.default(*decode_operands(call))
 
 
 def missing_weights() -> str | None:

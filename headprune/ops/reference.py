@@ -17,13 +17,28 @@ from headprune.ops.weight_slices import WeightCall
 
 
 def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """output [batch, query_heads, query_len, value_dim] in the query's dtype, lse fp32 [batch, query_heads, query_len]
-    (natural logarithm of the softmax denominator, -inf where a row attends to nothing), packed statistics (HeadStats)."""
+    """output [batch, query_heads, query_len, value_dim] in the query's dtype, lse [batch, query_heads, query_len] in
+    fp32, or fp64 for fp64 (natural logarithm of the softmax denominator, -inf where a row attends to nothing), packed
+    statistics (HeadStats)."""
+    scores, allowed, lse, attends, probs = probabilities(call)
+    groups = torch.tensor(call.head_map.kv_of_query, dtype=torch.long, device=call.query.device)
+    value = call.value.to(probs.dtype).index_select(1, groups)
+    output = torch.matmul(probs, value.masked_fill(unseen(allowed), 0.0))
+    if call.gate is not None:
+        output = output * per_sample(call.gate).to(probs.dtype)[..., None, None]
+    packed = attention_stats(call, scores, probs, lse, attends, output) if call.stats else call.empty_stats()
+    output = output.to(call.query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return output, lse, packed
+
+
+def probabilities(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """scores (-inf where masked), allowed (bool) and probabilities, each [batch, query_heads, query_len, kv_len]; lse and
+    attends (bool: the row has something to attend to), each [batch, query_heads, query_len]. In fp32, or fp64 for fp64."""
     work = torch.promote_types(call.query.dtype, torch.float32)
     groups = torch.tensor(call.head_map.kv_of_query, dtype=torch.long, device=call.query.device)
     key = call.key.to(work).index_select(1, groups)
-    value = call.value.to(work).index_select(1, groups)
     allowed = visible(call)
+    key = key.masked_fill(unseen(allowed), 0.0)
     scores = torch.matmul(call.query.to(work) * call.scale, key.transpose(2, 3))
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
@@ -40,14 +55,13 @@ def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     attends = allowed.any(dim=3) & lse.isfinite()
     probs = torch.exp(scores - lse.masked_fill(~attends, 0.0)[..., None])
     probs = probs.masked_fill(~(allowed & attends[..., None]), 0.0)
-    # A masked key may hold inf or NaN in its value; 0 * inf must not reach the output.
-    unused = ~allowed.any(dim=2)[..., None]
-    output = torch.matmul(probs, value.masked_fill(unused, 0.0))
-    if call.gate is not None:
-        output = output * per_sample(call.gate).to(work)[..., None, None]
-    packed = attention_stats(call, scores, probs, lse, attends, output) if call.stats else call.empty_stats()
-    output = output.to(call.query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    return output, lse.float(), packed
+    return scores, allowed, lse, attends, probs
+
+
+def unseen(allowed: Tensor) -> Tensor:
+    """bool [batch, query_heads, kv_len, 1]: keys that no query sees. They may hold inf or NaN, and 0 * inf must reach neither
+    the output nor a gradient."""
+    return ~allowed.any(dim=2)[..., None]
 
 
 def attention_stats(call: AttentionCall, scores: Tensor, probs: Tensor, lse: Tensor, attends: Tensor, output: Tensor) -> Tensor:
@@ -98,11 +112,11 @@ VARLEN_DIFFERENTIABLE = ("query", "key", "value", "sinks", "gate")
 
 
 def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
-    """output [tokens, query_heads, value_dim], lse fp32 [query_heads, tokens], packed statistics [6, sequences, query_heads]:
+    """output [tokens, query_heads, value_dim], lse [query_heads, tokens], packed statistics [6, sequences, query_heads]:
     `attention_forward` on each sequence alone."""
     tokens, heads = call.query.shape[:2]
     output = call.query.new_zeros((tokens, heads, call.value_dim))
-    lse = call.query.new_full((heads, tokens), float("-inf"), dtype=torch.float32)
+    lse = call.query.new_full((heads, tokens), float("-inf"), dtype=torch.promote_types(call.query.dtype, torch.float32))
     outputs, packed = [], []
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     for index, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(starts_q), pairwise(starts_k))):
@@ -149,7 +163,8 @@ def attention_decode(call: DecodeCall) -> Tensor:
         allowed = allowed & call.key_mask[:, None, :]
     bias = torch.where(allowed, 0.0, float("-inf"))[:, None]
     if call.alibi_slopes is not None:
-        bias = bias - call.alibi_slopes[None, :, None, None].float() * ahead.abs()[:, None]
+        work = torch.promote_types(call.query.dtype, torch.float32)
+        bias = bias - call.alibi_slopes.to(work)[None, :, None, None] * ahead.abs()[:, None]
     one = AttentionCall(
         call.query, key, value, call.head_map, False, 0, call.scale, call.softcap, bias, None, call.sinks, None, None, call.gate,
         False,

@@ -107,7 +107,7 @@ def _run(*args) -> tuple[Tensor, Tensor, Tensor]:
 def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
     query, value, sequences, stats = args[0], args[2], args[3].shape[0] - 1, args[-1]
     tokens, heads, _ = query.shape
-    lse = query.new_empty((heads, tokens), dtype=torch.float32)
+    lse = query.new_empty((heads, tokens), dtype=torch.promote_types(query.dtype, torch.float32))
     packed = query.new_empty((6, sequences, heads) if stats else (0,), dtype=torch.float32)
     return query.new_empty((tokens, heads, value.shape[2])), lse, packed
 

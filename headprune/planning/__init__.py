@@ -1,8 +1,25 @@
-"""Budgets, allocation across layers, and the plan."""
+"""Budgets, allocation across layers, searches, and the plan."""
 
+from headprune.planning import optimal  # noqa: F401 (registers its allocation)
 from headprune.planning.allocation import allocation
 from headprune.planning.budget import Budget
+from headprune.planning.evolution import Evolution, evolve, masked_fitness
+from headprune.planning.latency_table import LatencyTable
+from headprune.planning.mask_search import fisher_mask_search
 from headprune.planning.planner import plan
 from headprune.planning.pruning_plan import PruningPlan
+from headprune.planning.sensitivity import Sensitivity, sensitivity
 
-__all__ = ["Budget", "PruningPlan", "allocation", "plan"]
+__all__ = [
+    "Budget",
+    "Evolution",
+    "LatencyTable",
+    "PruningPlan",
+    "Sensitivity",
+    "allocation",
+    "evolve",
+    "fisher_mask_search",
+    "masked_fitness",
+    "plan",
+    "sensitivity",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from headprune.errors import InfeasibleBudget, unknown_name
@@ -19,6 +20,10 @@ class Unit:
     heads: tuple[int, ...]
     score: float
 
+    @property
+    def mean_score(self) -> float:
+        return self.score / len(self.heads)
+
 
 @dataclass
 class Selection:
@@ -27,6 +32,7 @@ class Selection:
     scores: HeadScores
     budget: Budget
     min_heads: int
+    curves: Mapping[str, Sequence[float]] | None = None  # site -> loss increase with 0, 1, 2, ... heads gone
     kept: dict[str, set[int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +50,9 @@ class Selection:
 
     def cost(self, site: str) -> int:
         return self.budget.cost(self.scores.shapes[site], self.head_map(site))
+
+    def curve(self, site: str) -> Sequence[float] | None:
+        return None if self.curves is None else self.curves[site]
 
     def full_cost(self, site: str) -> int:
         shape = self.scores.shapes[site]
@@ -86,9 +95,7 @@ def uniform(selection: Selection, units: list[Unit]) -> None:
 
 def remove_lowest(selection: Selection, units: list[Unit], sites: list[str]) -> None:
     """Removes units, lowest score first, until `sites` together cost no more than the budget leaves them."""
-    full = sum(selection.full_cost(site) for site in sites)
-    # Rounded so that half of 7 heads is met by 3 of them, whatever the float says.
-    target = full - int(selection.budget.fraction * full + 1e-9)
+    target = budget_target(selection, sites)
     cost = sum(selection.cost(site) for site in sites)
     for unit in units:
         if cost <= target:
@@ -97,8 +104,31 @@ def remove_lowest(selection: Selection, units: list[Unit], sites: list[str]) -> 
             before = selection.cost(unit.site)
             selection.remove(unit)
             cost += selection.cost(unit.site) - before
-    if cost > target:
-        raise InfeasibleBudget(
-            f"{selection.budget} cannot be met: {cost} of {full} {selection.budget.quantity} are left over {len(sites)} sites, "
-            f"{target} allowed. Lower the fraction, min_heads (now {selection.min_heads}) or what is protected."
-        )
+    refuse_infeasible(selection, sites, cost, target)
+
+
+def budget_target(selection: Selection, sites: list[str]) -> int:
+    """What `sites` may cost together at most; a fixed cost of the rest of the model is shared out by their full cost."""
+    full = sum(selection.full_cost(site) for site in sites)
+    everything = sum(selection.full_cost(site) for site in selection.kept)
+    fixed = selection.budget.fixed_cost * full // max(everything, 1)
+    # Rounded so that half of 7 heads is met by 3 of them, whatever the float says.
+    return full - int(selection.budget.fraction * (full + fixed) + 1e-9)
+
+
+def refuse_infeasible(selection: Selection, sites: list[str], cost: int, target: int) -> None:
+    """InfeasibleBudget where `sites` cost `cost` at the least, more than `target`; it names the nearest budget that is met."""
+    if cost <= target:
+        return
+    budget, full = selection.budget, sum(selection.full_cost(site) for site in sites)
+    everything = sum(selection.full_cost(site) for site in selection.kept)
+    most = (full - cost) / max(full + budget.fixed_cost * full // max(everything, 1), 1)
+    where = f"over {len(sites)} sites" if len(sites) > 1 else f"at {sites[0]}"
+    raise InfeasibleBudget(
+        f"{budget} cannot be met: {cost} of {full} {UNITS.get(budget.quantity, budget.quantity)} are left {where}, {target} "
+        f"allowed. The nearest budget that can be met is {budget.quantity}={math.floor(1e4 * most) / 1e4:g}; or lower min_heads "
+        f"(now {selection.min_heads}) or what is protected."
+    )
+
+
+UNITS = {"kv_cache": "cache entries per token", "flops": "FLOPs", "latency": "ns", "params": "parameters"}

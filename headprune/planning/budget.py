@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
+from headprune.planning.latency_table import LatencyTable
 from headprune.scoring.site_shape import SiteShape
 
 
@@ -15,43 +16,72 @@ class Budget:
 
     heads: query heads. params: the parameters of the attention projections that belong to heads; a shared key/value head's
     go only when its whole group has gone. kv_cache: key/value heads, weighted by their size (bytes of cache per token).
+    flops: of the attentions on one sequence of `sequence_length` tokens, without a causal discount. latency: of the whole
+    model's forward pass, by `table`, which `headprune.evaluation.measure_latency_table` makes on the machine that counts.
     Raises InvalidInput for a fraction outside [0, 1), or for none or several quantities.
     """
 
     heads: float | None = None
     params: float | None = None
     kv_cache: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    sequence_length: int = 512
+    table: LatencyTable | None = None
 
     def __post_init__(self) -> None:
-        given = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
+        given = {name: getattr(self, name) for name in COSTS if getattr(self, name) is not None}
         if len(given) != 1:
-            known = ", ".join(field.name for field in fields(self))
-            raise InvalidInput(f"a budget names exactly one of {known}; got {', '.join(given) or 'none'}.")
+            raise InvalidInput(f"a budget names exactly one of {', '.join(COSTS)}; got {', '.join(given) or 'none'}.")
         ((name, fraction),) = given.items()
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
             raise InvalidInput(f"budget {name}={fraction}: expected the fraction to remove, at least 0 and below 1 (0.5 = half).")
+        if self.sequence_length < 1:
+            raise InvalidInput(f"sequence_length is {self.sequence_length}; expected at least 1 token.")
 
     @property
     def quantity(self) -> str:
-        return next(field.name for field in fields(self) if getattr(self, field.name) is not None)
+        return next(name for name in COSTS if getattr(self, name) is not None)
 
     @property
     def fraction(self) -> float:
         return float(getattr(self, self.quantity))
 
     def cost(self, shape: SiteShape, head_map: HeadMap) -> int:
-        """What `head_map` costs at a site of `shape`, in the budget's quantity."""
-        return COSTS[self.quantity](shape, head_map)
+        """What `head_map` costs at a site of `shape`, in the budget's quantity (latency: nanoseconds)."""
+        return COSTS[self.quantity](self, shape, head_map)
+
+    @property
+    def fixed_cost(self) -> int:
+        """What the model costs apart from its attentions, where the budget counts that too."""
+        return self.measured().rest if self.quantity == "latency" else 0
+
+    def measured(self) -> LatencyTable:
+        if self.table is None:
+            raise InvalidInput(
+                "a latency budget needs table=: measure one on this machine with headprune.evaluation.measure_latency_table."
+            )
+        return self.table
 
     def to_json(self) -> dict[str, float]:
-        return {self.quantity: self.fraction}
+        length = {"sequence_length": self.sequence_length} if self.quantity == "flops" else {}
+        return {self.quantity: self.fraction, **length}
 
     def __str__(self) -> str:
         return f"{self.fraction:.0%} of {self.quantity} away"
 
 
+def flops(budget: Budget, shape: SiteShape, head_map: HeadMap) -> int:
+    """2 per multiply-add: the four projections, QK^T and PV."""
+    width, length = shape.head_dim + shape.value_dim, budget.sequence_length
+    projected = (head_map.query_heads + head_map.kv_heads) * width
+    return 2 * length * (shape.hidden_size * projected + length * head_map.query_heads * width)
+
+
 COSTS = {
-    "heads": lambda shape, head_map: head_map.query_heads,
-    "params": lambda shape, head_map: shape.parameters(head_map),
-    "kv_cache": lambda shape, head_map: head_map.kv_heads * (shape.head_dim + shape.value_dim),
+    "heads": lambda budget, shape, head_map: head_map.query_heads,
+    "params": lambda budget, shape, head_map: shape.parameters(head_map),
+    "kv_cache": lambda budget, shape, head_map: head_map.kv_heads * (shape.head_dim + shape.value_dim),
+    "flops": flops,
+    "latency": lambda budget, shape, head_map: budget.measured().cost(shape, head_map),
 }

@@ -15,6 +15,7 @@ from headprune.files import read_json, write_json
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.gating import checked_keep
+from headprune.nn.replace import own_attention
 from headprune.planning.budget import Budget
 from headprune.scoring.scores import HeadScores
 from headprune.scoring.site_shape import SiteShape
@@ -53,12 +54,13 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
 
         Raises InvalidPlan for a site that the model does not have, a head that does not exist or is named twice.
         """
-        sites = {site.name: site for site in attention_sites(model)}
-        try:
-            given = checked_keep(sites, keep)
-        except InvalidInput as error:
-            raise InvalidPlan(str(error)) from None
-        shapes = {name: SiteShape.of(site) for name, site in sites.items()}
+        with own_attention(model):
+            sites = {site.name: site for site in attention_sites(model)}
+            try:
+                given = checked_keep(sites, keep)
+            except InvalidInput as error:
+                raise InvalidPlan(str(error)) from None
+            shapes = {name: SiteShape.of(site) for name, site in sites.items()}
         return cls({name: given.get(name, tuple(range(shapes[name].head_map.query_heads))) for name in sites}, shapes)
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
@@ -88,7 +90,8 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
 
     def check_fits(self, model: nn.Module) -> None:
         """InvalidPlan unless `model` has exactly the sites, head maps and sizes that the plan was made for."""
-        found = {site.name: SiteShape.of(site) for site in attention_sites(model)}
+        with own_attention(model):
+            found = {site.name: SiteShape.of(site) for site in attention_sites(model)}
         for name in [*self.shapes, *found]:
             if self.shapes.get(name) != found.get(name):
                 planned, there = (shapes.get(name) for shapes in (self.shapes, found))

@@ -25,6 +25,17 @@ class Need(Enum):
     WEIGHTS = "weights"
     GATE_GRADIENT = "gate_gradient"
     GRAM = "gram"
+    WEIGHT_GRADIENT = "weight_gradient"
+    MOVEMENT = "movement"
+    ABLATION = "ablation"
+    SHAPLEY = "shapley"
+    MASK_TRIALS = "mask_trials"
+    INTEGRATED_GRADIENT = "integrated_gradient"
+    ATTENTION = "attention"
+    ATTENTION_PATTERN = "attention_pattern"
+    ATTENTION_DISTANCE = "attention_distance"
+    OUTPUT_NORM = "output_norm"
+    PROBE = "probe"
 
     @classmethod
     def of(cls, need: Need | str) -> Need:
@@ -53,6 +64,9 @@ class SiteObservations:
         shared key/value head's are divided evenly over its group.
     weight_max: fp32 [4, query_heads]: the largest magnitude in each slice; a shared key/value head's is that of its whole group.
     weight_count: fp32 [4, query_heads]: the number of weights behind them, divided likewise.
+    weight_gradient_dot, weight_gradient_abs, weight_gradient_square: fp32 [batches, 4, query_heads]: sum w g, sum |w g| and
+        sum (w g)^2 over each head's slice, g the gradient of that batch's mean loss; divided likewise.
+    movement: fp32 [4, query_heads]: -sum w g added up over training steps, divided likewise.
     gate_gradient: fp32 [samples, query_heads]: dL_n/dgate of each sample's loss.
     input_gram: fp64 [features, features]: sum over valid tokens of x x^T, x the output projection's input; features of
         head 0 first, then of head 1, ...
@@ -60,6 +74,28 @@ class SiteObservations:
     tokens: fp64 []: how many valid tokens that is.
     output_gram: fp64 [features, features]: W^T W of the output projection W [hidden, features].
     output_l1: fp64 [features]: sum of |W| over each column of W.
+    ablation: fp32 [samples, query_heads]: each sample's loss without the head less that with all heads.
+    shapley: fp32 [orders, query_heads]: rise of a batch's mean loss when the head goes, in each random order of removal.
+    shapley_samples: fp32 [orders]: how many samples that mean is over.
+    trial_masks: fp32 [trials, query_heads]: the heads that were kept (1) in random trials over the whole model.
+    trial_changes: fp32 [trials]: a batch's mean loss in each trial less that with all heads; the same at every site.
+    trial_samples: fp32 [trials]: how many samples that mean is over.
+    integrated_gradient: fp32 [samples, query_heads]: integral over alpha of dL_n/dgate with all gates at alpha.
+
+    One row per sequence, each a mean over its tokens (max_logit: the maximum), fp32 [sequences, query_heads]:
+    entropy, max_prob, max_logit, first_mass, distance, output_norm: as in headprune.ops.HeadStats.
+    previous_mass, self_mass, local_mass: attention on the token before, on the token itself, on those up to 4 away.
+    evenness: entropy of a row over that of equal attention to all keys in sight.
+    special_mass, punctuation_mass: attention on such tokens; ordinary_max_prob: the largest probability of a key that is not
+        special. None where token_kinds are not known.
+    projected_norm: ||O_h W_h^T||, the length of what the head adds to its layer's output.
+
+    distance_sum: fp64 [query_heads, query_heads]: Jensen-Shannon divergence of two heads' attention, summed over rows.
+    distance_rows: fp64 []: how many rows that is.
+
+    On generated token sequences, fp32 [query_heads]: probe_induction, probe_previous: mean attention on the token that
+        followed the last time, on the token before. probe_retrieval: the share of a needle's tokens that are the one most
+        attended to when they are to be copied.
     """
 
     name: str
@@ -69,12 +105,42 @@ class SiteObservations:
     weight_l2: Tensor | None = measured(Need.WEIGHTS, "same")
     weight_max: Tensor | None = measured(Need.WEIGHTS, "same")
     weight_count: Tensor | None = measured(Need.WEIGHTS, "same")
+    weight_gradient_dot: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
+    weight_gradient_abs: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
+    weight_gradient_square: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
+    movement: Tensor | None = measured(Need.MOVEMENT, "sum")
     gate_gradient: Tensor | None = measured(Need.GATE_GRADIENT, "samples")
     input_gram: Tensor | None = measured(Need.GRAM, "sum")
     input_sum: Tensor | None = measured(Need.GRAM, "sum")
     tokens: Tensor | None = measured(Need.GRAM, "sum")
     output_gram: Tensor | None = measured(Need.GRAM, "same")
     output_l1: Tensor | None = measured(Need.GRAM, "same")
+    entropy: Tensor | None = measured(Need.ATTENTION, "samples")
+    max_prob: Tensor | None = measured(Need.ATTENTION, "samples")
+    max_logit: Tensor | None = measured(Need.ATTENTION, "samples")
+    first_mass: Tensor | None = measured(Need.ATTENTION, "samples")
+    distance: Tensor | None = measured(Need.ATTENTION, "samples")
+    output_norm: Tensor | None = measured(Need.ATTENTION, "samples")
+    previous_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    self_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    local_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    evenness: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    special_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    punctuation_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    ordinary_max_prob: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    projected_norm: Tensor | None = measured(Need.OUTPUT_NORM, "samples")
+    distance_sum: Tensor | None = measured(Need.ATTENTION_DISTANCE, "sum")
+    distance_rows: Tensor | None = measured(Need.ATTENTION_DISTANCE, "sum")
+    probe_induction: Tensor | None = measured(Need.PROBE, "same")
+    probe_previous: Tensor | None = measured(Need.PROBE, "same")
+    probe_retrieval: Tensor | None = measured(Need.PROBE, "same")
+    ablation: Tensor | None = measured(Need.ABLATION, "samples")
+    shapley: Tensor | None = measured(Need.SHAPLEY, "samples")
+    shapley_samples: Tensor | None = measured(Need.SHAPLEY, "samples")
+    trial_masks: Tensor | None = measured(Need.MASK_TRIALS, "samples")
+    trial_changes: Tensor | None = measured(Need.MASK_TRIALS, "samples")
+    trial_samples: Tensor | None = measured(Need.MASK_TRIALS, "samples")
+    integrated_gradient: Tensor | None = measured(Need.INTEGRATED_GRADIENT, "samples")
 
     def has(self, need: Need) -> bool:
         """Whether what `need` names was observed here."""

@@ -6,7 +6,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
+from headprune.models.checkpointing import checkpointed
 from headprune.models.site import AttentionSite
+from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import TokenMask, token_masks
+from headprune.nn.replace import own_attention
 from headprune.scoring.observations import Need, Observations, SiteObservations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
 from headprune.scoring.site_shape import SiteShape
@@ -33,6 +36,9 @@ def observe(
     *,
     loss_fn: LossFunction | None = None,
     token_mask: TokenMask | None = None,
+    token_kinds: TokenKinds | Any = None,
+    checkpointing: bool = False,
+    gram_device: torch.device | str | None = None,
     unreached: Literal["error", "keep"] = "error",
     checkpoint: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
@@ -42,10 +48,14 @@ def observe(
     Args:
         batches: dicts for `model(**batch)` whose output has a `loss`, or anything that `loss_fn` understands. Not read
             where only weights are needed.
-        needs: members of Need, or their values ("weights", "gate_gradient", "gram").
+        needs: members of Need, or their values ("weights", "gate_gradient", "attention", ...).
         loss_fn: `loss_fn(model, batch)` gives per-sample losses [n] (exact per-sample gradients) or their mean.
-        token_mask: `token_mask(batch)` gives bool [batch, tokens] of the tokens that count in Gram matrices, or None; default
-            the batch's own masks (headprune.models.tokens.token_masks).
+        token_mask: `token_mask(batch)` gives bool [batch, tokens] of the tokens that count in Gram matrices and in statistics of
+            the forward pass, or None for all; default the batch's own masks (headprune.models.tokens.token_masks).
+        token_kinds: a tokenizer, or TokenKinds: which ids are special or punctuation, for attention_pattern.
+        checkpointing: keep no activations inside the layers of a transformers model: they are computed again in the backward
+            pass, so that the memory of gradients stays near that of inference; about a third more time.
+        gram_device: where Gram matrices are summed, in fp64; default the device of the site. "cpu" spares a GPU's memory.
         unreached: what to do with attentions that no batch runs through (the vision tower of a model that sees text only):
             "error", or "keep" all of their heads.
         checkpoint: a file that keeps what was observed, written about once a minute and at the end. Where it exists the pass
@@ -57,16 +67,21 @@ def observe(
     """
     if unreached not in UNREACHED:
         raise unknown_name("value of unreached", unreached, UNREACHED)
-    setting = Setting(model, tuple(attention_sites(model)), loss_fn, token_masks(model, token_mask))
-    wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
-    earlier = taken_up(checkpoint, setting.sites, wanted)
-    observers = [observer_of(need)(setting) for need in wanted]
-    seen = run_pass(setting, batches, observers, earlier, checkpoint, progress)
-    observed = together(earlier, snapshot(setting, observers, seen))
-    refuse_unreached(observed, unreached)
-    if checkpoint:
-        observed.save(checkpoint)
-    return observed
+    kinds = None if token_kinds is None else TokenKinds.of(token_kinds)
+    with own_attention(model):
+        every = attention_sites(model)
+        sites, headless = (tuple(site for site in every if bool(site.head_map.query_heads) is has) for has in (True, False))
+        setting = Setting(model, sites, loss_fn, token_masks(model, token_mask), kinds, gram_device, headless)
+        wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
+        earlier = taken_up(checkpoint, every, wanted)
+        observers = [observer_of(need)(setting) for need in wanted]
+        with checkpointed(model) if checkpointing else nullcontext():
+            seen = run_pass(setting, batches, observers, earlier, checkpoint, progress)
+        observed = together(earlier, snapshot(setting, observers, seen))
+        refuse_unreached(observed, unreached)
+        if checkpoint:
+            observed.save(checkpoint)
+        return observed
 
 
 def run_pass(
@@ -106,14 +121,18 @@ def run_pass(
 
 def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backward: bool) -> None:
     loss = None
-    with ExitStack() as stack:
+    with ExitStack() as whole:
         for observer in observers:
-            stack.enter_context(observer.watching_batch(batch))
+            whole.enter_context(observer.watching_batch(batch))
+        with ExitStack() as forward:
+            for observer in observers:
+                forward.enter_context(observer.watching_forward(batch))
+            if backward:
+                loss = setting.loss(batch)
+            elif any(observer.runs == "forward" for observer in observers):
+                setting.run(batch)
         if backward:
-            loss = setting.loss(batch)
             differentiate(loss)
-        elif any(observer.runs == "forward" for observer in observers):
-            setting.run(batch)
     for observer in observers:
         observer.after_batch(batch, None if loss is None else loss.detach())
 
@@ -139,6 +158,7 @@ def snapshot(setting: Setting, observers: Sequence[Observer], seen: Sequence[int
         site.name: SiteObservations(site.name, SiteShape.of(site), site.name in reached, **fields[site.name])
         for site in setting.sites
     }
+    sites |= {site.name: SiteObservations(site.name, SiteShape.of(site), reached=False) for site in setting.headless}
     return Observations(sites, tuple(seen))
 
 
@@ -147,7 +167,7 @@ def together(earlier: Observations | None, now: Observations) -> Observations:
 
 
 def refuse_unreached(observed: Observations, unreached: str) -> None:
-    names = [name for name, site in observed.items() if not site.reached]
+    names = [name for name, site in observed.items() if not site.reached and site.shape.head_map.query_heads]
     if not names:
         return
     shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -166,7 +186,8 @@ def taken_up(checkpoint: str | Path | None, sites: Sequence[AttentionSite], want
     earlier = Observations.load(checkpoint)
     if {name: site.shape for name, site in earlier.items()} != {site.name: SiteShape.of(site) for site in sites}:
         raise InvalidInput(f"{checkpoint} holds observations of another model; remove it or give another checkpoint.")
-    if any(site.has(need) != (need in wanted) for site in earlier.values() for need in Need):
+    measured = [site for site in earlier.values() if site.shape.head_map.query_heads]
+    if any(site.has(need) != (need in wanted) for site in measured for need in Need):
         raise InvalidInput(f"{checkpoint} holds other needs than {wanted}; remove it or give another checkpoint.")
     log.info("taking up %s: %d batches are done", checkpoint, len(earlier.seen))
     return earlier

@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
+from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import SiteTokenMask
 from headprune.scoring.observations import Need
 
@@ -19,12 +21,16 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is observed: a model in eval mode, its sites, and how a batch is run, its loss found and its padding told."""
+    """What is observed: a model in eval mode, its sites, and how a batch is run, its loss found and its padding told; the rest
+    as in `observe`. headless: sites that have lost all their heads, where nothing is to be measured."""
 
     model: nn.Module
     sites: tuple[AttentionSite, ...]
     loss_fn: LossFunction | None
     token_mask: SiteTokenMask
+    token_kinds: TokenKinds | None = None
+    gram_device: torch.device | str | None = None
+    headless: tuple[AttentionSite, ...] = ()
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of `batch`: per sample [n] where loss_fn gives that, else the mean. Raises InvalidInput where there is none."""
@@ -63,6 +69,10 @@ class Observer:
 
     def watching_batch(self, batch: Any) -> AbstractContextManager:
         """Around the forward and backward pass of one batch."""
+        return nullcontext()
+
+    def watching_forward(self, batch: Any) -> AbstractContextManager:
+        """Around its forward pass alone: what activation checkpointing runs again in the backward pass is not seen twice."""
         return nullcontext()
 
     def after_batch(self, batch: Any, loss: Tensor | None) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headprune.errors import unknown_name
-from headprune.models.tokens import TokenMask
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.observations import Observations
 from headprune.scoring.observe import observe
-from headprune.scoring.observer import LossFunction
 from headprune.scoring.scores import HeadScores
 from headprune.scoring.stability import spread_of
 
@@ -26,6 +23,11 @@ NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def check_normalization(name: str) -> None:
+    if name not in NORMALIZATIONS:
+        raise unknown_name("normalization", name, NORMALIZATIONS)
+
+
 def score_observations(observed: Observations, criterion: str, normalize: str = "none") -> HeadScores:
     """The scores that `criterion` gives to what was observed.
 
@@ -33,8 +35,7 @@ def score_observations(observed: Observations, criterion: str, normalize: str = 
     Raises InvalidInput for an unknown name, or where the criterion needs what was not observed.
     """
     chosen = get_criterion(criterion)
-    if normalize not in NORMALIZATIONS:
-        raise unknown_name("normalization", normalize, NORMALIZATIONS)
+    check_normalization(normalize)
     reached = Observations({name: site for name, site in observed.items() if site.reached}, observed.seen)
     by_layer = NORMALIZATIONS[normalize]
     normalized = replace(chosen, whole_model=True, function=lambda some: {k: by_layer(v) for k, v in chosen.scores(some).items()})
@@ -51,26 +52,15 @@ def score_observations(observed: Observations, criterion: str, normalize: str = 
 
 
 def score(
-    model: nn.Module,
-    batches: Any = (),
-    criterion: str | Sequence[str] = "fisher",
-    *,
-    normalize: str = "none",
-    loss_fn: LossFunction | None = None,
-    token_mask: TokenMask | None = None,
-    unreached: Literal["error", "keep"] = "error",
-    checkpoint: str | Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    model: nn.Module, batches: Any = (), criterion: str | Sequence[str] = "fisher", *, normalize: str = "none", **options: Any
 ) -> HeadScores | dict[str, HeadScores]:
-    """Scores every query head of `model` on `batches`; see `observe` for all but criterion and normalize.
+    """Scores every query head of `model` on `batches`; options are those of `observe` (loss_fn, token_mask, ...).
 
     criterion: one name, or a list of names: everything is measured in one pass and a dict of HeadScores comes back.
     Raises InvalidInput for an unknown criterion, an empty calibration set, a loss that is missing or not finite.
     """
     names = [criterion] if isinstance(criterion, str) else list(criterion)
     needs = frozenset().union(*(get_criterion(name).needs for name in names))
-    observed = observe(
-        model, batches, needs, loss_fn=loss_fn, token_mask=token_mask, unreached=unreached, checkpoint=checkpoint, progress=progress
-    )
+    observed = observe(model, batches, needs, **options)
     scores = {name: score_observations(observed, name, normalize) for name in names}
     return scores[criterion] if isinstance(criterion, str) else scores

@@ -3,6 +3,7 @@
 from headprune.surgery.checkpoint import load, save
 from headprune.surgery.compensate import Resolved, resolve_outputs
 from headprune.surgery.cut import cut
-from headprune.surgery.prune import prune
+from headprune.surgery.prune import PruneReport, prune
+from headprune.surgery.savings import Savings
 
-__all__ = ["Resolved", "cut", "load", "prune", "resolve_outputs", "save"]
+__all__ = ["PruneReport", "Resolved", "Savings", "cut", "load", "prune", "resolve_outputs", "save"]

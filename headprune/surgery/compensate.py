@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite, is_conv1d
-from headprune.models.stream import first_tensor, residual_streams
+from headprune.models.stream import residual_streams
 from headprune.models.tokens import token_masks, valid_tokens
+from headprune.surgery.normal_equations import Layer, NormalEquations, get_solver
+from headprune.surgery.walk import Walk, keeping_for
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
 
 
@@ -37,50 +38,6 @@ class Resolved:
     ridge: float | None  # None: the re-solve did not lower the held-out error and was not applied
 
 
-@dataclass
-class NormalEquations:
-    """Sums over tokens of what least squares needs, in fp64: X^T X, X^T R, sum of R^2, with a last column of ones in X."""
-
-    gram: Tensor  # [inputs + 1, inputs + 1]
-    cross: Tensor  # [inputs + 1, outputs]
-    squares: Tensor  # [outputs]
-
-    @classmethod
-    def empty(cls, inputs: int, outputs: int) -> NormalEquations:
-        sizes = ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs,))
-        return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
-
-    def add(self, inputs: Tensor, residual: Tensor) -> None:
-        """inputs [tokens, inputs], residual [tokens, outputs]: what the present weights leave to be explained."""
-        padded = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1).float()
-        residual = residual.float()
-        self.gram += (padded.T @ padded).cpu()
-        self.cross += (padded.T @ residual).cpu()
-        self.squares += residual.square().sum(dim=0).cpu()
-
-    def error(self, change: Tensor) -> float:
-        """Squared residual that is left after adding `change` [inputs + 1, outputs] to the weights."""
-        return float((self.squares.sum() - 2 * (change * self.cross).sum() + (change * (self.gram @ change)).sum()).clamp(min=0))
-
-    def solve(self, ridge: float, bias: bool) -> Tensor:
-        """The change of weights and bias [inputs + 1, outputs] (its last row 0 where there is no bias); `ridge` is relative
-        to the Gram's mean diagonal and leaves the bias free."""
-        inputs = self.gram.shape[0] - 1
-        used = inputs + int(bias)
-        mean = self.gram.diagonal()[:inputs].mean().clamp(min=torch.finfo(torch.float64).tiny)
-        damping = torch.full((used,), float(ridge * mean), dtype=torch.float64)
-        damping[inputs:] = 1e-9 * float(self.gram[-1, -1])
-        change = torch.zeros_like(self.cross)
-        factor, failed = torch.linalg.cholesky_ex(self.gram[:used, :used] + torch.diag(damping))
-        if not failed:
-            change[:used] = torch.cholesky_solve(self.cross[:used], factor)
-        return change
-
-
-class _Reached(Exception):
-    """Stops a forward pass at the layer that is being measured."""
-
-
 def resolve_outputs(
     model: nn.Module,
     sites: Sequence[AttentionSite],
@@ -89,6 +46,7 @@ def resolve_outputs(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     token_mask: Callable[[Any], Tensor | None] | None = None,
+    method: str = "least_squares",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Resolved]:
     """Re-solves the output projection of every site in `keep`, before the cut, in place.
@@ -100,8 +58,10 @@ def resolve_outputs(
         batches: calibration batches, a list or anything that can be read more than once.
         forward: runs the model on a batch; default `model(**batch)`.
         token_mask: bool [batch, tokens] of the tokens that count; default as in headprune.models.tokens.token_masks.
+        method: "least_squares", "mask_tuning" (one factor for each head) or "bias" (headprune.surgery.normal_equations).
         progress: called with (layers done, layers).
     """
+    solve = get_solver(method)
     batches = list(batches)
     if not batches:
         raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
@@ -116,10 +76,12 @@ def resolve_outputs(
     try:
         with torch.no_grad():
             streams = residual_streams(model, chosen, lambda: forward(model, batches[0]))
+            keeping = keeping_for(model, lambda: forward(model, batches[0]), chosen)
+            walks = [tuple(Walk(model, lambda batch=batch: forward(model, batch), keeping) for _ in range(2)) for batch in batches]
             for done, site in enumerate(chosen):
                 stream = streams.get(site.name)
-                train, held_out = gather(model, site, stream, chosen, keep, dense, solved, batches, forward, masks)
-                report, solved[site.name] = resolve(site, keep[site.name], dense[site.name], train, held_out)
+                train, held_out = gather(site, stream, chosen, keep, dense, solved, batches, walks, masks)
+                report, solved[site.name] = resolve(site, keep[site.name], dense[site.name], train, held_out, solve)
                 reports.append(report)
                 if progress:
                     progress(done + 1, len(chosen))
@@ -132,19 +94,19 @@ def resolve_outputs(
     return reports
 
 
-def gather(model, site, stream, chosen, keep, dense, solved, batches, forward, masks) -> tuple[NormalEquations, NormalEquations]:
+def gather(site, stream, chosen, keep, dense, solved, batches, walks, masks) -> tuple[NormalEquations, NormalEquations]:
     """Normal equations of `site`: the dense model's stream behind it against the inputs that the model pruned so far gives."""
     columns = site.columns(tuple(keep[site.name]))
     weight, _ = dense[site.name]
     train, held_out = (NormalEquations.empty(len(columns), weight.shape[0]) for _ in range(2))
-    for index, batch in enumerate(batches):
+    for index, (batch, (dense_walk, pruned_walk)) in enumerate(zip(batches, walks)):
         with weights_in_place(chosen, dense):
-            dense_inputs, dense_stream = inputs_at(model, site, stream, batch, forward)
+            dense_inputs, dense_stream = dense_walk.to(site, stream)
         with weights_in_place(chosen, solved), ExitStack() as stack:
             for other in chosen:
                 if other is not site:
                     stack.enter_context(output_input_hook(other, masked_to(other, keep[other.name])))
-            inputs, pruned_stream = inputs_at(model, site, stream, batch, forward)
+            inputs, pruned_stream = pruned_walk.to(site, stream)
         kept_inputs, kept_weight = inputs[..., columns.to(inputs.device)], weight[:, columns.to(weight.device)]
         # The biases are the same on both sides, so the residual is of the weights and the stream alone.
         residual = dense_inputs.float() @ weight.T.float() - kept_inputs.float() @ kept_weight.T.float()
@@ -159,13 +121,13 @@ def gather(model, site, stream, chosen, keep, dense, solved, batches, forward, m
     return train, held_out
 
 
-def resolve(site, keep, old, train, held_out) -> tuple[Resolved, tuple[Tensor, Tensor | None]]:
-    """The ridge that leaves the smallest held-out error, and the weights that it gives; the old ones where none helps."""
+def resolve(site, keep, old, train, held_out, solve) -> tuple[Resolved, tuple[Tensor, Tensor | None]]:
+    """The change that leaves the smallest held-out error, and the weights that it gives; the old ones where none helps."""
     weight, bias = old
+    columns = site.columns(tuple(keep)).to(weight.device)
     before = held_out.error(torch.zeros_like(held_out.cross))
     best, ridge, change = before, None, None
-    for candidate in RIDGES:
-        solution = train.solve(candidate, bias is not None)
+    for candidate, solution in solve(train, Layer(weight[:, columns], len(keep), bias is not None)):
         error = held_out.error(solution)
         if error < best:
             best, ridge, change = error, candidate, solution
@@ -173,37 +135,10 @@ def resolve(site, keep, old, train, held_out) -> tuple[Resolved, tuple[Tensor, T
     report = Resolved(site.name, 1.0 if before else 0.0, best / scale, ridge)
     if change is None:
         return report, old
-    columns = site.columns(tuple(keep)).to(weight.device)
     new_weight = weight.clone()
     new_weight[:, columns] += change[:-1].T.to(weight)
     new_bias = None if bias is None else bias + change[-1].to(bias)
     return report, (new_weight, new_bias)
-
-
-def inputs_at(
-    model: nn.Module, site: AttentionSite, stream: nn.Module | None, batch: Any, forward: Callable
-) -> tuple[Tensor, Tensor | None]:
-    """The output projection's input at `site` and what `stream` received, both [batch, tokens, features]; the forward pass
-    stops there."""
-    found: list[Tensor] = []
-    entered: list[Tensor | None] = [None]
-
-    def stop(inputs: Tensor) -> None:
-        found.append(inputs)
-        raise _Reached
-
-    def enter(_module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        entered[0] = first_tensor((*args, *kwargs.values()))
-
-    with ExitStack() as stack:
-        stack.enter_context(output_input_hook(site, stop))
-        if stream is not None:
-            stack.callback(stream.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        try:
-            forward(model, batch)
-        except _Reached:
-            return found[0], entered[0]
-    raise InvalidInput(f"{site.name} was not reached by the calibration data.")
 
 
 def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Tensor]:

@@ -14,6 +14,7 @@ from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
+from headprune.nn.replace import on_own_attention
 from headprune.surgery.record import record_cut
 from headprune.surgery.rehearse import rehearse
 
@@ -38,6 +39,7 @@ class CheckedCut:
         ]
 
 
+@on_own_attention
 def cut(
     model: nn.Module, keep: Mapping[str, Sequence[int]], *, verify: bool = True, run: Callable[[nn.Module], Any] | None = None
 ) -> None:
@@ -45,7 +47,8 @@ def cut(
 
     A key/value head goes with the last query head that reads it; an attention without heads adds its output bias alone.
     dtype, device and requires_grad stay; where groups become ragged the model is switched to
-    attn_implementation="headprune", which runs them without expanding keys and values (others still may be set).
+    attn_implementation="headprune", which runs them without expanding keys and values (others still may be set). Each
+    torch.nn.MultiheadAttention becomes a VariableHeadAttention.
 
     Args:
         verify: first try each cut on a small input and compare with gating (headprune.surgery.rehearse).

@@ -1,18 +1,41 @@
-"""Applies a plan to a model: compensation, then the cut."""
+"""Applies a plan to a model: checks, compensation, then the cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from headprune.models import attention_sites
+from headprune.models.tiny_inputs import tiny_inputs
+from headprune.nn.replace import on_own_attention
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.surgery.compensate import Resolved, resolve_outputs
-from headprune.surgery.cut import cut
+from headprune.surgery.cut import carry_out, checked_cut
+from headprune.surgery.normal_equations import get_solver
+from headprune.surgery.savings import Savings
 
 
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did, or (dry run) would do: what it saves and, per site, what compensation did. Iterates over the latter."""
+
+    savings: Savings
+    resolved: tuple[Resolved, ...]
+    done: bool
+
+    def __iter__(self) -> Iterator[Resolved]:
+        return iter(self.resolved)
+
+    def __len__(self) -> int:
+        return len(self.resolved)
+
+    def __str__(self) -> str:
+        return f"{'pruned' if self.done else 'dry run, nothing was changed'}\n{self.savings}"
+
+
+@on_own_attention
 def prune(
     model: nn.Module,
     plan: PruningPlan,
@@ -20,20 +43,40 @@ def prune(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     token_mask: Callable[[Any], Tensor | None] | None = None,
+    compensation: str = "least_squares",
     progress: Callable[[int, int], None] | None = None,
-) -> list[Resolved]:
+    dry_run: bool = False,
+    verify: bool = True,
+) -> PruneReport:
     """Removes the heads that `plan` lets go from `model`, in place.
 
     With `calibration` batches every output projection is first re-solved so that its layer gives what it gave before
-    (`headprune.surgery.compensate`); what that did per site is returned. forward, token_mask, progress: as there.
+    (`headprune.surgery.compensate`). forward, token_mask, progress: as there.
 
-    Raises InvalidPlan where the plan is for another model or empties a site; InvalidInput where calibration is empty. The
-    model is untouched then.
+    Args:
+        compensation: "least_squares", or, to compare with, "mask_tuning" (Kwon et al. 2022) or "bias" (FLAP).
+        dry_run: check all and say what would go and what that saves; nothing is changed.
+        verify: try the cut of each attention on a small input first and compare it with gating (`headprune.surgery.cut`): a
+            few random tokens or pixels, else the first calibration batch.
+
+    Raises InvalidPlan where the plan is for another model, UnsupportedModel where an attention cannot be cut exactly,
+    InvalidInput where calibration is empty. The model is untouched then.
     """
     plan.check_fits(model)
-    sites = attention_sites(model)
+    get_solver(compensation)
+    batches = None if calibration is None else list(calibration)
+    run = None
+    if batches and tiny_inputs(model) is None:
+        run = lambda model: (forward or (lambda model, batch: model(**batch)))(model, batches[0])  # noqa: E731
+    checked = checked_cut(model, plan, verify=verify, run=run)
+    savings = Savings.of(model, checked.sites, checked.kept)
+    if dry_run:
+        return PruneReport(savings, (), done=False)
     resolved: list[Resolved] = []
-    if calibration is not None:
-        resolved = resolve_outputs(model, sites, plan, calibration, forward=forward, token_mask=token_mask, progress=progress)
-    cut(model, plan)
-    return resolved
+    if batches is not None:
+        sites = list(checked.sites.values())
+        resolved = resolve_outputs(
+            model, sites, plan, batches, forward=forward, token_mask=token_mask, method=compensation, progress=progress
+        )
+    carry_out(model, checked)
+    return PruneReport(savings, tuple(resolved), done=True)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from headprune.errors import UnsupportedModel
-from headprune.models.adapters import adapter_of
 from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
@@ -34,7 +33,11 @@ class Call:
 
     args: tuple
     kwargs: dict[str, Any]
-    output: Tensor | None = None
+    returned: Any = None
+
+    @property
+    def output(self) -> Tensor | None:
+        return first_output(self.returned)
 
 
 @torch.no_grad()
@@ -108,23 +111,26 @@ def received(calls: dict[str, Call], name: str) -> Callable:
 
 def given(calls: dict[str, Call], name: str) -> Callable:
     def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-        if calls[name].output is None:
-            calls[name].output = first_tensor(output if isinstance(output, tuple) else (output,))
+        if calls[name].returned is None:
+            calls[name].returned = output
 
     return hook
 
 
 def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable, call: Call) -> None:
     """UnsupportedModel unless a stand-in for the site, cut, gives `call.output`."""
-    module = stand_in(site.module)
-    twin = adapter_of(site).site(site.name, module)
+    twin = on_stand_ins(site)
     described = f"{site.name} ({type(site.module).__name__})"
     try:
-        cut_site(replace(twin, proven=True), kept)
-        output = module.eval()(*call.args, **call.kwargs)
+        cut_site(twin, kept)
+        returned = twin.module.eval()(*call.args, **call.kwargs)
+    except UnsupportedModel:
+        raise
     except Exception as error:
-        raise UnsupportedModel(f"{described} cannot be cut: without heads it fails with {error!r}.") from error
-    found = first_tensor(output if isinstance(output, tuple) else (output,))
+        raise UnsupportedModel(f"{described} cannot be cut: without those heads it fails with {error!r}.") from error
+    found = first_output(returned)
+    if found is None or form(returned) != form(call.returned):
+        raise UnsupportedModel(f"{described} cannot lose these heads: it would return {form(returned)}, not {form(call.returned)}.")
     allowed = max(TOLERANCE, 16 * torch.finfo(found.dtype).eps) * call.output.abs().max().clamp(min=1e-3)
     if found.shape != call.output.shape or not (found - call.output).abs().max() <= allowed:
         difference = "another shape" if found.shape != call.output.shape else f"{(found - call.output).abs().max():.1e} off"
@@ -134,9 +140,25 @@ def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable, ca
         )
 
 
-def stand_in(module: nn.Module, made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+def first_output(returned: Any) -> Tensor | None:
+    return first_tensor(returned if isinstance(returned, tuple) else (returned,))
+
+
+def form(returned: Any) -> str:
+    return f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
+
+
+def on_stand_ins(site: AttentionSite) -> AttentionSite:
+    """The same site on a stand-in for its module. All that it cuts must lie below that module."""
+    made: dict[nn.Module, nn.Module] = {}
+    module = stand_in(site.module, made)
+    projections = tuple(replace(part, module=made[part.module]) for part in site.projections)
+    extras = tuple(replace(part, module=made[part.module]) for part in site.extras)
+    return replace(site, module=module, dispatcher=made[site.dispatcher], projections=projections, extras=extras)
+
+
+def stand_in(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     """The same module tree in new module objects, sharing every tensor: what is cut there leaves `module` alone."""
-    made = {} if made is None else made
     if module not in made:
         twin = made[module] = type(module).__new__(type(module))
         own = {"_parameters", "_buffers", "_non_persistent_buffers_set"}

@@ -103,7 +103,8 @@ def row_length(matrices: tuple[Matrix, ...], spans: tuple[tuple[int, ...], ...])
     return max(16, min(256, 1 << (max(widths, default=128) - 1).bit_length()))
 
 
-# Small, and its content is its key: kept, so that a call inside the capture of a CUDA graph copies nothing.
+# Its content is its key, so that a call inside the capture of a CUDA graph copies nothing. Not kept for ever, since gradients
+# change their addresses with every batch: a captured graph is good while its tables are among the last ones.
 @lru_cache(maxsize=64)
 def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 [tensors]: where each tensor begins."""

@@ -16,8 +16,8 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from headprune.errors import InvalidInput
-from headprune.models import attention_interface
 from headprune.models.attention_interface import headprune_attention, headprune_mask
+from headprune.ops import watch
 from headprune.surgery import cut
 
 
@@ -164,8 +164,8 @@ def test_packed_sequences_refuse_what_they_cannot_carry():
 def test_a_single_query_hands_its_padding_over_as_a_key_mask(monkeypatch):
     """A bias would keep decode kernels from running."""
     calls = []
-    real = attention_interface.attention
-    monkeypatch.setattr(attention_interface, "attention", lambda *a, **options: calls.append(options) or real(*a, **options))
+    real = watch.attention
+    monkeypatch.setattr(watch, "attention", lambda *a, **options: calls.append(options) or real(*a, **options))
     model, inputs = llama(), padded(side="left")
     model.set_attn_implementation("headprune")
     for cache in ("dynamic", "static"):

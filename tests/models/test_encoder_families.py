@@ -115,3 +115,22 @@ def test_every_head_of_every_attention_gets_a_score(name):
         assert list(found) == [site.name for site in hp.attention_sites(model)]
         assert all(torch.isfinite(found[site]).all() and found[site].abs().max() > 0 for site in found)
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gate_gradients_are_of_single_samples(name):
+    """Whatever an attention makes of its batch (windows, say): together as one by one."""
+    if name == "clip":
+        pytest.skip("its loss compares the samples of a batch")
+    model, batch = FAMILIES[name].make(), FAMILIES[name].batch("right")
+    together = hp.observe(model, [batch], {"gate_gradient"}, loss_fn=loss_of_each)
+    alone = hp.observe(model, [{key: value[[row]] for key, value in batch.items()} for row in range(3)], {"gate_gradient"})
+    for site in together:
+        assert together[site].gate_gradient.shape[0] == 3
+        assert torch.allclose(together[site].gate_gradient, alone[site].gate_gradient, rtol=1e-3, atol=1e-4)
+
+
+def loss_of_each(model, batch) -> torch.Tensor:
+    logits, labels = model(**batch).logits, batch["labels"]
+    losses = torch.nn.functional.cross_entropy(logits.movedim(-1, 1), labels, reduction="none").view(len(labels), -1)
+    return losses.sum(dim=1) / (labels != -100).view(len(labels), -1).sum(dim=1)

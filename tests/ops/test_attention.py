@@ -68,6 +68,21 @@ def test_a_row_with_nothing_to_attend_to_gives_zero_and_masked_nan_does_no_harm(
     assert torch.allclose(found[1:], ops.attention(q[1:], k[1:, :, :4], v[1:, :, :4], RAGGED), atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_masked_nan_reaches_no_gradient(dtype):
+    q, k, v = inputs(dtype=dtype)
+    hidden = torch.zeros(2, 9, dtype=torch.bool)
+    hidden[0], hidden[1, 4:] = True, True
+    grads = []
+    for filler in (0.0, float("nan"), float("inf")):
+        leaves = [q, *(tensor.masked_fill(hidden[:, None, :, None], filler) for tensor in (k, v))]
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        grads.append(torch.autograd.grad(ops.attention(*leaves, RAGGED, key_mask=~hidden).sum(), leaves))
+    for clean, *poisoned in zip(*grads):
+        assert clean.isfinite().all()
+        assert all(torch.equal(clean, grad) for grad in poisoned)
+
+
 @pytest.mark.parametrize("shape", [{"batch": 0}, {"q_len": 0}, {"kv_len": 0}, {"head_map": HeadMap((), 0)}])
 def test_empty_inputs_give_empty_or_zero_outputs(shape):
     q, k, v = inputs(**shape)

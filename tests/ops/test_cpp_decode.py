@@ -7,6 +7,8 @@ import pytest
 import torch
 from attention_calls import EPSILON, Shape, in_fp64
 from attention_calls import make_call as make_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headprune.ops import reference
 from headprune.ops.call import DecodeCall, check_decode
@@ -123,6 +125,47 @@ def test_pages_match_the_reference(size, dtype):
 def test_shapes_at_the_edge_match_the_reference(shape):
     for options in [(), ("sinks", "gate"), ("padding",)]:
         assert_matches_reference(make_call(options, **shape))
+
+
+@st.composite
+def calls(draw) -> DecodeCall:
+    """Any cache, contiguous or in pages, and any options."""
+    capacity = 10 * draw(st.integers(1, 130))
+    options = tuple(sorted(draw(st.sets(st.sampled_from(OPTIONS), max_size=4))))
+    call = make_call(
+        options,
+        groups=tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))),
+        new=draw(st.integers(1, 8)),
+        capacity=capacity,
+        lengths=tuple(draw(st.lists(st.integers(0, capacity), max_size=3))),
+        dim=draw(st.integers(1, 140)),
+        value_dim=draw(st.integers(1, 140)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+    )
+    size = draw(st.sampled_from([0, 1, 2, 5, 10]))
+    return in_pages(call, size * capacity // 10) if size and call.batch else call
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(calls())
+def test_random_calls_match_the_reference(call):
+    assert_matches_reference(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_100_000_keys_match_the_reference(dtype):
+    shape = {"groups": (17, 1), "capacity": 100_000, "lengths": (100_000,), "dim": 40, "value_dim": 33}
+    assert_matches_reference(make_call((), dtype=dtype, **shape))
+    assert_matches_reference(make_call(("sinks", "window"), dtype=dtype, **shape))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_masked_keys_of_the_cache_may_hold_anything(poison):
+    call = make_call(("key_mask",), new=3)
+    hidden = ~call.key_mask[:, None, :, None]
+    found = attention_decode(call)
+    filled = {name: getattr(call, name).masked_fill(hidden, poison) for name in ("key_cache", "value_cache")}
+    assert torch.equal(attention_decode(replace(call, **filled)), found)
 
 
 def test_lengths_and_pages_outside_the_cache_are_refused():

@@ -188,6 +188,14 @@ def test_with_min_heads_0_whole_attentions_may_go_but_not_all_of_them():
         plan(scores_of({"a": [0.1, 0.2]}, kv_heads=1), Budget(heads=0.5), min_heads=0, granularity="kv_group")
 
 
+def test_a_plan_that_names_a_site_twice_is_refused(tmp_path):
+    path = tmp_path / "plan.json"
+    PruningPlan.from_keep(llama(), {}).save(path)
+    path.write_text(path.read_text().replace("model.layers.1.self_attn", "model.layers.0.self_attn"))
+    with pytest.raises(InvalidInput, match=r"plan\.json: model\.layers\.0\.self_attn stands in the file twice"):
+        PruningPlan.load(path)
+
+
 def test_a_pickled_plan_is_refused_without_being_opened(tmp_path):
     import pickle
 

@@ -8,6 +8,7 @@ import torch
 from tiny_models import llama, tokens
 from torch import nn
 
+import headprune as hp
 from headprune import scoring
 from headprune.errors import InvalidInput
 from headprune.planning import Budget, plan
@@ -130,3 +131,16 @@ def test_a_batch_that_leaves_a_site_out_counts_as_samples_without_gradient():
 def test_the_value_of_unreached_is_checked():
     with pytest.raises(InvalidInput, match="unknown value of unreached"):
         observe(llama(), batches_for(1), {"gram"}, unreached="ignore")
+
+
+def test_an_attention_without_heads_is_passed_over():
+    model = llama()
+    hp.cut(model, {"model.layers.0.self_attn": []})
+    batches = [{"input_ids": tokens(3, 8, seed), "labels": tokens(3, 8, seed)} for seed in range(2)]
+    criteria = ["fisher", "magnitude_l2", "wanda", "entropy", "least_squares"]
+    for scores in hp.score(model, batches, criterion=criteria).values():
+        assert (scores["model.layers.0.self_attn"].numel(), scores["model.layers.1.self_attn"].isfinite().all()) == (0, True)
+        chosen = hp.plan(scores, hp.Budget(heads=0.5))
+        assert (chosen["model.layers.0.self_attn"], len(chosen["model.layers.1.self_attn"])) == ((), 4)
+    hp.prune(model, chosen)
+    assert str(hp.attention_sites(model)[1].head_map).startswith("4q")

@@ -59,6 +59,15 @@ def test_a_loaded_model_can_be_pruned_further(tmp_path):
     assert torch.equal(hidden(again, input_ids=tokens()), hidden(model, input_ids=tokens()))
 
 
+def test_a_ragged_model_loads_with_the_attention_that_is_named(tmp_path):
+    model = pruned("llama")
+    save(model, tmp_path / "model")
+    assert load(tmp_path / "model").config._attn_implementation == "headprune"
+    eager = load(tmp_path / "model", attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    assert torch.allclose(hidden(eager, **padded()), hidden(model, **padded()), atol=1e-5)
+
+
 def test_shards_and_dtype_are_kept(tmp_path):
     model = pruned("llama").to(torch.bfloat16)
     save(model, tmp_path / "model", max_shard_size="20KB")

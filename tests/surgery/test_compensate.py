@@ -8,7 +8,7 @@ from headprune.errors import InvalidInput
 from headprune.models import attention_sites, gated
 from headprune.planning import PruningPlan
 from headprune.surgery import compensate, prune
-from headprune.surgery.compensate import NormalEquations
+from headprune.surgery.normal_equations import Layer, NormalEquations, get_solver
 
 
 def batches_for(count: int = 10) -> list[dict]:
@@ -144,3 +144,41 @@ def test_the_weights_of_a_failed_compensation_are_put_back():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with gated(model, plan):
         assert output_of(model, {"input_ids": tokens()}).isfinite().all()
+
+
+def test_mask_tuning_is_the_damped_least_squares_of_one_factor_a_head():
+    torch.manual_seed(1)
+    inputs, weight = torch.randn(200, 6).double(), torch.randn(5, 6).double()
+    residual = inputs[:, :2] @ weight[:, :2].T * 0.5 + 0.1 * torch.randn(200, 5)
+    equations = NormalEquations.empty(6, 5)
+    equations.add(inputs.float(), residual.float())
+    ((_, change),) = get_solver("mask_tuning")(equations, Layer(weight.float(), 3, False))
+    outputs = torch.stack([(inputs[:, 2 * h : 2 * h + 2] @ weight[:, 2 * h : 2 * h + 2].T).flatten() for h in range(3)], dim=1)
+    factors = torch.linalg.solve(outputs.T @ outputs + torch.eye(3), outputs.T @ residual.flatten())
+    assert factors[0] == pytest.approx(0.5, abs=0.05)
+    assert torch.allclose(change[:6], factors.repeat_interleave(2)[:, None] * weight.T, atol=1e-4)
+    assert (change[6] == 0).all()
+
+
+def test_the_bias_takes_the_mean_of_what_is_missing():
+    torch.manual_seed(2)
+    inputs, residual = torch.randn(50, 4), torch.randn(50, 3) + 2.0
+    equations = NormalEquations.empty(4, 3)
+    equations.add(inputs, residual)
+    ((_, change),) = get_solver("bias")(equations, Layer(torch.randn(3, 4), 2, True))
+    assert torch.allclose(change[-1].float(), residual.mean(dim=0), atol=1e-5)
+    assert (change[:-1] == 0).all()
+    assert list(get_solver("bias")(equations, Layer(torch.randn(3, 4), 2, False))) == []
+
+
+@pytest.mark.parametrize("method", ["mask_tuning", "bias"])
+def test_other_compensations_help_but_less_than_least_squares(method):
+    keep = {"encoder.layer.0.attention": [1, 2], "encoder.layer.1.attention": [0, 3]}
+    errors = {}
+    for name in ("least_squares", method):
+        model = bert()
+        reports = prune(model, PruningPlan.from_keep(model, keep), batches_for(20), compensation=name)
+        errors[name] = reports.resolved[0].error_after
+    assert errors["least_squares"] < errors[method] < 1.0
+    with pytest.raises(InvalidInput, match="unknown compensation"):
+        prune(bert(), PruningPlan.from_keep(bert(), keep), batches_for(1), compensation="magic")

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from headprune.head_map import HeadMap
 from headprune.models import attention_sites, gated
 from headprune.planning import PruningPlan
 from headprune.surgery import cut, prune
+from headprune.surgery.cut import cut_site
+from headprune.surgery.rehearse import rehearse
 from headprune.surgery.verify import cut_error, same_tokens
 
 FAMILIES = {"llama": llama, "bert": bert, "llama_mqa": lambda: llama(kv_heads=1), "llama_mha": lambda: llama(kv_heads=8)}
@@ -142,3 +146,122 @@ def test_ragged_groups_without_an_attention_interface_are_refused():
     with pytest.raises(UnsupportedModel, match="kv_group"):
         cut(layer, {"self_attn": [0, 1, 2]})
     assert torch.equal(layer.self_attn.q_proj.weight, before)
+
+
+def test_a_failed_check_leaves_the_model_untouched():
+    """A site whose heads are not where it says: key head 0 and 1 swapped."""
+    model, name = llama(), "model.layers.1.self_attn"
+    sites = attention_sites(model)
+    key = sites[1].projection("key")
+    swapped = dataclasses.replace(key, features=key.features[[1, 0, 2, 3]])
+    wrong = dataclasses.replace(sites[1], projections=tuple(swapped if p.role == "key" else p for p in sites[1].projections))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModel, match=rf"{name} \(LlamaAttention\) gives something else when heads are cut"):
+        rehearse(model, [(sites[0], (0, 1)), (wrong, (0, 1))], cut_site, None, True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.config._attn_implementation == "sdpa"
+    rehearse(model, [(wrong, (0, 1))], cut_site, None, False)
+
+
+def test_a_layer_without_heads_keeps_its_place_in_the_cache():
+    model = llama()
+    cut(model, {"model.layers.0.self_attn": []})
+    cache = model(input_ids=tokens(2, 5), use_cache=True).past_key_values
+    assert cache.get_seq_length() == 5
+    assert [tuple(layer.keys.shape) for layer in cache.layers] == [(2, 1, 5, 1), (2, 4, 5, 8)]
+    assert str(attention_sites(model)[0].head_map) == "no heads"
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(hidden(again, **padded()), hidden(model, **padded()))
+    cut(model, {"model.layers.0.self_attn": [], "model.layers.1.self_attn": [0]})
+    assert hidden(model, **padded()).isfinite().all()
+
+
+def test_a_pruned_layer_follows_the_config_of_its_model_and_its_copies():
+    model = llama()
+    cut(model, {"model.layers.0.self_attn": [0, 1, 2]})
+    copied = copy.deepcopy(model)
+    copied.set_attn_implementation("eager")
+    assert [m.config._attn_implementation for m in (model, copied)] == ["headprune", "eager"]
+    assert copied.model.layers[0].self_attn.config.shared is copied.config
+    assert torch.allclose(hidden(copied, **padded()), hidden(model, **padded()), atol=1e-5)
+    # Equal groups again: the plain config is back.
+    cut(model, {"model.layers.0.self_attn": [0, 2], "model.layers.1.self_attn": [0, 2]})
+    assert model.model.layers[0].self_attn.config is model.config
+
+
+def test_hooks_tied_weights_and_other_parametrisations_survive():
+    model = llama(tie_word_embeddings=True)
+    mlp, attention, seen = model.model.layers[0].mlp, model.model.layers[0].self_attn, []
+    torch.nn.utils.parametrizations.weight_norm(mlp.up_proj)
+    mlp.down_proj.register_forward_hook(lambda *_: seen.append("mlp"))
+    attention.o_proj.register_forward_hook(lambda *_: seen.append("o_proj"))
+    cut(model, {"model.layers.0.self_attn": [0, 1]}, verify=False)
+    hidden(model, input_ids=tokens())
+    assert seen == ["o_proj", "mlp"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.nn.utils.parametrize.is_parametrized(mlp.up_proj)
+
+
+class Int8Weight(torch.Tensor):
+    pass
+
+
+def tie(model):
+    layers = model.model.layers
+    layers[1].self_attn.q_proj.weight = layers[0].self_attn.q_proj.weight
+
+
+def quantise(model):
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    model.model.layers[0].self_attn.v_proj.weight = torch.nn.Parameter(weight.detach().as_subclass(Int8Weight))
+
+
+def parametrise(model):
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.k_proj)
+
+
+def offload(model):
+    layer = model.model.layers[0].self_attn.o_proj
+    layer._hf_hook, layer.weight = object(), torch.nn.Parameter(layer.weight.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (tie, r"layers\.0\.self_attn\.q_proj\.weight and .*layers\.1.* are one tied weight"),
+        (quantise, r"layers\.0\.self_attn\.v_proj holds Int8Weight weights"),
+        (parametrise, r"layers\.0\.self_attn\.k_proj is a ParametrizedLinear"),
+        (offload, r"layers\.0\.self_attn\.o_proj is offloaded"),
+    ],
+)
+def test_weights_that_cannot_be_sliced_are_refused_by_name(change, names):
+    model = llama()
+    change(model)
+    with pytest.raises(UnsupportedModel, match=names):
+        cut(model, {"model.layers.0.self_attn": [0, 1]})
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (64, 32)
+
+
+def test_a_forward_that_was_replaced_is_not_overruled_in_silence():
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    attention.forward = attention.forward
+    with pytest.raises(UnsupportedModel, match="forward replaced"):
+        cut(model, {"model.layers.0.self_attn": []})
+    assert attention.q_proj.weight.shape == (64, 32)
+
+
+def test_a_dry_run_tells_what_pruning_saves_and_changes_nothing():
+    model = llama()
+    plan = PruningPlan.from_keep(model, {"model.layers.0.self_attn": [0, 1, 2], "model.layers.1.self_attn": []})
+    before = copy.deepcopy(model.state_dict())
+    told = prune(model, plan, dry_run=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (model.config._attn_implementation, hasattr(model.config, "headprune"), told.done) == ("sdpa", False, False)
+    assert "model.layers.1.self_attn: 8q/4kv -> no heads" in str(told)
+    done = prune(model, plan)
+    assert done.savings == told.savings
+    assert done.savings.parameters == (sum(v.numel() for v in before.values()), sum(p.numel() for p in model.parameters()))
+    # fp32; keys and values of 8 features for each of 2 x 4 key/value heads, of which 2 stay.
+    assert done.savings.cache_bytes == (512, 128)
+    assert done.savings.query_heads == (16, 3)

@@ -1,8 +1,10 @@
 """`AutoModel*.from_pretrained(folder, trust_remote_code=True)`, with headprune and where it cannot be imported."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,7 +60,8 @@ def folders(tmp_path_factory):
         save(pruned(name), root / name)
     arguments = [f"{auto}={root / name}" for name, (_, _, auto) in MODELS.items()]
     command = [sys.executable, "-c", WITHOUT_HEADPRUNE, "", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr
     return root
 

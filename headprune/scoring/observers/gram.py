@@ -1,4 +1,8 @@
-"""Observes what least squares needs of each output projection: the Gram matrices of its inputs and of its weights."""
+"""Observes what least squares needs of each output projection: the Gram matrices of its inputs and of its weights.
+
+Each batch's Gram is a matrix product in fp32 where the model runs, summed in fp64 there or on `gram_device`, so that neither a
+large sum nor the order of batches costs digits.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +26,20 @@ class Grams(Observer):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        # Columns in the order of heads, whatever the layout; fp64, so that the order of batches leaves no trace.
+        # Columns in the order of heads, whatever the layout.
         self._columns = {site.name: site.output.features.flatten() for site in setting.sites}
+        places = [summing_device(site, setting.gram_device) for site in setting.sites]
         self._sums = {
             name: {
-                "input_gram": torch.zeros(len(columns), len(columns), dtype=torch.float64),
-                "input_sum": torch.zeros(len(columns), dtype=torch.float64),
-                "tokens": torch.zeros((), dtype=torch.float64),
+                "input_gram": torch.zeros(len(columns), len(columns), dtype=torch.float64, device=place),
+                "input_sum": torch.zeros(len(columns), dtype=torch.float64, device=place),
+                "tokens": torch.zeros((), dtype=torch.float64, device="cpu"),
             }
-            for name, columns in self._columns.items()
+            for (name, columns), place in zip(self._columns.items(), places)
         }
 
     @contextmanager
-    def watching_batch(self, batch: Any) -> Iterator[None]:
+    def watching_forward(self, batch: Any) -> Iterator[None]:
         with ExitStack() as stack:
             for site in self.setting.sites:
                 stack.enter_context(output_input_hook(site, self._adder(site, self.setting.token_mask(site.name, batch))))
@@ -42,9 +47,11 @@ class Grams(Observer):
 
     def found(self) -> dict[str, dict[str, Tensor]]:
         return {
-            site.name: {**{name: total.clone() for name, total in self._sums[site.name].items()}, **self._output_weights(site)}
+            site.name: {
+                **{name: total.cpu().clone() for name, total in self._sums[site.name].items()}, **self._output_weights(site)
+            }
             for site in self.setting.sites
-        }
+        }  # fmt: skip
 
     def reached(self) -> set[str]:
         return {name for name, sums in self._sums.items() if sums["tokens"]}
@@ -60,8 +67,14 @@ class Grams(Observer):
         def add(inputs: Tensor) -> None:
             inputs = inputs.detach()
             tokens = inputs[valid_tokens(inputs, mask)][:, columns.to(inputs.device)].float()
-            sums["input_gram"] += (tokens.T @ tokens).cpu()
-            sums["input_sum"] += tokens.sum(dim=0).cpu()
+            sums["input_gram"] += (tokens.T @ tokens).to(sums["input_gram"].device)
+            sums["input_sum"] += tokens.sum(dim=0).to(sums["input_sum"].device)
             sums["tokens"] += len(tokens)
 
         return add
+
+
+def summing_device(site: AttentionSite, asked: torch.device | str | None) -> torch.device:
+    """Where the sums of `site` lie: as asked, else beside its weights; on the CPU where that device knows no fp64."""
+    device = torch.device(asked) if asked is not None else site.output.module.weight.device
+    return torch.device("cpu") if device.type in ("mps", "meta") else device

@@ -1,0 +1,2 @@
+#define HEADPRUNE_FP64
+#include "../gradients.cpp"

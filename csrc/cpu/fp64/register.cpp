@@ -1,0 +1,2 @@
+#define HEADPRUNE_FP64
+#include "../register.cpp"

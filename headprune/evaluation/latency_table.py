@@ -1,0 +1,174 @@
+"""Measures how long every attention of a model takes with every number of heads, on this machine."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.latency import synchronize
+from headprune.models import attention_interface, attention_sites
+from headprune.models.adapters import find_site
+from headprune.models.site import AttentionSite
+from headprune.planning.latency_table import LatencyTable, key_of
+from headprune.scoring.site_shape import SiteShape
+from headprune.surgery.cut import cut_site
+
+REPEATS = 5
+
+
+def machine_name(model: nn.Module) -> str:
+    """The device of `model` and what runs on it: what a latency is good for."""
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def measure_latency_table(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    repeats: int = REPEATS,
+    cache: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatencyTable:
+    """Times one forward pass of each kind of attention in `model` with 0, 1, ..., all of its query heads.
+
+    Heads go so that groups shrink evenly: no key/value head goes before the last query head of some group. What is timed are cut
+    copies of the attention modules on the very inputs that they receive in `model(**inputs)`, in turn, medians.
+
+    Args:
+        inputs: for `model(**inputs)`: the batch and length that the latency is wanted for.
+        repeats: timed runs of every head count.
+        cache: a folder of tables; one of the same machine, geometry, batch, length and dtype is read instead of measured again.
+
+    Raises InvalidInput where an attention is not reached by the inputs.
+    """
+    sites = attention_sites(model)
+    shapes = {site.name: SiteShape.of(site) for site in sites}
+    first = next(value for value in inputs.values() if isinstance(value, Tensor))
+    setting = (machine_name(model), str(next(model.parameters()).dtype), first.shape[0], first.shape[1])
+    kinds = {key_of(shapes[site.name]): site for site in reversed(sites)}
+    file = cached_file(cache, setting, sorted(kinds))
+    if file is not None and file.exists():
+        return LatencyTable.load(file)
+    with evaluating(model), torch.inference_mode():
+        calls = received(model, list(kinds.values()), inputs)
+        attention = {}
+        for done, (key, site) in enumerate(kinds.items()):
+            attention[key] = times_of(model, site, calls[site.name], repeats)
+            if progress:
+                progress(done + 1, len(kinds))
+        whole = median_ns(lambda: model(**placed(model, inputs)), next(model.parameters()).device, max(repeats, 5))
+    everything = sum(attention[key_of(shape)][-1] for shape in shapes.values())
+    table = LatencyTable(*setting, attention, max(0, whole - everything))
+    if file is not None:
+        table.save(file)
+    return table
+
+
+def times_of(model: nn.Module, site: AttentionSite, call: tuple[tuple, dict], repeats: int) -> tuple[int, ...]:
+    """Nanoseconds with 0, 1, ..., all query heads; the copies are run in turn."""
+    args, kwargs = call
+    order, device = even_order(site), next(model.parameters()).device
+    copies = [cut_copy(site, order[:count]) for count in range(len(order) + 1)]
+    taken: list[list[int]] = [[] for _ in copies]
+    for turn in range(repeats + 1):
+        for times, module in zip(taken, copies):
+            elapsed = elapsed_ns(lambda module=module: module(*args, **kwargs), device)
+            if turn:  # the first warms up
+                times.append(elapsed)
+    return tuple(int(torch.tensor(times).median()) for times in taken)
+
+
+def cut_copy(site: AttentionSite, heads: list[int]) -> nn.Module:
+    """The site's module with these heads alone."""
+    module = copy.deepcopy(site.module)
+    own = find_site(site.name, module)
+    if len(heads) < own.head_map.query_heads:
+        if not own.head_map.keep(heads).is_uniform and hasattr(own.dispatcher, "config"):
+            own.dispatcher.config._attn_implementation = attention_interface.NAME
+        cut_site(own, tuple(sorted(heads)))
+    return module
+
+
+def even_order(site: AttentionSite) -> list[int]:
+    """All query heads: the first of each group, then the second of each, ..."""
+    offsets = site.head_map.group_offsets
+    rank = {head: head - offsets[kv] for head, kv in enumerate(site.head_map.kv_of_query)}
+    return sorted(rank, key=lambda head: (rank[head], head))
+
+
+def received(model: nn.Module, sites: list[AttentionSite], inputs: Mapping[str, Tensor]) -> dict[str, tuple[tuple, dict]]:
+    """What each site's module receives in one forward pass, without a cache that would grow from run to run."""
+    calls: dict[str, tuple[tuple, dict]] = {}
+
+    def note(name: str) -> Callable:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls.setdefault(name, (args, {key: value for key, value in kwargs.items() if "past_key_value" not in key}))
+
+        return hook
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(site.module.register_forward_pre_hook(note(site.name), with_kwargs=True).remove)
+        model(**placed(model, inputs))
+    missing = [site.name for site in sites if site.name not in calls]
+    if missing:
+        raise InvalidInput(f"{missing[0]} was not reached by the inputs; give inputs that run through it.")
+    return calls
+
+
+def placed(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def median_ns(run: Callable[[], Any], device: torch.device, repeats: int) -> int:
+    run()
+    return int(torch.tensor([elapsed_ns(run, device) for _ in range(repeats)]).median())
+
+
+def elapsed_ns(run: Callable[[], Any], device: torch.device) -> int:
+    synchronize(device)
+    started = time.perf_counter_ns()
+    run()
+    synchronize(device)
+    return time.perf_counter_ns() - started
+
+
+def cached_file(cache: str | Path | None, setting: tuple, kinds: list[str]) -> Path | None:
+    if cache is None:
+        return None
+    return Path(cache) / f"latency-{hashlib.sha256(repr((setting, kinds, os.name)).encode()).hexdigest()[:16]}.json"
+
+
+class evaluating:
+    """In eval mode inside the block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: Any) -> None:
+        self.model.train(self.training)

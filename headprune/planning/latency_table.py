@@ -1,0 +1,61 @@
+"""How long each attention of a model takes with every number of heads, as measured on one machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from headprune.errors import InvalidInput
+from headprune.files import read_json, write_json
+from headprune.head_map import HeadMap
+from headprune.scoring.site_shape import SiteShape
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Median nanoseconds of one forward pass.
+
+    machine: device and software that it was measured on. batch, length: of the inputs. attention: for each geometry of a site
+    (`key_of`), the time with 0, 1, 2, ... query heads, one more than it has. rest: the whole model's time less its attentions'.
+    """
+
+    machine: str
+    dtype: str
+    batch: int
+    length: int
+    attention: dict[str, tuple[int, ...]]
+    rest: int
+
+    def cost(self, shape: SiteShape, head_map: HeadMap) -> int:
+        """Nanoseconds of an attention of `shape` that has the heads of `head_map`. Raises InvalidInput for another geometry."""
+        times = self.attention.get(key_of(shape))
+        if times is None:
+            raise InvalidInput(
+                f"the latency table has no attention of {key_of(shape)} (it has {', '.join(self.attention)}); measure this model."
+            )
+        return times[head_map.query_heads]
+
+    def refuse_other_machine(self, machine: str) -> None:
+        """InvalidInput unless the table was measured on `machine`."""
+        if machine != self.machine:
+            raise InvalidInput(f"the latency table was measured on {self.machine}, this is {machine}; measure it here again.")
+
+    def save(self, path: str | Path) -> None:
+        """Writes latency.json, through a temporary name."""
+        content = {**vars(self), "attention": {key: list(times) for key, times in self.attention.items()}}
+        write_json(path, "latency_table", content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Raises InvalidInput where the file is no latency table."""
+        document = read_json(path, "latency_table")
+        try:
+            values = {name: document[name] for name in cls.__dataclass_fields__}
+            return cls(**{**values, "attention": {key: tuple(times) for key, times in values["attention"].items()}})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"{path} is not a complete latency_table file: {error!r}.") from None
+
+
+def key_of(shape: SiteShape) -> str:
+    """The geometry that a measurement is good for."""
+    return f"{shape.head_map}, head_dim {shape.head_dim}, value_dim {shape.value_dim}, hidden {shape.hidden_size}"

@@ -1,0 +1,38 @@
+"""The weights of every site's heads, in one list, and what they measure given back by query head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from headprune.models.site import AttentionSite
+from headprune.ops import HeadSlices
+
+ROLES = ("query", "key", "value", "output")
+
+
+def head_slices(sites: Iterable[AttentionSite]) -> list[HeadSlices]:
+    """Those of every site in turn, in the order of ROLES."""
+    projections = [site.projection(role) for site in sites for role in ROLES]
+    return [HeadSlices.indexed(one.module.weight, one.features, one.weight_dim) for one in projections]
+
+
+def weights_of(slices: Iterable[HeadSlices]) -> list[nn.Parameter]:
+    """The weights behind them, a fused one once."""
+    return list({id(one.weight): one.weight for one in slices}.values())
+
+
+def rows_of(site: AttentionSite, values: Sequence[Tensor], shares: bool = True) -> Tensor:
+    """fp32 [4, query_heads] on the CPU: each query head's own value in query and output, its key/value head's in key and value;
+    with `shares` the latter divided evenly over the group."""
+    groups = torch.tensor(site.head_map.group_sizes, dtype=torch.float32, device="cpu").clamp(min=1)
+    kv_of_query = torch.tensor(site.head_map.kv_of_query, dtype=torch.long, device="cpu")
+    rows = []
+    for role, value in zip(ROLES, values):
+        value = value.float().cpu()
+        if role in ("key", "value"):
+            value = (value / groups if shares else value)[kv_of_query]
+        rows.append(value)
+    return torch.stack(rows)

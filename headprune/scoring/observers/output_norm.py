@@ -1,0 +1,62 @@
+"""Observes how much each head adds to its layer's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headprune.models.gating import output_input_hook
+from headprune.models.site import AttentionSite
+from headprune.models.tokens import valid_tokens
+from headprune.scoring.observations import Need
+from headprune.scoring.observer import Observer, Setting, observes
+from headprune.scoring.observers.watched_attention import SampleRows
+
+
+@observes(Need.OUTPUT_NORM)
+class OutputNorms(Observer):
+    """||O_hi W_h^T|| through the Gram W_h^T W_h [value_dim, value_dim] of the head's output weights: ||O W^T||^2 = O (W^T W) O^T,
+    so nothing of the model's width is formed."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._grams = {site.name: head_grams(site) for site in setting.sites}
+        self._rows = SampleRows(setting, ("projected_norm",))
+        self._seen: set[str] = set()
+
+    @contextmanager
+    def watching_forward(self, batch: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            for site in self.setting.sites:
+                stack.enter_context(output_input_hook(site, self._adder(site, self.setting.token_mask(site.name, batch))))
+            yield
+
+    def found(self) -> dict[str, dict[str, Tensor]]:
+        return self._rows.found()
+
+    def reached(self) -> set[str]:
+        return set(self._seen)
+
+    def _adder(self, site: AttentionSite, mask: Tensor | None):
+        gram, features = self._grams[site.name], site.output.features
+
+        @torch.no_grad()
+        def add(inputs: Tensor) -> None:
+            self._seen.add(site.name)
+            valid = valid_tokens(inputs, mask)
+            heads = inputs[..., features.to(inputs.device)].float()  # [batch, tokens, heads, value_dim]
+            squares = (torch.einsum("bthd,hde->bthe", heads, gram) * heads).sum(dim=3).clamp(min=0)
+            norms = squares.sqrt().masked_fill(~valid[..., None], 0.0)
+            self._rows.add(site.name, projected_norm=norms.sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp(min=1))
+
+        return add
+
+
+def head_grams(site: AttentionSite) -> Tensor:
+    """fp32 [heads, value_dim, value_dim], on the device of the weights."""
+    weights = site.output.head_weights().float()  # [heads, value_dim, hidden]
+    return weights @ weights.transpose(1, 2)

@@ -1,0 +1,116 @@
+"""The sums over tokens from which a linear layer's least-squares change follows, and ways to solve them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headprune.errors import unknown_name
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass
+class NormalEquations:
+    """Sums over tokens of what least squares needs, in fp64: X^T X, X^T R, sum of R^2, with a last column of ones in X."""
+
+    gram: Tensor  # [inputs + 1, inputs + 1]
+    cross: Tensor  # [inputs + 1, outputs]
+    squares: Tensor  # [outputs]
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int) -> NormalEquations:
+        sizes = ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs,))
+        return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
+
+    def add(self, inputs: Tensor, residual: Tensor) -> None:
+        """inputs [tokens, inputs], residual [tokens, outputs]: what the present weights leave to be explained."""
+        padded = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1).float()
+        residual = residual.float()
+        self.gram += (padded.T @ padded).cpu()
+        self.cross += (padded.T @ residual).cpu()
+        self.squares += residual.square().sum(dim=0).cpu()
+
+    def error(self, change: Tensor) -> float:
+        """Squared residual that is left after adding `change` [inputs + 1, outputs] to the weights."""
+        return float((self.squares.sum() - 2 * (change * self.cross).sum() + (change * (self.gram @ change)).sum()).clamp(min=0))
+
+    def solve(self, ridge: float, bias: bool) -> Tensor:
+        """The change of weights and bias [inputs + 1, outputs] (its last row 0 where there is no bias); `ridge` is relative
+        to the Gram's mean diagonal and leaves the bias free."""
+        inputs = self.gram.shape[0] - 1
+        used = inputs + int(bias)
+        mean = self.gram.diagonal()[:inputs].mean().clamp(min=torch.finfo(torch.float64).tiny)
+        damping = torch.full((used,), float(ridge * mean), dtype=torch.float64)
+        damping[inputs:] = 1e-9 * float(self.gram[-1, -1])
+        change = torch.zeros_like(self.cross)
+        factor, failed = torch.linalg.cholesky_ex(self.gram[:used, :used] + torch.diag(damping))
+        if not failed:
+            change[:used] = torch.cholesky_solve(self.cross[:used], factor)
+        return change
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a solver knows of the output projection: weight [outputs, inputs] of the heads that stay, how many those are, and
+    whether there is a bias to be changed."""
+
+    weight: Tensor
+    heads: int
+    bias: bool
+
+
+Solver = Callable[[NormalEquations, Layer], Iterator[tuple[float, Tensor]]]
+_solvers: dict[str, Solver] = {}
+
+
+def solver(name: str) -> Callable[[Solver], Solver]:
+    """Registers a way to compensate: it yields (setting, change [inputs + 1, outputs]), of which the one with the least held-out
+    error is taken, if that is less than without any."""
+
+    def register(function: Solver) -> Solver:
+        _solvers[name] = function
+        return function
+
+    return register
+
+
+def get_solver(name: str) -> Solver:
+    if name not in _solvers:
+        raise unknown_name("compensation", name, _solvers)
+    return _solvers[name]
+
+
+@solver("least_squares")
+def least_squares(equations: NormalEquations, layer: Layer) -> Iterator[tuple[float, Tensor]]:
+    """Any change of weights and bias, ridge towards the old weights."""
+    for ridge in RIDGES:
+        yield ridge, equations.solve(ridge, layer.bias)
+
+
+@solver("mask_tuning")
+def mask_tuning(equations: NormalEquations, layer: Layer) -> Iterator[tuple[float, Tensor]]:
+    """One factor for each head, merged into its weights (Kwon et al. 2022, 4.3): damping 1, none taken outside [-10, 10]."""
+    weight = layer.weight.double().cpu().T  # [inputs, outputs]
+    inputs = len(weight)
+    owner = torch.arange(inputs) // max(inputs // max(layer.heads, 1), 1)
+    pick = torch.nn.functional.one_hot(owner, layer.heads).double()  # [inputs, heads]
+    gram = pick.T @ (equations.gram[:inputs, :inputs] * (weight @ weight.T)) @ pick
+    pull = pick.T @ (equations.cross[:inputs] * weight).sum(dim=1)
+    factors = torch.linalg.solve(gram + torch.eye(layer.heads, dtype=torch.float64), pull)
+    if layer.heads and float(factors.abs().max()) <= 9.0:
+        change = torch.zeros_like(equations.cross)
+        change[:inputs] = (pick @ factors)[:, None] * weight
+        yield 1.0, change
+
+
+@solver("bias")
+def bias_alone(equations: NormalEquations, layer: Layer) -> Iterator[tuple[float, Tensor]]:
+    """The mean of what is missing goes into the bias (An et al. 2024, FLAP, eq. 7); nothing where there is none."""
+    if layer.bias:
+        change = torch.zeros_like(equations.cross)
+        change[-1] = equations.cross[-1] / equations.gram[-1, -1]
+        yield 0.0, change

@@ -1,0 +1,181 @@
+"""A forward pass taken in steps, from one attention to the next, so that a layer is run once though all are solved in turn.
+
+At a stop, some module calls are over. They cannot depend on what is changed at this attention or behind it, so in the next step
+each of them returns at once what it returned before (of nested calls the outermost that is over counts: a whole layer). The
+same restart in the middle serves head masks in `headprune.scoring.replay`, where nothing is solved on the way.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from headprune.errors import InvalidInput
+from headprune.models.gating import output_input_hook
+from headprune.models.site import AttentionSite
+from headprune.models.stream import first_tensor
+from headprune.scoring.replay import replaced_forward
+
+Keeping = Literal["last", "all", "nothing"]
+
+
+class _Reached(Exception):
+    """Stops a forward pass at the attention that is being measured."""
+
+
+class _Changed(Exception):
+    """A result was changed in place after its module had returned it."""
+
+
+@dataclass(eq=False)
+class Called:
+    """One call of a module in a step: its result and the version of each tensor in it, once it is over."""
+
+    module: nn.Module
+    inside: list[Called] = field(default_factory=list)
+    over: bool = False
+    result: Any = None
+    versions: tuple[int, ...] = ()
+
+    def finished(self) -> list[Called]:
+        """The outermost calls that are over, in order."""
+        return [self] if self.over else [call for inner in self.inside for call in inner.finished()]
+
+
+@dataclass
+class Walk:
+    """The forward pass of one batch.
+
+    run: makes it, from the start. keeping: what is remembered at a stop: of the finished members of a stack (a ModuleList)
+    the "last" result, "all" results, or "nothing", so that every step runs from the start.
+    """
+
+    model: nn.Module
+    run: Callable[[], Any]
+    keeping: Keeping = "all"
+    _finished: list[Called] = field(default_factory=list)
+
+    def to(self, site: AttentionSite, stream: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+        """Goes on to `site`: the input of its output projection and what `stream` received, both [batch, tokens, features].
+
+        Raises InvalidInput where the batch does not run through the site.
+        """
+        try:
+            found = self._step(site, stream)
+        except _Changed:
+            self.keeping = "nothing"
+            found = self._step(site, stream)
+        if found is None and self._finished:
+            self._finished = []
+            found = self._step(site, stream)
+        if found is None:
+            raise InvalidInput(f"{site.name} was not reached by the calibration data.")
+        return found
+
+    def _step(self, site: AttentionSite, stream: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
+        inputs: list[Tensor] = []
+        entered: list[Tensor | None] = [None]
+        top = Called(self.model)
+
+        def stop(received: Tensor) -> None:
+            inputs.append(received)
+            raise _Reached
+
+        def enter(_module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+            entered[0] = first_tensor((*args, *kwargs.values()))
+
+        with ExitStack() as stack:
+            if self.keeping != "nothing":
+                self._replay(stack)
+                record(self.model, top, stack)
+            stack.enter_context(output_input_hook(site, stop))
+            if stream is not None:
+                stack.callback(stream.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            try:
+                self.run()
+            except _Reached:
+                self._finished = self._remembered(top)
+                return inputs[0], entered[0]
+        return None
+
+    def _replay(self, stack: ExitStack) -> None:
+        results: dict[nn.Module, deque] = defaultdict(deque)
+        for call in self._finished:
+            results[call.module].append(call.result)
+        for module, queue in results.items():
+            stack.enter_context(replaced_forward(module, replayed(module.forward, queue)))
+
+    def _remembered(self, top: Called) -> list[Called]:
+        finished = top.finished()
+        if any(call.versions != versions(call.result) for call in finished):
+            self._finished = []
+            raise _Changed
+        if self.keeping == "last":
+            last = {stack: call for call in finished if (stack := self._stack_of(call.module)) is not None}
+            for call in finished:
+                if (stack := self._stack_of(call.module)) is not None and last[stack] is not call:
+                    call.result = tree_map(hollow, call.result)
+                    call.versions = versions(call.result)
+        return finished
+
+    def _stack_of(self, module: nn.Module) -> nn.Module | None:
+        if not hasattr(self, "_stacks"):
+            stacks = [one for one in self.model.modules() if isinstance(one, nn.ModuleList)]
+            self._stacks = {member: one for one in stacks for member in one}
+        return self._stacks.get(module)
+
+
+def record(model: nn.Module, top: Called, stack: ExitStack) -> None:
+    """Until `stack` ends, every call of a module of `model` becomes part of `top`."""
+    opened = [top]
+
+    def enter(module: nn.Module, _args: tuple) -> None:
+        call = Called(module)
+        opened[-1].inside.append(call)
+        opened.append(call)
+
+    def leave(_module: nn.Module, _args: tuple, result: Any) -> None:
+        call = opened.pop()
+        call.over, call.result, call.versions, call.inside = True, result, versions(result), []
+
+    for module in model.modules():
+        stack.callback(module.register_forward_pre_hook(enter).remove)
+        stack.callback(module.register_forward_hook(leave).remove)
+
+
+def replayed(forward: Callable, results: deque) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return results.popleft() if results else forward(*args, **kwargs)
+
+    return run
+
+
+def versions(result: Any) -> tuple[int, ...]:
+    return tuple(leaf._version for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor))
+
+
+def hollow(leaf: Any) -> Any:
+    """A tensor of the same shape without the memory; nobody reads it but calls that are themselves replayed."""
+    return leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
+
+
+@torch.no_grad()
+def keeping_for(model: nn.Module, run: Callable[[], Any], sites: Sequence[AttentionSite]) -> Keeping:
+    """The least that has to be remembered for steps to give what a whole pass gives, found by trying on one batch."""
+    if not sites:
+        return "nothing"
+    expected, _ = Walk(model, run, "nothing").to(sites[-1], None)
+    for keeping in ("last", "all"):
+        walk = Walk(model, run, keeping)
+        for site in sites:
+            found, _ = walk.to(site, None)
+        if walk.keeping == keeping and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-6):
+            return keeping
+    return "nothing"

@@ -1,0 +1,110 @@
+"""The quality/cost curve: many budgets from one scoring pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from headprune.errors import InvalidInput
+from headprune.evaluation import Evaluation, evaluate
+from headprune.evaluation.tasks import Task
+from headprune.files import read_json, write_json
+from headprune.planning import Budget, PruningPlan, plan
+from headprune.scoring.scores import HeadScores
+from headprune.surgery import prune
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget: heads kept at each site, and what the pruned model then is. pareto: no other point is better in both the headline
+    metric and the parameters."""
+
+    budget: dict[str, float]
+    kept: dict[str, int]
+    evaluation: Evaluation
+    pareto: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The dense model (budget 0) and one point for each budget."""
+
+    task: str
+    headline: str
+    higher_is_better: bool
+    criterion: str
+    points: tuple[Point, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Writes sweep.json, through a temporary name."""
+        write_json(path, "sweep", asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sweep:
+        """Raises InvalidInput where the file is no sweep.json."""
+        document = read_json(path, "sweep")
+        try:
+            points = tuple(Point(**{**one, "evaluation": Evaluation(**one["evaluation"])}) for one in document["points"])
+            return cls(*(document[name] for name in ("task", "headline", "higher_is_better", "criterion")), points)
+        except (KeyError, TypeError) as error:
+            raise InvalidInput(f"{path} is not a complete sweep file: {error!r}.") from None
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.task}, heads by {self.criterion} (* on the Pareto front)", title_justify="left")
+        for column in ("budget", self.headline, "of dense", "parameters", "latency p50, ms", "heads kept by layer"):
+            table.add_column(column, overflow="fold")
+        dense = self.points[0].evaluation.quality[self.headline]
+        for point in self.points:
+            found, budget = point.evaluation, " ".join(f"{name}={value:g}" for name, value in point.budget.items())
+            ratio = found.quality[self.headline] / dense if dense else float("nan")
+            table.add_row(
+                f"{budget}{' *' if point.pareto else ''}", f"{found.quality[self.headline]:.4f}", f"{ratio:.3f}",
+                f"{found.parameters:,}", f"{found.latency_p50_ms:.1f}", " ".join(map(str, point.kept.values())),
+            )  # fmt: skip
+        return table
+
+
+def sweep(
+    model: nn.Module,
+    task: Task,
+    scores: HeadScores,
+    budgets: Sequence[Budget],
+    *,
+    compensate: bool = True,
+    repeats: int = 10,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Sweep:
+    """Prunes copies of `model` to every budget and evaluates each on `task`; the model itself stays dense.
+
+    compensate: re-solve output projections on the task's calibration data. repeats: timed forward passes. options: of `hp.plan`
+    (allocation, granularity, min_heads, ...). Raises InfeasibleBudget before anything is measured where a budget cannot be met.
+    """
+    if not budgets:
+        raise InvalidInput("a sweep needs at least one budget, for example Budget(heads=0.5).")
+    plans = [plan(scores, budget, **options) for budget in budgets]
+    points = [Point({budgets[0].quantity: 0.0}, heads_of(plans[0], dense=True), evaluate(model, task, repeats=repeats))]
+    for done, chosen in enumerate(plans, 1):
+        pruned = copy.deepcopy(model)
+        prune(pruned, chosen, task.calibration if compensate else None, forward=task.forward)
+        points.append(Point(chosen.budget.to_json(), heads_of(chosen), evaluate(pruned, task, repeats=repeats)))
+        if progress:
+            progress(done, len(plans))
+    return Sweep(task.name, task.headline, task.higher_is_better, scores.criterion, with_pareto(points, task))
+
+
+def heads_of(chosen: PruningPlan, dense: bool = False) -> dict[str, int]:
+    return {name: chosen.shapes[name].head_map.query_heads if dense else len(heads) for name, heads in chosen.items()}
+
+
+def with_pareto(points: Sequence[Point], task: Task) -> tuple[Point, ...]:
+    sign = 1 if task.higher_is_better else -1
+    values = [(sign * point.evaluation.quality[task.headline], -point.evaluation.parameters) for point in points]
+    dominated = [any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in values) for a in values]
+    return tuple(Point(one.budget, one.kept, one.evaluation, not beaten) for one, beaten in zip(points, dominated))

@@ -1,0 +1,40 @@
+import torch
+from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
+
+from headprune.models import attention_sites
+from headprune.models.tokens import token_masks
+
+
+def masks(family, batch=None):
+    model, batch = family.make(), batch or family.batch("right")
+    found = token_masks(model)
+    return {site.name: found(site.name, batch) for site in attention_sites(model)}
+
+
+def test_an_encoder_counts_what_its_mask_shows():
+    batch = ENCODERS["bert"].batch("right")
+    assert all(torch.equal(mask, batch["attention_mask"]) for mask in masks(ENCODERS["bert"], batch).values())
+
+
+def test_a_decoder_counts_its_own_tokens_and_not_the_encoders():
+    batch = SEQ2SEQ["t5"].batch("right")
+    found = masks(SEQ2SEQ["t5"], batch)
+    assert torch.equal(found["encoder.block.1.layer.0.SelfAttention"], batch["attention_mask"])
+    for name in ("decoder.block.0.layer.0.SelfAttention", "decoder.block.0.layer.1.EncDecAttention"):
+        assert torch.equal(found[name], batch["labels"] != -100)
+    batch["decoder_attention_mask"] = torch.ones(3, 6)
+    assert torch.equal(masks(SEQ2SEQ["t5"], batch)["decoder.block.2.layer.0.SelfAttention"], batch["decoder_attention_mask"])
+
+
+def test_sound_and_pictures_have_no_token_mask():
+    found = masks(SEQ2SEQ["whisper"])
+    assert found["model.encoder.layers.0.self_attn"] is None
+    assert found["model.decoder.layers.0.encoder_attn"].shape == (3, 6)
+    found = masks(VISION["clip"])
+    assert all((mask is None) == name.startswith("vision_model.") for name, mask in found.items())
+
+
+def test_a_given_mask_counts_everywhere():
+    model = SEQ2SEQ["bart"].make()
+    mask = token_masks(model, lambda batch: batch["mine"])
+    assert all(mask(site.name, {"mine": 1}) == 1 for site in attention_sites(model))

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from tiny_models import llama
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.cost import attention_flops
+from headprune.head_map import HeadMap
+from headprune.models import attention_sites
+from headprune.planning import Budget, LatencyTable, PruningPlan, plan
+from headprune.planning.latency_table import key_of
+from headprune.scoring import HeadScores, SiteShape, score
+from headprune.surgery import prune
+
+
+def test_flops_are_those_of_the_model_before_and_after():
+    model, budget = llama(), Budget(flops=0.5, sequence_length=37)
+    chosen = plan(score(model, criterion="random"), budget)
+    cost = lambda: attention_flops(attention_sites(model), 37)  # noqa: E731
+    before = cost()
+    assert before == sum(budget.cost(shape, shape.head_map) for shape in chosen.shapes.values())
+    prune(model, chosen)
+    assert cost() == sum(budget.cost(chosen.shapes[name], chosen.head_map(name)) for name in chosen)
+    assert cost() <= before / 2
+
+
+def table(rest: int = 1000) -> tuple[HeadScores, LatencyTable]:
+    shape = SiteShape(HeadMap.uniform(4), 8, 8, 32, 100, 0)
+    scores = HeadScores("test", {"a": torch.arange(4.0), "b": torch.arange(4.0) + 0.5}, {"a": shape, "b": shape})
+    return scores, LatencyTable("this machine", "float32", 1, 128, {key_of(shape): (100, 300, 600, 800, 1000)}, rest)
+
+
+@pytest.mark.parametrize("allocation", ["global", "optimal", "uniform"])
+def test_a_latency_budget_counts_the_whole_model_by_the_measured_table(allocation):
+    scores, measured = table()
+    found = plan(scores, Budget(latency=0.3, table=measured), allocation=allocation)  # 3000 ns, of which 900 are to go
+    times = measured.attention[key_of(scores.shapes["a"])]
+    assert 2000 - sum(times[len(heads)] for heads in found.values()) >= 900
+    assert found.removed_heads == {"optimal": 4, "global": 5, "uniform": 6}[allocation]
+
+
+def test_tables_survive_the_disk_and_name_what_does_not_fit(tmp_path):
+    scores, measured = table()
+    measured.save(tmp_path / "latency.json")
+    assert LatencyTable.load(tmp_path / "latency.json") == measured
+    measured.refuse_other_machine("this machine")
+    with pytest.raises(InvalidInput, match="measured on this machine, this is another"):
+        measured.refuse_other_machine("another")
+    other = SiteShape(HeadMap.uniform(8), 8, 8, 32, 100, 0)
+    with pytest.raises(InvalidInput, match="no attention of 8q/8kv"):
+        plan(HeadScores("test", {"a": torch.arange(8.0)}, {"a": other}), Budget(latency=0.1, table=measured))
+    with pytest.raises(InvalidInput, match="needs table="):
+        plan(scores, Budget(latency=0.1))
+
+
+def test_budgets_survive_the_disk_with_their_length(tmp_path):
+    plan(score(llama(), criterion="random"), Budget(flops=0.25, sequence_length=64)).save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json").budget == Budget(flops=0.25, sequence_length=64)
+    with pytest.raises(InvalidInput, match="sequence_length is 0"):
+        Budget(flops=0.5, sequence_length=0)

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from tiny_models import llama, tokens
+
+from headprune.errors import InvalidInput
+from headprune.models import gated
+from headprune.planning import Budget, PruningPlan, evolve, masked_fitness, plan
+from headprune.scoring import score
+
+BATCHES = [{"input_ids": tokens(3, 8, seed), "labels": tokens(3, 8, seed)} for seed in range(2)]
+
+
+def start(layers: int = 3, budget: float = 0.5) -> PruningPlan:
+    return plan(score(llama(layers=layers), criterion="random"), Budget(heads=budget), allocation="uniform")
+
+
+def test_the_fitness_of_a_plan_is_its_loss_on_the_data():
+    model, chosen = llama(layers=3), start()
+    other = plan(chosen.scores, Budget(heads=0.25))
+    found = masked_fitness(model, BATCHES)([chosen, other])
+    for one, loss in zip((chosen, other), found):
+        with gated(model, one), torch.no_grad():
+            assert loss == pytest.approx(float(torch.stack([model(**batch).loss for batch in BATCHES]).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("quantity", ["heads", "params", "kv_cache"])
+def test_the_search_finds_planted_counts_and_never_costs_more(quantity):
+    """Fitness is the distance to counts that the start is far from."""
+    scores = score(llama(layers=3), criterion="random")
+    origin = plan(scores, Budget(**{quantity: 0.5}), allocation="uniform")
+    wanted = (7, 4, 1)
+    distance = lambda plans: [sum(abs(len(h) - w) for h, w in zip(one.values(), wanted)) for one in plans]  # noqa: E731
+    found = evolve(origin, distance, generations=40, children=12)
+    cost = lambda one: sum(one.budget.cost(one.shapes[name], one.head_map(name)) for name in one)  # noqa: E731
+    assert cost(found.plan) <= cost(origin)
+    assert found.best < found.start
+    if quantity == "heads":
+        assert tuple(len(heads) for heads in found.plan.values()) == wanted
+    assert list(found.history) == sorted(found.history, reverse=True)
+    for name, heads in found.plan.items():  # within a site the scores decide
+        assert set(heads) == set(scores[name].topk(len(heads)).indices.tolist())
+
+
+def test_a_search_on_the_loss_does_not_end_worse_than_it_began():
+    model = llama(layers=3)
+    found = evolve(start(), masked_fitness(model, BATCHES), generations=4, children=4)
+    again = evolve(start(), masked_fitness(model, BATCHES), generations=4, children=4)
+    assert found.best <= found.start
+    assert found.plan.keep == again.plan.keep
+    assert found.plan.removed_heads == 12
+
+
+def test_a_plan_by_hand_cannot_evolve():
+    with pytest.raises(InvalidInput, match="scores and a budget"):
+        evolve(PruningPlan.from_keep(llama(), {}), lambda plans: [0.0] * len(plans))
+    with pytest.raises(InvalidInput, match="empty"):
+        masked_fitness(llama(), [])

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from tiny_models import llama, tokens
+
+from headprune.errors import InvalidInput
+from headprune.models import gated
+from headprune.planning import Budget, Sensitivity, plan, sensitivity
+from headprune.scoring import score
+
+BATCHES = [{"input_ids": tokens(3, 8, seed), "labels": tokens(3, 8, seed)} for seed in range(2)]
+
+
+def mean_loss(model) -> float:
+    with torch.no_grad():
+        return float(torch.stack([model(**batch).loss for batch in BATCHES]).mean())  # all samples are equally long
+
+
+def test_curves_are_the_losses_with_the_lowest_heads_gone_one_after_another(tmp_path):
+    model = llama()
+    scores = score(model, criterion="random")
+    found = sensitivity(model, BATCHES, scores)
+    assert found.samples == 6
+    assert found.dense == pytest.approx(mean_loss(model), rel=1e-5)
+    name = "model.layers.1.self_attn"
+    for gone in (1, 4, 8):
+        stays = scores[name].argsort(descending=True)[: 8 - gone].tolist()
+        with gated(model, {name: stays}):
+            assert found.curves[name][gone] == pytest.approx(mean_loss(model), rel=1e-5)
+    found.save(tmp_path / "sensitivity.json")
+    assert Sensitivity.load(tmp_path / "sensitivity.json") == found
+    assert found.__rich__().row_count == 2
+
+
+def test_a_plan_by_curves_takes_the_heads_of_the_layer_that_tolerates_it():
+    scores = score(llama(), criterion="random")
+    first, second = scores
+    order = {name: tuple(found.argsort().tolist()) for name, found in scores.items()}
+    flat, steep = (1.0, *[1.0 + 0.01 * k for k in range(1, 9)]), (1.0, *[1.0 + k for k in range(1, 9)])
+    curves = Sensitivity("random", 4, 1.0, order, {first: steep, second: flat})
+    found = plan(scores, Budget(heads=0.25), allocation="optimal", sensitivity=curves)
+    assert (len(found[first]), len(found[second])) == (8, 4)
+    with pytest.raises(InvalidInput, match="another order of heads"):
+        plan(score(llama(), criterion="magnitude_l1"), Budget(heads=0.25), allocation="optimal", sensitivity=curves)
+
+
+def test_dips_of_a_curve_do_not_draw_heads():
+    scores = score(llama(), criterion="random")
+    order = {name: tuple(found.argsort().tolist()) for name, found in scores.items()}
+    curve = (1.0, 1.5, 0.2, 1.2, 1.6, 2.0, 2.0, 2.0, 2.0)
+    costs = Sensitivity("random", 4, 1.0, order, dict.fromkeys(order, curve)).costs(scores)
+    assert costs["model.layers.0.self_attn"][:5] == pytest.approx((0.0, 0.5, 0.5, 0.5, 0.6))
+
+
+def test_no_data_is_an_error():
+    with pytest.raises(InvalidInput, match="empty"):
+        sensitivity(llama(), [], score(llama(), criterion="random"))

@@ -1,0 +1,134 @@
+"""Gate gradients under activation checkpointing, in shared layers, and what they leave behind."""
+
+import pytest
+import torch
+from scoring.test_scores import gate_gradients_by_definition, language_batches, per_sample_loss
+from tiny_models import llama
+
+from headprune import scoring
+from headprune.errors import InvalidInput
+from headprune.models import attention_sites
+from headprune.models.checkpointing import checkpointed
+from headprune.scoring import Need, Observations, block_fisher
+
+NEEDS = {"gate_gradient", "gram", "attention", "attention_pattern", "attention_distance", "output_norm"}
+
+
+def shared():
+    """A decoder that runs its one layer three times, as ALBERT does."""
+    model = llama(layers=1)
+    model.model.layers.extend([model.model.layers[0]] * 2)
+    model.config.num_hidden_layers, model.config.use_cache = 3, False
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("make", [llama, shared])
+def test_gradients_count_every_call_of_a_site_once(make, checkpointing):
+    batches = language_batches(2)
+    options = {"loss_fn": per_sample_loss, "checkpointing": checkpointing}
+    observed = scoring.observe(make(), batches, {Need.GATE_GRADIENT}, **options)
+    expected = gate_gradients_by_definition(make(), batches)
+    assert list(observed) == list(expected)
+    for name, site in observed.items():
+        assert torch.allclose(site.gate_gradient, expected[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [llama, shared])
+def test_a_layer_that_runs_again_backwards_is_not_observed_again(make):
+    batches = language_batches(2)
+    plain, again = (scoring.observe(make(), batches, NEEDS, checkpointing=checkpointing) for checkpointing in (False, True))
+    for name, site in plain.items():
+        for need in map(Need.of, NEEDS):
+            for field in scoring.observations.fields_of(need):
+                found, expected = getattr(again[name], field), getattr(site, field)
+                assert (found is None) == (expected is None)
+                assert found is None or torch.allclose(found, expected, rtol=1e-5, atol=1e-7), field
+
+
+def kept_bytes(model, batch, checkpointing: bool) -> int:
+    """Bytes that the forward pass keeps for the backward pass, each memory once."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def loss_fn(model, batch):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return per_sample_loss(model, batch)
+
+    scoring.observe(model, [batch], {"gate_gradient"}, loss_fn=loss_fn, checkpointing=checkpointing)
+    return sum(seen.values()) - weight_bytes(model, seen)
+
+
+def weight_bytes(model, seen) -> int:
+    storages = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes() for parameter in model.parameters()}
+    return sum(size for pointer, size in storages.items() if pointer in seen)
+
+
+def test_checkpointing_keeps_far_less():
+    (batch,) = language_batches(1, batch=8)
+    full, less = (kept_bytes(llama(layers=6), batch, checkpointing) for checkpointing in (False, True))
+    assert less < full / 2
+
+
+def test_checkpointing_is_gone_afterwards_even_after_an_error():
+    model = llama()
+    before = [dict(layer.__dict__) for layer in model.model.layers]
+    with pytest.raises(InvalidInput, match="does not depend"):
+        scoring.score(model, language_batches(1), loss_fn=lambda model, batch: torch.tensor(1.0), checkpointing=True)
+    assert [dict(layer.__dict__) for layer in model.model.layers] == before
+    with torch.no_grad(), checkpointed(model):
+        assert model(input_ids=language_batches(1)[0]["input_ids"], use_cache=True).past_key_values.get_seq_length() == 10
+
+
+def test_a_model_without_layers_to_checkpoint_is_named():
+    with (
+        pytest.raises(InvalidInput, match="Linear has no layer that transformers can checkpoint"),
+        checkpointed(torch.nn.Linear(2, 2)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_weights_get_no_gradients(checkpointing):
+    model, asked = llama(), []
+    model.requires_grad_(True)
+
+    def loss_fn(model, batch):
+        asked.extend(parameter.requires_grad for parameter in model.parameters())
+        return per_sample_loss(model, batch)
+
+    scoring.score(model, language_batches(1), "fisher", loss_fn=loss_fn, checkpointing=checkpointing)
+    assert not any(asked)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_input_of_the_output_projection_is_kept_by_reference():
+    """The tap saves the very memory that the attention gave."""
+    model, saved, given = llama(layers=1), set(), []
+    (site,) = attention_sites(model)
+    site.output.module.register_forward_pre_hook(lambda module, args: given.append(args[0].data_ptr()))
+
+    def loss_fn(model, batch):
+        keep = lambda tensor: saved.add(tensor.data_ptr()) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return per_sample_loss(model, batch)
+
+    scoring.observe(model, language_batches(1), {"gate_gradient"}, loss_fn=loss_fn)
+    assert set(given) <= saved
+
+
+def test_block_fisher_is_the_mean_of_outer_products():
+    batches = language_batches()
+    observed = scoring.observe(llama(), batches, {"gate_gradient"}, loss_fn=per_sample_loss)
+    expected = gate_gradients_by_definition(llama(), batches)
+    blocks, diagonal = block_fisher(observed), scoring.score_observations(observed, "fisher")
+    for name, rows in expected.items():
+        mean = sum(torch.outer(row, row) for row in rows) / len(rows)
+        assert torch.allclose(blocks[name].float(), mean, rtol=1e-2, atol=1e-6)
+        assert torch.allclose(blocks[name].diagonal().float(), diagonal[name], rtol=1e-5)
+    with pytest.raises(InvalidInput, match="were not observed"):
+        block_fisher(scoring.observe(llama(), [], {"weights"}))
+    assert block_fisher(Observations({})) == {}

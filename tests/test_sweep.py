@@ -1,0 +1,59 @@
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny_models import llama, tokens
+
+from headprune.errors import InfeasibleBudget, InvalidInput
+from headprune.evaluation.tasks import Task
+from headprune.planning import Budget
+from headprune.scoring import score
+from headprune.sweep import Sweep, sweep
+
+
+class NextToken(Task):
+    name: ClassVar[str] = "next-token"
+    headline: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+    tokenizer = None
+
+    def __init__(self) -> None:
+        self.calibration = [{"input_ids": tokens(4, 10, seed), "labels": tokens(4, 10, seed)} for seed in range(5)]
+
+    def loss(self, model, batch):
+        return model(**batch).loss
+
+    def forward(self, model, batch):
+        return model(**batch)
+
+    def evaluate(self, model, progress=None):
+        with torch.no_grad():
+            return {"loss": float(model(input_ids=tokens(4, 10, 99), labels=tokens(4, 10, 99)).loss)}
+
+    def outputs(self, model):
+        return model(input_ids=tokens()).logits
+
+    def latency_inputs(self):
+        return {"input_ids": tokens()}
+
+
+def test_a_sweep_leaves_the_model_dense_and_marks_the_pareto_front(tmp_path):
+    model, task = llama(), NextToken()
+    found = sweep(model, task, score(model, criterion="magnitude_l2"), [Budget(heads=0.25), Budget(heads=0.5)], repeats=1)
+    assert [sum(point.kept.values()) for point in found.points] == [16, 12, 8]
+    assert found.points[0].evaluation.quality == task.evaluate(model)
+    sizes = [point.evaluation.parameters for point in found.points]
+    assert sizes == sorted(sizes, reverse=True)
+    assert found.points[-1].pareto  # nothing is smaller
+    found.save(tmp_path / "sweep.json")
+    assert Sweep.load(tmp_path / "sweep.json") == found
+    assert found.__rich__().row_count == 3
+
+
+def test_budgets_are_checked_before_anything_is_measured():
+    model = llama()
+    scores = score(model, criterion="random")
+    with pytest.raises(InvalidInput, match="at least one budget"):
+        sweep(model, NextToken(), scores, [])
+    with pytest.raises(InfeasibleBudget):
+        sweep(model, NextToken(), scores, [Budget(heads=0.5), Budget(heads=0.95)])

@@ -1,0 +1,78 @@
+"""A tiny random model of each decoder family: name -> builder. Weights large enough that every head matters."""
+
+import torch
+import transformers
+from tiny_models import VOCABULARY
+from transformers import PreTrainedModel
+
+SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.2}
+# Eight positions are what generation with a window of four must go beyond.
+MODERN = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, **SPECIAL,
+}  # fmt: skip
+OLD = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **SPECIAL}
+LATENT = {
+    **MODERN, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+    "n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "first_k_dense_replace": 9,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+FALCON = {**OLD, "bias": True}
+# Family -> (what its classes are called before ForCausalLM and Config, configuration).
+FAMILIES = {
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL}),
+    "opt": ("OPT", {**OLD, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "init_std": 0.2}),
+    "gpt_neox": ("GPTNeoX", {**OLD, "intermediate_size": 48, "max_position_embeddings": 64}),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **SPECIAL}),
+    "falcon_mqa": ("Falcon", {**FALCON, "multi_query": True}),
+    "falcon_gqa": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_alibi": ("Falcon", {**FALCON, "multi_query": False, "alibi": True, "parallel_attn": False}),
+    "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **SPECIAL}),
+    "llama": ("Llama", {**MODERN, "attention_bias": True}),
+    "mistral": ("Mistral", {**MODERN, "sliding_window": 4}),
+    "mixtral": ("Mixtral", {**MODERN, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "qwen2": ("Qwen2", MODERN),
+    "qwen3": ("Qwen3", {**MODERN, "head_dim": 8}),
+    "qwen3_moe": ("Qwen3Moe", {**MODERN, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}),
+    # Eager: in some releases its sdpa leaves the soft cap out.
+    "gemma2": (
+        "Gemma2",
+        {
+            **MODERN,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "attn_implementation": "eager",
+        },
+    ),
+    "gemma3": ("Gemma3", {**MODERN, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "phi3": ("Phi3", MODERN),
+    "olmo2": ("Olmo2", MODERN),
+    "granite": ("Granite", MODERN),
+    "gpt_oss": ("GptOss", {**MODERN, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}),
+    "smollm3": ("SmolLM3", {**MODERN, "no_rope_layers": [1, 0]}),
+    "cohere": ("Cohere", {**MODERN, "use_qk_norm": True}),
+    "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None}),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, "q_lora_rank": 12}),
+}
+CLASSES = {"gpt2": ("GPT2LMHeadModel", "GPT2Config"), "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig")}
+
+SCALES_ADD_ONE = ("Gemma2", "Gemma3")  # norms that multiply by 1 + weight
+
+
+def decoder(family: str, seed: int = 0, **options) -> PreTrainedModel:
+    """A model of `family`, in eval mode without dropout, every parameter drawn anew (stock biases and sinks are all 0)."""
+    prefix, settings = FAMILIES[family]
+    model_class, config_class = CLASSES.get(family, (f"{prefix}ForCausalLM", f"{prefix}Config"))
+    torch.manual_seed(seed)
+    config = getattr(transformers, config_class)(**{**settings, **options})
+    for name in vars(config):
+        if name.endswith(("dropout", "pdrop")):
+            setattr(config, name, 0.0)
+    model = getattr(transformers, model_class)(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or "norm" in name:
+            scales = ("norm" in name or "ln_" in name) and "bias" not in name and prefix not in SCALES_ADD_ONE
+            parameter.data.normal_(float(scales), 0.2)
+    return model
