@@ -251,6 +251,17 @@ def prune_command(
     console.print(f"written to {output}")
 
 
+@app.command("export")
+def export_command(
+    model: ModelArgument, to: Annotated[str, typer.Option(help="stock, onnx, gguf or vllm.")], output: OutputOption
+) -> None:
+    """Write a pruned model for another engine; its outputs are checked to stay the same."""
+    from headprune.surgery.export import export
+
+    found, tokenizer = opened_model(model)
+    console.print(str(with_bar(f"export to {to}", lambda progress: export(found, to, output, tokenizer=tokenizer))))
+
+
 @app.command("evaluate")
 def evaluate_command(
     model: ModelArgument,

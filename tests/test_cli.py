@@ -6,11 +6,12 @@ import resource
 import pytest
 import torch
 from tiny_models import bert, tokens
+from transformers import BertModel
 
 from headprune import cli
 from headprune.planning import PruningPlan
 from headprune.scoring import HeadScores, score
-from headprune.surgery import load, save
+from headprune.surgery import cut, load, save
 
 
 def headprune(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
@@ -44,6 +45,19 @@ def test_plan_prune_and_inspect_on_a_folder(call, tmp_path):
     code, out, err = call("inspect", "./pruned")
     assert code == 0, err
     assert "encoder.layer.1.attention" in out
+
+
+def test_a_pruned_folder_is_exported_to_the_stock_class(call):
+    pruned = bert()
+    cut(pruned, {"encoder.layer.0.attention": [1], "encoder.layer.1.attention": [0, 2, 3]})
+    save(pruned, "pruned")
+    code, out, err = call("export", "./pruned", "--to", "stock", "-o", "stock")
+    assert code == 0, err
+    assert "dead heads" in out
+    assert BertModel.from_pretrained("stock").config.num_attention_heads == 4  # BERT divides its hidden size by them
+    code, _, err = call("export", "./pruned", "--to", "tensorrt", "-o", "other")
+    assert code == 2
+    assert "unknown export target" in err
 
 
 def test_doctor_says_what_runs_each_operator(call):

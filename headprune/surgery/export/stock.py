@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headprune.errors import UnsupportedModel
@@ -133,7 +134,7 @@ def smaller_config(
             config = type(original).from_dict(with_counts(query_heads, kv_heads).to_dict())
             with torch.device("meta"):
                 twins = attention_sites(stock(config))
-        except (ValueError, RuntimeError, AttributeError, UnsupportedModel, ZeroDivisionError):
+        except (ValueError, RuntimeError, AttributeError, UnsupportedModel, ZeroDivisionError, StrictDataclassError):
             return False
         counts = HeadMap.uniform(query_heads, kv_heads)
         return all((twin.head_map, twin.head_dim) == (counts, sites[0].head_dim) for twin in twins)

@@ -1,0 +1,122 @@
+"""Exports: the unmodified classes, onnxruntime and GGUF files hold what the pruned model is."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_decoders import decoder
+from tiny_models import bert, llama, tokens
+
+from headprune.errors import InvalidInput, UnsupportedModel
+from headprune.models import attention_sites
+from headprune.surgery import cut, load
+from headprune.surgery.export import export, regularise, targets
+
+RAGGED = {"model.layers.0.self_attn": [0, 1, 2, 5], "model.layers.1.self_attn": [0, 3, 6]}
+
+
+def ragged_llama(**options):
+    model = llama(**options)
+    cut(model, RAGGED)
+    return model
+
+
+def ragged_bert():
+    model = bert()
+    cut(model, {"encoder.layer.0.attention": [1], "encoder.layer.1.attention": [0, 2, 3]})
+    return model
+
+
+def output_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens())[0]
+
+
+@pytest.mark.parametrize("make", [ragged_llama, lambda: llama(), ragged_bert], ids=["ragged", "dense", "bert"])
+def test_regularising_makes_groups_equal_and_changes_no_output(make):
+    model = make()
+    expected = output_of(model)
+    found = regularise(model)
+    assert all(site.head_map.is_uniform for site in attention_sites(model))
+    assert torch.allclose(output_of(model), expected, atol=1e-5)
+    assert (found.layers == 0) == (found.parameters == 0)
+
+
+@pytest.mark.parametrize("make", [ragged_llama, ragged_bert], ids=["llama", "bert"])
+def test_stock_loads_in_the_unmodified_class(make, tmp_path):
+    model = make()
+    expected, before = output_of(model), copy.deepcopy(model.state_dict())
+    report = export(model, "stock", tmp_path / "out")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    found = (
+        getattr(transformers, type(llama() if make is ragged_llama else bert()).__name__).from_pretrained(tmp_path / "out").eval()
+    )
+    assert torch.allclose(output_of(found), expected, atol=1e-5)
+    assert "dead heads" in str(report)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen3", "phi3", "bloom"])
+def test_other_families_become_stock_again(family, tmp_path):
+    model = decoder(family)
+    names = [site.name for site in attention_sites(model)]
+    cut(model, {names[0]: [0, 1, 3], names[1]: [2]})
+    expected = output_of(model)
+    export(model, "stock", tmp_path / "out")
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert "headprune" not in type(found).__module__
+    assert torch.allclose(output_of(found), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [ragged_llama, ragged_bert], ids=["llama", "bert"])
+def test_onnx_runs_on_other_lengths(make, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = make()
+    export(model, "onnx", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = tokens(2, 23, seed=7)
+    feeds = {one.name: (ids if one.name == "input_ids" else torch.ones_like(ids)).numpy() for one in session.get_inputs()}
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    assert np.abs(session.run(None, feeds)[0] - expected.numpy()).max() < 1e-4
+
+
+def test_gguf_holds_each_layers_counts_and_weights(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = ragged_llama()
+    export(model, "gguf", tmp_path / "model.gguf", dtype="f32")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {one.name: np.array(one.data) for one in reader.tensors}
+    assert fields["general.architecture"] == "deci"
+    counts = fields["deci.attention.head_count"]
+    width = tensors["blk.0.attn_q.weight"].shape[0] // counts[0]
+    assert [tensors[f"blk.{layer}.attn_q.weight"].shape[0] for layer in (0, 1)] == [width * count for count in counts]
+    kv = fields["deci.attention.head_count_kv"]
+    assert all(query % count == 0 for query, count in zip(counts, kv))
+    mlp = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    assert np.array_equal(tensors["blk.1.ffn_up.weight"], mlp)
+
+
+def test_vllm_gets_a_folder_of_equal_groups_that_loads(tmp_path):
+    model = ragged_llama()
+    expected = output_of(model)
+    export(model, "vllm", tmp_path / "out")
+    found = load(tmp_path / "out")
+    assert all(site.head_map.is_uniform for site in attention_sites(found))
+    assert torch.allclose(output_of(found), expected, atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(InvalidInput, match="unknown export target 'gguff'"):
+        export(llama(), "gguff", tmp_path / "out")
+    with pytest.raises(InvalidInput, match="unknown export option"):
+        export(llama(), "stock", tmp_path / "out", dtype="f32")
+    with pytest.raises(UnsupportedModel, match="not a transformers model"):
+        export(torch.nn.Linear(2, 2), "stock", tmp_path / "out")
+    pytest.importorskip("gguf")
+    with pytest.raises(UnsupportedModel, match="gguf is written for"):
+        export(bert(), "gguf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert {"stock", "onnx", "gguf", "vllm"} <= set(targets())
