@@ -129,6 +129,7 @@ def plan_command(
     latency: Annotated[float | None, typer.Option(help="Fraction of the model's latency to remove, by --table.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs are counted for.")] = 512,
     table: Annotated[Path | None, typer.Option(help="latency.json from `headprune latency` on this machine.")] = None,
+    other_machine: Annotated[bool, typer.Option("--other-machine", help="The plan is for the machine of --table.")] = False,
     allocation: Annotated[str, typer.Option(help="global, uniform or optimal.")] = "global",
     granularity: Annotated[str, typer.Option(help="query_head (ragged groups) or kv_group (whole groups).")] = "query_head",
     min_heads: Annotated[int, typer.Option(help="Query heads that every attention keeps.")] = 1,
@@ -138,10 +139,13 @@ def plan_command(
     output: OutputOption = Path("plan.json"),
 ) -> None:
     """Choose the heads to keep under a budget."""
+    from headprune.evaluation import machines_here
     from headprune.planning import Budget, LatencyTable, Sensitivity, plan
     from headprune.scoring import HeadScores
 
     measured = None if table is None else LatencyTable.load(table)
+    if measured and not other_machine:
+        measured.refuse_other_machine(machines_here())
     budget = Budget(heads, params, kv_cache, flops, latency, length, measured)
     chosen = plan(
         HeadScores.load(scores), budget, allocation=allocation, granularity=granularity, min_heads=min_heads,

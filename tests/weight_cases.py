@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headprune import ops
 from headprune.ops import HeadSlices, reference
 from headprune.ops.weight_slices import WeightCall
 
@@ -69,3 +70,17 @@ def assert_exact(found: Tensor, call: WeightCall) -> None:
     allowed = 2 * (same - exact).abs() + 16 * torch.finfo(torch.float32).eps * size
     assert ((found.double() - exact).abs() <= allowed).all()
     assert torch.equal(found[2], exact[2].float())
+
+
+def check_graph_replay(backend: str) -> None:
+    """A captured call reads the weights as they are when it is replayed."""
+    slices = [HeadSlices.contiguous(torch.randn(256, 512, device="cuda"), 4, 64)]
+    with ops.backend(backend):
+        ops.head_weight_stats(slices)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            (found,) = ops.head_weight_stats(slices)
+        slices[0].weight.normal_()
+        graph.replay()
+        (again,) = ops.head_weight_stats(slices)
+        assert torch.equal(found.l1, again.l1)

@@ -21,17 +21,23 @@ from headprune.models import attention_interface, attention_sites
 from headprune.models.adapters import find_site
 from headprune.models.site import AttentionSite
 from headprune.planning.latency_table import LatencyTable, key_of
+from headprune.scoring.observe import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
 from headprune.surgery.cut import cut_site
 
 REPEATS = 5
 
 
-def machine_name(model: nn.Module) -> str:
-    """The device of `model` and what runs on it: what a latency is good for."""
-    device = next(model.parameters()).device
+def machine_name(device: torch.device) -> str:
+    """`device` and what runs on it: what a latency is good for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"
+
+
+def machines_here() -> list[str]:
+    """The names of this machine's devices."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [machine_name(torch.device(device)) for device in devices]
 
 
 def cpu_name() -> str:
@@ -65,12 +71,12 @@ def measure_latency_table(
     sites = attention_sites(model)
     shapes = {site.name: SiteShape.of(site) for site in sites}
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
-    setting = (machine_name(model), str(next(model.parameters()).dtype), first.shape[0], first.shape[1])
+    setting = (machine_name(next(model.parameters()).device), str(next(model.parameters()).dtype), first.shape[0], first.shape[1])
     kinds = {key_of(shapes[site.name]): site for site in reversed(sites)}
     file = cached_file(cache, setting, sorted(kinds))
     if file is not None and file.exists():
         return LatencyTable.load(file)
-    with evaluating(model), torch.inference_mode():
+    with in_eval_mode(model), torch.inference_mode():
         calls = received(model, list(kinds.values()), inputs)
         attention = {}
         for done, (key, site) in enumerate(kinds.items()):
@@ -159,16 +165,3 @@ def cached_file(cache: str | Path | None, setting: tuple, kinds: list[str]) -> P
     if cache is None:
         return None
     return Path(cache) / f"latency-{hashlib.sha256(repr((setting, kinds, os.name)).encode()).hexdigest()[:16]}.json"
-
-
-class evaluating:
-    """In eval mode inside the block."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: Any) -> None:
-        self.model.train(self.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -52,6 +52,15 @@ def output_input_hook(site: AttentionSite, change: Callable[[Tensor], Tensor | N
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def output_input_hooks(sites: Iterable[AttentionSite], change_of: Callable[[AttentionSite], Callable]) -> Iterator[None]:
+    """`output_input_hook` at every site, with the `change` that `change_of(site)` gives."""
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(output_input_hook(site, change_of(site)))
+        yield
 
 
 def sites_by_name(model: nn.Module) -> dict[str, AttentionSite]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,12 @@ class LatencyTable:
             )
         return times[head_map.query_heads]
 
-    def refuse_other_machine(self, machine: str) -> None:
-        """InvalidInput unless the table was measured on `machine`."""
-        if machine != self.machine:
-            raise InvalidInput(f"the latency table was measured on {self.machine}, this is {machine}; measure it here again.")
+    def refuse_other_machine(self, machines: Sequence[str]) -> None:
+        """InvalidInput unless the table was measured on one of `machines`."""
+        if self.machine not in machines:
+            raise InvalidInput(
+                f"the latency table was measured on {self.machine}, this is {' or '.join(machines)}; measure it here again."
+            )
 
     def save(self, path: str | Path) -> None:
         """Writes latency.json, through a temporary name."""

@@ -15,6 +15,7 @@ from torch import nn
 from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json
 from headprune.models import attention_sites
+from headprune.nn.replace import own_attention
 from headprune.scoring.masked_losses import MaskedLosses
 from headprune.scoring.observer import LossFunction
 from headprune.scoring.scores import HeadScores
@@ -85,17 +86,18 @@ def sensitivity(
     Uses no compensation, so that a curve is of the heads alone. batches, loss_fn: as for `hp.observe`. progress: called with the
     number of batches done. Raises InvalidInput where `batches` is empty, a site is not reached, or a loss is not finite.
     """
-    sites = [site for site in attention_sites(model) if site.name not in scores.unreached]
-    order = {site.name: removal_order(scores[site.name].tolist()) for site in sites}
-    masked, samples = MaskedLosses(model, sites, loss_fn), 0
-    dense, totals = 0.0, {site.name: torch.zeros(site.head_map.query_heads, dtype=torch.float64) for site in sites}
-    for done, batch in enumerate(batches, 1):
-        found = masked.on(batch)
-        samples, dense = samples + len(found.dense), dense + float(found.dense.sum())
-        for name, heads in order.items():
-            totals[name] += found.losses({name: removed_one_after_another(heads)}).double().sum(dim=1)
-        if progress:
-            progress(done)
+    with own_attention(model):
+        sites = [site for site in attention_sites(model) if site.name not in scores.unreached]
+        order = {site.name: removal_order(scores[site.name].tolist()) for site in sites}
+        masked, samples = MaskedLosses(model, sites, loss_fn), 0
+        dense, totals = 0.0, {site.name: torch.zeros(site.head_map.query_heads, dtype=torch.float64) for site in sites}
+        for done, batch in enumerate(batches, 1):
+            found = masked.on(batch)
+            samples, dense = samples + len(found.dense), dense + float(found.dense.sum())
+            for name, heads in order.items():
+                totals[name] += found.losses({name: removed_one_after_another(heads)}).double().sum(dim=1)
+            if progress:
+                progress(done)
     if not samples:
         raise InvalidInput("the calibration set is empty; a sensitivity needs at least one batch.")
     curves = {name: (dense / samples, *(total / samples).tolist()) for name, total in totals.items()}

@@ -188,7 +188,9 @@ def taken_up(checkpoint: str | Path | None, sites: Sequence[AttentionSite], want
         raise InvalidInput(f"{checkpoint} holds observations of another model; remove it or give another checkpoint.")
     measured = [site for site in earlier.values() if site.shape.head_map.query_heads]
     if any(site.has(need) != (need in wanted) for site in measured for need in Need):
-        raise InvalidInput(f"{checkpoint} holds other needs than {wanted}; remove it or give another checkpoint.")
+        raise InvalidInput(
+            f"{checkpoint} holds other needs than {', '.join(need.value for need in wanted)}; remove it or give another checkpoint."
+        )
     log.info("taking up %s: %d batches are done", checkpoint, len(earlier.seen))
     return earlier
 

@@ -62,6 +62,10 @@ class Walk:
     keeping: Keeping = "all"
     _finished: list[Called] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        stacks = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        self._stack_of = {member: stack for stack in stacks for member in stack}
+
     def to(self, site: AttentionSite, stream: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         """Goes on to `site`: the input of its output projection and what `stream` received, both [batch, tokens, features].
 
@@ -118,18 +122,13 @@ class Walk:
             self._finished = []
             raise _Changed
         if self.keeping == "last":
-            last = {stack: call for call in finished if (stack := self._stack_of(call.module)) is not None}
-            for call in finished:
-                if (stack := self._stack_of(call.module)) is not None and last[stack] is not call:
+            stacked = [call for call in finished if call.module in self._stack_of]
+            last = {self._stack_of[call.module]: call for call in stacked}
+            for call in stacked:
+                if last[self._stack_of[call.module]] is not call:
                     call.result = tree_map(hollow, call.result)
                     call.versions = versions(call.result)
         return finished
-
-    def _stack_of(self, module: nn.Module) -> nn.Module | None:
-        if not hasattr(self, "_stacks"):
-            stacks = [one for one in self.model.modules() if isinstance(one, nn.ModuleList)]
-            self._stacks = {member: one for one in stacks for member in one}
-        return self._stacks.get(module)
 
 
 def record(model: nn.Module, top: Called, stack: ExitStack) -> None:

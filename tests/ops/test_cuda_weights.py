@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from weight_cases import assert_exact, weight_call
+from weight_cases import assert_exact, check_graph_replay, weight_call
 
-from headprune import ops
 from headprune.kernels.weight_plan import address_table, addresses_of, chunk_plan, matrices_of, row_length
 from headprune.ops import HeadSlices, cuda, cuda_weights
 from headprune.ops.weight_slices import WeightCall
@@ -113,13 +112,4 @@ def test_every_layout_on_a_gpu_is_as_exact_as_pytorch(dtype, grads):
 @pytest.mark.gpu
 @gpu
 def test_it_replays_in_a_cuda_graph_with_other_weights():
-    slices = [HeadSlices.contiguous(torch.randn(256, 512, device="cuda"), 4, 64)]
-    with ops.backend("cuda"):
-        ops.head_weight_stats(slices)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            (found,) = ops.head_weight_stats(slices)
-        slices[0].weight.normal_()
-        graph.replay()
-        (again,) = ops.head_weight_stats(slices)
-        assert torch.equal(found.l1, again.l1)
+    check_graph_replay("cuda")

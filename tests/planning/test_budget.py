@@ -42,9 +42,9 @@ def test_tables_survive_the_disk_and_name_what_does_not_fit(tmp_path):
     scores, measured = table()
     measured.save(tmp_path / "latency.json")
     assert LatencyTable.load(tmp_path / "latency.json") == measured
-    measured.refuse_other_machine("this machine")
+    measured.refuse_other_machine(["this machine"])
     with pytest.raises(InvalidInput, match="measured on this machine, this is another"):
-        measured.refuse_other_machine("another")
+        measured.refuse_other_machine(["another"])
     other = SiteShape(HeadMap.uniform(8), 8, 8, 32, 100, 0)
     with pytest.raises(InvalidInput, match="no attention of 8q/8kv"):
         plan(HeadScores("test", {"a": torch.arange(8.0)}, {"a": other}), Budget(latency=0.1, table=measured))

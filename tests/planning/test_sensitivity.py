@@ -54,3 +54,17 @@ def test_dips_of_a_curve_do_not_draw_heads():
 def test_no_data_is_an_error():
     with pytest.raises(InvalidInput, match="empty"):
         sensitivity(llama(), [], score(llama(), criterion="random"))
+
+
+def test_plain_torch_models_have_curves_too():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    batches = [torch.randn(3, 5, 16)]
+    loss = lambda model, batch: model(batch).square().mean(dim=(1, 2))  # noqa: E731
+    scores = score(model, batches, "gate_gradient", loss_fn=loss)
+    found = sensitivity(model, batches, scores, loss_fn=loss)
+    name = next(iter(scores))
+    with gated(model, {name: []}), torch.no_grad():
+        assert found.curves[name][4] == pytest.approx(float(loss(model, batches[0]).mean()), rel=1e-5)
+    assert type(model.layers[0].self_attn) is torch.nn.MultiheadAttention

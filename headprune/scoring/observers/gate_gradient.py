@@ -8,15 +8,15 @@ handed to our attention gives the same sums, in no less time on a CPU (bench/NOT
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headprune.errors import InvalidInput
-from headprune.models.gating import output_input_hook
+from headprune.models.gating import output_input_hooks
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
 from headprune.scoring.observations import Need
@@ -62,13 +62,9 @@ class GateGradients(Observer):
         self._batch: dict[str, Tensor] = {}
         self._reached: set[str] = set()
 
-    @contextmanager
-    def watching_batch(self, batch: Any) -> Iterator[None]:
+    def watching_batch(self, batch: Any) -> AbstractContextManager:
         self._batch.clear()
-        with ExitStack() as stack:
-            for site in self.setting.sites:
-                stack.enter_context(output_input_hook(site, self._tap(site)))
-            yield
+        return output_input_hooks(self.setting.sites, self._tap)
 
     def after_batch(self, batch: Any, loss: Tensor | None) -> None:
         self._reached |= set(self._batch)

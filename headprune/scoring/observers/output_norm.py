@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headprune.models.gating import output_input_hook
+from headprune.models.gating import output_input_hooks
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.observations import Need
@@ -28,12 +27,8 @@ class OutputNorms(Observer):
         self._rows = SampleRows(setting, ("projected_norm",))
         self._seen: set[str] = set()
 
-    @contextmanager
-    def watching_forward(self, batch: Any) -> Iterator[None]:
-        with ExitStack() as stack:
-            for site in self.setting.sites:
-                stack.enter_context(output_input_hook(site, self._adder(site, self.setting.token_mask(site.name, batch))))
-            yield
+    def watching_forward(self, batch: Any) -> AbstractContextManager:
+        return output_input_hooks(self.setting.sites, lambda site: self._adder(site, self.setting.token_mask(site.name, batch)))
 
     def found(self) -> dict[str, dict[str, Tensor]]:
         return self._rows.found()
