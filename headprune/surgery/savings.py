@@ -32,7 +32,7 @@ class Savings:
         for name, site in sites.items():
             for index, head_map in enumerate(maps[name]):
                 owned[index] += site.parameters(head_map)
-                cached[index] += head_map.kv_heads * site.cached_features * site.output.module.weight.element_size()
+                cached[index] += site.cache.of(head_map) * site.output.module.weight.element_size()
         return cls(maps, (whole, whole - owned[0] + owned[1]), (2 * owned[0], 2 * owned[1]), tuple(cached))
 
     @property
