@@ -72,8 +72,8 @@ def trained(model: nn.Module, session: Session) -> Recovery:
         data_collator=collator_of(session.data, session.collator), callbacks=list(session.callbacks),
     )  # fmt: skip
     watch = training.Watch(
-        trainer, evaluations=session.evaluates, every=session.options.get("eval_steps"), patience=session.patience, saves=session.keeps,
-        save_every=session.options.get("save_steps"), progress=session.progress,
+        trainer, evaluations=session.evaluates, every=session.options.get("eval_steps"), patience=session.patience,
+        saves=session.keeps, save_every=session.options.get("save_steps"), progress=session.progress,
     )  # fmt: skip
     trainer.add_callback(watch)
     last = training.last_checkpoint(session.folder)

@@ -197,6 +197,8 @@ def training_arguments(folder: Path, budget: TrainingBudget, seed: int, options:
     }  # fmt: skip
     try:
         found = TrainingArguments(**chosen)
+    except ImportError:
+        raise InvalidInput('recover needs accelerate: pip install "headprune[recovery]".') from None
     except TypeError as error:
         raise InvalidInput(f"recover: {error}; expected its own arguments or those of transformers.TrainingArguments.") from None
     found._setup_devices  # noqa: B018 (decides how many devices there are, which is then overruled)
