@@ -16,6 +16,7 @@ from headprune.evaluation import Evaluation, evaluate
 from headprune.head_map import HeadMap
 from headprune.models import AttentionSite, attention_sites, gated, register_adapter
 from headprune.planning import Budget, PruningPlan, plan
+from headprune.report.web_page import report
 from headprune.scoring import (
     HeadScores,
     Need,
@@ -63,6 +64,7 @@ __all__ = [
     "prune",
     "ranking_stability",
     "register_adapter",
+    "report",
     "save",
     "score",
     "score_observations",
