@@ -29,7 +29,7 @@ from headprune.scoring import (
     score,
     score_observations,
 )
-from headprune.surgery import cut, load, prune, save
+from headprune.surgery import cut, diff, load, prune, save
 from headprune.version import __version__
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "criteria",
     "criterion",
     "cut",
+    "diff",
     "evaluate",
     "gated",
     "load",

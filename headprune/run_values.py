@@ -31,8 +31,8 @@ def kept(path: Path, read: Callable[[Path], Value], make: Callable[[], Value]) -
 
 
 def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> HeadScores:
-    """The run's scores. Those by the report's further criteria and the portraits come out of the same pass; of all these files, only
-    the missing ones are made."""
+    """The run's scores. Those by the report's further criteria and the portraits come out of the same pass; of all these files,
+    only the missing ones are made."""
     folder, main = Path(recipe.output), recipe.score.criterion
     paths = {name: folder / f"scores-{name}.json" for name in recipe.report.criteria} | {main: folder / "scores.json"}
     missing = [name for name, path in paths.items() if not path.exists()]

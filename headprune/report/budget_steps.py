@@ -87,4 +87,3 @@ def planning_options(run: RunFolder) -> dict[str, Any]:
     if run.sensitivity is not None and options.get("allocation") == "optimal":
         options["sensitivity"] = run.sensitivity
     return options
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ def sites(run: RunFolder) -> list[Json]:
     labels = short_labels(list(run.shapes))
     return [
         {
-            "name": name, "label": labels[name], "kv_of_query": list(shape.head_map.kv_of_query), "kv_heads": shape.head_map.kv_heads,
-            "head_dim": shape.head_dim, "value_dim": shape.value_dim, "hidden_size": shape.hidden_size,
+            "name": name, "label": labels[name],
+            "kv_of_query": list(shape.head_map.kv_of_query), "kv_heads": shape.head_map.kv_heads, "head_dim": shape.head_dim,
+            "value_dim": shape.value_dim, "hidden_size": shape.hidden_size,
             "query_head_parameters": shape.query_head_parameters, "kv_head_parameters": shape.kv_head_parameters,
         }
         for name, shape in run.shapes.items()
@@ -59,8 +60,13 @@ def short_labels(names: list[str]) -> dict[str, str]:
     if len(names) < 2:
         return {name: name for name in names}
     parts = [name.split(".") for name in names]
-    front, back = len(commonprefix(parts)), len(commonprefix([part[::-1] for part in parts]))
+    front, back = common_start(parts), common_start([part[::-1] for part in parts])
     return {name: ".".join(part[front : len(part) - back]) or name for name, part in zip(names, parts)}
+
+
+def common_start(rows: list[list[str]]) -> int:
+    """How many first elements are the same in all rows."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))
 
 
 def criterion(name: str, scores: HeadScores) -> Json:

@@ -21,9 +21,9 @@ SCRIPTS = ("logic.js", "grid.js", "charts.js", "selection.js", "main.js")
 def report(folder: str | Path, output: str | Path | None = None) -> Path:
     """Writes the report of the run in `folder` and returns where: `output`, or report.html in the folder.
 
-    The page shows a heat map for every scores*.json, the plan with a slider over budgets, and whatever else the folder has: result.json,
-    checks.json, sweep.json, sensitivity.json, portraits.json, the recipe and the log. Heads can be kept or dropped in it and the plan
-    downloaded. Raises InvalidInput where the folder holds neither scores nor a plan, or values of different models.
+    The page shows a heat map for every scores*.json, the plan with a slider over budgets, and whatever else the folder has:
+    result.json, checks.json, sweep.json, sensitivity.json, portraits.json, the recipe and the log. Heads can be kept or dropped in
+    it and the plan downloaded. Raises InvalidInput where the folder holds neither scores nor a plan, or values of different models.
     """
     run = read_run(folder)
     target = Path(output) if output is not None else run.folder / "report.html"

@@ -1,6 +1,5 @@
 """The page in a real headless Chromium: it works by mouse and by keyboard, and what it computes is what headprune computes."""
 
-import json
 import os
 import shutil
 
@@ -87,8 +86,8 @@ def test_costs_are_those_of_the_cut_model(page, written):
     for step in steps[:: len(steps) // 4]:
         found = page.evaluate("keep => Logic.cost(JSON.parse(document.getElementById('data').textContent), keep)", step["keep"])
         model = llama()
-        keep = {site.name: [head for head, bit in enumerate(bits) if bit == "1"] for site, bits in zip(attention_sites(model), step["keep"])}
-        cut(model, keep)
+        kept = [[head for head, bit in enumerate(bits) if bit == "1"] for bits in step["keep"]]
+        cut(model, {site.name: heads for site, heads in zip(attention_sites(model), kept)})
         assert found["parameters"] == count_parameters(model)
         assert found["flops"] == attention_flops(attention_sites(model), LENGTH)
         share = kv_cache_bytes_per_token(attention_sites(model)) / kv_cache_bytes_per_token(attention_sites(dense))
@@ -143,7 +142,6 @@ def test_plans_of_the_slider_and_of_the_run_download_with_their_budget(page, wri
         waiting.value.save_as(tmp_path / "plan.json")
         return PruningPlan.load(tmp_path / "plan.json")
 
-    assert json.loads((written[0] / "plan.json").read_text()) == written[2].to_json() | {"kind": "pruning_plan", "schema_version": 1}
     own = downloaded()
     assert (own.keep, own.budget) == (written[2].keep, Budget(heads=0.5))
     move_slider(page, 4)

@@ -36,7 +36,7 @@ def test_the_recipes_options_are_kept_to(run):
 
 
 def test_a_plan_by_hand_stands_at_its_share_of_heads(run):
-    keep = {name: (3,) for name in run.plan}
+    keep = dict.fromkeys(run.plan, (3,))
     by_hand = PruningPlan(keep, run.plan.shapes, None, "fisher", run.ranking)
     assert budget_steps(replace(run, plan=by_hand)).steps[14 / 16] == keep
 

@@ -106,7 +106,7 @@ def test_a_folder_without_scores_is_refused_and_nothing_is_written(tmp_path):
         (["model.layers.0.self_attn", "model.layers.11.self_attn"], ["0", "11"]),
         (["encoder.0.attn", "decoder.0.attn", "decoder.0.cross"], ["encoder.0.attn", "decoder.0.attn", "decoder.0.cross"]),
         (["attn"], ["attn"]),
-        (["a.b", "a.b.b"], ["a.b", "b"]),
+        (["a.b", "a.b.b"], ["a.b", "a.b.b"]),
     ],
 )
 def test_labels_are_what_differs(names, labels):
