@@ -81,4 +81,4 @@ def measured_sweep(model: nn.Module, task: Task, scores: HeadScores, recipe: Rec
 def planning_options(recipe: Recipe) -> dict[str, Any]:
     """The options of `hp.plan` that the recipe gives."""
     section = recipe.plan
-    return {name: getattr(section, name) for name in ("allocation", "granularity", "min_heads", "protect")}
+    return {name: getattr(section, name) for name in ("allocation", "granularity", "min_heads", "protect", "target")}
