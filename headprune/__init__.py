@@ -18,6 +18,7 @@ from headprune.head_map import HeadMap
 from headprune.models import AttentionSite, attention_sites, gated, register_adapter
 from headprune.planning import Budget, PruningPlan, plan
 from headprune.recovery import Distillation, Recovery, recover
+from headprune.report.web_page import report
 from headprune.scoring import (
     HeadScores,
     Need,
@@ -70,6 +71,7 @@ __all__ = [
     "recover",
     "recovery",
     "register_adapter",
+    "report",
     "save",
     "score",
     "score_observations",
