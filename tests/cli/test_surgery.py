@@ -1,0 +1,54 @@
+"""Commands that cut, convert and show models, and that nothing is half-written."""
+
+import resource
+
+from command_line import only_error
+from tiny_models import bert
+from transformers import BertModel
+
+from headprune.planning import PruningPlan
+from headprune.scoring import score
+from headprune.surgery import cut, load, save
+
+
+def test_plan_prune_and_inspect_on_a_folder(call, tmp_path):
+    save(bert(), "dense")
+    score(bert(), criterion="magnitude_l1").save("scores.json")
+    code, out, err = call("plan", "scores.json", "--heads", "0.5")
+    assert code == 0, err
+    assert "4 of 8 query heads go" in out
+    code, out, err = call("prune", "./dense", "plan.json", "-o", "pruned")
+    assert code == 0, err
+    kept = PruningPlan.load("plan.json")
+    assert {name: tuple(site["kept"]) for name, site in load("pruned").config.headprune["sites"].items()} == kept.keep
+    code, out, err = call("inspect", "./pruned")
+    assert code == 0, err
+    assert "encoder.layer.1.attention" in out
+
+
+def test_a_pruned_folder_is_exported_to_the_stock_class(call):
+    pruned = bert()
+    cut(pruned, {"encoder.layer.0.attention": [1], "encoder.layer.1.attention": [0, 2, 3]})
+    save(pruned, "pruned")
+    code, out, err = call("export", "./pruned", "--to", "stock", "-o", "stock")
+    assert code == 0, err
+    assert "dead heads" in out
+    assert BertModel.from_pretrained("stock").config.num_attention_heads == 4  # BERT divides its hidden size by them
+    code, _, err = call("export", "./pruned", "--to", "tensorrt", "-o", "other")
+    assert code == 2
+    assert "unknown export target" in err
+
+
+def test_a_disk_that_is_full_while_saving_is_one_line_and_leaves_nothing(call, tmp_path):
+    save(bert(), "dense")
+    score(bert(), criterion="random").save("scores.json")
+    call("plan", "scores.json", "--heads", "0.5")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        code, _, err = call("prune", "./dense", "plan.json", "-o", "out/pruned")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    assert "cannot write out/pruned" in only_error(err)
+    assert list((tmp_path / "out").iterdir()) == []
