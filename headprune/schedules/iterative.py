@@ -18,9 +18,7 @@ from headprune.schedules.step import Clock, carry_out, plan_of
 
 
 @schedule("one_shot")
-def one_shot(
-    model: nn.Module, batches: Any, budget: Budget, *, folder: str | Path | None = None, **options: Any
-) -> ScheduleResult:
+def one_shot(model: nn.Module, batches: Any, budget: Budget, *, folder: str | Path | None = None, **options: Any) -> ScheduleResult:
     """The whole budget at once: score, plan, cut, recover.
 
     Args:
@@ -63,9 +61,7 @@ def iterative(
     return stepwise("iterative", setting, goals, max_drop, folder)
 
 
-def stepwise(
-    name: str, setting: Setting, goals: list[float], max_drop: float | None, folder: str | Path | None
-) -> ScheduleResult:
+def stepwise(name: str, setting: Setting, goals: list[float], max_drop: float | None, folder: str | Path | None) -> ScheduleResult:
     record = Record(setting.dense, folder, name, {**setting.to_json(), "targets": goals, "max_drop": max_drop})
     measure_dense(setting, record, name)
     model = record.restore()

@@ -1,8 +1,8 @@
 """The folder of a schedule: settings, history, and the model after the last accepted step, each written whole or not at all.
 
-    settings.json    what the schedule was asked; another schedule's folder is refused
-    history.json     one entry for each step
-    step-003/        model.safetensors (the weights that are left) and plan.json (of the original's heads)
+settings.json    what the schedule was asked; another schedule's folder is refused
+history.json     one entry for each step
+step-003/        model.safetensors (the weights that are left) and plan.json (of the original's heads)
 """
 
 from __future__ import annotations

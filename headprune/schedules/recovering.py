@@ -32,25 +32,28 @@ Recover = Callable[[nn.Module, Round], Any]
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """How `hp.recover` is called after each cut.
+    """How `hp.recover` is called after each cut: its arguments of these names. steps or minutes are of each round; teacher: distil
+    from the dense model. options: further arguments (distil, dropout, patience, bf16, ...)."""
 
-    steps: of training in each round. teacher: distil from the dense model. options: further arguments of `hp.recover` (lr, method,
-    distil, batch_size, ...).
-    """
-
-    steps: int = 200
+    steps: int | None = None
+    minutes: float | None = None
+    lr: float | None = None
+    method: str = "full"
     teacher: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, model: nn.Module, round: Round) -> Any:
-        from headprune.recovery import recover  # it needs the training libraries; a schedule without recovery does not
+        from headprune.recovery import recover
 
         return recover(
             model,
             round.train,
             loss_fn=round.loss_fn,
             teacher=round.dense if self.teacher else None,
+            method=self.method,
             steps=self.steps,
+            minutes=self.minutes,
+            lr=self.lr,
             seed=round.seed,
             output_dir=round.folder,
             progress=round.progress,

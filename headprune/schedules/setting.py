@@ -65,6 +65,8 @@ class Setting:
         batches = list(batches)
         found = cls(dense, batches, budget, **own, planning=planning)
         get_criterion(found.criterion)
+        if isinstance(found.train, Sequence) and not found.train:
+            raise InvalidInput("the training data is empty; give at least one batch, or leave train out.")
         found.refuse_infeasible(shapes_of(dense))
         return found
 

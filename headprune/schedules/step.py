@@ -77,9 +77,7 @@ def recovered(setting: Setting, model: nn.Module, number: int, of: int, folder: 
         return None
     with clock.timed("recover") as progress:
         work = None if folder is None else folder / f"recovery-{number:03d}"
-        around = Round(
-            number, of, setting.dense, setting.training_data, setting.loss_fn, setting.seed + number, work, progress
-        )
+        around = Round(number, of, setting.dense, setting.training_data, setting.loss_fn, setting.seed + number, work, progress)
         return setting.recover(model, around)
 
 

@@ -25,7 +25,9 @@ def heads(model) -> int:
     return sum(site.head_map.query_heads for site in attention_sites(model))
 
 
-@pytest.mark.parametrize("options", [{"steps": 3}, {"steps": 3, "spacing": "cubic"}, {"steps": 2, "spacing": "geometric"}, {"per_step": 0.2}])
+@pytest.mark.parametrize(
+    "options", [{"steps": 3}, {"steps": 3, "spacing": "cubic"}, {"steps": 2, "spacing": "geometric"}, {"per_step": 0.2}]
+)
 @pytest.mark.parametrize("budget", [hp.Budget(heads=0.5), hp.Budget(params=0.3), hp.Budget(flops=0.4)])
 def test_iterative_ends_exactly_where_one_shot_does(budget, options):
     model = tiny()
@@ -35,7 +37,8 @@ def test_iterative_ends_exactly_where_one_shot_does(budget, options):
     assert found.plan.removed_heads == once.plan.removed_heads == heads(model) - heads(found.model)
     assert found.history[-1].removed >= budget.fraction - 1e-9
     removed = [step.removed for step in found.history]
-    assert removed == sorted(removed) and removed[1] < removed[-1]
+    assert removed == sorted(removed)
+    assert removed[1] < removed[-1]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
@@ -72,14 +75,19 @@ def test_the_step_that_loses_too_much_is_taken_back(tmp_path, kept_in):
     quality = {8: 1.0, 6: 0.99, 4: 0.98, 2: 0.5}
     options = {"steps": 3, "max_drop": 0.05, "loss_fn": loss, "metric": lambda model: quality[heads(model)], "folder": folder}
     found = schedules.iterative(model, batches(), hp.Budget(heads=0.75), **options)
-    assert heads(found.model) == 4 and found.plan.removed_heads == 4 and found.quality == 0.98
+    assert heads(found.model) == 4
+    assert found.plan.removed_heads == 4
+    assert found.quality == 0.98
     assert [step.accepted for step in found.history] == [True, True, True, False]
-    assert "step 3" in found.stopped and "49.0%" not in found.stopped and "50.0%" in found.stopped
+    assert "step 3" in found.stopped
+    assert "49.0%" not in found.stopped
+    assert "50.0%" in found.stopped
     two = schedules.iterative(model, batches(), hp.Budget(heads=0.5), loss_fn=loss, steps=2)
     assert torch.equal(hidden(found.model, input_ids=tokens()), hidden(two.model, input_ids=tokens()))
     if folder:
         again = schedules.iterative(model, batches(), hp.Budget(heads=0.75), **options)
-        assert heads(again.model) == 4 and again.stopped == found.stopped
+        assert heads(again.model) == 4
+        assert again.stopped == found.stopped
 
 
 def test_a_finished_folder_is_not_done_again_and_holds_the_model(tmp_path):
@@ -93,12 +101,18 @@ def test_a_finished_folder_is_not_done_again_and_holds_the_model(tmp_path):
         assert torch.equal(hidden(other, input_ids=tokens()), hidden(found.model, input_ids=tokens()))
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert [step["number"] for step in history["steps"]] == [0, 1, 2]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"settings.json", "history.json", "step-002", "plan.json", "model"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "settings.json",
+        "history.json",
+        "step-002",
+        "plan.json",
+        "model",
+    }
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     schedules.one_shot(tiny(), batches(), hp.Budget(heads=0.5), loss_fn=loss, folder=tmp_path / "run")
-    with pytest.raises(InvalidInput, match="other settings.*seed"):
+    with pytest.raises(InvalidInput, match=r"other settings.*seed"):
         schedules.one_shot(tiny(), batches(), hp.Budget(heads=0.5), loss_fn=loss, folder=tmp_path / "run", seed=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
@@ -124,10 +138,11 @@ def test_a_nan_loss_stops_says_where_and_keeps_the_last_good_state(tmp_path, kep
 
     folder = tmp_path / "run" if kept_in == "folder" else None
     options = {"loss_fn": loss, "steps": 2, "folder": folder}
-    with pytest.raises(schedules.ScheduleFailed, match="step 2 of 2, measure.*NaN.*after step 1") as caught:
+    with pytest.raises(schedules.ScheduleFailed, match=r"step 2 of 2, measure.*NaN.*after step 1") as caught:
         schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), recover=breaks_in_the_second, **options)
     good = caught.value.last_good
-    assert heads(good.model) == 6 and good.plan.removed_heads == 2
+    assert heads(good.model) == 6
+    assert good.plan.removed_heads == 2
     assert hidden(good.model, input_ids=tokens()).isfinite().all()
 
 
@@ -141,7 +156,8 @@ CHILD = """
         time.sleep(0.05)
 
     schedules.iterative(
-        tiny(), batches(), hp.Budget(heads=0.75), steps=3, loss_fn=loss, recover=short_training, folder=sys.argv[1], progress=progress
+        tiny(), batches(), hp.Budget(heads=0.75), steps=3, loss_fn=loss, recover=short_training, folder=sys.argv[1],
+        progress=progress,
     )
 """
 
@@ -155,7 +171,8 @@ def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
     met = any(line.strip() == marker for line in child.stdout)
     os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL and met, marker
+    assert child.wait() == -signal.SIGKILL
+    assert met, marker
     found = schedules.iterative(tiny(), batches(), hp.Budget(heads=0.75), folder=tmp_path / "run", **options)
     assert found.plan.keep == expected.plan.keep, marker
     assert found.quality == pytest.approx(expected.quality, rel=1e-5), marker
