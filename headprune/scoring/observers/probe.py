@@ -18,7 +18,7 @@ from headprune.ops.call import AttentionCall
 from headprune.ops.rows import Rows, rows_of
 from headprune.ops.watch import Watcher
 from headprune.scoring.observations import Need
-from headprune.scoring.observe import in_eval_mode
+from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.observer import Observer, Setting, observes
 
 SEQUENCES, REPEATED, HAYSTACK, NEEDLE = 4, 48, 256, 8
