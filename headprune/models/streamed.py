@@ -45,7 +45,7 @@ class StreamedModel:
         self.model, self.shards, self.device = model, shards, torch.device(device)
         self.trunk: Trunk = trunk_of(model)
         self._transforms = get_model_conversion_mapping(model)
-        self._stored = stored_by_part(model, self.trunk, shards, self._transforms)
+        self._stored = stored_by_part(model, self.trunk, shards)
         self._held: set[Part] = set()
         self._ahead: dict[Part, Future] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="headprune-reader")
@@ -135,19 +135,33 @@ class StreamedModel:
         return run
 
 
-def stored_by_part(model: PreTrainedModel, trunk: Trunk, shards: Shards, transforms: Sequence) -> dict[Part, list[str]]:
+def stored_by_part(model: PreTrainedModel, trunk: Trunk, shards: Shards) -> dict[Part, list[str]]:
     """Part -> the names in the files that its weights are made from. Tensors that the model does not know are left out."""
-    expected = model.state_dict()
+    found: dict[Part, list[str]] = {part: [] for part in (*range(len(trunk.layers)), None)}
+    for stored, (name, _) in known_names(model, shards).items():
+        inside = name.startswith(f"{trunk.name}.")
+        found[int(name[len(trunk.name) + 1 :].partition(".")[0]) if inside else None].append(stored)
+    return found
+
+
+def memory_names(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
+    """Name in the files -> name in memory, of the tensors that are the same in both."""
+    return {stored: name for stored, (name, same) in known_names(model, shards).items() if same}
+
+
+def known_names(model: PreTrainedModel, shards: Shards) -> dict[str, tuple[str, bool]]:
+    """Name in the files -> (name in memory, whether it is the same tensor there), as transformers would load it. Of a tensor that
+    others are joined or split from, the first name in memory."""
+    expected, transforms = model.state_dict(), get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    found: dict[Part, list[str]] = {part: [] for part in (*range(len(trunk.layers)), None)}
-    for name in shards:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        if renamed not in expected and name in expected:
-            renamed = name
-        if renamed in expected:
-            inside = renamed.startswith(f"{trunk.name}.")
-            found[int(renamed[len(trunk.name) + 1 :].partition(".")[0]) if inside else None].append(name)
+    found = {}
+    for stored in shards:
+        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
+        if name not in expected and stored in expected:
+            name, converter = stored, None
+        if name in expected:
+            found[stored] = (name, converter is None)
     return found
 
 
