@@ -20,6 +20,7 @@ from headprune.scoring import (
     HeadScores,
     Need,
     Observations,
+    causal_losses,
     criteria,
     criterion,
     observe,
@@ -28,7 +29,7 @@ from headprune.scoring import (
     score,
     score_observations,
 )
-from headprune.surgery import cut, load, prune, save
+from headprune.surgery import cut, load, open_streamed, prune, prune_folder, save
 from headprune.version import __version__
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "attention_sites",
+    "causal_losses",
     "compat",
     "criteria",
     "criterion",
@@ -57,10 +59,12 @@ __all__ = [
     "load",
     "nn",
     "observe",
+    "open_streamed",
     "ops",
     "plan",
     "portraits",
     "prune",
+    "prune_folder",
     "ranking_stability",
     "register_adapter",
     "save",

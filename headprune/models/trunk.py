@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from inspect import Parameter, signature
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from headprune.errors import UnsupportedModel
 from headprune.models.adapters import attention_sites
-from headprune.models.checkpointing import CACHES
+from headprune.models.checkpointing import without_cache
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 
@@ -129,10 +129,8 @@ def leaving(trunk: Trunk, states: Tensor, alone: bool) -> Iterator[None]:
 
 def taken_apart(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """(states, other arguments by name) of a layer's call. A cache is left out: each layer may run more than once."""
-    names = [parameter.name for parameter in signature(forward).parameters.values() if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD]
-    given = dict(zip(names, args)) | kwargs
-    states = given.pop(names[0])
-    return states, given | {name: nothing for name, nothing in CACHES.items() if name in given}
+    given = without_cache(forward, args, kwargs)
+    return given.pop(next(iter(signature(forward).parameters))), given
 
 
 def states_of(returned: Any) -> tuple[Tensor, bool]:

@@ -92,6 +92,11 @@ class StreamedPass:
 
     def measured(self) -> dict[str, Any]:
         """Site name -> SiteObservations."""
+        # All of it under what any observer wants of the whole pass: a mask that is made for one kind of attention fits no other.
+        with watching_pass(self._observers((), (*self.forward_needs, *self.backward_needs))):
+            return self._measured()
+
+    def _measured(self) -> dict[str, Any]:
         if self.runs_forward:
             self._enter()
         forward = [self._forward(layer) for layer in range(len(self.trunk.layers))]
@@ -105,8 +110,7 @@ class StreamedPass:
 
     def _enter(self) -> None:
         """Every batch up to the first layer."""
-        observers = self._observers((), self.forward_needs)
-        with self.streamed.holding(None), self.streamed.holding(0), torch.no_grad(), watching_pass(observers):
+        with self.streamed.holding(None), self.streamed.holding(0), torch.no_grad():
             for index, batch in enumerate(self.batches):
                 entry = enter(self.trunk, partial(self.setting.run, batch))
                 if not self.states.has("states", 0, index):
@@ -242,9 +246,7 @@ def watching_forward(observers: Sequence[Observer], batch: Any) -> ExitStack:
 
 
 def entered(contexts: Iterable[Any]) -> ExitStack:
-    stack = ExitStack()
     with ExitStack() as failing:
         for context in contexts:
             failing.enter_context(context)
-        stack = failing.pop_all()
-    return stack
+        return failing.pop_all()

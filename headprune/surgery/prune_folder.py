@@ -104,7 +104,7 @@ class Cutting:
         return found
 
     def cuts_to(self, shapes: dict[str, tuple[int, ...] | None]) -> None:
-        """shapes: as `changed_shapes` gives them. UnsupportedModel where one of the tensors is in no file under a name of its own."""
+        """shapes: as `changed_shapes` gives them. UnsupportedModel where a tensor is in no file under a name of its own."""
         self.shapes = shapes
         lacking = sorted(set(shapes) - set(self.in_memory.values()))
         if lacking:
@@ -113,7 +113,8 @@ class Cutting:
     def _taken(self, name: str) -> Tensor:
         if name not in self._ready:
             site = self._site_of(name)
-            inside = {stored: memory for stored, memory in self.in_memory.items() if memory in self.shapes and self._site_of(memory) == site}
+            changed = {stored: memory for stored, memory in self.in_memory.items() if memory in self.shapes}
+            inside = {stored: memory for stored, memory in changed.items() if self._site_of(memory) == site}
             for stored, memory in inside.items():
                 set_tensor(self.model, memory, self.shards.read(stored))
             cut_site(self.sites[site], self.kept[site])
@@ -129,7 +130,7 @@ class Cutting:
             parts = {id(part.module) for part in (*self.sites[site].projections, *self.sites[site].extras)}
             if id(owner) in parts:
                 return site
-        raise UnsupportedModel(f"{name} changes with a cut, but belongs to no attention by itself; load the model whole to prune it.")
+        raise UnsupportedModel(f"{name} changes with a cut but is no attention's own; load the model whole to prune it.")
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -139,9 +140,10 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def take_up(draft: Path, shards: Shards, plan: PruningPlan) -> None:
     """Makes `draft`, or goes on with what a killed run left there for the same files and the same plan."""
+    found = {name: (shards.folder / name).stat() for name in shards.files}
     now = {
         "source": str(shards.folder.resolve()), "keep": {name: list(heads) for name, heads in plan.items()},
-        "files": {name: [(shards.folder / name).stat().st_size, (shards.folder / name).stat().st_mtime_ns] for name in shards.files},
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()},
     }  # fmt: skip
     path = draft / DRAFT
     if path.exists() and {key: value for key, value in read_json(path, DRAFT_KIND).items() if key in now} == now:
