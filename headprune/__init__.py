@@ -29,7 +29,7 @@ from headprune.scoring import (
     score,
     score_observations,
 )
-from headprune.surgery import cut, load, open_streamed, prune, prune_folder, save
+from headprune.surgery import cut, diff, load, open_streamed, prune, prune_folder, save
 from headprune.version import __version__
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "criteria",
     "criterion",
     "cut",
+    "diff",
     "evaluate",
     "gated",
     "load",

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from headprune.errors import HeadpruneError, InvalidInput, unknown_name
 from headprune.planning.allocation import get_allocation
 from headprune.planning.budget import Budget
-from headprune.planning.planner import GRANULARITIES
+from headprune.planning.engine import get_engine
+from headprune.planning.units import GRANULARITIES
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.score import NORMALIZATIONS
 
@@ -47,8 +48,9 @@ class ScoreSection(Section):
 
 class PlanSection(Section):
     budget: dict[str, float] = Field(default_factory=lambda: {"heads": 0.5})
-    allocation: str = "global"
-    granularity: str = "query_head"
+    allocation: str | None = None
+    granularity: str | None = None
+    target: str = "headprune"
     min_heads: int = Field(default=1, ge=0)
     protect: dict[str, list[int] | None] = Field(default_factory=dict)
 
@@ -63,14 +65,21 @@ class PlanSection(Section):
 
     @field_validator("allocation")
     @classmethod
-    def known_allocation(cls, name: str) -> str:
-        get_allocation(name)
+    def known_allocation(cls, name: str | None) -> str | None:
+        if name is not None:
+            get_allocation(name)
         return name
 
     @field_validator("granularity")
     @classmethod
-    def known_granularity(cls, name: str) -> str:
-        return one_of("granularity", name, GRANULARITIES)
+    def known_granularity(cls, name: str | None) -> str | None:
+        return None if name is None else one_of("granularity", name, GRANULARITIES)
+
+    @field_validator("target")
+    @classmethod
+    def known_target(cls, name: str) -> str:
+        get_engine(name)
+        return name
 
 
 class PruneSection(Section):

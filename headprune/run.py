@@ -106,6 +106,7 @@ def planned(scores: HeadScores, recipe: Recipe) -> PruningPlan:
         granularity=section.granularity,
         min_heads=section.min_heads,
         protect=section.protect,
+        target=section.target,
     )
 
 

@@ -17,6 +17,7 @@ RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": 
         (["run", "none.yaml"], "recipe none.yaml does not exist"),
         (["run", "recipe.yaml", "plann.budget=1"], "Did you mean 'plan'"),
         (["run", "recipe.yaml", "plan.budget.heads=1"], "budget heads=1"),
+        (["run", "recipe.yaml", "plan.target=vlm"], "Did you mean 'vllm'"),
         (["run", "recipe.yaml", "score.criterion=fischer"], "Did you mean 'fisher'"),
         (["run", "recipe.yaml", "task.name=docstring"], "Did you mean 'docstring-retrieval'"),
         (["run", "recipe.yaml", "model=minlm"], "Did you mean 'minilm'"),
