@@ -21,6 +21,7 @@ from headprune.scoring import (
     HeadScores,
     Need,
     Observations,
+    causal_losses,
     criteria,
     criterion,
     observe,
@@ -29,7 +30,7 @@ from headprune.scoring import (
     score,
     score_observations,
 )
-from headprune.surgery import cut, diff, load, prune, save
+from headprune.surgery import cut, diff, load, open_streamed, prune, prune_folder, save
 from headprune.version import __version__
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "attention_sites",
+    "causal_losses",
     "compat",
     "criteria",
     "criterion",
@@ -59,10 +61,12 @@ __all__ = [
     "load",
     "nn",
     "observe",
+    "open_streamed",
     "ops",
     "plan",
     "portraits",
     "prune",
+    "prune_folder",
     "ranking_stability",
     "register_adapter",
     "report",
