@@ -16,6 +16,7 @@ TaskOption = Annotated[
         "--task", help="The data: docstring-retrieval (default for encoders), standard-library-text (for language models)."
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import ModelArgument, OutputOption, TaskOption, opened
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened
 from headprune.cli.terminal import with_bar
 
 
@@ -22,7 +22,7 @@ def score(
     criterion: Annotated[str, typer.Option(help="One or several, with commas between; see `headprune criteria`.")] = "fisher",
     normalize: Annotated[str, typer.Option(help="none, layer_l2 or layer_sum.")] = "none",
     portraits: Annotated[bool, typer.Option("--portraits", help="Say what each head attends to.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")] = False,
+    json: JsonOption = False,
     output: OutputOption = Path("scores.json"),
 ) -> None:
     """Score every head of a model, by several criteria in one pass; say how far they agree and can be trusted."""

@@ -9,7 +9,7 @@ import typer
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import ModelArgument, OutputOption, opened, opened_model
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, opened, opened_model
 from headprune.cli.terminal import with_bar
 
 
@@ -51,11 +51,32 @@ def export_command(
 
 
 @app.command()
-def inspect(model: ModelArgument) -> None:
-    """The attention sites and head maps of a model folder."""
-    from headprune.report.tables import sites_table
+def inspect(model: ModelArgument, json: JsonOption = False) -> None:
+    """The attentions of a model folder and the heads that each of them has."""
+    from headprune.report.tables import site_rows, sites_table
+
+    found = bones(model)
+    if json:
+        terminal.console.print_json(data={"model": type(found).__name__, "attentions": site_rows(found)})
+    else:
+        terminal.console.print(sites_table(found))
+
+
+@app.command("diff")
+def diff_command(before: ModelArgument, after: ModelArgument, json: JsonOption = False) -> None:
+    """What the second model has lost against the first: heads, parameters, FLOPs, cache bytes per token."""
+    from headprune.surgery import diff
+
+    found = diff(bones(before), bones(after))
+    if json:
+        terminal.console.print_json(data=found.to_json())
+    else:
+        terminal.console.print(found)
+
+
+def bones(model: str):
+    """The model without its weights."""
     from headprune.sources import model_folder, opening
     from headprune.surgery.checkpoint import skeleton
 
-    found = with_bar(opening(model), lambda progress: skeleton(model_folder(model, progress)))
-    terminal.console.print(sites_table(found))
+    return with_bar(opening(model), lambda progress: skeleton(model_folder(model, progress)))

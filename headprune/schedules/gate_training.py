@@ -98,8 +98,8 @@ class GateTrainer:
                 if not math.isfinite(loss):
                     self.save(state, step)
                     raise HeadpruneError(
-                        f"the loss is {loss} at training step {step + 1} of {steps}; lower lr (now {self.training.lr:g}), or look at "
-                        "that batch."
+                        f"the loss is {loss} at training step {step + 1} of {steps}; lower lr (now {self.training.lr:g}), or "
+                        "look at that batch."
                     )
                 self.losses.append(loss)
                 if time.monotonic() - saved > SAVE_EVERY:

@@ -94,8 +94,8 @@ def check_training(training: GateTraining, method: str) -> None:
     get_gate_method(method)
     if training.steps < 1 or training.lr < 0 or not 0 <= training.ramp <= 1 or not 0 <= training.warm_up <= 1:
         raise InvalidInput(
-            f"steps={training.steps}, lr={training.lr}, ramp={training.ramp}, warm_up={training.warm_up}: expected at least one step, "
-            "a rate of 0 or more, and shares between 0 and 1."
+            f"steps={training.steps}, lr={training.lr}, ramp={training.ramp}, warm_up={training.warm_up}: expected at least one "
+            "step, a rate of 0 or more, and shares between 0 and 1."
         )
 
 
