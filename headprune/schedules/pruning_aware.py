@@ -113,7 +113,7 @@ def layout_for(setting: Setting) -> GateLayout:
     shapes = shapes_of(setting.dense)
     equal = HeadScores("equal", {name: torch.zeros(shape.head_map.query_heads) for name, shape in shapes.items()}, shapes)
     protected = protected_heads(equal, setting.planning.get("protect", ()))
-    granularity = setting.planning.get("granularity", "query_head")
+    granularity = setting.planning.get("granularity") or "query_head"
     return GateLayout.of(shapes, setting.budget, granularity, {name: sorted(heads) for name, heads in protected.items()})
 
 

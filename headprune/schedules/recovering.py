@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from headprune.recovery import recover
+
 Progress = Callable[[int, int], None]
 
 
@@ -43,8 +45,6 @@ class RecoverySettings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, model: nn.Module, round: Round) -> Any:
-        from headprune.recovery import recover
-
         return recover(
             model,
             round.train,

@@ -11,6 +11,6 @@ from headprune.surgery.prune_folder import prune_folder
 from headprune.surgery.savings import Savings
 
 __all__ = [
-    "Difference", "PruneReport", "Resolved", "Savings", "cut", "diff", "fold_gates", "load", "open_streamed", "prune", "prune_folder",
-    "resolve_outputs", "save",
+    "Difference", "PruneReport", "Resolved", "Savings", "cut", "diff", "fold_gates", "load", "open_streamed", "prune",
+    "prune_folder", "resolve_outputs", "save",
 ]  # fmt: skip

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from headprune.planning import Budget
 from headprune.planning.allocation import Unit
-from headprune.planning.planner import removable_units
+from headprune.planning.engine import get_engine
+from headprune.planning.units import removable_units
 from headprune.scoring import HeadScores
 from headprune.scoring.site_shape import SiteShape
 
@@ -31,7 +32,8 @@ class GateLayout:
     ) -> GateLayout:
         """protected: site -> heads that must stay."""
         equal = {name: torch.zeros(shape.head_map.query_heads) for name, shape in shapes.items()}
-        units = tuple(removable_units(HeadScores("equal", equal, dict(shapes)), granularity))
+        scores, engine = HeadScores("equal", equal, dict(shapes)), get_engine("headprune")
+        units = tuple(unit for name in shapes for unit in removable_units(scores, name, engine, granularity, set(), 1))
         fixed = frozenset(index for index, unit in enumerate(units) if set(unit.heads) & set(protected.get(unit.site, ())))
         return cls(units, dict(shapes), fixed, budget)
 
