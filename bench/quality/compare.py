@@ -107,6 +107,7 @@ def run(arguments: argparse.Namespace, rows: Rows) -> None:
         model, tokenizer = open_model(name)
         for seed in arguments.seeds:
             chosen = [methods()[method] for method in arguments.methods]
+            chosen = [method for method in chosen if method.seeded or seed == arguments.seeds[0]]
             setting = Setting(name, model, None, seed)
             missing = {
                 method.name: [one for one in arguments.heads if not rows.has(identity(method, setting, one), arguments.again)]

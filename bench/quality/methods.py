@@ -60,6 +60,7 @@ class Method:
     plan: Callable[[Setting, Any, float], Planned]
     cut: Callable[[Setting, Any, Planned, nn.Module], nn.Module]
     settings: Callable[[str], dict[str, Any]] = field(default=lambda model: {})  # what else its rows depend on
+    seeded: bool = True  # False: it reads no data and draws nothing, so that all seeds are one
 
 
 _methods: dict[str, Method] = {}

@@ -32,9 +32,10 @@ from headprune.scoring import Need, Observations, observe, score_observations
 register(Method("random", "random", "global, no compensation", random_scores, global_plan, plain_cut))
 register(
     Method(
-        "magnitude", "magnitude (L2)", "Li 2017 by head, global, no compensation", scored_by("magnitude_l2"), global_plan, plain_cut
+        "magnitude", "magnitude (L2)", "Li 2017 by head, global, no compensation",
+        scored_by("magnitude_l2"), global_plan, plain_cut, seeded=False,
     )
-)
+)  # fmt: skip
 register(
     Method(
         "michel", "Michel: gate gradient", "Michel 2019: L2 norm by layer, global, no compensation",
@@ -53,8 +54,8 @@ register(
 register(
     Method(
         "llm-pruner", "LLM-Pruner's Taylor, re-implemented",
-        "Ma 2023: first order, element-wise, summed over query, key, value and output; whole key/value groups; the same fraction of "
-        "every layer; no compensation",
+        "Ma 2023: first order, element-wise, summed over query, key, value and output; whole key/value groups; the same fraction "
+        "of every layer; no compensation",
         scored_by("taylor_element"), even_plan("kv_group"), plain_cut,
     )
 )  # fmt: skip
@@ -103,7 +104,8 @@ def with_mean_in_bias(setting: Setting, observed: Observations, planned: Planned
         if module.bias is None:
             module.bias = nn.Parameter(torch.zeros_like(shift))
         module.bias += shift
-    return plain_cut(setting, observed, planned, model)
+    hp.prune(model, hp.PruningPlan.from_keep(model, planned.keep))
+    return model
 
 
 register(
@@ -136,7 +138,9 @@ def with_our_compensation() -> None:
     for name in ("random", "magnitude", "michel", "fisher", "wanda-sp", "llm-pruner"):
         plain = methods()[name]
         form = plain.form.replace("no compensation", "our compensation")
-        register(replace(plain, name=f"{name}+ours", label=f"{plain.label} + our compensation", form=form, cut=resolved_cut))
+        register(
+            replace(plain, name=f"{name}+ours", label=f"{plain.label} + our compensation", form=form, cut=resolved_cut, seeded=True)
+        )
 
 
 with_our_compensation()

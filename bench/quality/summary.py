@@ -66,8 +66,8 @@ def table(model: str, dense: dict[str, Any], by_fraction: dict[float, dict[str, 
     direction = "higher" if dense["higher_is_better"] else "lower"
     heads = sum(dense["kept"])
     lines = [
-        f"**{model}**, {dense['task']}: {metric} over that of the dense model ({value:.4f}), {direction} is better; mean ± standard "
-        f"deviation over calibration draws (their number where it is not 3); {heads} heads. Bold: first.",
+        f"**{model}**, {dense['task']}: {metric} over that of the dense model ({value:.4f}), {direction} is better; mean ± "
+        f"standard deviation over calibration draws (their number where it is not 3); {heads} heads. Bold: first.",
         "",
         f"| method | {' | '.join(f'{fraction:.0%} removed' for fraction in by_fraction)} | seconds | peak MB |",
         f"| --- |{' ---: |' * (len(by_fraction) + 2)}",
@@ -77,7 +77,7 @@ def table(model: str, dense: dict[str, Any], by_fraction: dict[float, dict[str, 
         row = {fraction: found[name] for fraction, found in by_fraction.items() if name in found}
         if not row:
             continue
-        shown = [shown_cell(row.get(fraction), fraction, heads, firsts[fraction] == name) for fraction in by_fraction]
+        shown = [shown_cell(row.get(one), one, heads, firsts[one] == name, method.seeded) for one in by_fraction]
         measured = [one for one in row.values() if "mean" in one]
         seconds = f"{max(one['seconds'] for one in measured):.0f}" if measured else ""
         peak = f"{max(one['peak_mb'] for one in measured):.0f}" if measured else ""
@@ -86,7 +86,7 @@ def table(model: str, dense: dict[str, Any], by_fraction: dict[float, dict[str, 
     return "\n".join([*lines, *(["", *(f"- {reason}" for reason in reasons)] if reasons else [])])
 
 
-def shown_cell(one: dict[str, Any] | None, fraction: float, heads: int, first: bool) -> str:
+def shown_cell(one: dict[str, Any] | None, fraction: float, heads: int, first: bool, seeded: bool) -> str:
     if one is None:
         return "not measured"
     if "refused" in one:
@@ -95,7 +95,7 @@ def shown_cell(one: dict[str, Any] | None, fraction: float, heads: int, first: b
     text = f"**{text}**" if first else text
     if one["spread"] is not None:
         text += f" ± {one['spread']:.3f}"
-    if one["seeds"] != 3:
+    if one["seeds"] != 3 and seeded:
         text += f" ({one['seeds']})"
     budget = heads - int(fraction * heads + 1e-9)
     return text if one["heads_kept"] == budget else f"{text} [keeps {one['heads_kept']} of {budget}]"

@@ -70,9 +70,9 @@ def head_pruner(model: nn.Module, inputs: dict[str, Tensor], fraction: float) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return tp.pruner.BasePruner(
-            model, inputs, tp.importance.GroupTaylorImportance(), global_pruning=True, pruning_ratio=0.5, head_pruning_ratio=fraction,
-            num_heads=heads, prune_num_heads=True, prune_head_dims=False, ignored_layers=others, root_module_types=[nn.Linear],
-            output_transform=first_output,
+            model, inputs, tp.importance.GroupTaylorImportance(), global_pruning=True, pruning_ratio=0.5,
+            head_pruning_ratio=fraction, num_heads=heads, prune_num_heads=True, prune_head_dims=False, ignored_layers=others,
+            root_module_types=[nn.Linear], output_transform=first_output,
         )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def its_model(setting: Setting, scored: Any, planned: Planned, model: nn.Module)
 
 register(
     Method(
-        "torch-pruning", "Torch-Pruning 1.6.1", "pip torch-pruning: its group Taylor importance and prune_num_heads, no compensation",
+        "torch-pruning", "Torch-Pruning", "pip torch-pruning: its group Taylor importance and prune_num_heads, no compensation",
         weights_with_gradients, cut_by_torch_pruning, its_model,
     )
 )  # fmt: skip
