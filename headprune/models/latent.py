@@ -7,12 +7,14 @@ from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
+from headprune.models.cached import CachedFeatures
 from headprune.models.emptied import empty
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.site import AttentionSite, check_filled, check_projection, contiguous_heads, heads_at
 
 SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+MARKS = ("kv_b_proj", "o_proj", "kv_lora_rank", "expand_kv", *SIZES)  # expand_kv: after the cache, so that it holds latents
 
 
 class Latent:
@@ -21,7 +23,7 @@ class Latent:
     name = "latent"
 
     def site(self, name: str, module: nn.Module) -> AttentionSite | None:
-        if not all(hasattr(module, part) for part in ("kv_b_proj", "o_proj", *SIZES)):
+        if not all(hasattr(module, part) for part in MARKS):
             return None
         nope, rope, value = (getattr(module, size) for size in SIZES)
         check_projection(f"{name}.o_proj", module.o_proj)
@@ -33,7 +35,8 @@ class Latent:
         k, v = heads_at("key", *kv, nope, 0, nope + value), heads_at("value", *kv, value, nope, nope + value)
         check_filled(k, v)
         o = contiguous_heads("output", f"{name}.o_proj", module.o_proj, heads, value)
-        return AttentionSite(name, module, module, head_map, nope + rope, value, hidden, "self", (q, k, v, o), latent_cache=True)
+        cached = CachedFeatures(shared=module.kv_lora_rank + rope)
+        return AttentionSite(name, module, module, head_map, nope + rope, value, hidden, "self", (q, k, v, o), cached=cached)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.module, head_map, site.head_dim)

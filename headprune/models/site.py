@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
+from headprune.models.cached import CachedFeatures
 
 Role = Literal["query", "key", "value", "output"]
 # Linear layers that hold nothing but a weight and a bias, under another name.
@@ -92,7 +93,7 @@ class AttentionSite:
     The projections come first by role: there is one of each role, or (a second position projection) several, of which the
     first counts. extras: what else the heads own. windowed: what the module sees as a batch are the windows of each sample, one
     sample after another. proven: False where the layout was only guessed from names, so that a cut must be checked by a forward
-    pass. latent_cache: a cache holds something that belongs to no head.
+    pass. cached: what a cache holds of one token; by default the keys and values of each key/value head.
     """
 
     name: str
@@ -107,7 +108,7 @@ class AttentionSite:
     extras: tuple[HeadTensor, ...] = ()
     windowed: bool = False
     proven: bool = True
-    latent_cache: bool = False
+    cached: CachedFeatures | None = None
 
     def projection(self, role: Role) -> ProjectionHeads:
         return next(projection for projection in self.projections if projection.role == role)
@@ -117,9 +118,8 @@ class AttentionSite:
         return self.projection("output")
 
     @property
-    def cached_features(self) -> int:
-        """What a cache holds of one token for each key/value head, in features."""
-        return 0 if self.latent_cache else self.head_dim + self.value_dim
+    def cache(self) -> CachedFeatures:
+        return self.cached or CachedFeatures(kv_head=self.head_dim + self.value_dim)
 
     def columns(self, query_heads: Sequence[int]) -> Tensor:
         """The output projection's input features of these query heads, ascending, int64."""

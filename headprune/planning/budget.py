@@ -15,7 +15,8 @@ class Budget:
     """The fraction to remove, in [0, 1), of exactly one quantity; 0.5 takes half of it away.
 
     heads: query heads. params: the parameters of the attention projections that belong to heads; a shared key/value head's
-    go only when its whole group has gone. kv_cache: key/value heads, weighted by their size (bytes of cache per token).
+    go only when its whole group has gone. kv_cache: what the cache holds of one token (latent attention caches nothing per
+    head, so that only whole attentions shrink it).
     flops: of the attentions on one sequence of `sequence_length` tokens, without a causal discount. latency: of the whole
     model's forward pass, by `table`, which `headprune.evaluation.measure_latency_table` makes on the machine that counts.
     Raises InvalidInput for a fraction outside [0, 1), or for none or several quantities.
@@ -81,7 +82,7 @@ def flops(budget: Budget, shape: SiteShape, head_map: HeadMap) -> int:
 COSTS = {
     "heads": lambda budget, shape, head_map: head_map.query_heads,
     "params": lambda budget, shape, head_map: shape.parameters(head_map),
-    "kv_cache": lambda budget, shape, head_map: head_map.kv_heads * (shape.head_dim + shape.value_dim),
+    "kv_cache": lambda budget, shape, head_map: shape.cache.of(head_map),
     "flops": flops,
     "latency": lambda budget, shape, head_map: budget.measured().cost(shape, head_map),
 }

@@ -2,40 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from headprune.models import attention_sites
+from headprune.surgery.record import record_of
 
 
 def sites_table(model: nn.Module) -> Table:
-    """Every attention of `model`: kind, head map, sizes, parameters of its heads."""
+    """Every attention of `model`: kind, head map, sizes, parameters of its heads, and which heads of the original are there."""
+    pruned = bool(record_of(model).get("sites"))
     table = Table(title=type(model).__name__, title_justify="left")
-    for column in ("attention", "kind", "query heads", "kv heads", "group sizes", "head_dim", "parameters"):
-        table.add_column(column, overflow="fold", justify="left" if column in ("attention", "kind", "group sizes") else "right")
-    for site in attention_sites(model):
-        head_map = site.head_map
-        groups = (
-            f"{head_map.group_sizes[0]} each"
-            if head_map.is_uniform and head_map.kv_heads
-            else " ".join(map(str, head_map.group_sizes))
-        )
-        table.add_row(
-            site.name, site.kind, str(head_map.query_heads), str(head_map.kv_heads), groups or "none", str(site.head_dim),
-            f"{site.parameters():,}",
-        )  # fmt: skip
+    left = ("attention", "kind", "group sizes", "■ there, · gone")
+    columns = ("attention", "kind", "query heads", "kv heads", "group sizes", "head_dim", "parameters", *left[3:][:pruned])
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="left" if column in left else "right")
+    for row in site_rows(model):
+        sizes, original = row["group_sizes"], row["original_query_heads"]
+        groups = f"{sizes[0]} each" if sizes and len(set(sizes)) == 1 else " ".join(map(str, sizes)) or "none"
+        heads = f"{row['query_heads']}/{original}" if pruned else str(row["query_heads"])
+        cells = (row["attention"], row["kind"], heads, str(row["kv_heads"]), groups, str(row["head_dim"]), f"{row['parameters']:,}")
+        table.add_row(*cells, *([head_row(original, row["kept"])] if pruned else []))
     return table
+
+
+def site_rows(model: nn.Module) -> list[dict[str, Any]]:
+    """What `sites_table` shows, as plain data; kept numbers the heads as in the unpruned original."""
+    recorded = record_of(model).get("sites", {})
+    rows = []
+    for site in attention_sites(model):
+        entry = recorded.get(site.name)
+        original = len(entry["original"]["kv_of_query"]) if entry else site.head_map.query_heads
+        rows.append(
+            {
+                "attention": site.name, "kind": site.kind, "query_heads": site.head_map.query_heads,
+                "original_query_heads": original, "kept": entry["kept"] if entry else list(range(original)),
+                "kv_heads": site.head_map.kv_heads, "group_sizes": list(site.head_map.group_sizes), "head_dim": site.head_dim,
+                "parameters": site.parameters(),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def head_row(heads: int, kept: Collection[int]) -> Text:
+    """A filled square for a head that is there, a dot for one that is gone."""
+    row = Text()
+    for head in range(heads):
+        row.append("■" if head in kept else "·", style="green" if head in kept else "dim")
+    return row
+
+
+CHECKS = {
+    "cut_equals_gated": "cut model = dense model with those heads gated to zero (largest relative difference)",
+    "reload": "loaded from disk = in memory (largest relative difference)",
+    "generates_as_gated": "greedy generation with a cache: the same tokens cut and gated",
+}
+
+
+def check_rows(checks: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what was checked, what was found) of a run's checks."""
+    return [(CHECKS.get(name, name), "yes" if found is True else f"{found:.1e}") for name, found in checks.items()]
 
 
 def run_tables(result) -> list[RenderableType]:
     """What a finished run shows: the plan, what was measured, what was checked and where everything is."""
     checks = Table(title="checks", title_justify="left", show_header=False)
-    meaning = {
-        "cut_equals_gated": "cut model = dense model with those heads gated to zero (largest relative difference)",
-        "reload": "loaded from disk = in memory (largest relative difference)",
-        "generates_as_gated": "greedy generation with a cache: the same tokens cut and gated",
-    }
-    for name, found in result.checks.items():
-        checks.add_row(meaning[name], "yes" if found is True else f"{found:.1e}")
-    return [result.plan, checks, result.comparison, f"the run, with the pruned model: {result.folder}"]
+    for row in check_rows(result.checks):
+        checks.add_row(*row)
+    return [result.plan, checks, result.comparison, f"the run, with the pruned model: {result.folder}; its report: {result.report}"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from headprune.head_map import HeadMap
+from headprune.models.cached import CachedFeatures
 from headprune.models.site import AttentionSite
 
 
@@ -20,21 +21,31 @@ class SiteShape:
     query_head_parameters: int  # go with each query head
     kv_head_parameters: int  # go with each key/value head
     output_bias: bool = False  # whether the output projection has a bias, which can take up a mean
+    cached: CachedFeatures | None = None  # as in AttentionSite
 
     @classmethod
     def of(cls, site: AttentionSite) -> SiteShape:
         parameters = (site.parameters_per_head(False), site.parameters_per_head(True))
         biased = getattr(site.output.module, "bias", None) is not None
-        return cls(site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters, biased)
+        return cls(site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters, biased, site.cached)
 
     def parameters(self, head_map: HeadMap) -> int:
         return head_map.query_heads * self.query_head_parameters + head_map.kv_heads * self.kv_head_parameters
 
+    @property
+    def cache(self) -> CachedFeatures:
+        return self.cached or CachedFeatures(kv_head=self.head_dim + self.value_dim)
+
     def to_json(self) -> dict:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content["cached"] = None if self.cached is None else asdict(self.cached)
         return {**content, "head_map": {"kv_of_query": list(self.head_map.kv_of_query), "kv_heads": self.head_map.kv_heads}}
 
     @classmethod
     def from_json(cls, content: Mapping) -> SiteShape:
-        head_map = content["head_map"]
-        return cls(**{**content, "head_map": HeadMap(tuple(head_map["kv_of_query"]), head_map["kv_heads"])})
+        head_map, cached = content["head_map"], content.get("cached")
+        parts = {
+            "head_map": HeadMap(tuple(head_map["kv_of_query"]), head_map["kv_heads"]),
+            "cached": None if cached is None else CachedFeatures(**cached),
+        }
+        return cls(**{**content, **parts})

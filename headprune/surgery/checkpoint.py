@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from headprune.files import whole_folder
+from headprune.head_map import HeadMap
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.cut import cut
 from headprune.surgery.manifest import check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
-from headprune.surgery.record import SECTION, kept_heads
+from headprune.surgery.record import SECTION, kept_heads, record_of
 from headprune.surgery.remote_code import write_remote_code
 
 
@@ -48,6 +49,7 @@ def save(
             f"{type(model).__name__} has adapters attached, whose weights are not the model's. Call merge_and_unload() and save "
             "what it returns, or save the adapters by themselves with save_pretrained."
         )
+    check_recorded(model)
     folder = Path(folder)
     origin = Path(source if source is not None else getattr(model, "name_or_path", "") or os.devnull)
     with whole_folder(folder) as draft:
@@ -64,6 +66,19 @@ def save(
         if isinstance(model, PreTrainedModel):
             write_manifest(draft)
     return folder
+
+
+def check_recorded(model: nn.Module) -> None:
+    """InvalidInput where a part of a transformers model was cut by itself, so that its config does not say how."""
+    recorded = tuple(f"{name}." for name in record_of(model).get("sites", ()))
+    if not isinstance(model, PreTrainedModel) or record_of(model).get("regularised"):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module.__dict__.get("head_map"), HeadMap) and not f"{name}.".startswith(recorded):
+            raise InvalidInput(
+                f"{name} was cut in a part of the model, which the whole model's config knows nothing of. Cut by way of the whole "
+                f"{type(model).__name__}, or save the part."
+            )
 
 
 def load(folder: str | os.PathLike, *, model: nn.Module | None = None, verify: bool = True, **options: Any) -> nn.Module:
@@ -114,7 +129,7 @@ def skeleton(folder: str | os.PathLike) -> PreTrainedModel:
     """The model of `folder` without its weights (on the meta device): sites, head maps and sizes at no cost."""
     config = load_config(folder)
     with torch.device("meta"):
-        return pruned_class(class_of(config), getattr(config, SECTION, None))(config)
+        return pruned_class(class_of(config), getattr(config, SECTION, None))(config).to(config.dtype or torch.float32)
 
 
 def load_config(folder: str | os.PathLike) -> transformers.PreTrainedConfig:
@@ -154,7 +169,7 @@ def pruned_class(model_class: type[PreTrainedModel], section: dict | None) -> ty
         delattr(config, SECTION)  # what is built first is the whole original
         with modeling_headprune.whole(config):
             model_class.__init__(self, config, *args, **options)
-        cut(self, kept, verify=False)
+        cut(self, modeling_headprune.renamed(self, kept), verify=False)
         setattr(config, SECTION, saved)
 
     return type(name, (model_class,), {"__init__": __init__, "__module__": module})

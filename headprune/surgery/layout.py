@@ -37,6 +37,7 @@ def layout_of(model: PreTrainedModel, stock: type[PreTrainedModel]) -> dict[str,
             return None
         if id(module) in sites:
             entry["head_map"] = as_json(sites[id(module)])
+            entry["shown"] = module.extra_repr()
         if entry:
             layout[name] = entry
     return layout

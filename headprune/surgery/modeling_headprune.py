@@ -9,6 +9,7 @@ are smaller and which attributes differ, and such layers run through the stock a
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 
 import torch
@@ -103,6 +104,8 @@ def shrink(model: nn.Module, layout: dict) -> None:
             setattr(module, parameter, nn.Parameter(part, requires_grad=old.requires_grad))
         for attribute, value in entry.get("attributes", {}).items():
             setattr(module, attribute, value)
+        if entry.get("shown"):
+            module.extra_repr = functools.partial(str, entry["shown"])  # what print(model) says of its heads
         own = dict(entry.get("config", {}))
         if "head_map" in entry:
             module.kv_of_query = tuple(entry["head_map"]["kv_of_query"])

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from headprune.errors import CorruptCheckpoint
 from headprune.head_map import HeadMap
 from headprune.models.adapters import attention_sites
 from headprune.models.site import AttentionSite
+from headprune.surgery.modeling_headprune import renamed
 from headprune.surgery.per_layer_config import set_layer_config
+from headprune.surgery.shown import show_head_map
 
 SECTION = "headprune"
 ATTRIBUTE = "headprune_record"
@@ -35,6 +37,7 @@ def record_cut(model: nn.Module, sites: Mapping[str, AttentionSite], kept: Mappi
         before = earlier.get(name, {}).get("kept", list(range(site.head_map.query_heads)))
         after = [before[head] for head in kept.get(name, range(site.head_map.query_heads))]
         entries[name] = {"original": original, "kept": after, "now": as_json(head_map_after(original, after))}
+        show_head_map(site.dispatcher, head_map_after(original, after), head_map_of_json(original))
     set_record(model, {"version": VERSION, "sites": entries})
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
@@ -45,6 +48,8 @@ def record_cut(model: nn.Module, sites: Mapping[str, AttentionSite], kept: Mappi
 def mark_regularised(model: nn.Module, sites: Mapping[str, AttentionSite]) -> None:
     """From now on the heads are no longer said to be some of the original's; the layout alone tells them."""
     set_record(model, {"version": VERSION, "regularised": True, "sites": {}})
+    for site in sites.values():
+        show_head_map(site.dispatcher, site.head_map, None)
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         head_maps = {name: site.head_map for name, site in sites.items()}
@@ -52,10 +57,14 @@ def mark_regularised(model: nn.Module, sites: Mapping[str, AttentionSite]) -> No
 
 
 def record_of(model: nn.Module) -> Mapping[str, Any]:
-    """What earlier cuts left; empty for a whole model."""
+    """What earlier cuts left, by the names that the attentions have in `model` (a base model and the same under a head share
+    a config); empty for a whole model."""
     config = getattr(model, "config", None)
     carrier, name = (config, SECTION) if isinstance(config, PreTrainedConfig) else (model, ATTRIBUTE)
-    return getattr(carrier, name, None) or {}
+    record = getattr(carrier, name, None) or {}
+    if not record or not isinstance(model, PreTrainedModel):
+        return record
+    return {**record, "sites": renamed(model, record["sites"])}
 
 
 def set_record(model: nn.Module, record: dict[str, Any]) -> None:

@@ -27,13 +27,22 @@ class Savings:
         """For `sites` of `model` of which those in `kept` keep these query heads alone."""
         maps = {name: (site.head_map, site.head_map) for name, site in sites.items()}
         maps |= {name: (sites[name].head_map, sites[name].head_map.keep(heads)) for name, heads in kept.items()}
-        whole = sum(parameter.numel() for parameter in model.parameters())
         owned, cached = ([0, 0], [0, 0])
         for name, site in sites.items():
             for index, head_map in enumerate(maps[name]):
                 owned[index] += site.parameters(head_map)
-                cached[index] += head_map.kv_heads * site.cached_features * site.output.module.weight.element_size()
+                cached[index] += cached_bytes(site, head_map)
+        whole = count_parameters(model)
         return cls(maps, (whole, whole - owned[0] + owned[1]), (2 * owned[0], 2 * owned[1]), tuple(cached))
+
+    @classmethod
+    def between(cls, before: nn.Module, after: nn.Module, sites: Mapping[str, tuple[AttentionSite, AttentionSite]]) -> Savings:
+        """For two models that have the same attentions; `sites` holds each as it is in both."""
+        maps = {name: (first.head_map, second.head_map) for name, (first, second) in sites.items()}
+        pairs = list(zip(*sites.values()))
+        flops = tuple(2 * sum(site.parameters() for site in side) for side in pairs)
+        cached = tuple(sum(cached_bytes(site, site.head_map) for site in side) for side in pairs)
+        return cls(maps, (count_parameters(before), count_parameters(after)), flops, cached)
 
     @property
     def query_heads(self) -> tuple[int, int]:
@@ -48,18 +57,46 @@ class Savings:
             "bytes of key/value cache per token": self.cache_bytes,
         }
 
+    def to_json(self) -> dict[str, dict[str, int]]:
+        names = ("query_heads", "parameters", "projection_flops_per_token", "cache_bytes_per_token")
+        return {name: {"before": before, "after": after} for name, (before, after) in zip(names, self.rows().values())}
+
+    def totals(self) -> list[str]:
+        return [f"{name}: {before:,} -> {after:,}" for name, (before, after) in self.rows().items()]
+
     def __str__(self) -> str:
-        totals = [f"{name}: {before:,} -> {after:,}" for name, (before, after) in self.rows().items()]
         sites = [f"  {name}: {before} -> {after}" for name, (before, after) in self.head_maps.items() if before != after]
-        return "\n".join([*totals, *sites])
+        return "\n".join([*self.totals(), *sites])
 
     def __rich__(self) -> Table:
-        table = Table(title="what goes", title_justify="left")
-        for column in ("", "before", "after", "saved"):
-            table.add_column(column, justify="right" if column else "left", overflow="fold")
-        for name, (before, after) in self.rows().items():
-            table.add_row(name, f"{before:,}", f"{after:,}", f"{1 - after / before:.1%}" if before else "")
+        table = self.table("what goes")
         for name, (before, after) in self.head_maps.items():
             if before != after:
-                table.add_row(name, str(before), str(after), f"{1 - after.query_heads / before.query_heads:.1%}")
+                table.add_row(*self.site_row(name))
         return table
+
+    def table(self, title: str, *more: str) -> Table:
+        """The totals, with further columns left empty; `site_row` gives a row for one attention."""
+        table = Table(title=title, title_justify="left")
+        for column in ("", "before", "after", "saved", *more):
+            table.add_column(column, justify="right" if column in ("before", "after", "saved") else "left", overflow="fold")
+        for name, (before, after) in self.rows().items():
+            table.add_row(name, f"{before:,}", f"{after:,}", saved(before, after))
+        return table
+
+    def site_row(self, name: str) -> tuple[str, str, str, str]:
+        before, after = self.head_maps[name]
+        return name, str(before), str(after), saved(before.query_heads, after.query_heads)
+
+
+def saved(before: int, after: int) -> str:
+    return f"{1 - after / before:.1%}" if before else ""
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Distinct parameters of the whole model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def cached_bytes(site: AttentionSite, head_map: HeadMap) -> int:
+    return site.cache.of(head_map) * site.output.module.weight.element_size()

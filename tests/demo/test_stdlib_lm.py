@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 from tiny_library import use_tiny_library
 
-from headprune import cli, sources
+from headprune import sources
+from headprune.cli.runs import carry_out
 from headprune.demo import cached_folder, stdlib_lm, stdlib_lm_path, training
 from headprune.demo.stdlib_lm import Decoder, byte_level_bpe, initial_model
 from headprune.demo.training import Training
@@ -118,7 +119,7 @@ def test_the_first_demo_trains_before_its_folder_exists_and_logs_once_it_does(mo
     content = sources.demo_recipe("stdlib-lm")
     content["task"]["options"] = {"window": 32, "batch": 4, "calibration_windows": 24, "test_windows": 12}
     content |= {"output": str(tmp_path / "run"), "evaluate": {"repeats": 1}}
-    cli.carry_out(parse_recipe(content, "test"))
+    carry_out(parse_recipe(content, "test"))
     assert "output error" in (tmp_path / "run" / "log.txt").read_text()
 
 

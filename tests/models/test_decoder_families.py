@@ -12,6 +12,7 @@ from tiny_decoders import FAMILIES, decoder
 from tiny_models import hidden, padded, tokens
 
 import headprune as hp
+from headprune.evaluation.cost import kv_cache_bytes_per_token
 from headprune.models import attention_sites, gated
 from headprune.surgery import cut
 
@@ -90,6 +91,15 @@ def test_it_generates_what_the_gated_model_does(family, keep):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_holds_what_is_counted_for_it(family):
+    model, pruned, _ = pruned_pair(family, PLANS["whole group, keep one"])
+    for found in (model, pruned):
+        cache = found(tokens(1, 3), use_cache=True).past_key_values  # three tokens are within every window
+        held = sum(states.numel() for layer in cache.layers for states in (layer.keys, layer.values))
+        assert kv_cache_bytes_per_token(attention_sites(found), bytes_per_value=1) * 3 == held
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_survives_the_disk_and_composes(family, tmp_path):
     model, pruned, _ = pruned_pair(family, PLANS["no last layer"])
     twice = decoder(family)
@@ -103,7 +113,8 @@ def test_it_survives_the_disk_and_composes(family, tmp_path):
         name: value.shape for name, value in pruned.state_dict().items()
     }
     hp.save(twice, tmp_path / "twice")
-    assert torch.equal(hidden(hp.load(tmp_path / "twice"), **padded()), hidden(twice, **padded()))
+    again = hp.load(tmp_path / "twice", attn_implementation=twice.config._attn_implementation)
+    assert torch.equal(hidden(again, **padded()), hidden(twice, **padded()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

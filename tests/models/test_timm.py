@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm_models import timm_module
 from torch import nn
 
 import headprune as hp
@@ -59,7 +60,7 @@ class Model(nn.Module):
 
 def real(name: str, **options):
     def make() -> nn.Module:
-        module = pytest.importorskip(f"timm.models.{name}")
+        module = timm_module(name)
         torch.manual_seed(0)
         kind = {"vision_transformer": "VisionTransformer", "swin_transformer": "SwinTransformer"}[name]
         return getattr(module, kind)(img_size=16, num_classes=3, **options)

@@ -1,11 +1,13 @@
 import pytest
 import torch
+from tiny_decoders import decoder
 from tiny_models import llama
 
-from headprune.errors import InvalidInput
+from headprune.errors import InfeasibleBudget, InvalidInput
 from headprune.evaluation.cost import attention_flops
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
+from headprune.models.cached import CachedFeatures
 from headprune.planning import Budget, LatencyTable, PruningPlan, plan
 from headprune.planning.latency_table import key_of
 from headprune.scoring import HeadScores, SiteShape, score
@@ -21,6 +23,27 @@ def test_flops_are_those_of_the_model_before_and_after():
     prune(model, chosen)
     assert cost() == sum(budget.cost(chosen.shapes[name], chosen.head_map(name)) for name in chosen)
     assert cost() <= before / 2
+
+
+@pytest.mark.parametrize(
+    ("family", "per_head"), [("falcon_gqa", {"query_head": 2 * 8}), ("deepseek_v3", {"shared": 16 + 4}), ("falcon_mqa", None)]
+)
+def test_a_cache_budget_counts_what_the_model_caches(family, per_head, tmp_path):
+    """Stock Falcon with groups caches a key and a value for every query head, latent attention nothing for any head."""
+    model = decoder(family)
+    scores = score(model, criterion="random")
+    shape = next(iter(scores.shapes.values()))
+    assert shape.cached == (None if per_head is None else CachedFeatures(**per_head))
+    budget = Budget(kv_cache=0.5)
+    if family == "falcon_gqa":
+        chosen = plan(scores, budget)
+        assert chosen.removed_heads == 4
+        chosen.save(tmp_path / "plan.json")
+        assert PruningPlan.load(tmp_path / "plan.json").shapes == chosen.shapes
+    else:
+        with pytest.raises(InfeasibleBudget, match="The nearest budget that can be met is kv_cache=0"):
+            plan(scores, budget)
+        assert sorted(len(heads) for heads in plan(scores, budget, min_heads=0, allocation="optimal").values()) == [0, 4]
 
 
 def table(rest: int = 1000) -> tuple[HeadScores, LatencyTable]:

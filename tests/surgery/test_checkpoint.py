@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from tiny_encoders import VISION
 from tiny_models import bert, hidden, llama, padded, tokens
 
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
@@ -66,6 +67,24 @@ def test_a_ragged_model_loads_with_the_attention_that_is_named(tmp_path):
     eager = load(tmp_path / "model", attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
     assert torch.allclose(hidden(eager, **padded()), hidden(model, **padded()), atol=1e-5)
+
+
+def test_a_model_that_was_cut_by_way_of_its_base_survives_the_disk(tmp_path):
+    model, name = pruned("llama"), "layers.0.self_attn"
+    cut(model.model, {name: [1, 2]})
+    assert model.config.headprune["sites"][name]["kept"] == [1, 3]
+    again = load(save(model, tmp_path / "model"))
+    assert torch.allclose(hidden(again, **padded()), hidden(model, **padded()), atol=1e-5)
+    cut(again, {f"model.{name}": [1]})
+    assert again.config.headprune["sites"][f"model.{name}"]["kept"] == [3]
+
+
+def test_a_part_that_was_cut_by_itself_is_named(tmp_path):
+    model = VISION["clip"].make()
+    cut(model.vision_model, {"encoder.layers.0.self_attn": [1]})
+    with pytest.raises(InvalidInput, match=r"vision_model\.encoder\.layers\.0\.self_attn was cut in a part"):
+        save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_shards_and_dtype_are_kept(tmp_path):

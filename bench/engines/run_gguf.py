@@ -1,0 +1,45 @@
+"""Runs gguf files in llama.cpp, in the engine's own Python: numpy and llama_cpp, nothing of headprune.
+
+    python run_gguf.py requests.json      # a list of {"model", "tokens", "new_tokens", "text", "output"}
+
+For each request it writes output.npz: logits [tokens, vocabulary] of one pass over `tokens`, and `greedy`, the tokens that follow
+them, each from a pass of one token on the cache; for a file with a tokenizer also `text_tokens`, what it makes of `text`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+
+def main(path: str) -> None:
+    print(json.dumps({"llama_cpp_python": llama_cpp.__version__, "system": llama_cpp.llama_print_system_info().decode()}))
+    for request in json.loads(Path(path).read_text(encoding="utf-8")):
+        np.savez(request["output"], **answer(request))
+
+
+def answer(request: dict) -> dict[str, np.ndarray]:
+    tokens, wanted = request["tokens"], request["new_tokens"]
+    model = llama_cpp.Llama(
+        request["model"], n_ctx=len(tokens) + wanted, n_threads=2, logits_all=True, verbose=False, flash_attn=False,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+    )  # fmt: skip
+    model.eval(tokens)
+    logits = model.scores[: len(tokens)].copy()
+    greedy = [int(logits[-1].argmax())]
+    while len(greedy) < wanted:
+        model.eval(greedy[-1:])
+        greedy.append(int(model.scores[model.n_tokens - 1].argmax()))
+    found = {"logits": logits, "greedy": np.array(greedy)}
+    if request.get("text"):
+        found["text_tokens"] = np.array(model.tokenize(request["text"].encode(), add_bos=False, special=False))
+    model.close()
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

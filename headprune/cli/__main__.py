@@ -1,0 +1,5 @@
+"""python -m headprune.cli"""
+
+from headprune.cli import main
+
+main()

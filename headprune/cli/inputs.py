@@ -1,0 +1,39 @@
+"""What several commands take: a model, its task, a place for the output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headprune.cli.terminal import with_bar
+
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, or an embedded model: minilm, stdlib-lm.")]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task", help="The data: docstring-retrieval (default for encoders), standard-library-text (for language models)."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+
+
+def opened(model: str, task: str | None):
+    """(model, task), the task by its name or the one for such models."""
+    from headprune.evaluation.tasks import build_task, check_task
+    from headprune.sources import default_task
+
+    if task is not None:
+        check_task(task)
+    found, tokenizer = opened_model(model)
+    data = build_task(task or default_task(model, found), tokenizer)
+    data.check_model(found)
+    return found, data
+
+
+def opened_model(model: str):
+    from headprune.sources import open_model, opening
+
+    return with_bar(opening(model), lambda progress: open_model(model, progress))

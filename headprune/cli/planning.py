@@ -1,0 +1,111 @@
+"""Commands that choose heads under a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headprune.cli import terminal
+from headprune.cli.app import app
+from headprune.cli.inputs import ModelArgument, OutputOption, TaskOption, opened
+from headprune.cli.terminal import with_bar
+from headprune.errors import InvalidInput, unknown_name
+
+
+@app.command("plan")
+def plan_command(
+    scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
+    heads: Annotated[float | None, typer.Option(help="Fraction of the query heads to remove.")] = None,
+    params: Annotated[float | None, typer.Option(help="Fraction of the attention parameters to remove.")] = None,
+    kv_cache: Annotated[float | None, typer.Option(help="Fraction of the key/value cache to remove.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Fraction of the attention FLOPs to remove.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Fraction of the model's latency to remove, by --table.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs are counted for.")] = 512,
+    table: Annotated[Path | None, typer.Option(help="latency.json from `headprune latency` on this machine.")] = None,
+    other_machine: Annotated[bool, typer.Option("--other-machine", help="The plan is for the machine of --table.")] = False,
+    target: Annotated[
+        str, typer.Option(help="Where it will run: headprune, llama.cpp, vllm or stock; sets that engine's constraints.")
+    ] = "headprune",
+    allocation: Annotated[str | None, typer.Option(help="global, uniform or optimal.", show_default="global")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="query_head (ragged groups) or kv_group (whole groups).", show_default="query_head")
+    ] = None,
+    min_heads: Annotated[int, typer.Option(help="Query heads that every attention keeps.")] = 1,
+    multiple_of: Annotated[int, typer.Option(help="Attentions that lose heads keep a multiple of this.")] = 1,
+    protect: Annotated[list[str] | None, typer.Option(help="Attention sites that lose nothing.")] = None,
+    sensitivity: Annotated[Path | None, typer.Option(help="sensitivity.json; loss curves for --allocation optimal.")] = None,
+    output: OutputOption = Path("plan.json"),
+) -> None:
+    """Choose the heads to keep under a budget."""
+    from headprune.evaluation import machines_here
+    from headprune.planning import Budget, LatencyTable, Sensitivity, plan
+    from headprune.scoring import HeadScores
+
+    measured = None if table is None else LatencyTable.load(table)
+    if measured and not other_machine:
+        measured.refuse_other_machine(machines_here())
+    budget = Budget(heads, params, kv_cache, flops, latency, length, measured)
+    chosen = plan(
+        HeadScores.load(scores), budget, allocation=allocation, granularity=granularity, min_heads=min_heads,
+        multiple_of=multiple_of, protect=protect or (), sensitivity=None if sensitivity is None else Sensitivity.load(sensitivity),
+        target=target,
+    )  # fmt: skip
+    chosen.save(output)
+    terminal.console.print(chosen)
+    terminal.console.print(f"written to {output}")
+
+
+@app.command("latency")
+def latency_command(model: ModelArgument, task: TaskOption = None, output: OutputOption = Path("latency.json")) -> None:
+    """Time every attention with every number of heads on this machine, for latency budgets."""
+    from headprune.evaluation import measure_latency_table
+
+    dense, data = opened(model, task)
+    table = with_bar("time attentions", lambda progress: measure_latency_table(dense, data.latency_inputs(), progress=progress))
+    table.save(output)
+    terminal.console.print(
+        f"{table.machine}: batch {table.batch}, {table.length} tokens; the rest of the model {table.rest / 1e6:.2f} ms"
+    )
+    for key, times in table.attention.items():
+        terminal.console.print(f"  {key}: {' '.join(f'{time / 1e6:.2f}' for time in times)} ms with 0, 1, 2, ... heads")
+    terminal.console.print(f"written to {output}")
+
+
+@app.command("sweep")
+def sweep_command(
+    model: ModelArgument,
+    scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
+    budgets: Annotated[str, typer.Option(help="Fractions to remove, with commas between.")] = "0.25,0.5,0.65,0.75",
+    quantity: Annotated[str, typer.Option(help="What the fractions are of: heads, params, kv_cache or flops.")] = "heads",
+    allocation: Annotated[str, typer.Option(help="global, uniform or optimal.")] = "global",
+    task: TaskOption = None,
+    output: OutputOption = Path("sweep.json"),
+) -> None:
+    """Quality and cost over many budgets, from one scoring pass."""
+    from headprune.planning import Budget
+    from headprune.scoring import HeadScores
+    from headprune.sweep import sweep
+
+    chosen = [Budget(**{known_quantity(quantity): fraction}) for fraction in fractions(budgets)]
+    ranking = HeadScores.load(scores)
+    dense, data = opened(model, task)
+    found = with_bar("sweep", lambda progress: sweep(dense, data, ranking, chosen, allocation=allocation, progress=progress))
+    found.save(output)
+    terminal.console.print(found)
+    terminal.console.print(f"written to {output}")
+
+
+def known_quantity(name: str) -> str:
+    known = ("heads", "params", "kv_cache", "flops")
+    if name not in known:
+        raise unknown_name("quantity", name, known)
+    return name
+
+
+def fractions(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInput(f"budgets {text!r}: expected fractions with commas between, for example 0.25,0.5.") from None

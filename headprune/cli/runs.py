@@ -1,0 +1,85 @@
+"""Commands that carry out a whole recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headprune.cli import terminal
+from headprune.cli.app import app
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), e.g. recipes/minilm.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. plan.budget.heads=0.3")] = None,
+) -> None:
+    """Carry out a recipe: score, plan, cut, compensate, evaluate, save. A killed run goes on where it stopped."""
+    from headprune.recipe import load_recipe
+
+    carry_out(load_recipe(recipe, overrides or ()))
+
+
+@app.command("demo")
+def demo_command(
+    model: Annotated[
+        str, typer.Option(help="minilm: a pretrained sentence encoder; stdlib-lm: a decoder, trained first (two minutes, once).")
+    ] = "minilm",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
+) -> None:
+    """The main job on an embedded model: half of its heads go, the gain is measured."""
+    from headprune.recipe import parse_recipe
+    from headprune.sources import demo_recipe
+
+    content = demo_recipe(model)
+    if output:
+        content["output"] = str(output)
+    carry_out(parse_recipe(content, f"of the {model} demo"))
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run, or any with scores*.json or plan.json of one model.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; by default report.html in the folder.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Also write every plot as PNG and SVG to this folder.")] = None,
+) -> None:
+    """Write a run's report: one HTML file with heat maps, a slider over budgets, curves and tables. Heads can be kept or dropped in
+    it and the plan downloaded for `headprune prune`."""
+    from headprune.report.figures import figures as draw
+    from headprune.report.web_page import report
+
+    terminal.console.print(f"written to {report(folder, output)}")
+    if figures is not None:
+        written = draw(folder, figures)
+        terminal.console.print(f"{len(written)} figures in {figures}")
+
+
+def carry_out(recipe) -> None:
+    from headprune.report.progress import Stages
+    from headprune.report.tables import run_tables
+    from headprune.run import run as run_recipe
+
+    with logged_to(Path(recipe.output)):
+        result = run_recipe(recipe, Stages(terminal.progress_console))
+    for table in run_tables(result):
+        terminal.console.print(table)
+
+
+@contextlib.contextmanager
+def logged_to(folder: Path):
+    """Keeps what headprune logs in `folder`/log.txt, once the run has made the folder its own."""
+    handler = logging.FileHandler(folder / "log.txt", delay=True)
+    handler.addFilter(lambda record: folder.is_dir())  # a model may be trained before the run writes anything
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("headprune")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

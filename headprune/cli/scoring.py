@@ -1,0 +1,79 @@
+"""Commands that measure heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from headprune.cli import terminal
+from headprune.cli.app import app
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened
+from headprune.cli.terminal import with_bar
+
+
+@app.command()
+def score(
+    model: ModelArgument,
+    task: TaskOption = None,
+    criterion: Annotated[str, typer.Option(help="One or several, with commas between; see `headprune criteria`.")] = "fisher",
+    normalize: Annotated[str, typer.Option(help="none, layer_l2 or layer_sum.")] = "none",
+    portraits: Annotated[bool, typer.Option("--portraits", help="Say what each head attends to.")] = False,
+    json: JsonOption = False,
+    output: OutputOption = Path("scores.json"),
+) -> None:
+    """Score every head of a model, by several criteria in one pass; say how far they agree and can be trusted."""
+    from headprune import scoring
+    from headprune.report.score_report import ScoreReport
+
+    names = list(dict.fromkeys(name.strip() for name in criterion.split(",")))
+    needs = frozenset().union(*(scoring.get_criterion(name).needs for name in names))
+    scoring.check_normalization(normalize)
+    dense, data = opened(model, task)
+    observed = with_bar(f"score heads by {', '.join(names)}", lambda progress: scoring.observe(
+        dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,
+        token_kinds=data.tokenizer, progress=lambda done: progress(done, len(data.calibration)),
+    ))  # fmt: skip
+    report = ScoreReport.of(observed, names, normalize, portraits)
+    written = report.save(output)
+    if json:
+        terminal.console.print_json(data=report.to_json())
+    for shown in () if json else (*report.tables(), *(f"written to {path}" for path in written)):
+        terminal.console.print(shown)
+    for warning in report.warnings():
+        terminal.progress_console.print(f"[yellow]{escape(warning)}[/]", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def criteria() -> None:
+    """List the criteria: what each reads, what it costs, where it comes from."""
+    from headprune import scoring
+
+    table = Table("criterion", "needs", "cost", "what it is", "source")
+    for name, found in scoring.criteria().items():
+        table.add_row(name, ", ".join(need.value for need in found.needs) or "nothing", found.cost, found.summary, found.source)
+    terminal.console.print(table)
+
+
+@app.command("sensitivity")
+def sensitivity_command(
+    model: ModelArgument,
+    scores: Annotated[Path, typer.Argument(help="scores.json: the order in which the heads of a layer go.")],
+    task: TaskOption = None,
+    output: OutputOption = Path("sensitivity.json"),
+) -> None:
+    """Which layers tolerate pruning: the loss with 1, 2, 3, ... heads of each attention gone."""
+    from headprune.planning import sensitivity
+    from headprune.scoring import HeadScores
+
+    dense, data = opened(model, task)
+    found = with_bar("measure sensitivity", lambda progress: sensitivity(
+        dense, data.calibration, HeadScores.load(scores), loss_fn=data.loss,
+        progress=lambda done: progress(done, len(data.calibration)),
+    ))  # fmt: skip
+    found.save(output)
+    terminal.console.print(found)
+    terminal.console.print(f"written to {output}")

@@ -1,0 +1,82 @@
+"""Commands that cut, convert and show models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headprune.cli import terminal
+from headprune.cli.app import app
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, opened, opened_model
+from headprune.cli.terminal import with_bar
+
+
+@app.command("prune")
+def prune_command(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Argument(help="plan.json from `headprune plan`.")],
+    output: OutputOption,
+    task: Annotated[str | None, typer.Option(help="Re-solve the output projections on this task's calibration data.")] = None,
+) -> None:
+    """Cut the heads that a plan lets go and save the smaller model."""
+    from headprune.planning import PruningPlan
+    from headprune.surgery import prune, save
+
+    chosen = PruningPlan.load(plan)
+    if task is None:
+        dense, tokenizer = opened_model(model)
+        prune(dense, chosen)
+    else:
+        dense, data = opened(model, task)
+        tokenizer = data.tokenizer
+        with_bar("re-solve output projections", lambda progress: prune(
+            dense, chosen, data.calibration, forward=data.forward, progress=progress
+        ))  # fmt: skip
+    save(dense, output, tokenizer=tokenizer)
+    terminal.console.print(chosen)
+    terminal.console.print(f"written to {output}")
+
+
+@app.command("export")
+def export_command(
+    model: ModelArgument, to: Annotated[str, typer.Option(help="stock, onnx, gguf or vllm.")], output: OutputOption
+) -> None:
+    """Write a pruned model for another engine; its outputs are checked to stay the same."""
+    from headprune.surgery.export import export
+
+    found, tokenizer = opened_model(model)
+    terminal.console.print(str(with_bar(f"export to {to}", lambda progress: export(found, to, output, tokenizer=tokenizer))))
+
+
+@app.command()
+def inspect(model: ModelArgument, json: JsonOption = False) -> None:
+    """The attentions of a model folder and the heads that each of them has."""
+    from headprune.report.tables import site_rows, sites_table
+
+    found = bones(model)
+    if json:
+        terminal.console.print_json(data={"model": type(found).__name__, "attentions": site_rows(found)})
+    else:
+        terminal.console.print(sites_table(found))
+
+
+@app.command("diff")
+def diff_command(before: ModelArgument, after: ModelArgument, json: JsonOption = False) -> None:
+    """What the second model has lost against the first: heads, parameters, FLOPs, cache bytes per token."""
+    from headprune.surgery import diff
+
+    found = diff(bones(before), bones(after))
+    if json:
+        terminal.console.print_json(data=found.to_json())
+    else:
+        terminal.console.print(found)
+
+
+def bones(model: str):
+    """The model without its weights."""
+    from headprune.sources import model_folder, opening
+    from headprune.surgery.checkpoint import skeleton
+
+    return with_bar(opening(model), lambda progress: skeleton(model_folder(model, progress)))

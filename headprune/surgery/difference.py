@@ -1,0 +1,115 @@
+"""What one model has lost against another: heads by number, parameters, FLOPs, cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from headprune.errors import InvalidInput
+from headprune.head_map import HeadMap
+from headprune.models import AttentionSite, attention_sites
+from headprune.models.selection import runs
+from headprune.nn.replace import own_attention
+from headprune.surgery.checkpoint import skeleton
+from headprune.surgery.record import as_json, record_of
+from headprune.surgery.savings import Savings
+
+
+@dataclass(frozen=True)
+class Difference:
+    """removed: attention -> the query heads that are gone, numbered as in the unpruned original; None where the models'
+    records do not tell which (the counts still do). Attentions that lost nothing are left out. savings: counts of both."""
+
+    removed: dict[str, tuple[int, ...] | None]
+    savings: Savings
+
+    def to_json(self) -> dict[str, Any]:
+        attentions = {
+            name: {"before": counts(before), "after": counts(after), "removed": self.removed.get(name, ())}
+            for name, (before, after) in self.savings.head_maps.items()
+        }
+        return {**self.savings.to_json(), "attentions": attentions}
+
+    def __str__(self) -> str:
+        maps = self.savings.head_maps
+        lines = [f"  {name}: {maps[name][0]} -> {maps[name][1]}; gone: {said(heads)}" for name, heads in self.removed.items()]
+        return "\n".join([*self.savings.totals(), *(lines or ["  the same heads in every attention"])])
+
+    def __rich__(self) -> Table:
+        table = self.savings.table("what is gone", "heads that are gone")
+        for name, heads in self.removed.items():
+            table.add_row(*self.savings.site_row(name), said(heads))
+        return table
+
+
+def diff(before: nn.Module | str | os.PathLike, after: nn.Module | str | os.PathLike) -> Difference:
+    """What `after` has lost against `before`; each is a model or the folder of one, of which no weights are read.
+
+    Raises InvalidInput where the two are not made from one model: other attentions, or heads that only `after` has.
+    """
+    models = [found if isinstance(found, nn.Module) else skeleton(found) for found in (before, after)]
+    with own_attention(models[0]), own_attention(models[1]):
+        whole, small = ({site.name: site for site in attention_sites(model)} for model in models)
+        names = paired(models, whole, small)
+        removed = {}
+        for name, other in names.items():
+            heads = removed_heads(name, whole[name], small[other], entry(models[0], name), entry(models[1], other))
+            if heads != ():
+                removed[name] = heads
+        savings = Savings.between(*models, {name: (whole[name], small[other]) for name, other in names.items()})
+    return Difference(removed, savings)
+
+
+def paired(models: list[nn.Module], whole: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the same attention in both; a base model pairs with the same model under a head."""
+    for change in (lambda name: name, *(prefixed(model) for model in models), *(unprefixed(model) for model in models)):
+        names = {name: change(name) for name in whole}
+        if set(names.values()) == set(small):
+            return names
+    only = sorted(set(whole) ^ set(small))
+    raise InvalidInput(f"the models do not have the same attentions: only one of them has {', '.join(only[:3])}.")
+
+
+def prefixed(model: nn.Module):
+    return lambda name: f"{getattr(model, 'base_model_prefix', '')}.{name}"
+
+
+def unprefixed(model: nn.Module):
+    return lambda name: name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+
+
+def entry(model: nn.Module, name: str) -> Mapping[str, Any] | None:
+    """What earlier cuts of `model` recorded of this attention; None where its heads are no longer the original's."""
+    record = record_of(model)
+    return None if record.get("regularised") else record.get("sites", {}).get(name, {})
+
+
+def removed_heads(
+    name: str, whole: AttentionSite, small: AttentionSite, first: Mapping | None, second: Mapping | None
+) -> tuple[int, ...] | None:
+    """The heads of `whole` that `small` lacks, by the original's numbers; None where only their number is known."""
+    if first is None or second is None:
+        return () if whole.head_map == small.head_map else None
+    originals = [found.get("original", as_json(site.head_map)) for found, site in ((first, whole), (second, small))]
+    kept = [found.get("kept", list(range(site.head_map.query_heads))) for found, site in ((first, whole), (second, small))]
+    if originals[0] != originals[1] or not set(kept[1]) <= set(kept[0]):
+        raise InvalidInput(
+            f"the second model was not made from the first: at {name} it has {small.head_map} (heads {kept[1]} of the original), "
+            f"the first {whole.head_map} (heads {kept[0]}). Give the dense model first and the pruned one second."
+        )
+    return tuple(sorted(set(kept[0]) - set(kept[1])))
+
+
+def counts(head_map: HeadMap) -> dict[str, Any]:
+    return {"query_heads": head_map.query_heads, "kv_heads": head_map.kv_heads, "group_sizes": list(head_map.group_sizes)}
+
+
+def said(heads: tuple[int, ...] | None) -> str:
+    if heads is None:
+        return "which ones is not recorded"
+    return ", ".join(str(first) if count == 1 else f"{first}-{first + count - 1}" for first, count in runs(heads))

@@ -1,0 +1,57 @@
+"""Commands that measure heads."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import bert, tokens
+
+from headprune.cli import scoring
+from headprune.scoring import HeadScores, score
+
+
+def test_criteria_lists_names_and_sources(call):
+    code, out, _ = call("criteria")
+    assert code == 0
+    assert "fisher" in out
+    assert "Kwon" in out
+
+
+class TinyTask:
+    """What `headprune score` asks of a task."""
+
+    tokenizer = None
+
+    def __init__(self, samples: int = 4):
+        self.calibration = [{"input_ids": tokens(samples, 9, seed)} for seed in range(2)]
+
+    def loss(self, model, batch):
+        return model(**batch).last_hidden_state.square().mean(dim=(1, 2))
+
+
+@pytest.fixture
+def tiny_task(monkeypatch):
+    monkeypatch.setattr(scoring, "opened", lambda model, task: (bert(), TinyTask()))
+
+
+def test_score_shows_heat_maps_agreement_stability_and_portraits(call, tiny_task):
+    code, out, err = call("score", "tiny", "--criterion", "fisher, entropy,least_squares", "--portraits")
+    assert code == 0, err
+    for shown in ("fisher: percentile of each head", "agreement of criteria", "fisher, entropy", "stability", "portraits"):
+        assert shown in out
+    assert "too few calibration samples to rank" in err
+    for name in ("fisher", "entropy", "least_squares"):
+        found = HeadScores.load(f"scores-{name}.json")
+        expected = score(bert(), TinyTask().calibration, name, loss_fn=TinyTask().loss)
+        assert all(torch.allclose(found[site], expected[site], rtol=1e-3, atol=1e-8) for site in expected)
+
+
+def test_score_prints_one_json_document(call, tiny_task):
+    code, out, err = call("score", "tiny", "--json", "--portraits", "--normalize", "layer_l2")
+    assert code == 0, err
+    found = json.loads(out)
+    assert list(found["scores"]) == ["fisher"]
+    assert found["agreement"] == []
+    assert 0 <= found["stability"]["fisher"]["overlap"] <= 1
+    assert len(found["portraits"]["encoder.layer.0.attention"]) == 4
+    assert HeadScores.load("scores.json").to_json() == found["scores"]["fisher"]

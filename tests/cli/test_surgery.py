@@ -1,0 +1,81 @@
+"""Commands that cut, convert and show models, and that nothing is half-written."""
+
+import json
+import resource
+
+from command_line import only_error
+from tiny_models import bert, llama
+from transformers import BertModel
+
+from headprune.planning import PruningPlan
+from headprune.scoring import score
+from headprune.surgery import cut, diff, load, save
+
+
+def test_plan_prune_and_inspect_on_a_folder(call, tmp_path):
+    save(bert(), "dense")
+    score(bert(), criterion="magnitude_l1").save("scores.json")
+    code, out, err = call("plan", "scores.json", "--heads", "0.5")
+    assert code == 0, err
+    assert "4 of 8 query heads go" in out
+    code, out, err = call("prune", "./dense", "plan.json", "-o", "pruned")
+    assert code == 0, err
+    kept = PruningPlan.load("plan.json")
+    assert {name: tuple(site["kept"]) for name, site in load("pruned").config.headprune["sites"].items()} == kept.keep
+    code, out, err = call("inspect", "./pruned")
+    assert code == 0, err
+    assert "encoder.layer.1.attention" in "".join(out.split())
+    assert "".join("■" if head in kept["encoder.layer.1.attention"] else "·" for head in range(4)) in out
+    code, out, err = call("inspect", "./pruned", "--json")
+    assert {row["attention"]: tuple(row["kept"]) for row in json.loads(out)["attentions"]} == kept.keep
+
+
+def test_diff_says_what_is_gone_and_what_that_saves(call):
+    model = llama()
+    save(model, "dense")
+    cut(model, {"model.layers.0.self_attn": [0, 1, 3], "model.layers.1.self_attn": [6, 7]})
+    save(model, "pruned")
+    code, out, err = call("diff", "./dense", "./pruned", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found == diff(llama(), model).to_json() | {"attentions": found["attentions"]}
+    assert found["parameters"] == {"before": sum(p.numel() for p in llama().parameters()), "after": model.num_parameters()}
+    assert found["cache_bytes_per_token"] == {"before": 2 * 4 * 16 * 4, "after": (2 + 1) * 16 * 4}
+    assert found["attentions"]["model.layers.0.self_attn"] == {
+        "before": {"query_heads": 8, "kv_heads": 4, "group_sizes": [2, 2, 2, 2]},
+        "after": {"query_heads": 3, "kv_heads": 2, "group_sizes": [2, 1]},
+        "removed": [2, 4, 5, 6, 7],
+    }
+    code, out, _ = call("diff", "./dense", "./pruned")
+    assert "2, 4-7" in out
+    code, _, err = call("diff", "./pruned", "./dense")
+    assert code == 2
+    assert "was not made from the first" in only_error(err)
+
+
+def test_a_pruned_folder_is_exported_to_the_stock_class(call):
+    pruned = bert()
+    cut(pruned, {"encoder.layer.0.attention": [1], "encoder.layer.1.attention": [0, 2, 3]})
+    save(pruned, "pruned")
+    code, out, err = call("export", "./pruned", "--to", "stock", "-o", "stock")
+    assert code == 0, err
+    assert "dead heads" in out
+    assert BertModel.from_pretrained("stock").config.num_attention_heads == 4  # BERT divides its hidden size by them
+    code, _, err = call("export", "./pruned", "--to", "tensorrt", "-o", "other")
+    assert code == 2
+    assert "unknown export target" in err
+
+
+def test_a_disk_that_is_full_while_saving_is_one_line_and_leaves_nothing(call, tmp_path):
+    save(bert(), "dense")
+    score(bert(), criterion="random").save("scores.json")
+    call("plan", "scores.json", "--heads", "0.5")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        code, _, err = call("prune", "./dense", "plan.json", "-o", "out/pruned")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    assert "cannot write out/pruned" in only_error(err)
+    assert list((tmp_path / "out").iterdir()) == []
