@@ -24,9 +24,7 @@ from torch import nn
 import headprune as hp
 from headprune.models import attention_sites
 from headprune.planning.mask_search import fisher_mask_search
-from headprune.report.progress import Stages
-from headprune.run import planned as planned_by_recipe
-from headprune.run import scored as scored_by_recipe
+from headprune.run_values import planning_options
 from headprune.scoring import Need, Observations, observe, score_observations
 
 register(Method("random", "random", "global, no compensation", random_scores, global_plan, plain_cut))
@@ -116,12 +114,14 @@ register(
 )  # fmt: skip
 
 
-def our_scores(setting: Setting) -> dict[str, Any]:
-    return {"scores": scored_by_recipe(setting.model, setting.task, setting.recipe(0.5), Stages())}
+def our_scores(setting: Setting) -> hp.HeadScores:
+    wanted = setting.recipe(0.5).score
+    return scored_by(wanted.criterion, wanted.normalize)(setting)
 
 
-def our_plan(setting: Setting, scored: dict[str, Any], fraction: float) -> Planned:
-    return Planned(planned_by_recipe(scored["scores"], setting.recipe(fraction)))
+def our_plan(setting: Setting, scores: hp.HeadScores, fraction: float) -> Planned:
+    recipe = setting.recipe(fraction)
+    return Planned(hp.plan(scores, hp.Budget(**recipe.plan.budget), **planning_options(recipe)))
 
 
 def our_settings(model: str) -> dict[str, Any]:

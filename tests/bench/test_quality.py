@@ -108,7 +108,7 @@ def test_flap_keeps_the_mean_of_what_the_first_layer_gives(setting):
     assert torch.allclose(mean_of_first(pruned), mean_of_first(setting.model), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["random", "magnitude", "michel", "fisher", "wanda-sp", "kwon", "flap", "fisher+ours"])
+@pytest.mark.parametrize("name", ["random", "magnitude", "michel", "fisher", "wanda-sp", "kwon", "flap", "fisher+ours", "ours"])
 def test_every_method_leaves_the_dense_model_as_it_was_and_gives_one_with_its_plan(setting, name):
     method, before = methods()[name], {k: v.clone() for k, v in setting.model.state_dict().items()}
     scored = method.score(setting)
