@@ -66,12 +66,14 @@ def head_pruner(model: nn.Module, inputs: dict[str, Tensor], fraction: float) ->
         for role in ROLES:
             module = site.projection(role).module
             heads[module] = site.head_map.query_heads if role == "query" else site.head_map.kv_heads
+    total = sum(site.head_map.query_heads for site in sites)
+    ratio = (int(fraction * total + 1e-9) - 0.01) / total  # else its rounding removes one more than asked
     others = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in heads]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return tp.pruner.BasePruner(
             model, inputs, tp.importance.GroupTaylorImportance(), global_pruning=True, pruning_ratio=0.5,
-            head_pruning_ratio=fraction, num_heads=heads, prune_num_heads=True, prune_head_dims=False, ignored_layers=others,
+            head_pruning_ratio=ratio, num_heads=heads, prune_num_heads=True, prune_head_dims=False, ignored_layers=others,
             root_module_types=[nn.Linear], output_transform=first_output,
         )  # fmt: skip
 
