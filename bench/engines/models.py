@@ -64,7 +64,7 @@ CASES = [
         lambda: pruned("Llama", WITH_HEADS, tie_word_embeddings=True, rope_parameters=LLAMA3),
         "deci",
     ),
-    Case("llama, ragged, all biases", lambda: pruned("Llama", WITH_HEADS, attention_bias=True), "deci"),
+    Case("llama, ragged, all biases", lambda: pruned("Llama", RAGGED, attention_bias=True), "deci"),
     Case("mistral, ragged", lambda: pruned("Mistral", WITH_HEADS, sliding_window=None), "deci"),
     Case("qwen2, ragged, biases of q, k and v", lambda: pruned("Qwen2", WITH_HEADS), "deci"),
     Case("qwen3, ragged, tied", lambda: pruned("Qwen3", RAGGED, tie_word_embeddings=True), "openelm"),
