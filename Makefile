@@ -1,12 +1,13 @@
 # make demo   the main job on the packaged pretrained model      make test   everything that CI runs
 # make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
+# make quality   every one-shot method on the same models, data and budgets, without training (an hour or two; goes on where it was cut off)
 # make engines   pruned models in llama.cpp, which is built from source (minutes), against ours      make engines-vllm   in vLLM
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint aot bench engines engines-vllm gpu
+.PHONY: venv demo test lint aot bench quality engines engines-vllm gpu
 
 venv: $(VENV)/.ready
 
@@ -37,6 +38,10 @@ aot: venv
 bench: venv
 	$(BIN)/python -m pytest -q -m "not gpu" bench --benchmark-quiet
 	$(BIN)/python bench/table.py
+
+quality: venv
+	$(BIN)/pip install --quiet -c constraints.txt torch-pruning
+	$(BIN)/python bench/quality/compare.py
 
 # In an environment of its own: llama.cpp's bindings ask for nothing of ours. Two compilers at a time, at low priority.
 LLAMA_CPP := llama-cpp-python==0.3.36

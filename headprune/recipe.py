@@ -53,6 +53,7 @@ class PlanSection(Section):
     target: str = "headprune"
     min_heads: int = Field(default=1, ge=0)
     protect: dict[str, list[int] | None] = Field(default_factory=dict)
+    file: str | None = Field(default=None, description="a plan.json to carry out in place of planning, such as one edited by hand")
 
     @field_validator("budget")
     @classmethod
@@ -90,6 +91,29 @@ class EvaluateSection(Section):
     repeats: int = Field(default=30, ge=1, description="timed forward passes of each model")
 
 
+class ReportSection(Section):
+    """What the report shows beside the run itself; each is measured on the dense model."""
+
+    criteria: list[str] = Field(default_factory=list, description="further criteria, scored in the same pass")
+    portraits: bool = Field(default=False, description="what each head attends to")
+    sensitivity: bool = Field(default=False, description="the loss with 1, 2, 3, ... heads of each attention gone")
+    sweep: list[float] = Field(default_factory=list, description="fractions of the plan's budget quantity to prune and evaluate")
+
+    @field_validator("criteria")
+    @classmethod
+    def known_criteria(cls, names: list[str]) -> list[str]:
+        for name in names:
+            get_criterion(name)
+        return names
+
+    @field_validator("sweep")
+    @classmethod
+    def valid_fractions(cls, fractions: list[float]) -> list[float]:
+        for fraction in fractions:
+            Budget(heads=fraction)
+        return fractions
+
+
 class Recipe(Section):
     """One run: model -> scores -> plan -> cut -> evaluation, into `output`."""
 
@@ -99,6 +123,7 @@ class Recipe(Section):
     plan: PlanSection = PlanSection()
     prune: PruneSection = PruneSection()
     evaluate: EvaluateSection = EvaluateSection()
+    report: ReportSection = ReportSection()
     output: str
     seed: int = 0
 
