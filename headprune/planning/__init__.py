@@ -3,6 +3,7 @@
 from headprune.planning import optimal  # noqa: F401 (registers its allocation)
 from headprune.planning.allocation import allocation
 from headprune.planning.budget import Budget
+from headprune.planning.diversity import diverse
 from headprune.planning.evolution import Evolution, evolve, masked_fitness
 from headprune.planning.latency_table import LatencyTable
 from headprune.planning.mask_search import fisher_mask_search
@@ -17,6 +18,7 @@ __all__ = [
     "PruningPlan",
     "Sensitivity",
     "allocation",
+    "diverse",
     "evolve",
     "fisher_mask_search",
     "masked_fitness",
