@@ -49,7 +49,7 @@ def budget_for(scores: HeadScores, quantity: str, fraction: float) -> Budget:
 )
 def test_a_budget_is_never_exceeded(scores, quantity, fraction, allocation, granularity, min_heads, multiple_of):
     budget = budget_for(scores, quantity, fraction)
-    options = dict(allocation=allocation, granularity=granularity, min_heads=min_heads, multiple_of=multiple_of)
+    options = {"allocation": allocation, "granularity": granularity, "min_heads": min_heads, "multiple_of": multiple_of}
     full = budget.fixed_cost + sum(budget.cost(shape, shape.head_map) for shape in scores.shapes.values())
     try:
         found = plan(scores, budget, **options)
