@@ -41,6 +41,20 @@ def demo_command(
     carry_out(parse_recipe(content, f"of the {model} demo"))
 
 
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run, or any with scores*.json or plan.json of one model.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; report.html in the folder where none is given.")
+    ] = None,
+) -> None:
+    """Write a run's report: one HTML file with heat maps, a slider over budgets, curves and tables. Heads can be kept or dropped in
+    it and the plan downloaded for `headprune prune`."""
+    from headprune.report.web_page import report
+
+    terminal.console.print(f"written to {report(folder, output)}")
+
+
 def carry_out(recipe) -> None:
     from headprune.report.progress import Stages
     from headprune.report.tables import run_tables

@@ -72,7 +72,7 @@ def options_of(selection: Selection, site: str, units: Sequence[Unit]) -> list[O
     found, error = [], 0.0
     for unit in [None, *units]:
         if unit is not None:
-            if len(selection.kept[site]) - len(removed) - len(unit.heads) < selection.min_heads:
+            if len(selection.kept[site]) - len(removed) - len(unit.heads) < selection.least(site):
                 continue
             removed |= set(unit.heads)
             error += unit.score

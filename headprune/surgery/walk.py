@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hook
+from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
-from headprune.scoring.replay import replaced_forward
 
 Keeping = Literal["last", "all", "nothing"]
 

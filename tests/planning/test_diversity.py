@@ -38,7 +38,7 @@ def test_bad_input_is_refused():
     scores = score(model, criterion="magnitude_l2")
     with pytest.raises(InvalidInput, match="strength is 2"):
         diverse(scores, observed, 2)
-    with pytest.raises(InvalidInput, match="observe Need.GRAM"):
+    with pytest.raises(InvalidInput, match=r"observe Need\.GRAM"):
         diverse(scores, observe(model, [], {Need.WEIGHTS}))
     negative = HeadScores("by_hand", {name: -found for name, found in scores.items()}, scores.shapes)
     with pytest.raises(InvalidInput, match="negative scores"):
