@@ -115,7 +115,7 @@ def recover(
         model.to(device)
         stack.callback(model.to, place)
         stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), device)))
-        with chosen.prepare(model, **(method_options or {})):
+        with chosen.prepare(model, **(method_options or {})), objective.sharing():
             result = trained(model, session)
     keep_result(model, folder, result)
     return result
