@@ -7,20 +7,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from headprune.evaluation.data import placed
+
 
 @torch.inference_mode()
 def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Largest number of bytes of tensors alive at once in `model(**inputs)`, above what was alive before it: from the CUDA
     allocator's peak, on the CPU from the profiler's record of every allocation."""
     device = next(model.parameters()).device
-    placed = {key: value.to(device) for key, value in inputs.items()}
+    on_device = placed(model, inputs)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        model(**placed)
+        model(**on_device)
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(**placed)
+        model(**on_device)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
