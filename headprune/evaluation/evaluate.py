@@ -47,6 +47,15 @@ class Evaluation:
     generation_ms_per_token: float | None = None  # with a cache, prompt and all; None for models that do not generate
     energy_joules: float | None = None  # of the GPU, per sequence; None where it has no counter
 
+    def __rich__(self) -> Table:
+        table = Table("", "model", title_justify="left")
+        for metric, value in self.quality.items():
+            table.add_row(metric, f"{value:.4f}")
+        for name, (label, form) in COSTS.items():
+            if getattr(self, name) is not None:
+                table.add_row(label.format(tokens=self.sequence_length), form.format(getattr(self, name)))
+        return table
+
 
 COSTS = {  # field of Evaluation -> its name in tables, the form of its values
     "parameters": ("parameters", "{:,}"),
