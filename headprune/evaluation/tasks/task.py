@@ -36,6 +36,10 @@ class Task(EvaluationData):
     def outputs(self, model: nn.Module) -> Tensor:
         """A small deterministic output, by which two models are compared."""
 
+    def training(self) -> list[Any]:
+        """Batches to recover a pruned model on, as those of calibration and never of test data; more of them where there are."""
+        return self.calibration
+
     def check_model(self, model: nn.Module) -> None:
         """Raises InvalidInput where `model` is not of the kind that the task reads."""
         return
