@@ -1,8 +1,8 @@
-"""Peak memory of one forward pass."""
+"""Peak memory of one forward pass, or of anything else."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,13 @@ def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int
         before = torch.cuda.memory_allocated(device)
         model(**placed)
         return torch.cuda.max_memory_allocated(device) - before
+    return peak_cpu_bytes(lambda: model(**placed))
+
+
+def peak_cpu_bytes(run: Callable[[], object]) -> int:
+    """Largest number of bytes of CPU tensors alive at once during `run()`, above what was alive before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(**placed)
+        run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

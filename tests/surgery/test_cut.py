@@ -7,8 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import bert, hidden, llama, padded, tokens
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from headprune.errors import InvalidInput, InvalidPlan, UnsupportedModel
+from headprune.evaluation.memory import peak_cpu_bytes
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites, gated
 from headprune.planning import PruningPlan
@@ -265,3 +267,12 @@ def test_a_dry_run_tells_what_pruning_saves_and_changes_nothing():
     # fp32; keys and values of 8 features for each of 2 x 4 key/value heads, of which 2 stay.
     assert done.savings.cache_bytes == (512, 128)
     assert done.savings.query_heads == (16, 3)
+
+
+def test_the_cut_needs_no_more_memory_than_one_projection_beside_the_model():
+    sizes = {"hidden_size": 512, "intermediate_size": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4))
+    keep = {site.name: [0, 1, 2, 3, 4, 6] for site in attention_sites(model)}
+    largest = max(projection.module.weight.nbytes for site in attention_sites(model) for projection in site.projections)
+    assert largest == 512 * 512 * 4
+    assert peak_cpu_bytes(lambda: cut(model, keep, verify=False)) <= largest
