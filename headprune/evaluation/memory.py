@@ -23,7 +23,7 @@ def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int
 
 
 def peak_cpu_bytes(run: Callable[[], object]) -> int:
-    """Largest number of bytes of CPU tensors alive at once during `run()`, above what was alive before it."""
+    """Largest number of bytes of CPU tensors alive at once during `run()`, of those that it makes itself."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
