@@ -1,7 +1,10 @@
+import copy
 import json
+import os
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -141,6 +144,32 @@ def test_a_disk_that_takes_no_more_leaves_nothing_behind(tmp_path):
     )
     assert f"refused: cannot write {target}" in done.stdout, done.stderr
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@contextmanager
+def without_privileges():
+    """As a user to whom permissions apply; root may write anywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_read_only_folder_is_named_and_stays_as_it_was(tmp_path):
+    model, target = pruned("llama"), tmp_path / "models" / "model"
+    save(model, target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    weights = copy.deepcopy(model.state_dict())
+    target.parent.chmod(0o555)
+    for folder in (target, target.parent / "new"):
+        with without_privileges(), pytest.raises(HeadpruneError, match=f"cannot write {folder}: Permission denied"):
+            save(model, folder)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert list(target.parent.iterdir()) == [target]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
