@@ -4,7 +4,9 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,8 +160,16 @@ def without_privileges():
         os.seteuid(user)
 
 
-def test_a_read_only_folder_is_named_and_stays_as_it_was(tmp_path):
-    model, target = pruned("llama"), tmp_path / "models" / "model"
+@pytest.fixture
+def open_folder():
+    """A folder that every user may read and enter, whoever runs the tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_read_only_folder_is_named_and_stays_as_it_was(open_folder):
+    model, target = pruned("llama"), open_folder / "models" / "model"
     save(model, target)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     weights = copy.deepcopy(model.state_dict())
@@ -169,6 +179,7 @@ def test_a_read_only_folder_is_named_and_stays_as_it_was(tmp_path):
             save(model, folder)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert list(target.parent.iterdir()) == [target]
+    target.parent.chmod(0o755)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
