@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headprune.evaluation.memory import peak_cpu_bytes
+from headprune.evaluation.memory import peak_bytes
 from headprune.models import attention_sites
 from headprune.surgery import cut
 from headprune.surgery.rehearse import stand_in
@@ -39,7 +39,7 @@ def check_memory(whole: LlamaForCausalLM, keep: dict) -> None:
     """At no time more than the model and its largest projection."""
     model_bytes = sum(parameter.nbytes for parameter in whole.parameters())
     largest = max(projection.module.weight.nbytes for projection in attention_sites(whole)[0].projections)
-    assert peak_cpu_bytes(lambda: cut(copy.deepcopy(whole), keep, verify=False)) <= model_bytes + largest
+    assert peak_bytes(lambda: cut(copy.deepcopy(whole), keep, verify=False)) <= model_bytes + largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

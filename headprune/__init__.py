@@ -4,22 +4,27 @@
     scores = hp.score(model, batches, criterion="fisher")
     plan = hp.plan(scores, hp.Budget(heads=0.5))
     hp.prune(model, plan, calibration=batches)
+    hp.recover(model, batches, teacher=dense, steps=500)
     hp.save(model, "pruned")
     model = hp.load("pruned")
 
 Importing headprune also registers attn_implementation="headprune" with transformers.
 """
 
-from headprune import compat, nn, ops
+from headprune import compat, nn, ops, recovery, schedules
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InfeasibleBudget, InvalidInput, InvalidPlan, UnsupportedModel
 from headprune.evaluation import Evaluation, evaluate
 from headprune.head_map import HeadMap
 from headprune.models import AttentionSite, attention_sites, gated, register_adapter
 from headprune.planning import Budget, PruningPlan, plan
+from headprune.recovery import Distillation, Recovery, recover
+from headprune.report.web_page import report
+from headprune.schedules import RecoverySettings, ScheduleFailed, ScheduleResult, iterative, one_shot, pruning_aware
 from headprune.scoring import (
     HeadScores,
     Need,
     Observations,
+    causal_losses,
     criteria,
     criterion,
     observe,
@@ -28,13 +33,14 @@ from headprune.scoring import (
     score,
     score_observations,
 )
-from headprune.surgery import cut, diff, load, prune, save
+from headprune.surgery import cut, diff, load, open_streamed, prune, prune_folder, save
 from headprune.version import __version__
 
 __all__ = [
     "AttentionSite",
     "Budget",
     "CorruptCheckpoint",
+    "Distillation",
     "Evaluation",
     "HeadMap",
     "HeadScores",
@@ -45,9 +51,14 @@ __all__ = [
     "Need",
     "Observations",
     "PruningPlan",
+    "Recovery",
+    "RecoverySettings",
+    "ScheduleFailed",
+    "ScheduleResult",
     "UnsupportedModel",
     "__version__",
     "attention_sites",
+    "causal_losses",
     "compat",
     "criteria",
     "criterion",
@@ -55,16 +66,25 @@ __all__ = [
     "diff",
     "evaluate",
     "gated",
+    "iterative",
     "load",
     "nn",
     "observe",
+    "one_shot",
+    "open_streamed",
     "ops",
     "plan",
     "portraits",
     "prune",
+    "prune_folder",
+    "pruning_aware",
     "ranking_stability",
+    "recover",
+    "recovery",
     "register_adapter",
+    "report",
     "save",
+    "schedules",
     "score",
     "score_observations",
 ]

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from headprune.errors import HeadpruneError, InvalidInput, unknown_name
 from headprune.planning.allocation import get_allocation
 from headprune.planning.budget import Budget
-from headprune.planning.planner import GRANULARITIES
+from headprune.planning.engine import get_engine
+from headprune.planning.units import GRANULARITIES
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.score import NORMALIZATIONS
 
@@ -47,10 +48,12 @@ class ScoreSection(Section):
 
 class PlanSection(Section):
     budget: dict[str, float] = Field(default_factory=lambda: {"heads": 0.5})
-    allocation: str = "global"
-    granularity: str = "query_head"
+    allocation: str | None = None
+    granularity: str | None = None
+    target: str = "headprune"
     min_heads: int = Field(default=1, ge=0)
     protect: dict[str, list[int] | None] = Field(default_factory=dict)
+    file: str | None = Field(default=None, description="a plan.json to carry out in place of planning, such as one edited by hand")
 
     @field_validator("budget")
     @classmethod
@@ -63,14 +66,21 @@ class PlanSection(Section):
 
     @field_validator("allocation")
     @classmethod
-    def known_allocation(cls, name: str) -> str:
-        get_allocation(name)
+    def known_allocation(cls, name: str | None) -> str | None:
+        if name is not None:
+            get_allocation(name)
         return name
 
     @field_validator("granularity")
     @classmethod
-    def known_granularity(cls, name: str) -> str:
-        return one_of("granularity", name, GRANULARITIES)
+    def known_granularity(cls, name: str | None) -> str | None:
+        return None if name is None else one_of("granularity", name, GRANULARITIES)
+
+    @field_validator("target")
+    @classmethod
+    def known_target(cls, name: str) -> str:
+        get_engine(name)
+        return name
 
 
 class PruneSection(Section):
@@ -79,6 +89,29 @@ class PruneSection(Section):
 
 class EvaluateSection(Section):
     repeats: int = Field(default=30, ge=1, description="timed forward passes of each model")
+
+
+class ReportSection(Section):
+    """What the report shows beside the run itself; each is measured on the dense model."""
+
+    criteria: list[str] = Field(default_factory=list, description="further criteria, scored in the same pass")
+    portraits: bool = Field(default=False, description="what each head attends to")
+    sensitivity: bool = Field(default=False, description="the loss with 1, 2, 3, ... heads of each attention gone")
+    sweep: list[float] = Field(default_factory=list, description="fractions of the plan's budget quantity to prune and evaluate")
+
+    @field_validator("criteria")
+    @classmethod
+    def known_criteria(cls, names: list[str]) -> list[str]:
+        for name in names:
+            get_criterion(name)
+        return names
+
+    @field_validator("sweep")
+    @classmethod
+    def valid_fractions(cls, fractions: list[float]) -> list[float]:
+        for fraction in fractions:
+            Budget(heads=fraction)
+        return fractions
 
 
 class Recipe(Section):
@@ -90,6 +123,7 @@ class Recipe(Section):
     plan: PlanSection = PlanSection()
     prune: PruneSection = PruneSection()
     evaluate: EvaluateSection = EvaluateSection()
+    report: ReportSection = ReportSection()
     output: str
     seed: int = 0
 

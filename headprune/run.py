@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import yaml
-from torch import nn
 from transformers import PreTrainedModel
 
 from headprune.errors import HeadpruneError, InvalidInput
@@ -19,26 +16,30 @@ from headprune.evaluation import Comparison, compare
 from headprune.evaluation.tasks import Task, build_task, check_task
 from headprune.files import read_json, write_json, write_text
 from headprune.planning import Budget, PruningPlan, plan
-from headprune.recipe import Recipe
+from headprune.recipe import Recipe, load_recipe
 from headprune.report.progress import Stages
-from headprune.scoring import HeadScores, get_criterion, score
+from headprune.report.web_page import report
+from headprune.run_values import kept, measure_for_report, planning_options, scored
+from headprune.scoring import HeadScores
 from headprune.sources import open_model, opening
 from headprune.surgery import load, prune, save
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
-Value = TypeVar("Value")
 log = logging.getLogger("headprune")
 TOLERANCE = 1e-4  # relative, fp32: cutting reorders sums
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves: the comparison of dense and pruned, the plan, and what was checked."""
+    """What a run leaves: the comparison of dense and pruned, the plan, what was checked, where the report is, and what each stage
+    took that was not taken up from an earlier try."""
 
     folder: Path
     plan: PruningPlan
     comparison: Comparison
     checks: dict[str, Any]
+    report: Path
+    stages: Stages
 
 
 def run(recipe: Recipe, stages: Stages) -> RunResult:
@@ -49,6 +50,8 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     folder = Path(recipe.output)
     refuse_foreign(folder, recipe)
     check_task(recipe.task.name)
+    if recipe.plan.file:
+        PruningPlan.load(recipe.plan.file)  # refused before anything is measured
     torch.manual_seed(recipe.seed)
     with stages.stage(opening(recipe.model)) as progress:
         dense, tokenizer = open_model(recipe.model, progress)
@@ -56,57 +59,38 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
         task = build_task(recipe.task.name, tokenizer, **recipe.task.options)
         task.check_model(dense)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
-    scores = kept(folder / "scores.json", HeadScores.load, lambda: scored(dense, task, recipe, stages))
-    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe))
+    scores = scored(dense, task, recipe, stages)
+    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe, stages))
     pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
         comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
-    write_json(folder / "result.json", "run_result", {"checks": checks, "comparison": comparison.to_json()})
-    return RunResult(folder, chosen, comparison, checks)
+    write_json(
+        folder / "result.json", "run_result", {"checks": checks, "comparison": comparison.to_json(), "stages": stages.to_json()}
+    )
+    measure_for_report(dense, task, scores, recipe, stages)
+    return RunResult(folder, chosen, comparison, checks, report(folder), stages)
 
 
 def refuse_foreign(folder: Path, recipe: Recipe) -> None:
     """InvalidInput unless `folder` is new, empty, or holds a run of this very recipe."""
     existing = folder / "recipe.yaml"
-    if existing.exists() and yaml.safe_load(existing.read_text(encoding="utf-8")) != yaml.safe_load(recipe.to_yaml()):
+    if existing.exists() and work_of(load_recipe(existing)) != work_of(recipe):
         raise InvalidInput(f"{folder} holds a run of another recipe; give another output (output=...), or remove that folder.")
     if not existing.exists() and folder.exists() and any(folder.iterdir()):
         raise InvalidInput(f"{folder} is not empty and holds no run; give another output (output=...).")
 
 
-def kept(path: Path, read: Callable[[Path], Value], make: Callable[[], Value]) -> Value:
-    """What an earlier try of this run saved at `path`, else made now and saved."""
-    if path.exists():
-        log.info("taking up %s", path)
-        return read(path)
-    value = make()
-    value.save(path)
-    return value
+def work_of(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what its report shows beside the run, which may be asked for later."""
+    return recipe.model_dump(exclude={"report"})
 
 
-def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> HeadScores:
-    batches = task.calibration if get_criterion(recipe.score.criterion).needs else ()
-    with stages.stage(f"score heads by {recipe.score.criterion}") as progress:
-        return score(
-            model,
-            batches,
-            recipe.score.criterion,
-            normalize=recipe.score.normalize,
-            loss_fn=task.loss,
-            progress=lambda done: progress(done, len(batches)),
-        )
-
-
-def planned(scores: HeadScores, recipe: Recipe) -> PruningPlan:
-    section = recipe.plan
-    return plan(
-        scores,
-        Budget(**section.budget),
-        allocation=section.allocation,
-        granularity=section.granularity,
-        min_heads=section.min_heads,
-        protect=section.protect,
-    )
+def planned(scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:
+    """The plan that the recipe's budget gives, or the one that it names."""
+    if recipe.plan.file:
+        return PruningPlan.load(recipe.plan.file)
+    with stages.stage("plan"):
+        return plan(scores, Budget(**recipe.plan.budget), **planning_options(recipe))
 
 
 def pruned_model(

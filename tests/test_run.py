@@ -8,11 +8,14 @@ from rich.console import Console
 from tiny_models import bert, hidden, tokens
 
 from headprune import run as run_module
+from headprune import run_values
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation.tasks import Task, register_task
 from headprune.planning import PruningPlan
-from headprune.recipe import parse_recipe
+from headprune.recipe import ReportSection, parse_recipe
 from headprune.report.progress import Stages
+from headprune.report.run_folder import read_run
+from headprune.scoring import HeadScores
 from headprune.surgery import load
 
 
@@ -59,7 +62,7 @@ def carried_out(recipe):
 def test_a_run_leaves_every_value_of_the_way(recipe):
     result = carried_out(recipe)
     assert {path.name for path in result.folder.iterdir()} == {
-        "recipe.yaml", "scores.json", "plan.json", "model", "checks.json", "result.json",
+        "recipe.yaml", "scores.json", "plan.json", "model", "checks.json", "result.json", "report.html",
     }  # fmt: skip
     assert result.plan.removed_heads == 4
     assert result.checks["reload"] == 0.0
@@ -67,6 +70,10 @@ def test_a_run_leaves_every_value_of_the_way(recipe):
     written = json.loads((result.folder / "result.json").read_text())
     assert written["comparison"]["pruned"]["parameters"] == result.comparison.pruned.parameters
     assert PruningPlan.load(result.folder / "plan.json").keep == result.plan.keep
+    titles = [stage["title"] for stage in written["stages"]]
+    assert [titles.index(name) for name in ("score heads by fisher", "plan", "cut and re-solve output projections")] == [2, 3, 4]
+    assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e7 for stage in written["stages"])
+    assert result.stages.__rich__().row_count == len(titles)
 
 
 @pytest.mark.parametrize("stage", ["planned", "prune", "save", "compare"])
@@ -90,9 +97,31 @@ def test_a_killed_run_goes_on_and_ends_the_same(recipe, monkeypatch, stage):
 
 def test_a_finished_stage_is_not_done_again(recipe, monkeypatch):
     carried_out(recipe)
-    for stage in ("score", "plan", "prune"):
-        monkeypatch.setattr(run_module, stage, lambda *_, **__: pytest.fail("done twice"))
+    for module, stage in ((run_values, "observe"), (run_module, "plan"), (run_module, "prune")):
+        monkeypatch.setattr(module, stage, lambda *_, **__: pytest.fail("done twice"))
     assert carried_out(recipe).plan.removed_heads == 4
+
+
+def test_a_finished_run_measures_what_its_report_is_to_show_later(recipe, monkeypatch):
+    carried_out(recipe)
+    for stage in ("plan", "prune"):
+        monkeypatch.setattr(run_module, stage, lambda *_, **__: pytest.fail("done twice"))
+    wanted = {"criteria": ["magnitude_l1", "entropy"], "portraits": True, "sensitivity": True, "sweep": [0.25]}
+    folder = carried_out(recipe.model_copy(update={"report": ReportSection(**wanted)})).folder
+    assert HeadScores.load(folder / "scores-entropy.json").criterion == "entropy"
+    found = read_run(folder)
+    assert list(found.scores) == ["fisher", "entropy", "magnitude_l1"]
+    assert set(found.portraits) == set(found.sensitivity.curves) == set(found.plan)
+    assert [point["budget"] for point in found.sweep["points"]] == [{"heads": 0.0}, {"heads": 0.25}]
+
+
+def test_a_run_carries_out_a_plan_by_hand(recipe, tmp_path):
+    plan = PruningPlan.from_keep(bert(), {"encoder.layer.0.attention": [1]})
+    plan.save(tmp_path / "mine.json")
+    section = recipe.plan.model_copy(update={"file": str(tmp_path / "mine.json")})
+    result = carried_out(recipe.model_copy(update={"plan": section}))
+    assert result.plan.keep == plan.keep
+    assert result.checks["cut_equals_gated"] < 1e-5
 
 
 def test_a_folder_of_another_run_is_refused(recipe, tmp_path):

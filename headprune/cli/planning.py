@@ -25,8 +25,13 @@ def plan_command(
     length: Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs are counted for.")] = 512,
     table: Annotated[Path | None, typer.Option(help="latency.json from `headprune latency` on this machine.")] = None,
     other_machine: Annotated[bool, typer.Option("--other-machine", help="The plan is for the machine of --table.")] = False,
-    allocation: Annotated[str, typer.Option(help="global, uniform or optimal.")] = "global",
-    granularity: Annotated[str, typer.Option(help="query_head (ragged groups) or kv_group (whole groups).")] = "query_head",
+    target: Annotated[
+        str, typer.Option(help="Where it will run: headprune, llama.cpp, vllm or stock; sets that engine's constraints.")
+    ] = "headprune",
+    allocation: Annotated[str | None, typer.Option(help="global, uniform or optimal.", show_default="global")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="query_head (ragged groups) or kv_group (whole groups).", show_default="query_head")
+    ] = None,
     min_heads: Annotated[int, typer.Option(help="Query heads that every attention keeps.")] = 1,
     multiple_of: Annotated[int, typer.Option(help="Attentions that lose heads keep a multiple of this.")] = 1,
     protect: Annotated[list[str] | None, typer.Option(help="Attention sites that lose nothing.")] = None,
@@ -45,6 +50,7 @@ def plan_command(
     chosen = plan(
         HeadScores.load(scores), budget, allocation=allocation, granularity=granularity, min_heads=min_heads,
         multiple_of=multiple_of, protect=protect or (), sensitivity=None if sensitivity is None else Sensitivity.load(sensitivity),
+        target=target,
     )  # fmt: skip
     chosen.save(output)
     terminal.console.print(chosen)

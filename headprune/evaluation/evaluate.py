@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,17 @@ class Evaluation:
     peak_activation_bytes: int
 
 
+COSTS = {  # field of Evaluation -> its name in tables, the form of its values
+    "parameters": ("parameters", "{:,}"),
+    "attention_flops": ("attention FLOPs ({tokens} tokens)", "{:.3g}"),
+    "kv_cache_bytes_per_token": ("key/value bytes per token", "{:,}"),
+    "latency_p50_ms": ("latency p50, ms", "{:.1f}"),
+    "latency_p95_ms": ("latency p95, ms", "{:.1f}"),
+    "throughput": ("throughput, sequences/s", "{:.1f}"),
+    "peak_activation_bytes": ("peak activation bytes", "{:,}"),
+}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Dense and pruned, measured in turn in the same run."""
@@ -50,27 +61,27 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __rich__(self) -> Table:
-        table = Table("", "dense", "pruned", "pruned / dense", title=f"{self.task}, one run", title_justify="left")
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Comparison:
+        """Raises KeyError or TypeError where something is missing."""
+        return cls(**{**content, "dense": Evaluation(**content["dense"]), "pruned": Evaluation(**content["pruned"])})
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(name, dense, pruned, pruned over dense), as tables show them."""
+        rows = []
         for metric in self.dense.quality:
             lower = metric == self.headline and not self.higher_is_better
-            label = f"{metric} (lower is better)" if lower else metric
-            table.add_row(
-                label, f"{self.dense.quality[metric]:.4f}", f"{self.pruned.quality[metric]:.4f}", f"{self.ratio(metric):.3f}"
-            )
-        rows = {
-            "parameters": ("parameters", "{:,}"),
-            "attention_flops": (f"attention FLOPs ({self.dense.sequence_length} tokens)", "{:.3g}"),
-            "kv_cache_bytes_per_token": ("key/value bytes per token", "{:,}"),
-            "latency_p50_ms": ("latency p50, ms", "{:.1f}"),
-            "latency_p95_ms": ("latency p95, ms", "{:.1f}"),
-            "throughput": ("throughput, sequences/s", "{:.1f}"),
-            "peak_activation_bytes": ("peak activation bytes", "{:,}"),
-        }
-        for field, (label, form) in rows.items():
-            table.add_row(
-                label, form.format(getattr(self.dense, field)), form.format(getattr(self.pruned, field)), f"{self.ratio(field):.3f}"
-            )
+            values = (f"{found.quality[metric]:.4f}" for found in (self.dense, self.pruned))
+            rows.append((f"{metric} (lower is better)" if lower else metric, *values, f"{self.ratio(metric):.3f}"))
+        for field, (label, form) in COSTS.items():
+            values = (form.format(getattr(found, field)) for found in (self.dense, self.pruned))
+            rows.append((label.format(tokens=self.dense.sequence_length), *values, f"{self.ratio(field):.3f}"))
+        return rows
+
+    def __rich__(self) -> Table:
+        table = Table("", "dense", "pruned", "pruned / dense", title=f"{self.task}, one run", title_justify="left")
+        for row in self.rows():
+            table.add_row(*row)
         return table
 
 

@@ -21,7 +21,7 @@ from headprune.models import attention_interface, attention_sites
 from headprune.models.adapters import find_site
 from headprune.models.site import AttentionSite
 from headprune.planning.latency_table import LatencyTable, key_of
-from headprune.scoring.observe import in_eval_mode
+from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
 from headprune.surgery.cut import cut_site
 

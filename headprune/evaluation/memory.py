@@ -1,4 +1,4 @@
-"""Peak memory of one forward pass, or of anything else."""
+"""Peak memory of a piece of work: the tensors that are alive at once."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import torch
 from torch import Tensor, nn
 
 
-@torch.inference_mode()
-def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Largest number of bytes of tensors alive at once in `model(**inputs)`, above what was alive before it: from the CUDA
-    allocator's peak, on the CPU from the profiler's record of every allocation."""
-    device = next(model.parameters()).device
-    placed = {key: value.to(device) for key, value in inputs.items()}
+def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Largest number of bytes of tensors alive at once in `run()`, above what was alive before it: from the CUDA allocator's
+    peak, on the CPU from the profiler's record of every allocation."""
+    device = torch.device(device)
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        model(**placed)
+        run()
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    return peak_cpu_bytes(lambda: model(**placed))
-
-
-def peak_cpu_bytes(run: Callable[[], object]) -> int:
-    """Largest number of bytes of CPU tensors alive at once during `run()`, of those that it makes itself."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -32,3 +27,11 @@ def peak_cpu_bytes(run: Callable[[], object]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+@torch.inference_mode()
+def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """That of one forward pass, `model(**inputs)`."""
+    device = next(model.parameters()).device
+    placed = {key: value.to(device) for key, value in inputs.items()}
+    return peak_bytes(lambda: model(**placed), device)

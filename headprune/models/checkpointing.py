@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import Parameter, signature
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,5 +56,13 @@ def run_twice(forward, *args, **kwargs):
     """`forward(...)`, again in the backward pass; without a graph just once."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    kwargs.update({name: nothing for name, nothing in CACHES.items() if name in kwargs})
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(forward, use_reentrant=False, preserve_rng_state=False, **without_cache(forward, args, kwargs))
+
+
+def without_cache(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a layer's call by name, in the order of its signature, and no cache among them."""
+    known = [
+        parameter.name for parameter in signature(forward).parameters.values() if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    given = dict(zip(known, args)) | kwargs
+    return given | {name: nothing for name, nothing in CACHES.items() if name in given}

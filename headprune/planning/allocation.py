@@ -33,6 +33,7 @@ class Selection:
     budget: Budget
     min_heads: int
     curves: Mapping[str, Sequence[float]] | None = None  # site -> loss increase with 0, 1, 2, ... heads gone
+    floors: Mapping[str, int] = field(default_factory=dict)  # site -> heads that it keeps, where more than min_heads
     kept: dict[str, set[int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,7 +41,10 @@ class Selection:
 
     def may_remove(self, unit: Unit) -> bool:
         left = sum(len(heads) for heads in self.kept.values()) - len(unit.heads)
-        return left > 0 and len(self.kept[unit.site]) - len(unit.heads) >= self.min_heads
+        return left > 0 and len(self.kept[unit.site]) - len(unit.heads) >= self.least(unit.site)
+
+    def least(self, site: str) -> int:
+        return max(self.min_heads, self.floors.get(site, 0))
 
     def remove(self, unit: Unit) -> None:
         self.kept[unit.site] -= set(unit.heads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -99,13 +100,17 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
                     f"the plan is for another model: at {name} it expects {describe(planned)}, the model has {describe(there)}."
                 )
 
-    def save(self, path: str | Path) -> None:
-        """Writes plan.json, through a temporary name; "keep" in it may be edited by hand."""
+    def to_json(self) -> dict[str, Any]:
+        """What plan.json holds beside its kind and schema version."""
         sites = {name: {"keep": list(self[name]), "shape": self.shapes[name].to_json()} for name in self}
         for name, found in self.scores.to_json().items() if self.scores is not None else ():
             sites[name].update(found)
         budget = None if self.budget is None else self.budget.to_json()
-        write_json(path, "pruning_plan", {"criterion": self.criterion, "budget": budget, "sites": sites})
+        return {"criterion": self.criterion, "budget": budget, "sites": sites}
+
+    def save(self, path: str | Path) -> None:
+        """Writes plan.json, through a temporary name; "keep" in it may be edited by hand."""
+        write_json(path, "pruning_plan", self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:

@@ -37,12 +37,14 @@ class ScoreReport:
         return cls(scores, agreements, stable, portraits(observed) if portray else None)
 
     def save(self, path: Path) -> list[Path]:
-        """Each criterion's scores: at `path`, or where there are several at PATH-CRITERION.json."""
+        """Each criterion's scores: at `path`, or where there are several at PATH-CRITERION.json; portraits.json beside them."""
         several = len(self.scores) > 1
         paths = {name: path.with_name(f"{path.stem}-{name}{path.suffix}") if several else path for name in self.scores}
         for name, target in paths.items():
             self.scores[name].save(target)
-        return list(paths.values())
+        if self.portraits is not None:
+            self.portraits.save(path.with_name("portraits.json"))
+        return [*paths.values(), *([] if self.portraits is None else [path.with_name("portraits.json")])]
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich.console import RenderableType
@@ -57,14 +57,22 @@ def head_row(heads: int, kept: Collection[int]) -> Text:
     return row
 
 
+CHECKS = {
+    "cut_equals_gated": "cut model = dense model with those heads gated to zero (largest relative difference)",
+    "reload": "loaded from disk = in memory (largest relative difference)",
+    "generates_as_gated": "greedy generation with a cache: the same tokens cut and gated",
+}
+
+
+def check_rows(checks: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what was checked, what was found) of a run's checks."""
+    return [(CHECKS.get(name, name), "yes" if found is True else f"{found:.1e}") for name, found in checks.items()]
+
+
 def run_tables(result) -> list[RenderableType]:
     """What a finished run shows: the plan, what was measured, what was checked and where everything is."""
     checks = Table(title="checks", title_justify="left", show_header=False)
-    meaning = {
-        "cut_equals_gated": "cut model = dense model with those heads gated to zero (largest relative difference)",
-        "reload": "loaded from disk = in memory (largest relative difference)",
-        "generates_as_gated": "greedy generation with a cache: the same tokens cut and gated",
-    }
-    for name, found in result.checks.items():
-        checks.add_row(meaning[name], "yes" if found is True else f"{found:.1e}")
-    return [result.plan, checks, result.comparison, f"the run, with the pruned model: {result.folder}"]
+    for row in check_rows(result.checks):
+        checks.add_row(*row)
+    where = f"the run, with the pruned model: {result.folder}; its report: {result.report}"
+    return [result.plan, checks, result.comparison, result.stages, where]

@@ -5,6 +5,7 @@ import headprune.scoring.criteria
 import headprune.scoring.observers  # noqa: F401
 from headprune.scoring.agreement import Agreement
 from headprune.scoring.block_fisher import block_fisher
+from headprune.scoring.causal_losses import causal_losses
 from headprune.scoring.criterion import Criterion, criteria, criterion, get_criterion
 from headprune.scoring.movement import MovementRecorder
 from headprune.scoring.observations import Need, Observations, SiteObservations
@@ -28,6 +29,7 @@ __all__ = [
     "SiteShape",
     "Stability",
     "block_fisher",
+    "causal_losses",
     "check_normalization",
     "criteria",
     "criterion",

@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_flatten
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
 from headprune.models.gating import gate_columns, output_input_hook
+from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 from headprune.scoring.folding import batch_size, fold
-from headprune.scoring.observe import frozen, in_eval_mode
 from headprune.scoring.observer import LossFunction
-from headprune.scoring.replay import recording, replaced_forward
+from headprune.scoring.passes import frozen, in_eval_mode
+from headprune.scoring.replay import recording
 from headprune.scoring.run_structure import RunStructure, folded_pass, run_structure
 from headprune.scoring.sample_losses import OwnLoss, close, tolerance_of
 

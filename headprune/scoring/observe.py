@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
 from headprune.models.checkpointing import checkpointed
 from headprune.models.site import AttentionSite
+from headprune.models.streamed import streamed_of
 from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import TokenMask, token_masks
 from headprune.nn.replace import own_attention
-from headprune.scoring.observations import Need, Observations, SiteObservations
+from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
+from headprune.scoring.passes import checksum, frozen, in_eval_mode, run_batch, same_keys, snapshot
+from headprune.scoring.ranks import Distributed, check_mode, merged, own_part, rank_file, refuse_different_batches, world_size
 from headprune.scoring.site_shape import SiteShape
+from headprune.scoring.streamed import observe_streamed
 
 log = logging.getLogger("headprune")
 CHECKPOINT_SECONDS = 60.0
@@ -42,6 +45,7 @@ def observe(
     unreached: Literal["error", "keep"] = "error",
     checkpoint: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
+    distributed: Distributed = "share",
 ) -> Observations:
     """Measures what `needs` names, in one pass over `batches`.
 
@@ -59,20 +63,35 @@ def observe(
         unreached: what to do with attentions that no batch runs through (the vision tower of a model that sees text only):
             "error", or "keep" all of their heads.
         checkpoint: a file that keeps what was observed, written about once a minute and at the end. Where it exists the pass
-            goes on behind the batches that it holds; they must be the same again.
-        progress: called with the number of batches done.
+            goes on behind the batches that it holds; they must be the same again. For a model that is read layer by layer
+            (`hp.open_streamed`) a folder, which also holds the states between layers: it goes on behind the last layer.
+        progress: called with the number of batches done (layer by layer: of batches through all layers).
+        distributed: where torch.distributed runs several ranks, what each does. "share": all are given the same batches and each
+            observes its part; "own": each is given batches of its own; either way all ranks return the observations of all
+            batches. "off": this rank observes all of its batches by itself. Each rank keeps a checkpoint of its own.
 
     Raises InvalidInput where `batches` is empty or their keys differ, a loss is missing or not finite, a site is never
     reached, or a checkpoint is of another model or other data.
     """
     if unreached not in UNREACHED:
         raise unknown_name("value of unreached", unreached, UNREACHED)
+    check_mode(distributed)
+    if distributed != "off" and world_size() > 1:
+        options = {
+            "loss_fn": loss_fn, "token_mask": token_mask, "token_kinds": token_kinds, "checkpointing": checkpointing,
+            "gram_device": gram_device, "checkpoint": checkpoint and rank_file(checkpoint), "progress": progress,
+        }  # fmt: skip
+        return observe_together(model, batches, needs, distributed, unreached, options)
     kinds = None if token_kinds is None else TokenKinds.of(token_kinds)
     with own_attention(model):
         every = attention_sites(model)
         sites, headless = (tuple(site for site in every if bool(site.head_map.query_heads) is has) for has in (True, False))
         setting = Setting(model, sites, loss_fn, token_masks(model, token_mask), kinds, gram_device, headless)
         wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
+        if streamed_of(model) is not None:
+            observed = observe_streamed(setting, batches, wanted, checkpoint, progress)
+            refuse_unreached(observed, unreached)
+            return observed
         earlier = taken_up(checkpoint, every, wanted)
         observers = [observer_of(need)(setting) for need in wanted]
         with checkpointed(model) if checkpointing else nullcontext():
@@ -82,6 +101,24 @@ def observe(
         if checkpoint:
             observed.save(checkpoint)
         return observed
+
+
+def observe_together(
+    model: nn.Module, batches: Iterable[Any], needs: Iterable[Need | str], mode: str, unreached: str, options: dict[str, Any]
+) -> Observations:
+    """`observe` on several ranks, whose observations become one."""
+    if mode == "share":
+        every = list(batches)
+        refuse_different_batches([checksum(batch) for batch in every])
+        batches = own_part(every)
+    observed, problem = None, None
+    try:
+        observed = observe(model, batches, needs, unreached="keep", distributed="off", **options)
+    except Exception as error:  # told to the others, which would wait for this rank
+        problem = error
+    observed = merged(observed, problem)
+    refuse_unreached(observed, unreached)
+    return observed
 
 
 def run_pass(
@@ -119,49 +156,6 @@ def run_pass(
     return tuple(seen)
 
 
-def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backward: bool) -> None:
-    loss = None
-    with ExitStack() as whole:
-        for observer in observers:
-            whole.enter_context(observer.watching_batch(batch))
-        with ExitStack() as forward:
-            for observer in observers:
-                forward.enter_context(observer.watching_forward(batch))
-            if backward:
-                loss = setting.loss(batch)
-            elif any(observer.runs == "forward" for observer in observers):
-                setting.run(batch)
-        if backward:
-            differentiate(loss)
-    for observer in observers:
-        observer.after_batch(batch, None if loss is None else loss.detach())
-
-
-def differentiate(loss: Tensor) -> None:
-    if not torch.isfinite(loss).all():
-        raise InvalidInput(
-            "the loss is NaN or infinite on a calibration batch; look for empty labels or overflow in low precision."
-        )
-    if not loss.requires_grad:
-        raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
-    loss.sum().backward()
-
-
-def snapshot(setting: Setting, observers: Sequence[Observer], seen: Sequence[int]) -> Observations:
-    """What the observers have found so far."""
-    fields: dict[str, dict[str, Tensor]] = {site.name: {} for site in setting.sites}
-    for observer in observers:
-        for name, found in observer.found().items():
-            fields[name].update(found)
-    reached = set.intersection(*(observer.reached() for observer in observers)) if observers else set(fields)
-    sites = {
-        site.name: SiteObservations(site.name, SiteShape.of(site), site.name in reached, **fields[site.name])
-        for site in setting.sites
-    }
-    sites |= {site.name: SiteObservations(site.name, SiteShape.of(site), reached=False) for site in setting.headless}
-    return Observations(sites, tuple(seen))
-
-
 def together(earlier: Observations | None, now: Observations) -> Observations:
     return now if earlier is None else earlier + now
 
@@ -195,57 +189,6 @@ def taken_up(checkpoint: str | Path | None, sites: Sequence[AttentionSite], want
     return earlier
 
 
-def same_keys(keys: set[str] | None, batch: Any, index: int) -> set[str]:
-    """The keys that all batches share; InvalidInput where this one has others."""
-    found = set(batch) if isinstance(batch, Mapping) else set()
-    if keys is not None and found != keys:
-        raise InvalidInput(
-            f"batch {index} has the keys {sorted(found)}, the ones before it {sorted(keys)}; every batch must have the same."
-        )
-    return found
-
-
 def refuse_other_data(expected: int, batch: Any, index: int, checkpoint: str | Path | None) -> None:
     if checksum(batch) != expected:
         raise InvalidInput(f"batch {index} is not the one that {checkpoint} holds; remove that file to start again.")
-
-
-def checksum(value: Any, start: int = 0) -> int:
-    """CRC-32 of a batch: tensors by their bytes, containers by what they hold, numbers and text as they are."""
-    if isinstance(value, Tensor):
-        start = zlib.crc32(f"{value.dtype}{tuple(value.shape)}".encode(), start)
-        return zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), start) if value.numel() else start
-    if isinstance(value, Mapping):
-        for key in value:
-            start = checksum(value[key], zlib.crc32(repr(key).encode(), start))
-        return start
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            start = checksum(item, start)
-        return start
-    plain = value is None or isinstance(value, (str, bytes, bool, int, float))
-    return zlib.crc32((repr(value) if plain else type(value).__name__).encode(), start)
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside the block."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.table import Table
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.files import read_json, write_json
 from headprune.scoring.observations import Need, Observations, SiteObservations
 
 
@@ -70,6 +72,22 @@ class Portraits(Mapping[str, tuple[HeadPortrait, ...]]):
 
     def to_json(self) -> dict[str, list[dict]]:
         return {name: [{"labels": list(head.labels), "evidence": head.evidence} for head in heads] for name, heads in self.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Writes portraits.json, through a temporary name."""
+        write_json(path, "portraits", {"sites": self.to_json()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Portraits:
+        """Raises InvalidInput where the file is no portraits.json."""
+        document = read_json(path, "portraits")
+        try:
+            return cls({
+                name: tuple(HeadPortrait(tuple(head["labels"]), head["evidence"]) for head in heads)
+                for name, heads in document["sites"].items()
+            })  # fmt: skip
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"{path} is not a complete portraits file: {error!r}.") from None
 
     def __str__(self) -> str:
         return "\n".join(f"{name} head {number}: {head}" for name, heads in self.items() for number, head in enumerate(heads))

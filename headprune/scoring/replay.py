@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from headprune.models.replaced import replaced_forward
 from headprune.scoring.folding import FOREIGN, Dims, folded, shapes
 
 Plan = Mapping[nn.Module, Sequence[int | None]]  # for each call of a module: the traced call whose result it returns, or None
@@ -119,17 +120,3 @@ def replaying(plan: Plan, stored: Mapping[int, Any], dims: Sequence[Dims | None]
         for module, taken in plan.items():
             stack.enter_context(replaced_forward(module, replayed(module.forward, taken)))
         yield
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """`module(...)` runs `forward` inside the block; its hooks still run."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hook
+from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
-from headprune.scoring.replay import replaced_forward
 
 Keeping = Literal["last", "all", "nothing"]
 
@@ -82,6 +82,17 @@ class Walk:
         if found is None:
             raise InvalidInput(f"{site.name} was not reached by the calibration data.")
         return found
+
+    def end(self) -> Any:
+        """Goes on to the end: what `run` gives."""
+        with ExitStack() as stack:
+            if self.keeping != "nothing":
+                self._replay(stack)
+            return self.run()
+
+    def copy(self) -> Walk:
+        """Another walk that stands where this one does; either can go on."""
+        return Walk(self.model, self.run, self.keeping, self._finished)
 
     def _step(self, site: AttentionSite, stream: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
         inputs: list[Tensor] = []

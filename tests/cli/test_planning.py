@@ -1,8 +1,8 @@
 """Commands that choose heads."""
 
-from tiny_models import bert
+from tiny_models import bert, llama
 
-from headprune.planning import LatencyTable
+from headprune.planning import LatencyTable, PruningPlan
 from headprune.planning.latency_table import key_of
 from headprune.scoring import score
 
@@ -19,3 +19,14 @@ def test_a_latency_table_of_another_machine_is_refused_unless_it_is_meant(call):
     code, out, err = call(*arguments, "--other-machine")
     assert code == 0, err
     assert "4 of 8 query heads go" in out
+
+
+def test_a_plan_for_an_engine_keeps_to_what_it_can_run(call):
+    score(llama(), criterion="magnitude_l1").save("scores.json")
+    code, _, err = call("plan", "scores.json", "--heads", "0.5", "--target", "vllm", "--min-heads", "0")
+    assert code == 2
+    assert "target vllm needs a head in every layer" in err
+    code, _, err = call("plan", "scores.json", "--heads", "0.5", "--target", "stock")
+    assert code == 0, err
+    chosen = PruningPlan.load("plan.json")
+    assert [str(chosen.head_map(name)) for name in chosen] == ["4q/4kv", "4q/4kv"]

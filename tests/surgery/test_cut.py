@@ -14,7 +14,7 @@ from tiny_models import bert, hidden, llama, padded, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headprune.errors import InvalidInput, InvalidPlan, UnsupportedModel
-from headprune.evaluation.memory import peak_cpu_bytes
+from headprune.evaluation.memory import peak_bytes
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites, gated
 from headprune.planning import PruningPlan
@@ -293,4 +293,4 @@ def test_the_cut_needs_no_more_memory_than_one_projection_beside_the_model():
     largest = max(projection.module.weight.nbytes for site in attention_sites(model) for projection in site.projections)
     assert largest == 512 * 512 * 4
     whole = sum(parameter.nbytes for parameter in model.parameters())
-    assert peak_cpu_bytes(lambda: cut(copy.deepcopy(model), keep, verify=False)) <= whole + largest
+    assert peak_bytes(lambda: cut(copy.deepcopy(model), keep, verify=False)) <= whole + largest

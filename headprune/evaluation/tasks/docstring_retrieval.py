@@ -24,6 +24,7 @@ class DocstringRetrieval(Task):
     Embeddings are mean-pooled and normalised. The loss is cross entropy of each sentence over the batch's documents
     (multiple negatives ranking, Henderson et al. 2017); a batch holds its sentences first, then their documents.
     validation: tests on files out of the calibration half, and calibrates on the rest of it.
+    seed: which of the calibration pairs are drawn, and in what order; the test pairs are always the same.
     """
 
     name = "docstring-retrieval"
@@ -38,14 +39,15 @@ class DocstringRetrieval(Task):
         batch: int = 32,
         max_tokens: int = 96,
         validation: bool = False,
+        seed: int = 0,
     ) -> None:
         self.tokenizer, self.max_tokens, self.batch = tokenizer, max_tokens, batch
         calibration, test = docstring_pairs(validation)
         self.test = shuffled(test)[:test_pairs]
-        chosen = sorted(shuffled(calibration)[:calibration_pairs], key=lambda pair: len(pair.document))
+        chosen = sorted(shuffled(calibration, seed)[:calibration_pairs], key=lambda pair: len(pair.document))
         groups = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
         self.calibration = [
-            self.encoded([pair.query for pair in group] + [pair.document for pair in group]) for group in shuffled(groups)
+            self.encoded([pair.query for pair in group] + [pair.document for pair in group]) for group in shuffled(groups, seed)
         ]
         self.digest = hashlib.sha256(repr(self.test).encode()).hexdigest()[:16]
 
@@ -101,10 +103,10 @@ class DocstringRetrieval(Task):
         return self.encoded([pair.document for pair in self.test[:16]])
 
 
-def shuffled(items: list) -> list:
-    """The same order for the same items, every time."""
+def shuffled(items: list, seed: int = 0) -> list:
+    """The same order for the same items and seed, every time."""
     items = list(items)
-    random.Random(0).shuffle(items)
+    random.Random(seed).shuffle(items)
     return items
 
 

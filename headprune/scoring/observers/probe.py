@@ -18,8 +18,8 @@ from headprune.ops.call import AttentionCall
 from headprune.ops.rows import Rows, rows_of
 from headprune.ops.watch import Watcher
 from headprune.scoring.observations import Need
-from headprune.scoring.observe import in_eval_mode
 from headprune.scoring.observer import Observer, Setting, observes
+from headprune.scoring.passes import in_eval_mode
 
 SEQUENCES, REPEATED, HAYSTACK, NEEDLE = 4, 48, 256, 8
 FUTURE = 1e-6  # attention on later tokens above which a head is not causal

@@ -1,0 +1,140 @@
+"""The weights of a model folder, read one tensor at a time: no file is mapped, and none is read further than asked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headprune.errors import CorruptCheckpoint, InvalidInput
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADER_LIMIT = 100_000_000  # the format's own
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: its file, the offset of its first byte there, and how it is to be read."""
+
+    path: Path
+    start: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shards(Mapping[str, Stored]):
+    """Tensor name -> Stored, over all weight files of `folder`, in the order of the files. metadata: file name -> its own."""
+
+    folder: Path
+    tensors: dict[str, Stored]
+    metadata: dict[str, dict[str, str]]
+
+    def __getitem__(self, name: str) -> Stored:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    @property
+    def files(self) -> list[str]:
+        return list(self.metadata)
+
+    def read(self, name: str, pinned: bool = False) -> Tensor:
+        """The tensor, on the CPU, in memory of its own; pinned: memory that a GPU copies from by itself."""
+        stored = self.tensors[name]
+        raw = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            fill(file, memoryview(raw.numpy()), stored.path)
+        return raw.view(DTYPES[stored.dtype]).view(stored.shape)
+
+
+def fill(file, view: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])
+        if not got:
+            raise CorruptCheckpoint(f"{path} ended {len(view) - done:,} bytes early while it was read; was it changed?")
+        done += got
+
+
+def open_shards(folder: str | os.PathLike) -> Shards:
+    """Reads the headers of all weight files of `folder`, and nothing else.
+
+    Raises InvalidInput where there are none, CorruptCheckpoint, naming the file, where one is missing, cut short, not in the
+    format, or lacks a tensor that the index promises to be there.
+    """
+    folder = Path(folder)
+    promised = index_of(folder)
+    tensors: dict[str, Stored] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for file in dict.fromkeys(promised.values()) if promised else [SINGLE]:
+        path = folder / file
+        if not path.is_file():
+            raise CorruptCheckpoint(f"{path} is missing; {INDEX} names it. Download or save the folder again.")
+        found, metadata[file] = header_of(path)
+        lacking = [name for name, where in promised.items() if where == file and name not in found]
+        if lacking:
+            raise CorruptCheckpoint(f"{path} lacks {lacking[0]}, which {INDEX} says is there. Save the folder again.")
+        tensors |= found
+    return Shards(folder, tensors, metadata)
+
+
+def index_of(folder: Path) -> dict[str, str]:
+    """Tensor name -> file; empty where one file holds all."""
+    if (folder / SINGLE).is_file():
+        return {}
+    if not (folder / INDEX).is_file():
+        raise InvalidInput(f"{folder} holds neither {SINGLE} nor {INDEX}; give a model folder with safetensors weights.")
+    try:
+        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CorruptCheckpoint(f"{folder / INDEX} is no index of weights: {error!r}.") from None
+
+
+def header_of(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """What a safetensors file says that it holds, checked against its size; and its metadata."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise CorruptCheckpoint(f"{path} is no safetensors file, or was cut short ({size:,} bytes).")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+        found = {name: stored_at(path, 8 + length, entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{path} has a header that cannot be read: {error!r}.") from None
+    expected = max((stored.start + stored.nbytes for stored in found.values()), default=8 + length)
+    if size != expected:
+        raise CorruptCheckpoint(f"{path} has {size:,} bytes where its header promises {expected:,}. Download or save it again.")
+    return dict(sorted(found.items(), key=lambda item: item[1].start)), metadata
+
+
+def stored_at(path: Path, base: int, entry: Mapping) -> Stored:
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    expected = torch.Size(shape).numel() * DTYPES[entry["dtype"]].itemsize
+    if stop - start != expected:
+        raise ValueError(f"{stop - start} bytes for {entry['dtype']} {list(shape)}")
+    return Stored(path, base + start, expected, entry["dtype"], shape)

@@ -1,0 +1,138 @@
+"""A model's pass taken apart at its stack of layers: what comes before the first layer, each layer by itself, and what comes
+behind the last. So a layer's weights need to be there only while all batches go through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from headprune.errors import UnsupportedModel
+from headprune.models.adapters import attention_sites
+from headprune.models.checkpointing import without_cache
+from headprune.models.replaced import replaced_forward
+from headprune.models.site import AttentionSite
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the model calls one layer, beside the states that go through all of them. Tensors lie on the CPU."""
+
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a batch is when it enters the stack: states [batch, tokens, hidden] and the call of each layer.
+
+    alone: the layers return the states themselves, not a tuple with them."""
+
+    states: Tensor
+    calls: tuple[LayerCall, ...]
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The layers of `model` in order, and the attention sites in each. name: the stack's path in the model."""
+
+    model: nn.Module
+    name: str
+    layers: tuple[nn.Module, ...]
+    sites: tuple[tuple[AttentionSite, ...], ...]
+
+    def run(self, index: int, call: LayerCall, states: Tensor) -> Tensor:
+        """What layer `index` makes of `states`, on their device."""
+        kwargs = tree_map(lambda leaf: leaf.to(states.device) if isinstance(leaf, Tensor) else leaf, call.kwargs)
+        return states_of(self.layers[index](states, **kwargs))[0]
+
+
+def trunk_of(model: nn.Module) -> Trunk:
+    """Raises UnsupportedModel unless all attentions of `model` lie in the layers of one stack (a torch.nn.ModuleList)."""
+    sites = attention_sites(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and all(site.name.startswith(f"{name}.") for site in sites):
+            inside = tuple(tuple(site for site in sites if site.name.startswith(f"{name}.{i}.")) for i in range(len(module)))
+            return Trunk(model, name, tuple(module), inside)
+    raise UnsupportedModel(
+        f"{type(model).__name__} does not have all its attentions in one stack of layers; load it whole instead of streaming it."
+    )
+
+
+class _Entered(Exception):
+    """Stops a pass once the last layer's call is known."""
+
+
+@torch.no_grad()
+def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
+    """What `run`, one pass of the model, hands to the layers. Of these only the first one runs.
+
+    Raises UnsupportedModel where a layer is called more or less than once, or gives on more than the states.
+    """
+    calls: list[LayerCall] = []
+    first: list[Tensor] = []
+    alone: list[bool] = []
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def on_cpu(leaf: Any) -> Any:
+        # Masks and rotary tables are the same tensors for all layers: one copy, and the original stays alive with its id.
+        return kept.setdefault(id(leaf), (leaf, leaf.detach().cpu()))[1] if isinstance(leaf, Tensor) else leaf
+
+    def noted(index: int, forward: Callable) -> Callable:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            states, kwargs = taken_apart(forward, args, kwargs)
+            calls.append(LayerCall(tree_map(on_cpu, kwargs)))
+            if index == 0:
+                first.append(states)
+                alone.append(states_of(forward(states, **kwargs))[1])
+            if len(calls) == len(trunk.layers):
+                raise _Entered
+            return states if alone[0] else (states,)
+
+        return stand_in
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(trunk.layers):
+            stack.enter_context(replaced_forward(layer, noted(index, layer.forward)))
+        try:
+            run()
+        except _Entered:
+            return Entry(first[0].detach(), tuple(calls), alone[0])
+        except (IndexError, ValueError, TypeError) as error:
+            if not calls or alone[0]:
+                raise
+            raise UnsupportedModel(
+                f"the layers of {trunk.name} give on more than the states (a position bias, say); load the model whole instead of "
+                f"streaming it ({error})."
+            ) from error
+    raise UnsupportedModel(f"one pass calls {len(calls)} of the {len(trunk.layers)} layers of {trunk.name}; expected each once.")
+
+
+@contextmanager
+def leaving(trunk: Trunk, states: Tensor, alone: bool) -> Iterator[None]:
+    """Inside the block a pass of the model skips all layers and goes on behind the last one with `states`."""
+
+    def stand_in(*_args: Any, **_kwargs: Any) -> Any:
+        return states if alone else (states,)
+
+    with ExitStack() as stack:
+        for layer in trunk.layers:
+            stack.enter_context(replaced_forward(layer, stand_in))
+        yield
+
+
+def taken_apart(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """(states, other arguments by name) of a layer's call. A cache is left out: each layer may run more than once."""
+    given = without_cache(forward, args, kwargs)
+    return given.pop(next(iter(signature(forward).parameters))), given
+
+
+def states_of(returned: Any) -> tuple[Tensor, bool]:
+    """(states, whether they come without a tuple around them) that a layer returned."""
+    return (returned, True) if isinstance(returned, Tensor) else (returned[0], False)

@@ -1,0 +1,53 @@
+"""What recovery trains on: batches that someone has made, or a dataset of rows with a collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from headprune.errors import InvalidInput
+
+
+class Batches(Dataset):
+    """A list whose items are whole batches, each one item of a loader of batch size 1."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[index]
+
+
+def as_dataset(data: Any, name: str) -> Any:
+    """`data` where it is a dataset of rows (torch's or datasets'), else its batches. Raises InvalidInput where it is empty."""
+    found = data if is_rows(data) else Batches(data)
+    if hasattr(found, "__len__") and not len(found):
+        raise InvalidInput(f"{name} is empty; give at least one batch.")
+    return found
+
+
+def is_rows(data: Any) -> bool:
+    return (isinstance(data, Dataset) and not isinstance(data, DataLoader)) or hasattr(data, "column_names")
+
+
+def only_item(items: list[Any]) -> Any:
+    return items[0]
+
+
+def collator_of(dataset: Any, collator: Callable | None) -> Callable | None:
+    """What makes a batch out of a loader's items; None leaves it to transformers."""
+    return only_item if isinstance(dataset, Batches) else collator
+
+
+def first_batch(dataset: Any, collator: Callable | None) -> Any:
+    if isinstance(dataset, Batches):
+        return dataset[0]
+    from transformers import default_data_collator
+
+    rows = [dataset[0]] if hasattr(dataset, "__getitem__") else [next(iter(dataset))]
+    return (collator or default_data_collator)(rows)

@@ -1,0 +1,90 @@
+"""How long recovery trains, in steps or minutes, and the learning rate along that way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from headprune.errors import InvalidInput
+
+EPOCHS = 3  # where neither steps nor minutes are given
+UNBOUNDED = 10**9  # steps, where the clock decides
+
+
+@dataclass(frozen=True)
+class TrainingBudget:
+    """steps or minutes (evaluation included); warmup: steps of linear warm-up to the rate `lr`, which then falls
+    linearly to 0; a function of the step instead of a number is the rate itself."""
+
+    steps: int | None
+    minutes: float | None
+    warmup: int
+    lr: float | Callable[[int], float]
+
+    @classmethod
+    def of(cls, steps: int | None, minutes: float | None, warmup: int | None, lr, steps_per_epoch: int | None) -> TrainingBudget:
+        """Raises InvalidInput for a budget that is both or not above 0, for a rate below 0."""
+        if steps is not None and minutes is not None:
+            raise InvalidInput(f"steps={steps} and minutes={minutes}: give one of them.")
+        for name, value in (("steps", steps), ("minutes", minutes)):
+            if value is not None and not value > 0:
+                raise InvalidInput(f"{name} is {value}; expected more than 0.")
+        if not callable(lr) and not (lr >= 0 and math.isfinite(lr)):
+            raise InvalidInput(f"lr is {lr}; expected a learning rate, 0 or more, or a function of the step.")
+        if steps is None and minutes is None:
+            if steps_per_epoch is None:
+                raise InvalidInput("the data do not tell how many they are; give steps or minutes.")
+            steps = EPOCHS * steps_per_epoch
+        if warmup is None:
+            warmup = 20 if steps is None else min(100, steps // 10)
+        return cls(steps, minutes, warmup, lr)
+
+    @property
+    def max_steps(self) -> int:
+        return UNBOUNDED if self.steps is None else self.steps
+
+    @property
+    def peak(self) -> float:
+        """What the optimizer is given; `factor` scales it."""
+        return 1.0 if callable(self.lr) else self.lr
+
+    def fraction(self, step: int, seconds: float) -> float:
+        """How much of the budget is used, 0 to 1."""
+        used = step / self.steps if self.steps is not None else seconds / (60 * self.minutes)
+        return min(used, 1.0)
+
+    def factor(self, step: int, seconds: float) -> float:
+        """The learning rate of step number `step` (from 0), over `peak`."""
+        if callable(self.lr):
+            return self.lr(step)
+        return min(1.0, (step + 1) / (self.warmup + 1)) * (1 - self.fraction(step, seconds))
+
+    def to_json(self) -> dict:
+        lr = "a function of the step" if callable(self.lr) else self.lr
+        return {"steps": self.steps, "minutes": self.minutes, "warmup": self.warmup, "lr": lr}
+
+
+class Clock:
+    """Seconds of training, those of earlier tries included; the same on every rank, so that all stop at the same step."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now, self.earlier = now, 0.0
+        self.started = now()
+
+    def seconds(self) -> float:
+        """Of this rank."""
+        return self.earlier + self.now() - self.started
+
+    def agreed(self) -> float:
+        """Of rank 0, told to all."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self.seconds()
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        found = torch.tensor([self.seconds()], dtype=torch.float64, device=device)
+        dist.broadcast(found, 0)
+        return float(found)

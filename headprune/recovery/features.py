@@ -1,0 +1,90 @@
+"""What a forward pass shows to distillation: outputs, hidden states, attention outputs, queries, keys and values, caught by hooks.
+
+Hooks stand on modules by name, so that a layer that an adapter has wrapped is seen with its adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from headprune.models.site import AttentionSite
+from headprune.models.stream import first_tensor
+
+Caught = dict[str, list[Tensor]]
+
+
+@dataclass
+class Features:
+    """What was caught, one entry per call (a loss may call the model several times).
+
+    outputs: what the model returned. hidden: site name -> output of the block around the attention, [batch, tokens, hidden].
+    attention: site name -> what the attention adds to the residual stream, [batch, tokens, hidden]. query, key, value: site
+    name -> that projection's output, [batch, tokens, heads * head_dim], before any rotary embedding.
+    """
+
+    outputs: list[Any] = field(default_factory=list)
+    hidden: Caught = field(default_factory=dict)
+    attention: Caught = field(default_factory=dict)
+    query: Caught = field(default_factory=dict)
+    key: Caught = field(default_factory=dict)
+    value: Caught = field(default_factory=dict)
+
+
+@contextmanager
+def catching(model: nn.Module, sites: Iterable[AttentionSite], wanted: Mapping[str, Iterable[str]]) -> Iterator[Features]:
+    """Inside the block the Features of `model`'s forward passes are caught.
+
+    wanted: field of Features -> names of the sites to catch it at. The outputs always are.
+    """
+    found = Features()
+    by_name = {site.name: site for site in sites}
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_hook(lambda _m, _a, output: found.outputs.append(output)).remove)
+        for kind, names in wanted.items():
+            for name in names:
+                module, pick = CATCH[kind](model, by_name[name])
+                stack.callback(module.register_forward_hook(appending(getattr(found, kind), name, pick)).remove)
+        yield found
+
+
+def appending(caught: Caught, name: str, pick: Callable[[Any], Tensor]) -> Callable:
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+        caught.setdefault(name, []).append(pick(output))
+
+    return hook
+
+
+def block(model: nn.Module, site: AttentionSite) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    """The module around the attention, which is a layer in every family that transformers has."""
+    return model.get_submodule(site.name.rpartition(".")[0]), tensor_of
+
+
+def output_projection(model: nn.Module, site: AttentionSite) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    return model.get_submodule(site.output.name), tensor_of
+
+
+def input_projection(role: str) -> Callable:
+    def found(model: nn.Module, site: AttentionSite) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+        projection = site.projection(role)
+        features = projection.features.flatten()
+        return model.get_submodule(projection.name), lambda output: tensor_of(output).index_select(-1, features.to(output.device))
+
+    return found
+
+
+CATCH = {
+    "hidden": block,
+    "attention": output_projection,
+    "query": input_projection("query"),
+    "key": input_projection("key"),
+    "value": input_projection("value"),
+}
+
+
+def tensor_of(output: Any) -> Tensor:
+    return first_tensor(output if isinstance(output, tuple) else (output,))

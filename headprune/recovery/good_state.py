@@ -1,0 +1,57 @@
+"""The last state of a training that is known to be good, to go back to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from headprune.files import whole_file
+
+
+class GoodState:
+    """A copy of what training changes (parameters that ask for gradients, floating-point buffers), in memory and, with `path`,
+    on disk, so that a killed run still has it."""
+
+    def __init__(self, model: nn.Module, path: Path | None = None, writes: bool = True) -> None:
+        self.model, self.path, self.writes = model, path, writes
+        self.step, self.value = 0, None
+        self.saved: dict[str, Tensor] = {}
+
+    def changing(self) -> dict[str, Tensor]:
+        found = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return found | {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
+
+    @torch.no_grad()
+    def keep(self, step: int, value: float | None = None) -> bool:
+        """Takes the present state, unless some of it is not finite; whether it did. value: how good it is."""
+        tensors = self.changing()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            return False
+        self.step, self.value = step, value
+        self.saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        if self.path is not None and self.writes:
+            content = {name: tensor.cpu().contiguous() for name, tensor in self.saved.items()}
+            with whole_file(self.path) as draft:
+                save_file(content, draft, {"step": str(step), "value": json.dumps(value)})
+        return True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the state back into the model."""
+        for name, tensor in self.changing().items():
+            tensor.copy_(self.saved[name])
+
+    def take_up(self) -> bool:
+        """Reads what an earlier try wrote; whether there was something."""
+        if self.path is None or not self.path.exists():
+            return False
+        with safe_open(self.path, "pt") as file:
+            metadata = file.metadata()
+            self.saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self.step, self.value = int(metadata["step"]), json.loads(metadata["value"])
+        return True

@@ -1,0 +1,131 @@
+"""Recovery: a pruned model is trained a little, by itself or by its dense original, so that it is as good again."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headprune.models.tokens import TokenMask
+from headprune.recovery.batches import as_dataset, first_batch
+from headprune.recovery.budget import TrainingBudget
+from headprune.recovery.distillation import Distillation
+from headprune.recovery.methods import get_method
+from headprune.recovery.objective import Objective
+from headprune.recovery.result import Recovery, keep_result, shapes_digest, taken_up
+from headprune.recovery.rewind import RateRewind, Source, rewind_weights
+from headprune.recovery.session import Session, as_it_was, trained
+from headprune.recovery.teacher import LossFunction
+
+
+def recover(
+    model: nn.Module,
+    train: Any,
+    eval: Any = None,
+    *,
+    loss_fn: LossFunction | None = None,
+    teacher: nn.Module | str | Path | None = None,
+    method: str = "full",
+    steps: int | None = None,
+    minutes: float | None = None,
+    lr: float | Callable[[int], float] | None = None,
+    warmup: int | None = None,
+    distil: Distillation | None = None,
+    rewind: Source | RateRewind | None = None,
+    output_dir: str | Path | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    patience: int = 3,
+    seed: int = 0,
+    dropout: bool | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    token_mask: TokenMask | None = None,
+    data_collator: Callable | None = None,
+    callbacks: Sequence[Any] = (),
+    method_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **training_arguments: Any,
+) -> Recovery:
+    """Trains `model` in place, its heads as they are, through transformers.Trainer; leaves it in the mode it came in.
+
+    Args:
+        train, eval: batches, each a dict for `model(**batch)` or anything that loss_fn understands; or a dataset of rows, which
+            data_collator and per_device_train_batch_size make batches of. Without eval and metric the last weights stay, with
+            them the best.
+        loss_fn: `loss_fn(model, batch)` gives a loss (a tensor, of which the mean counts); default the output's `loss`.
+        teacher: the dense model, which is used as it is and never trained, or a folder of `store_logits`.
+        method: "full", "projections" (of attention alone) or "lora" (method_options: rank, alpha, dropout, targets).
+        steps, minutes: the budget, one of them; default three passes over `train`. Minutes are by `clock`, evaluation included.
+        lr: peak learning rate (default: the method's), reached after `warmup` steps, then falling linearly to 0; or the rate
+            itself as a function of the step.
+        distil: weights of the distillation terms; default with a teacher: the logits, or of an encoder without a head its
+            embedding and hidden states.
+        rewind: an earlier checkpoint (folder, state_dict or the unpruned module), whose weights are sliced into the model before
+            training; or RateRewind, which keeps the weights and repeats the learning rates.
+        output_dir: keeps checkpoints and the result; where a killed recovery with the same arguments left some it goes on, and a
+            finished one is read back.
+        metric: `metric(model)`, higher is better, in place of the loss on `eval`.
+        patience: stop after so many evaluations without a better one. They happen at each tenth of the budget, or every
+            `eval_steps`.
+        dropout: train in training mode, with dropout; default: where there is no teacher.
+        clock: gives seconds; time.process_time counts CPU minutes, which do not hang on what else the machine does.
+        token_mask: which tokens count in distillation, as for `observe`.
+        callbacks: more of transformers' TrainerCallback.
+        progress: called with (done, all) after each step.
+        training_arguments: any of transformers.TrainingArguments (bf16, gradient_accumulation_steps, report_to, fsdp,
+            save_steps, ...). Under torchrun each rank trains on its share of the batches.
+
+    A loss that becomes NaN ends the training: the model goes back to its last good state and `stopped_because` says where.
+
+    Raises InvalidInput where there is no loss, the teacher or the rewind checkpoint does not fit, the first loss is not finite,
+    output_dir holds another recovery, or an argument is unknown.
+    """
+    chosen = get_method(method)
+    if isinstance(rewind, RateRewind):
+        lr, steps, warmup = lr or rewind, steps or (None if minutes else rewind.steps), warmup or 0
+    elif rewind is not None:
+        rewind_weights(model, rewind)
+    data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
+    batches = len(data) if hasattr(data, "__len__") else None
+    budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, batches)
+    objective = Objective(model, loss_fn=loss_fn, teacher=teacher, distil=distil, token_mask=token_mask)
+    folder = None if output_dir is None else Path(output_dir)
+    settings = {
+        "method": method, **budget.to_json(), "seed": seed, "batches": batches, "teacher": teacher is not None,
+        "distil": None if distil is None else distil.to_json(), "shapes": shapes_digest(model),
+    }  # fmt: skip
+    finished = taken_up(model, folder, settings)
+    if finished is not None:
+        return finished
+    with ExitStack() as stack:
+        work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headprune-")))
+        session = Session(
+            data, held_out, objective, budget, work, folder is not None, clock, metric, patience, seed,
+            teacher is None if dropout is None else dropout, data_collator, callbacks, progress, training_arguments,
+        )  # fmt: skip
+        device, place = session.device, next(model.parameters()).device
+        stack.enter_context(as_it_was(model))
+        stack.enter_context(torch.random.fork_rng())
+        torch.manual_seed(seed)
+        model.to(device)
+        stack.callback(model.to, place)
+        stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), device)))
+        with chosen.prepare(model, **(method_options or {})):
+            result = trained(model, session)
+    keep_result(model, folder, result)
+    return result
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

@@ -1,0 +1,98 @@
+"""What a recovery gave, and the folder that keeps it: settings, weights, result."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from headprune.errors import InvalidInput
+from headprune.files import read_json, whole_file, write_json
+
+log = logging.getLogger("headprune")
+SETTINGS, RESULT, WEIGHTS, BEST = "settings.json", "recovery.json", "recovered.safetensors", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What `recover` did.
+
+    losses: (step, training loss) along the way. evaluations: (step, quality), higher is better: the metric, or minus the mean
+    loss on `eval`. steps: how many were done; seconds: of all tries. best, best_step: the best evaluation, whose weights the
+    model has; None without evaluation, where it has the last. stopped_because: in words.
+    """
+
+    losses: tuple[tuple[int, float], ...]
+    evaluations: tuple[tuple[int, float], ...]
+    steps: int
+    seconds: float
+    best: float | None
+    best_step: int
+    stopped_because: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Recovery:
+        found = {name: content[name] for name in cls.__dataclass_fields__}
+        return cls(**{name: tuple(map(tuple, value)) if isinstance(value, list) else value for name, value in found.items()})
+
+    def __str__(self) -> str:
+        quality = "" if self.best is None else f", best {self.best:.4g} at step {self.best_step}"
+        return f"{self.steps} steps in {self.seconds:.0f} s{quality}; stopped: {self.stopped_because}"
+
+
+def taken_up(model: nn.Module, folder: Path | None, settings: dict[str, Any]) -> Recovery | None:
+    """The result of an earlier recovery that finished in `folder`, its weights loaded; None where there is still work to do.
+
+    Raises InvalidInput where the folder holds a recovery with other settings.
+    """
+    if folder is None:
+        return None
+    if (folder / SETTINGS).exists():
+        found = read_json(folder / SETTINGS, "recovery_settings")
+        for name, value in settings.items():
+            if found.get(name) != value:
+                raise InvalidInput(
+                    f"{folder} holds a recovery with {name}={found.get(name)!r}, this one has {value!r}; give another output_dir, "
+                    "or remove that folder."
+                )
+    else:
+        write_json(folder / SETTINGS, "recovery_settings", settings)
+    if not (folder / RESULT).exists():
+        return None
+    result = Recovery.from_json(read_json(folder / RESULT, "recovery"))
+    load_model(model, folder / WEIGHTS, device="cpu")
+    log.info("taking up %s: %s", folder, result)
+    return result
+
+
+def keep_result(model: nn.Module, folder: Path | None, result: Recovery) -> None:
+    """Leaves the weights and the result in `folder`, and nothing that was only for going on."""
+    if folder is None or not first_rank():
+        return
+    with whole_file(folder / WEIGHTS) as draft:
+        save_model(model, str(draft))
+    write_json(folder / RESULT, "recovery", result.to_json())
+    (folder / BEST).unlink(missing_ok=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def first_rank() -> bool:
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+
+
+def shapes_digest(model: nn.Module) -> str:
+    """Tells models of other shapes or names apart."""
+    content = [(name, list(tensor.shape)) for name, tensor in model.state_dict().items()]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""One training, from its settings to its result; what the trainer touches on a model is put back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from headprune.errors import InvalidInput
+from headprune.recovery.batches import collator_of
+from headprune.recovery.budget import Clock, TrainingBudget
+from headprune.recovery.good_state import GoodState
+from headprune.recovery.objective import Objective
+from headprune.recovery.result import BEST, Recovery
+
+log = logging.getLogger("headprune")
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that a training is told; see `recover`. folder: where checkpoints go; keeps: whether they are to outlive a kill.
+    options: of transformers.TrainingArguments."""
+
+    data: Any
+    held_out: Any
+    objective: Objective
+    budget: TrainingBudget
+    folder: Path
+    keeps: bool
+    clock: Callable[[], float]
+    metric: Callable[[nn.Module], float] | None
+    patience: int
+    seed: int
+    dropout: bool
+    collator: Callable | None
+    callbacks: Sequence[Any]
+    progress: Callable[[int, int], None] | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def arguments(self) -> Any:
+        """transformers.TrainingArguments; under torchrun the ranks meet when they are made."""
+        from headprune.recovery.training import training_arguments  # Trainer takes a second to import, and needs accelerate
+
+        own = {name: value for name, value in self.options.items() if name not in ("eval_steps", "save_steps")}
+        return training_arguments(self.folder, self.budget, self.seed, own)
+
+    @property
+    def device(self) -> torch.device:
+        return self.arguments.device
+
+    @property
+    def evaluates(self) -> bool:
+        return self.held_out is not None or self.metric is not None
+
+
+def trained(model: nn.Module, session: Session) -> Recovery:
+    """Trains those parameters of `model` that ask for gradients. Raises InvalidInput where the first loss is not finite."""
+    from headprune.recovery import training
+
+    arguments = session.arguments
+    good = GoodState(model, session.folder / BEST if session.keeps else None, arguments.process_index == 0)
+    trainer = training.RecoveryTrainer(
+        objective=session.objective, measure=session.metric, dropout=session.dropout, budget=session.budget,
+        clock=Clock(session.clock), good=good, model=model, args=arguments, train_dataset=session.data,
+        eval_dataset=session.held_out, data_collator=collator_of(session.data, session.collator), callbacks=list(session.callbacks),
+    )  # fmt: skip
+    watch = training.Watch(
+        trainer, evaluations=session.evaluates, every=session.options.get("eval_steps"), patience=session.patience,
+        saves=session.keeps, save_every=session.options.get("save_steps"), progress=session.progress,
+    )  # fmt: skip
+    trainer.add_callback(watch)
+    last = training.last_checkpoint(session.folder)
+    if last is not None:
+        log.info("recovery goes on from %s", last)
+    broken = None
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except training.NotFinite as problem:
+        if not trainer.state.global_step:
+            raise InvalidInput(f"{problem}, before anything was trained; look for empty labels or overflow.") from None
+        broken = f"{problem}; the weights are those of step {good.step}"
+        log.warning("recovery stopped: %s", broken)
+    went_back = broken is not None or good.value is not None
+    if went_back:
+        good.restore()
+    return Recovery(
+        losses=training.history(trainer, "loss"),
+        evaluations=training.history(trainer, "eval_quality"),
+        steps=trainer.state.global_step,
+        seconds=trainer.clock.seconds(),
+        best=good.value,
+        best_step=good.step if went_back else trainer.state.global_step,
+        stopped_because=broken or watch.reason or "the budget is used up",
+    )
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Modes, and what Trainer sets on a model and its config, are afterwards as before."""
+    training = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
+    forward = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+        if caches is not None:
+            config.use_cache = caches
+        model.__dict__.pop("forward", None)  # mixed precision wraps it
+        model.__dict__.pop("_original_forward", None)
+        if forward is not None:
+            model.forward = forward
+        model.zero_grad(set_to_none=True)

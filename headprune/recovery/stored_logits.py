@@ -1,0 +1,137 @@
+"""A teacher's logits on disk: it runs once, and recovery needs it no more.
+
+One safetensors file per batch, named by the batch's content, so that the order may change and a killed pass goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.files import read_json, whole_file, write_json
+from headprune.recovery.distillation import Distillation, TopLogits, logits_of
+from headprune.recovery.features import Features, catching
+from headprune.recovery.teacher import LossFunction, run
+
+FILE, KIND = "teacher.json", "stored_logits"
+
+
+@torch.no_grad()
+def store_logits(
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    folder: str | Path,
+    *,
+    top: int = 64,
+    temperature: float = 2.0,
+    loss_fn: LossFunction | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes the `top` likeliest classes of every position of every batch, for `recover(..., teacher=folder)`.
+
+    The classes below them count as one in the loss, so it is exact where `top` is all of them. A pass that was killed goes
+    on: what is there stays. Stored are int32 indices and fp32 log softmax(logits / temperature), 8 bytes a class.
+
+    Raises InvalidInput where `folder` holds logits of another teacher setting, where the model has no logits.
+    """
+    folder = Path(folder)
+    setting = {"top": top, "temperature": temperature}
+    if (folder / FILE).exists():
+        found = read_json(folder / FILE, KIND)
+        if {name: found.get(name) for name in setting} != setting:
+            raise InvalidInput(f"{folder} holds logits with {found.get('top')} classes at temperature {found.get('temperature')}.")
+    training = teacher.training
+    teacher.eval()
+    try:
+        for done, batch in enumerate(batches, 1):
+            path = folder / f"{digest(batch)}.safetensors"
+            if not path.exists():
+                classes = write_batch(teacher, batch, path, top, temperature, loss_fn)
+                write_json(folder / FILE, KIND, {**setting, "classes": classes})
+            if progress:
+                progress(done)
+    finally:
+        teacher.train(training)
+    return folder
+
+
+def write_batch(teacher: nn.Module, batch: Any, path: Path, top: int, temperature: float, loss_fn: LossFunction | None) -> int:
+    """Number of classes."""
+    with catching(teacher, (), {}) as found:
+        run(teacher, batch, loss_fn)
+    tensors = {}
+    for call, output in enumerate(found.outputs):
+        logits = logits_of(output)
+        values, indices = F.log_softmax(logits.float() / temperature, dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
+        tensors |= {f"{call}/log_probabilities": values.cpu().contiguous(), f"{call}/indices": indices.int().cpu().contiguous()}
+    with whole_file(path) as draft:
+        save_file(tensors, draft)
+    return logits.shape[-1]
+
+
+class StoredLogits:
+    """A teacher out of a folder of `store_logits`."""
+
+    def __init__(self, folder: str | Path, distil: Distillation) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / FILE).is_file():
+            raise InvalidInput(f"{folder} holds no stored logits; give the dense model, or a folder that store_logits wrote.")
+        self.setting = read_json(self.folder / FILE, KIND)
+        others = sorted(set(distil.weights) - {"logits"})
+        if others:
+            raise InvalidInput(f"stored logits cannot teach {', '.join(others)}; give the dense model itself as teacher.")
+
+    def check(self, student: nn.Module) -> None:
+        """Nothing is known before the first batch."""
+
+    @contextmanager
+    def teaching(self, device: torch.device) -> Iterator[None]:
+        yield
+
+    def features(self, batch: Any) -> Features:
+        path = self.folder / f"{digest(batch)}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError):
+            raise InvalidInput(
+                f"{self.folder} holds no logits of this batch; run store_logits on the batches you train on."
+            ) from None
+        calls = range(len(found) // 2)
+        return Features([self.top(found[f"{call}/indices"], found[f"{call}/log_probabilities"]) for call in calls])
+
+    def top(self, indices: Tensor, log_probabilities: Tensor) -> TopLogits:
+        return TopLogits(indices, log_probabilities, self.setting["classes"], self.setting["temperature"])
+
+
+def digest(batch: Any) -> str:
+    """Hex digits of what a batch holds: tensors by dtype, shape and bytes."""
+    found = hashlib.sha256()
+    for part in parts(batch):
+        found.update(part)
+    return found.hexdigest()[:32]
+
+
+def parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        yield f"{value.dtype}{tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield str(key).encode()
+            yield from parts(value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from parts(item)
+    else:
+        yield repr(value).encode()

@@ -1,0 +1,115 @@
+"""The dense model that a pruned one learns from: by reference, frozen, in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.models.adapters import attention_sites
+from headprune.nn.replace import own_attention
+from headprune.recovery.distillation import logits_of
+from headprune.recovery.features import Features, catching
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class Teacher(Protocol):
+    """Anything that tells what the dense model makes of a batch."""
+
+    def features(self, batch: Any) -> Features: ...
+
+    def check(self, student: nn.Module) -> None:
+        """InvalidInput where it cannot teach `student`."""
+
+
+class ModelTeacher:
+    """A model beside the student. wanted: as in `catching`."""
+
+    def __init__(self, model: nn.Module, wanted: Mapping[str, Iterable[str]], loss_fn: LossFunction | None = None) -> None:
+        self.model, self.wanted, self.loss_fn = model, wanted, loss_fn
+
+    @torch.no_grad()
+    def features(self, batch: Any) -> Features:
+        with catching(self.model, self.sites, self.wanted) as found:
+            run(self.model, batch, self.loss_fn)
+        return found
+
+    def check(self, student: nn.Module) -> None:
+        check_vocabulary(student, self.model)
+        with own_attention(self.model):
+            known = {site.name for site in attention_sites(self.model)} if any(self.wanted.values()) else set()
+        for names in self.wanted.values():
+            for name in names:
+                if name not in known:
+                    raise InvalidInput(
+                        f"the teacher {type(self.model).__name__} has no attention {name}; expected the unpruned model. Of another "
+                        "model only logits, embedding and similarity can be learnt."
+                    )
+
+    @contextmanager
+    def teaching(self, device: torch.device) -> Iterator[None]:
+        """Inside the block the teacher is frozen, in eval mode, on `device`; then as it was."""
+        model = self.model
+        place = next(model.parameters()).device
+        training = {module: module.training for module in model.modules()}
+        with ExitStack() as stack:
+            stack.enter_context(own_attention(model))
+            if place != device:
+                model.to(device)
+                stack.callback(model.to, place)
+            self.sites = attention_sites(model) if any(self.wanted.values()) else ()
+            model.eval()
+            try:
+                yield
+            finally:
+                for module, was in training.items():
+                    module.training = was
+
+
+def run(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Any:
+    """One forward pass: what loss_fn gives, else what the model returns."""
+    if loss_fn is not None:
+        return loss_fn(model, batch)
+    if not isinstance(batch, Mapping):
+        raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give loss_fn.")
+    return model(**batch)
+
+
+def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
+    """InvalidInput where the two read other tokens or name other classes."""
+    mine, theirs = (getattr(model, "config", None) for model in (student, teacher))
+    if mine is None or theirs is None:
+        return
+    for name, what in (("vocab_size", "vocabulary"), ("num_labels", "number of classes"), ("id2label", "task head")):
+        own, other = getattr(mine, name, None), getattr(theirs, name, None)
+        if own is not None and other is not None and own != other:
+            raise InvalidInput(
+                f"the teacher has another {what} than the student: {name} is {other} there and {own} here. Give the dense model "
+                "that the student was cut from."
+            )
+
+
+def check_outputs(student: Features, teacher: Features, terms: Iterable[str]) -> None:
+    """InvalidInput where the two models' logits cannot be compared."""
+    if len(student.outputs) != len(teacher.outputs):
+        raise InvalidInput(f"the loss calls the student {len(student.outputs)} times, the teacher {len(teacher.outputs)} times.")
+    if "logits" not in terms:
+        return
+    for mine, theirs in zip(student.outputs, teacher.outputs):
+        own = logits_of(mine).shape[-1]
+        try:
+            other = theirs.classes if hasattr(theirs, "classes") else logits_of(theirs).shape[-1]
+        except InvalidInput:
+            raise InvalidInput(
+                f"the teacher has no logits (it returns a {type(theirs).__name__}), the student has: it lacks the task head. Give "
+                "a teacher with that head, or distil hidden states."
+            ) from None
+        if own != other:
+            raise InvalidInput(
+                f"the teacher has {other} classes or tokens, the student {own}; give the dense model it was cut from."
+            )

@@ -1,0 +1,84 @@
+"""What a run measures of the dense model, for its plan and for its report: scores, portraits, sensitivity, a sweep over budgets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from headprune.evaluation.tasks import Task
+from headprune.planning import Budget, Sensitivity, sensitivity
+from headprune.recipe import Recipe
+from headprune.report.progress import Stages
+from headprune.scoring import HeadScores, get_criterion, observe, portrait_needs, portraits, score_observations
+from headprune.sweep import Sweep, sweep
+
+Value = TypeVar("Value")
+log = logging.getLogger("headprune")
+
+
+def kept(path: Path, read: Callable[[Path], Value], make: Callable[[], Value]) -> Value:
+    """What an earlier try of this run saved at `path`, else made now and saved."""
+    if path.exists():
+        log.info("taking up %s", path)
+        return read(path)
+    value = make()
+    value.save(path)
+    return value
+
+
+def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> HeadScores:
+    """The run's scores. Those by the report's further criteria and the portraits come out of the same pass; of all these files,
+    only the missing ones are made."""
+    folder, main = Path(recipe.output), recipe.score.criterion
+    paths = {name: folder / f"scores-{name}.json" for name in recipe.report.criteria} | {main: folder / "scores.json"}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    portray = recipe.report.portraits and not (folder / "portraits.json").exists()
+    needs = frozenset().union(*(get_criterion(name).needs for name in missing), portrait_needs(model) if portray else ())
+    if missing or portray:
+        batches = task.calibration if needs else ()
+        with stages.stage(f"score heads by {', '.join(missing)}" if missing else "portray heads") as progress:
+            observed = observe(
+                model, batches, needs, loss_fn=task.loss, token_kinds=task.tokenizer if portray else None,
+                progress=lambda done: progress(done, len(batches)),
+            )  # fmt: skip
+        if portray:
+            portraits(observed).save(folder / "portraits.json")
+        for name in sorted(missing, key=lambda name: name == main):  # the run's own last: with it, this stage is done
+            score_observations(observed, name, recipe.score.normalize).save(paths[name])
+    return HeadScores.load(paths[main])
+
+
+def measure_for_report(model: nn.Module, task: Task, scores: HeadScores, recipe: Recipe, stages: Stages) -> None:
+    """Saves sensitivity.json and sweep.json in the run's folder, where the recipe's report asks for them."""
+    folder, wanted = Path(recipe.output), recipe.report
+    if wanted.sensitivity:
+        kept(folder / "sensitivity.json", Sensitivity.load, lambda: measured_sensitivity(model, task, scores, stages))
+    if wanted.sweep:
+        kept(folder / "sweep.json", Sweep.load, lambda: measured_sweep(model, task, scores, recipe, stages))
+
+
+def measured_sensitivity(model: nn.Module, task: Task, scores: HeadScores, stages: Stages) -> Sensitivity:
+    with stages.stage("measure the sensitivity of every attention") as progress:
+        return sensitivity(
+            model, task.calibration, scores, loss_fn=task.loss, progress=lambda done: progress(done, len(task.calibration))
+        )
+
+
+def measured_sweep(model: nn.Module, task: Task, scores: HeadScores, recipe: Recipe, stages: Stages) -> Sweep:
+    quantity = Budget(**recipe.plan.budget).quantity
+    budgets = [Budget(**(recipe.plan.budget | {quantity: fraction})) for fraction in recipe.report.sweep]
+    with stages.stage("sweep over budgets") as progress:
+        return sweep(
+            model, task, scores, budgets, compensate=recipe.prune.compensate, repeats=recipe.evaluate.repeats, progress=progress,
+            **planning_options(recipe),
+        )  # fmt: skip
+
+
+def planning_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of `hp.plan` that the recipe gives."""
+    section = recipe.plan
+    return {name: getattr(section, name) for name in ("allocation", "granularity", "min_heads", "protect", "target")}

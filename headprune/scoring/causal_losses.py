@@ -1,0 +1,66 @@
+"""The loss of a language model without a tensor of all logits: the head runs on some tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from headprune.errors import InvalidInput
+from headprune.models.stream import first_tensor
+from headprune.models.tokens import IGNORED_LABEL
+from headprune.models.trunk import leaving, trunk_of
+
+TOKENS = 512  # at a time
+
+
+def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKENS) -> Tensor:
+    """Mean next-token loss of each sample, [n] fp32: a `loss_fn` for `hp.score` with exact gradients per sample.
+
+    Peak memory beside the layers' own is that of `tokens` rows of logits, where the model's own loss holds all of them, in its
+    dtype and in fp32. What the model does behind its last layer (final norm, head, soft cap, scale) is its own code.
+
+    Args:
+        batch: "labels" [n, length] beside what the model reads; -100 counts for nothing. They are shifted here, as in transformers.
+        tokens: how many tokens of the batch go through the head together.
+
+    Raises InvalidInput where the batch has no labels, UnsupportedModel where the layers do not form one stack.
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        raise InvalidInput("the batch has no labels; a causal loss needs them (the input_ids, with -100 where padded).")
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    trunk, behind = trunk_of(model), []
+    handle = trunk.layers[-1].register_forward_hook(lambda _module, _args, output: behind.append(output))
+    try:
+        model.base_model(**inputs)
+    finally:
+        handle.remove()
+    alone = isinstance(behind[0], Tensor)
+    states = behind[0] if alone else first_tensor(behind[0])
+
+    def of_part(part: Tensor, targets: Tensor, start: int) -> Tensor:
+        with leaving(trunk, part, alone):
+            logits = model(**{name: tokens_of(value, labels, start, part.shape[1]) for name, value in inputs.items()}).logits
+        found = functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+        )
+        return found.view(targets.shape).sum(dim=1)
+
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(states.device)
+    step = max(1, tokens // len(states))
+    total = states.new_zeros(len(states), dtype=torch.float32)
+    for start in range(0, states.shape[1], step):
+        part, wanted = states[:, start : start + step], targets[:, start : start + step]
+        total = total + checkpoint(of_part, part, wanted, start, use_reentrant=False, preserve_rng_state=False)
+    return total / (targets != IGNORED_LABEL).sum(dim=1).clamp(min=1)
+
+
+def tokens_of(value: Any, labels: Tensor, start: int, length: int) -> Any:
+    """The part of an input that has a row for each token: some models shape their output after it."""
+    by_token = isinstance(value, Tensor) and value.shape[:2] == labels.shape
+    return value[:, start : start + length] if by_token else value

@@ -1,0 +1,47 @@
+"""The states of all calibration batches between layers: in memory, or on disk, where they outlive a crash."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headprune.files import whole_file
+
+
+class LayerStates:
+    """(kind, layer, batch) -> a tensor on the CPU. kind: "states" enter a layer, "gradients" come back to it.
+
+    folder: None keeps them in memory; else one file each, written whole or not at all.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._kept: dict[tuple[str, int, int], Tensor] = {}
+
+    def put(self, kind: str, layer: int, batch: int, states: Tensor) -> None:
+        states = states.detach().cpu()
+        if self.folder is None:
+            self._kept[kind, layer, batch] = states
+            return
+        with whole_file(self._path(kind, layer, batch)) as draft:
+            save_file({"states": states.contiguous()}, draft)
+
+    def get(self, kind: str, layer: int, batch: int) -> Tensor:
+        if self.folder is None:
+            return self._kept[kind, layer, batch]
+        return load_file(self._path(kind, layer, batch))["states"]
+
+    def has(self, kind: str, layer: int, batch: int) -> bool:
+        return (kind, layer, batch) in self._kept if self.folder is None else self._path(kind, layer, batch).exists()
+
+    def drop(self, kind: str, layer: int) -> None:
+        """Forgets what is kept of `kind` at `layer`."""
+        self._kept = {key: states for key, states in self._kept.items() if key[:2] != (kind, layer)}
+        if self.folder is not None:
+            shutil.rmtree(self.folder / kind / f"{layer:05d}", ignore_errors=True)
+
+    def _path(self, kind: str, layer: int, batch: int) -> Path:
+        return self.folder / kind / f"{layer:05d}" / f"{batch:06d}.safetensors"

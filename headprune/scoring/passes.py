@@ -1,0 +1,110 @@
+"""What every pass over calibration data is made of, whether the model is in memory or read from disk layer by layer."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.scoring.observations import Observations, SiteObservations
+from headprune.scoring.observer import Observer, Setting
+from headprune.scoring.site_shape import SiteShape
+
+
+def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backward: bool) -> None:
+    loss = None
+    with ExitStack() as whole:
+        for observer in observers:
+            whole.enter_context(observer.watching_batch(batch))
+        with ExitStack() as forward:
+            for observer in observers:
+                forward.enter_context(observer.watching_forward(batch))
+            if backward:
+                loss = setting.loss(batch)
+            elif any(observer.runs == "forward" for observer in observers):
+                setting.run(batch)
+        if backward:
+            differentiate(loss)
+    for observer in observers:
+        observer.after_batch(batch, None if loss is None else loss.detach())
+
+
+def differentiate(loss: Tensor) -> None:
+    if not torch.isfinite(loss).all():
+        raise InvalidInput(
+            "the loss is NaN or infinite on a calibration batch; look for empty labels or overflow in low precision."
+        )
+    if not loss.requires_grad:
+        raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
+    loss.sum().backward()
+
+
+def snapshot(setting: Setting, observers: Sequence[Observer], seen: Sequence[int]) -> Observations:
+    """What the observers have found so far."""
+    fields: dict[str, dict[str, Tensor]] = {site.name: {} for site in setting.sites}
+    for observer in observers:
+        for name, found in observer.found().items():
+            fields[name].update(found)
+    reached = set.intersection(*(observer.reached() for observer in observers)) if observers else set(fields)
+    sites = {
+        site.name: SiteObservations(site.name, SiteShape.of(site), site.name in reached, **fields[site.name])
+        for site in setting.sites
+    }
+    sites |= {site.name: SiteObservations(site.name, SiteShape.of(site), reached=False) for site in setting.headless}
+    return Observations(sites, tuple(seen))
+
+
+def same_keys(keys: set[str] | None, batch: Any, index: int) -> set[str]:
+    """The keys that all batches share; InvalidInput where this one has others."""
+    found = set(batch) if isinstance(batch, Mapping) else set()
+    if keys is not None and found != keys:
+        raise InvalidInput(
+            f"batch {index} has the keys {sorted(found)}, the ones before it {sorted(keys)}; every batch must have the same."
+        )
+    return found
+
+
+def checksum(value: Any, start: int = 0) -> int:
+    """CRC-32 of a batch: tensors by their bytes, containers by what they hold, numbers and text as they are."""
+    if isinstance(value, Tensor):
+        start = zlib.crc32(f"{value.dtype}{tuple(value.shape)}".encode(), start)
+        return zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), start) if value.numel() else start
+    if isinstance(value, Mapping):
+        for key in value:
+            start = checksum(value[key], zlib.crc32(repr(key).encode(), start))
+        return start
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            start = checksum(item, start)
+        return start
+    plain = value is None or isinstance(value, (str, bytes, bool, int, float))
+    return zlib.crc32((repr(value) if plain else type(value).__name__).encode(), start)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside the block."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

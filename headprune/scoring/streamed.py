@@ -1,0 +1,252 @@
+"""Observations of a model that does not fit into memory: all batches go through one layer before the next one is read.
+
+Forward: the states in front of every layer are kept, observers of the forward pass see each layer as it runs. Then the model's
+own head and loss, on the states behind the last layer. Backward: layer by layer from the last, each run again from the states in
+front of it, and its gradient handed on. So the weights are read once in each direction, and what is measured is what a pass over
+the whole model measures: the same operations in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headprune.errors import InvalidInput
+from headprune.files import read_json, write_json
+from headprune.models.streamed import StreamedModel, streamed_of
+from headprune.models.trunk import Entry, enter, leaving
+from headprune.scoring.layer_states import LayerStates
+from headprune.scoring.observations import Need, Observations
+from headprune.scoring.observer import Observer, Setting, observer_of
+from headprune.scoring.passes import checksum, differentiate, in_eval_mode, same_keys, snapshot
+
+BY_LAYER = {
+    Need.WEIGHTS, Need.GRAM, Need.OUTPUT_NORM, Need.ATTENTION, Need.ATTENTION_PATTERN, Need.ATTENTION_DISTANCE,
+    Need.GATE_GRADIENT, Need.WEIGHT_GRADIENT,
+}  # fmt: skip
+WORK_KIND = "streamed_observation"
+
+
+def observe_streamed(
+    setting: Setting,
+    batches: Iterable[Any],
+    wanted: Sequence[Need],
+    checkpoint: str | Path | None,
+    progress: Callable[[int], None] | None,
+) -> Observations:
+    """What `observe` gives, for a model that `open_streamed` gave. checkpoint: a folder for states and results.
+
+    Raises InvalidInput for needs that take the whole model at once (switching heads off, probes), and what `observe` raises.
+    """
+    refused = [need.value for need in wanted if need not in BY_LAYER]
+    if refused:
+        raise InvalidInput(
+            f"{', '.join(refused)} cannot be observed layer by layer; choose criteria of weights, gradients, activations or "
+            "attention, or load the model whole."
+        )
+    batches, keys = list(batches), None
+    reads_data = any(observer_of(need).runs != "nothing" for need in wanted)
+    if reads_data and not batches:
+        raise InvalidInput("the calibration set is empty; a criterion that runs the model needs at least one batch.")
+    for index, batch in enumerate(batches):
+        keys = same_keys(keys, batch, index)
+    work = StreamedPass(setting, batches, wanted, None if checkpoint is None else Path(checkpoint), progress)
+    with in_eval_mode(setting.model):
+        found = work.measured()
+    headless = snapshot(replace(setting, sites=()), (), ())
+    return Observations({name: ({**headless.sites, **found})[name] for name in order_of(setting)}, work.seen if reads_data else ())
+
+
+def order_of(setting: Setting) -> list[str]:
+    """Sites with heads first and those without behind, as a pass over the whole model leaves them."""
+    return [site.name for site in (*setting.sites, *setting.headless)]
+
+
+class StreamedPass:
+    """One run over all layers, forward and, where something needs gradients, backward."""
+
+    def __init__(
+        self, setting: Setting, batches: list, wanted: Sequence[Need], folder: Path | None, progress: Callable[[int], None] | None
+    ) -> None:
+        self.setting, self.batches, self.folder, self.progress = setting, batches, folder, progress
+        self.streamed: StreamedModel = streamed_of(setting.model)
+        self.trunk, self.device = self.streamed.trunk, self.streamed.device
+        self.seen = tuple(checksum(batch) for batch in batches)
+        self.forward_needs = [need for need in wanted if observer_of(need).runs != "backward"]
+        self.backward_needs = [need for need in wanted if observer_of(need).runs == "backward"]
+        self.runs_forward = bool(self.backward_needs) or any(observer_of(need).runs == "forward" for need in wanted)
+        self.states = LayerStates(folder)
+        self.entries: list[Entry] = []
+        self.done = 0
+        with_heads = {site.name for site in setting.sites}
+        self.sites = [tuple(site for site in inside if site.name in with_heads) for inside in self.trunk.sites]
+        if folder is not None:
+            self._take_up(wanted)
+
+    def measured(self) -> dict[str, Any]:
+        """Site name -> SiteObservations."""
+        # All of it under what any observer wants of the whole pass: a mask that is made for one kind of attention fits no other.
+        with watching_pass(self._observers((), (*self.forward_needs, *self.backward_needs))):
+            return self._measured()
+
+    def _measured(self) -> dict[str, Any]:
+        if self.runs_forward:
+            self._enter()
+        forward = [self._forward(layer) for layer in range(len(self.trunk.layers))]
+        if not self.backward_needs:
+            return together(forward)
+        losses = self._leave()
+        lowest = min(layer for layer, sites in enumerate(self.sites) if sites)
+        backward = [self._backward(layer, losses, lowest) for layer in range(len(self.trunk.layers) - 1, lowest - 1, -1)]
+        backward += [self._snapshot(layer, ()) for layer in range(lowest)]
+        return both(together(forward), together(backward)) if self.forward_needs else together(backward)
+
+    def _enter(self) -> None:
+        """Every batch up to the first layer."""
+        with self.streamed.holding(None), self.streamed.holding(0), torch.no_grad():
+            for index, batch in enumerate(self.batches):
+                entry = enter(self.trunk, partial(self.setting.run, batch))
+                if not self.states.has("states", 0, index):
+                    self.states.put("states", 0, index, entry.states)
+                self.entries.append(replace(entry, states=entry.states.new_empty(0)))
+
+    def _forward(self, layer: int) -> Observations:
+        """All batches through `layer`, seen by the observers of the forward pass."""
+        sites, last = self.sites[layer], layer == len(self.trunk.layers) - 1
+        saved = self._saved("forward", layer)
+        behind = all(self.states.has("states", layer + 1, index) for index in range(len(self.batches)))
+        if saved is not None and (behind or not self.runs_forward):
+            return self._passed(saved)
+        with self.streamed.holding(layer, *(() if last else (layer + 1,))):
+            observers = self._observers(sites, self.forward_needs)
+            with torch.no_grad(), watching_pass(observers):
+                for index, batch in enumerate(self.batches if self.runs_forward else ()):
+                    with watching_batch(observers, batch), watching_forward(observers, batch):
+                        self.states.put("states", layer + 1, index, self._run(layer, index))
+                    for observer in observers:
+                        observer.after_batch(batch, None)
+            found = self._save("forward", layer, self._snapshot(layer, observers))
+        if not self.backward_needs:
+            self.states.drop("states", layer)
+        return self._passed(found)
+
+    def _leave(self) -> list[Tensor]:
+        """Loss of every batch; the gradients behind the last layer are kept."""
+        last, losses = len(self.trunk.layers), []
+        with self.streamed.holding(None, last - 1), torch.enable_grad():
+            for index, batch in enumerate(self.batches):
+                states = self.states.get("states", last, index).to(self.device).requires_grad_()
+                with leaving(self.trunk, states, self.entries[index].alone):
+                    loss = self.setting.loss(batch)
+                differentiate(loss)
+                losses.append(loss.detach())
+                if not self.states.has("gradients", last, index):
+                    self.states.put("gradients", last, index, states.grad)
+        return losses
+
+    def _backward(self, layer: int, losses: list[Tensor], lowest: int) -> Observations:
+        """The gradients of all batches back through `layer`, seen by the observers of the backward pass."""
+        saved = self._saved("backward", layer)
+        if saved is not None:
+            return self._passed(saved)
+        with self.streamed.holding(layer, *(() if layer == lowest else (layer - 1,))), torch.enable_grad():
+            observers = self._observers(self.sites[layer], self.backward_needs)
+            with watching_pass(observers):
+                for index, batch in enumerate(self.batches):
+                    states = self.states.get("states", layer, index).to(self.device).requires_grad_(layer > lowest)
+                    gradient = self.states.get("gradients", layer + 1, index).to(self.device)
+                    with watching_batch(observers, batch):
+                        with watching_forward(observers, batch):
+                            out = self.trunk.run(layer, self.entries[index].calls[layer], states)
+                        out.backward(gradient)
+                    for observer in observers:
+                        observer.after_batch(batch, losses[index])
+                    if layer > lowest:
+                        self.states.put("gradients", layer, index, states.grad)
+            found = self._save("backward", layer, self._snapshot(layer, observers))
+        self.states.drop("gradients", layer + 1)
+        return self._passed(found)
+
+    def _run(self, layer: int, index: int) -> Tensor:
+        states = self.states.get("states", layer, index).to(self.device)
+        return self.trunk.run(layer, self.entries[index].calls[layer], states)
+
+    def _observers(self, sites: Sequence, needs: Sequence[Need]) -> list[Observer]:
+        setting = replace(self.setting, sites=tuple(sites), headless=())
+        return [observer_of(need)(setting) for need in needs]
+
+    def _snapshot(self, layer: int, observers: Sequence[Observer]) -> Observations:
+        return snapshot(replace(self.setting, sites=self.sites[layer], headless=()), observers, ())
+
+    def _passed(self, found: Observations) -> Observations:
+        self.done += 1
+        if self.progress:
+            directions = 1 + bool(self.backward_needs)
+            self.progress(self.done * len(self.batches) // (directions * len(self.trunk.layers)))
+        return found
+
+    def _take_up(self, wanted: Sequence[Need]) -> None:
+        """InvalidInput where the folder holds another pass than this one."""
+        shards = self.streamed.shards
+        now = {
+            "needs": [need.value for need in wanted], "batches": list(self.seen), "folder": str(shards.folder.resolve()),
+            "files": {name: (shards.folder / name).stat().st_size for name in shards.files},
+        }  # fmt: skip
+        path = self.folder / "pass.json"
+        if not path.exists():
+            write_json(path, WORK_KIND, now)
+            return
+        document = read_json(path, WORK_KIND)
+        other = next((key for key, value in now.items() if document.get(key) != value), None)
+        if other is not None:
+            raise InvalidInput(f"{self.folder} holds a pass with other {other}; remove it or give another checkpoint folder.")
+
+    def _saved(self, direction: str, layer: int) -> Observations | None:
+        path = self._results(direction, layer)
+        return Observations.load(path) if path is not None and path.exists() else None
+
+    def _save(self, direction: str, layer: int, found: Observations) -> Observations:
+        if self.folder is not None:
+            found.save(self._results(direction, layer))
+        return found
+
+    def _results(self, direction: str, layer: int) -> Path | None:
+        return None if self.folder is None else self.folder / direction / f"{layer:05d}.safetensors"
+
+
+def together(parts: Iterable[Observations]) -> dict[str, Any]:
+    return {name: site for part in parts for name, site in part.items()}
+
+
+def both(forward: dict[str, Any], backward: dict[str, Any]) -> dict[str, Any]:
+    """Sites as both directions found them; reached where both reached them."""
+    return {
+        name: replace(site.merged(backward[name]), reached=site.reached and backward[name].reached)
+        for name, site in forward.items()
+    }
+
+
+def watching_pass(observers: Sequence[Observer]) -> ExitStack:
+    return entered(observer.watching_pass() for observer in observers)
+
+
+def watching_batch(observers: Sequence[Observer], batch: Any) -> ExitStack:
+    return entered(observer.watching_batch(batch) for observer in observers)
+
+
+def watching_forward(observers: Sequence[Observer], batch: Any) -> ExitStack:
+    return entered(observer.watching_forward(batch) for observer in observers)
+
+
+def entered(contexts: Iterable[Any]) -> ExitStack:
+    with ExitStack() as failing:
+        for context in contexts:
+            failing.enter_context(context)
+        return failing.pop_all()

@@ -1,0 +1,40 @@
+"""Opens a model folder without reading its weights: they are read layer by layer as the model runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import PreTrainedModel
+
+from headprune.models.shards import open_shards
+from headprune.models.streamed import StreamedModel
+from headprune.surgery.checkpoint import class_of, load_config, pruned_class
+from headprune.surgery.record import SECTION
+
+
+def open_streamed(
+    folder: str | os.PathLike, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model of `folder`, in eval mode, with its weights on disk. It scores (`hp.score`) and runs like any other, and
+    holds at most two layers' weights, or the embeddings and the head, at a time.
+
+    Args:
+        device: where the layers run.
+        dtype: of the weights once they are read; default as the config says.
+
+    Raises InvalidInput where the folder is no transformers model with safetensors weights, CorruptCheckpoint naming a weight file
+    that is missing or cut short, UnsupportedModel where the attentions do not lie in one stack of layers.
+    """
+    shards = open_shards(folder)
+    config = load_config(folder)
+    built = pruned_class(class_of(config), getattr(config, SECTION, None))
+    with init_empty_weights(include_buffers=False):
+        model = built._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    model.eval().requires_grad_(False)
+    model.tie_weights()
+    model.name_or_path = str(Path(folder))
+    model.headprune_streamed = StreamedModel(model, shards, device)
+    return model

@@ -1,0 +1,82 @@
+"""Writes a safetensors file tensor by tensor: what stays as it is goes from file to file, and no shard is held in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headprune.errors import CorruptCheckpoint, HeadpruneError
+from headprune.files import whole_file
+from headprune.models.shards import DTYPES, Stored
+
+CHUNK = 1 << 24
+ALIGNMENT = 8  # of the header, as the format asks
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: its stored type and shape, and where it comes from: a file, or a call that makes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    content: Stored | Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+
+
+def write_shard(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+    """All of the file or nothing. Raises HeadpruneError where the disk refuses, or a tensor is not as its entry says."""
+    entries = list(entries)
+    with whole_file(path) as draft, draft.open("wb", buffering=0) as file:
+        file.write(header(entries, metadata))
+        for entry in entries:
+            if isinstance(entry.content, Stored):
+                copy_range(entry.content, file.fileno())
+            else:
+                write_all(file, bytes_of(entry))
+
+
+def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
+    content: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for entry in entries:
+        content[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [end, end + entry.nbytes]}
+        end += entry.nbytes
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def bytes_of(entry: Entry) -> memoryview:
+    tensor = entry.content().detach().cpu().contiguous()
+    if tensor.dtype != DTYPES[entry.dtype] or tuple(tensor.shape) != entry.shape:
+        raise HeadpruneError(
+            f"{entry.name} became {tensor.dtype} {list(tensor.shape)}; expected {entry.dtype} {list(entry.shape)}."
+        )
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def write_all(file, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
+
+
+def copy_range(stored: Stored, target: int) -> None:
+    """Appends the bytes of `stored` to the open file `target`, inside the kernel."""
+    with stored.path.open("rb", buffering=0) as source:
+        done = 0
+        while done < stored.nbytes:
+            copied = os.sendfile(target, source.fileno(), stored.start + done, min(CHUNK, stored.nbytes - done))
+            if not copied:
+                raise CorruptCheckpoint(f"{stored.path} ended early while it was copied; was it changed?")
+            done += copied

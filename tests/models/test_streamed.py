@@ -1,0 +1,60 @@
+"""Models whose weights are read as they run."""
+
+import pytest
+import torch
+import transformers
+from streamed_models import labelled, sharded_folder
+
+import headprune as hp
+from headprune.errors import CorruptCheckpoint, UnsupportedModel
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_a_plain_call_gives_the_same_outputs_and_leaves_no_weights_behind(family, tmp_path):
+    folder = sharded_folder(family, tmp_path / "model")
+    model, batch = hp.open_streamed(folder), labelled()
+    with torch.no_grad():
+        found, expected = model(**batch), hp.load(folder)(**batch)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_pruned_model_streams_too(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    model, batch = hp.load(folder), labelled()
+    hp.prune(model, hp.PruningPlan.from_keep(model, {"model.layers.0.self_attn": [1], "model.layers.1.self_attn": [0, 1, 2]}))
+    hp.save(model, tmp_path / "pruned")
+    with torch.no_grad():
+        assert torch.equal(hp.open_streamed(tmp_path / "pruned")(**batch).logits, model(**batch).logits)
+
+
+def test_the_dtype_can_be_chosen(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    model, batch = hp.open_streamed(folder, dtype=torch.float64), labelled()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, hp.load(folder, dtype=torch.float64)(**batch).logits)
+
+
+def test_weights_that_the_files_lack_are_named(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers, config.layer_types = 3, None
+    config.save_pretrained(folder)
+    with pytest.raises(CorruptCheckpoint, match=r"model\.layers\.2\."):
+        hp.open_streamed(folder)(**labelled())
+
+
+def test_a_model_of_two_stacks_is_refused(tmp_path):
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=61)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match="one stack"):
+        hp.open_streamed(tmp_path / "model")
+
+
+def test_layers_that_hand_on_a_position_bias_are_refused(tmp_path):
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=61)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "model")
+    batch = {"input_ids": labelled()["input_ids"]}
+    with pytest.raises(UnsupportedModel, match="position bias"):
+        hp.observe(hp.open_streamed(tmp_path / "model"), [batch], ["gram"])

@@ -1,0 +1,237 @@
+"""Each distillation loss against its formula, written out."""
+
+import math
+
+import pytest
+import torch
+from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
+
+import headprune as hp
+from headprune.errors import InvalidInput
+from headprune.models import attention_sites
+from headprune.recovery.divergence import common_heads, top_divergence
+
+
+def hidden_states(model, batch):
+    return model(**batch, output_hidden_states=True).hidden_states[1:]
+
+
+def masked_kl(expected, found, valid):
+    """Mean over valid rows of KL, probabilities [batch, tokens, classes]."""
+    rows = (expected * (expected.log() - found.log())).nan_to_num(0.0).sum(-1)
+    return rows[valid].mean()
+
+
+@torch.no_grad()
+def test_logits_are_compared_as_hinton_does():
+    dense, pruned = pruned_llama()
+    batch, tau = text_batches()[0], 3.0
+    expected = (dense(**batch).logits / tau).softmax(-1)
+    found = (pruned(**batch).logits / tau).softmax(-1)
+    by_hand = tau**2 * (expected * (expected / found).log()).sum(-1).mean()
+    ours = hp.recovery.loss(pruned, batch, dense, hp.Distillation(logits=1.0, temperature=tau))
+    torch.testing.assert_close(ours, by_hand)
+
+
+@torch.no_grad()
+def test_padding_does_not_count_in_logits():
+    dense, pruned = pruned_llama()
+    batch = padded_batches()[0]
+    valid = batch["attention_mask"].bool()
+    expected, found = dense(**batch).logits[valid].softmax(-1), pruned(**batch).logits[valid].softmax(-1)
+    by_hand = (expected * (expected / found).log()).sum(-1).mean()
+    ours = hp.recovery.loss(pruned, batch, dense, hp.Distillation(logits=1.0, temperature=1.0))
+    torch.testing.assert_close(ours, by_hand)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("relative", [False, True])
+def test_hidden_states_are_those_of_every_block(relative):
+    dense, pruned = pruned_bert()
+    batch = padded_batches()[0]
+    valid = batch["attention_mask"].bool()
+    layers = []
+    for mine, theirs in zip(hidden_states(pruned, batch), hidden_states(dense, batch)):
+        error = (mine - theirs)[valid].square().mean()
+        layers.append(error / theirs[valid].square().mean() if relative else error)
+    ours = hp.recovery.loss(pruned, batch, dense, hp.Distillation(hidden=1.0, relative=relative))
+    torch.testing.assert_close(ours, torch.stack(layers).mean())
+
+
+@torch.no_grad()
+def test_attention_outputs_are_those_of_the_output_projections():
+    dense, pruned = pruned_llama()
+    batch = text_batches()[0]
+    caught = {}
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.register_forward_hook(lambda _m, _a, out, name=name: caught.setdefault(name, []).append(out))
+        model(**batch)
+    by_hand = torch.stack([(mine - theirs).square().mean() for mine, theirs in zip(caught["pruned"], caught["dense"])]).mean()
+    ours = hp.recovery.loss(pruned, batch, dense, hp.Distillation(attention=1.0, relative=False))
+    torch.testing.assert_close(ours, by_hand)
+
+
+@torch.no_grad()
+def test_relations_are_minilmv2s():
+    dense, pruned = pruned_bert()
+    batch = padded_batches()[0]
+    valid = batch["attention_mask"].bool()
+    caught = {}
+    for whose, model in (("dense", dense), ("pruned", pruned)):
+        for role in ("query", "key", "value"):
+            layer = getattr(model.encoder.layer[1].attention.self, role)
+            layer.register_forward_hook(lambda _m, _a, out, at=(whose, role): caught.setdefault(at, out))
+        model(**batch)
+    heads, total = 4, torch.zeros(())
+    for role in ("query", "key", "value"):
+        relation = {}
+        for whose in ("dense", "pruned"):
+            states = caught[whose, role]
+            width = states.shape[-1] // heads
+            split = torch.stack([states[..., head * width : (head + 1) * width] for head in range(heads)])  # [heads, batch, ...]
+            products = torch.einsum("hbik,hbjk->hbij", split, split) / math.sqrt(width)
+            relation[whose] = products.masked_fill(~valid[None, :, None, :], float("-inf")).softmax(-1)
+        total += torch.stack([masked_kl(relation["dense"][h], relation["pruned"][h], valid) for h in range(heads)]).mean()
+    ours = hp.recovery.loss(pruned, batch, dense, hp.Distillation(relations=1.0, relation_heads=heads))
+    torch.testing.assert_close(ours, total)
+
+
+@torch.no_grad()
+def test_embeddings_are_pooled_means():
+    dense, pruned = pruned_bert()
+    batch = padded_batches()[0]
+    mask = batch["attention_mask"][..., None]
+    mine, theirs = ((m(**batch).last_hidden_state * mask).sum(1) / mask.sum(1) for m in (pruned, dense))
+    ours = hp.recovery.loss(pruned, batch, dense, hp.Distillation(embedding=1.0))
+    torch.testing.assert_close(ours, (1 - torch.cosine_similarity(mine, theirs)).mean())
+
+
+@torch.no_grad()
+def test_similarities_are_those_inside_a_batch():
+    dense, pruned = pruned_bert()
+    batch = padded_batches()[0]
+    first = lambda output, batch: output.last_hidden_state[:, 0]  # noqa: E731
+    found = {}
+    for whose, model in (("dense", dense), ("pruned", pruned)):
+        rows = torch.nn.functional.normalize(first(model(**batch), batch), dim=-1)
+        found[whose] = torch.stack(
+            [torch.softmax(20 * torch.cat([rows[:i], rows[i + 1 :]]) @ rows[i], 0) for i in range(len(rows))]
+        )
+    by_hand = (found["dense"] * (found["dense"] / found["pruned"]).log()).sum(-1).mean()
+    ours = hp.recovery.loss(pruned, batch, dense, hp.Distillation(similarity=1.0, embed=first))
+    torch.testing.assert_close(ours, by_hand)
+
+
+@torch.no_grad()
+def test_terms_add_up_with_their_weights_and_the_task():
+    dense, pruned = pruned_llama()
+    batch = text_batches()[0]
+    single = [hp.recovery.loss(pruned, batch, dense, hp.Distillation(**{name: 1.0})) for name in ("logits", "hidden")]
+    both = hp.recovery.loss(pruned, batch, dense, hp.Distillation(logits=2.0, hidden=0.5, task=3.0))
+    torch.testing.assert_close(both, 2 * single[0] + 0.5 * single[1] + 3 * pruned(**batch).loss)
+
+
+def test_a_term_of_ones_own_counts():
+    @hp.recovery.distillation_term("twice-for-tests")
+    def twice(comparison):
+        return 2 * comparison.student.outputs[0].logits.square().mean()
+
+    dense, pruned = pruned_llama()
+    batch = text_batches()[0]
+    ours = hp.recovery.loss(pruned, batch, dense, hp.Distillation(more={"twice-for-tests": 0.25}))
+    torch.testing.assert_close(ours, 0.5 * pruned(**batch).logits.square().mean())
+
+
+def test_a_plain_module_is_taught_through_its_loss():
+    dense, pruned, batches, loss_fn = pruned_classifier()
+    ours = hp.recovery.loss(pruned, batches[0], dense, hp.Distillation(logits=1.0, hidden=1.0, temperature=1.0), loss_fn=loss_fn)
+    expected, found = dense(batches[0][0]).softmax(-1), pruned(batches[0][0]).softmax(-1)
+    kl = (expected * (expected / found).log()).sum(-1).mean()
+    hidden = []
+    for index in range(2):
+        states = [
+            model.encoder.layers[0](batches[0][0])
+            if index == 0
+            else model.encoder.layers[1](model.encoder.layers[0](batches[0][0]))
+            for model in (pruned, dense)
+        ]
+        hidden.append((states[0] - states[1]).square().mean() / states[1].square().mean())
+    torch.testing.assert_close(ours, kl + torch.stack(hidden).mean(), rtol=1e-4, atol=1e-6)
+    ours.backward()
+    assert all(parameter.grad is None for parameter in dense.parameters())
+    assert isinstance(dense.encoder.layers[0].self_attn, torch.nn.MultiheadAttention)
+
+
+@pytest.mark.parametrize("top", [7, 40])
+def test_all_classes_of_the_top_give_the_whole_divergence(top):
+    """Against the definition: the classes that are not stored are one class."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 5, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected = teacher.log_softmax(-1)
+    chosen = expected.topk(top, dim=-1)
+    found = student.float().log_softmax(-1).double()
+    kept, mine = chosen.values.exp(), found.gather(-1, chosen.indices).exp()
+    by_hand = (kept * (kept / mine).log()).sum(-1)
+    if top < 40:
+        rest, others = 1 - kept.sum(-1), 1 - mine.sum(-1)
+        by_hand = by_hand + rest * (rest / others).log()
+    ours = top_divergence(student, chosen.indices, chosen.values, 1.0)
+    torch.testing.assert_close(ours.double(), by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_relation_heads_divide_both_widths():
+    assert common_heads(160, 384) == 8
+    assert common_heads(32, 384) == 8
+    assert common_heads(384, 384) == 12
+
+
+def test_only_the_student_learns():
+    dense, pruned = pruned_bert()
+    hp.recovery.loss(pruned, padded_batches()[0], dense).backward()
+    assert all(parameter.grad is None for parameter in dense.parameters())
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in pruned.parameters())
+    assert not dense.training
+    assert len(attention_sites(dense)) == 2
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (lambda: pruned_llama(layers=2)[0].model, "lacks the task head|no logits"),
+        (lambda: with_vocabulary(77), "another vocabulary"),
+        (lambda: pruned_bert()[0], "no logits"),
+    ],
+)
+def test_a_teacher_of_another_kind_is_refused(teacher, message):
+    _, pruned = pruned_llama()
+    with pytest.raises(InvalidInput, match=message):
+        hp.recovery.loss(pruned, {"input_ids": text_batches()[0]["input_ids"]}, teacher(), hp.Distillation(logits=1.0))
+
+
+def with_vocabulary(size):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    dense = pruned_llama()[0]
+    return LlamaForCausalLM(LlamaConfig(**{**dense.config.to_dict(), "vocab_size": size}))
+
+
+def test_a_teacher_with_other_layers_is_refused():
+    _, pruned = pruned_llama()
+    with pytest.raises(InvalidInput, match=r"has no attention model\.layers\.1"):
+        hp.recovery.loss(pruned, text_batches()[0], pruned_llama_of_one_layer(), hp.Distillation(hidden=1.0))
+
+
+def pruned_llama_of_one_layer():
+    from tiny_models import llama
+
+    return llama(layers=1)
+
+
+def test_weights_that_say_nothing_are_refused():
+    with pytest.raises(InvalidInput, match="every weight is 0"):
+        hp.Distillation()
+    with pytest.raises(InvalidInput, match="expected more than 0"):
+        hp.Distillation(logits=-1.0)
+    with pytest.raises(InvalidInput, match="unknown distillation term"):
+        hp.Distillation(more={"logit": 1.0})

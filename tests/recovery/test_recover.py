@@ -1,0 +1,247 @@
+"""Recovery lowers the loss, keeps the heads, stops for a reason, and goes on after a kill."""
+
+import copy
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
+from tiny_models import hidden
+
+import headprune as hp
+from headprune.errors import InvalidInput
+
+
+def same_state(one, other, **tolerance):
+    found = other.state_dict()
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, found[name], **({"rtol": 0.0, "atol": 0.0} | tolerance))
+
+
+@pytest.mark.parametrize("method", ["full", "projections", "lora"])
+def test_training_lowers_the_loss_and_keeps_the_heads(method, tmp_path):
+    _, model = pruned_llama()
+    before = {site.name: site.head_map for site in hp.attention_sites(model)}
+    types = [type(module) for module in model.modules()]
+    result = hp.recover(model, text_batches(), method=method, steps=12, lr=5e-3)
+    assert [step for step, _ in result.losses] == list(range(1, 13))
+    assert result.losses[-1][1] < result.losses[0][1] - 0.1
+    assert result.stopped_because == "the budget is used up"
+    assert {site.name: site.head_map for site in hp.attention_sites(model)} == before
+    assert [type(module) for module in model.modules()] == types
+    assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    hp.save(model, tmp_path / "saved")
+    batch = text_batches(1)[0]
+    torch.testing.assert_close(hidden(hp.load(tmp_path / "saved"), **batch), hidden(model, **batch), rtol=0, atol=0)
+
+
+def test_projections_change_nothing_else():
+    _, model = pruned_llama()
+    before = copy.deepcopy(model)
+    hp.recover(model, text_batches(), method="projections", steps=2, lr=1e-3)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.{role}_proj.weight" for layer in (0, 1) for role in "qkvo"}
+
+
+def test_adapters_of_a_rank_change_weights_by_that_rank():
+    _, model = pruned_llama()
+    before = copy.deepcopy(model)
+    hp.recover(model, text_batches(), method="lora", steps=3, lr=1e-3, method_options={"rank": 2})
+    change = (model.model.layers[0].mlp.up_proj.weight - before.model.layers[0].mlp.up_proj.weight).detach()
+    assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 2
+    assert torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("pair", [pruned_llama, pruned_bert])
+def test_distillation_brings_the_outputs_nearer(pair):
+    dense, model = pair()
+    batches = padded_batches()
+    start, weights = copy.deepcopy(model), copy.deepcopy(dense)
+    result = hp.recover(model, batches, batches, teacher=dense, steps=30, lr=3e-3)
+    error = [float((hidden(some, **batches[0]) - hidden(dense, **batches[0])).square().mean()) for some in (start, model)]
+    assert error[1] < 0.7 * error[0]
+    assert result.best > result.evaluations[0][1]
+    assert result.evaluations[0][0] == 0
+    same_state(dense, weights)
+
+
+def test_a_plain_module_recovers_with_a_loss_function():
+    dense, model, batches, loss_fn = pruned_classifier()
+    result = hp.recover(model, batches, loss_fn=loss_fn, teacher=dense, steps=20, lr=5e-3)
+    assert result.losses[-1][1] < 0.8 * result.losses[0][1]
+    plain = hp.recover(model, batches, batches, loss_fn=loss_fn, method="lora", steps=12, lr=5e-3)
+    assert plain.best > plain.evaluations[0][1]
+
+
+def test_a_dataset_of_rows_is_made_into_batches():
+    _, model = pruned_llama()
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            ids = text_batches(10)[index]["input_ids"][0]
+            return {"input_ids": ids, "labels": ids}
+
+    result = hp.recover(model, Rows(), steps=5, lr=5e-3, per_device_train_batch_size=4)
+    assert result.losses[-1][1] < result.losses[0][1]
+
+
+def test_the_best_evaluation_is_what_stays():
+    _, model = pruned_llama()
+    qualities = iter([0.0, 1.0, 3.0, 2.0, 2.5, 1.0, 9.0])
+    states = []
+
+    def metric(some):
+        states.append(copy.deepcopy(some.state_dict()))
+        return next(qualities)
+
+    result = hp.recover(model, text_batches(), metric=metric, steps=12, lr=1e-3, eval_steps=2, patience=3)
+    assert result.stopped_because == "no better for 3 evaluations"
+    assert (result.best, result.best_step, result.steps) == (3.0, 4, 10)
+    assert result.evaluations == ((0, 0.0), (2, 1.0), (4, 3.0), (6, 2.0), (8, 2.5), (10, 1.0))
+    assert all(torch.equal(value, states[2][name]) for name, value in model.state_dict().items())
+
+
+def test_a_loss_that_becomes_nan_leaves_the_last_good_state():
+    _, model = pruned_llama()
+    calls = []
+
+    def loss_fn(some, batch):
+        calls.append(copy.deepcopy(some.state_dict()))
+        return some(**batch).loss * (float("nan") if len(calls) > 7 else 1.0)
+
+    result = hp.recover(model, text_batches(), loss_fn=loss_fn, steps=20, lr=1e-3)
+    assert result.stopped_because == "the loss is NaN or infinite at step 8; the weights are those of step 6"
+    assert all(torch.equal(value, calls[6][name]) for name, value in model.state_dict().items())
+
+
+def test_a_first_loss_that_is_nan_is_an_error():
+    _, model = pruned_llama()
+    with pytest.raises(InvalidInput, match="step 1, before anything was trained"):
+        hp.recover(model, text_batches(), loss_fn=lambda some, batch: some(**batch).loss * float("inf"), steps=2)
+
+
+def test_adapters_are_gone_after_an_error():
+    _, model = pruned_llama()
+    types = [type(module) for module in model.modules()]
+    with pytest.raises(InvalidInput, match="returned no loss"):
+        hp.recover(model, [{"input_ids": text_batches()[0]["input_ids"]}], method="lora", steps=2)
+    assert [type(module) for module in model.modules()] == types
+
+
+KILLED = """
+import os, signal, sys
+from pruned_pairs import pruned_llama, text_batches
+import headprune as hp
+
+dense, model = pruned_llama()
+stop = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done == 7 else None
+hp.recover(model, text_batches(), text_batches(2), teacher=dense, steps=16, lr=2e-3, save_steps=3, eval_steps=4,
+           output_dir=sys.argv[1], progress=stop)
+"""
+
+
+def test_a_killed_recovery_goes_on_and_ends_the_same(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run")], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    options = {"steps": 16, "lr": 2e-3, "save_steps": 3, "eval_steps": 4}
+    dense, whole = pruned_llama()
+    expected = hp.recover(whole, text_batches(), text_batches(2), teacher=dense, **options)
+    seen = []
+    _, model = pruned_llama()
+    progress = lambda done, _: seen.append(done)  # noqa: E731
+    result = hp.recover(
+        model, text_batches(), text_batches(2), teacher=dense, output_dir=tmp_path / "run", progress=progress, **options
+    )
+    assert seen[0] == 7
+    same_state(model, whole, rtol=1e-5, atol=1e-6)
+    assert [step for step, _ in result.losses] == list(range(1, 17))
+    torch.testing.assert_close(torch.tensor(result.losses), torch.tensor(expected.losses))
+    torch.testing.assert_close(torch.tensor(result.evaluations), torch.tensor(expected.evaluations))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    _, again = pruned_llama()
+    assert hp.recover(again, text_batches(), text_batches(2), teacher=dense, output_dir=tmp_path / "run", **options) == result
+    same_state(again, model)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_checkpoint_that_was_cut_off_is_not_taken_up(method, tmp_path):
+    options = {"steps": 8, "lr": 2e-3, "method": method}
+    _, whole = pruned_llama()
+    hp.recover(whole, text_batches(), **options)
+
+    def stop(done, total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    _, model = pruned_llama()
+    with pytest.raises(KeyboardInterrupt):
+        hp.recover(model, text_batches(), save_steps=2, output_dir=tmp_path, progress=stop, **options)
+    (tmp_path / "checkpoint-4" / "complete").unlink()
+    _, model = pruned_llama()
+    hp.recover(model, text_batches(), save_steps=2, output_dir=tmp_path, **options)
+    same_state(model, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_of_another_recovery_is_refused(tmp_path):
+    _, model = pruned_llama()
+    hp.recover(model, text_batches(), steps=2, output_dir=tmp_path)
+    with pytest.raises(InvalidInput, match="holds a recovery with steps=2, this one has 3"):
+        hp.recover(model, text_batches(), steps=3, output_dir=tmp_path)
+
+
+def test_minutes_bound_the_time_and_bring_the_rate_to_zero():
+    """By a clock that ticks at every look."""
+    _, model = pruned_llama()
+    ticks, rates = iter(range(1000)), []
+
+    class Rates(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, lr_scheduler=None, **_):
+            rates.append(lr_scheduler.get_last_lr()[0])
+
+    result = hp.recover(model, text_batches(), minutes=1, clock=lambda: float(next(ticks)), lr=1e-3, warmup=2, callbacks=[Rates()])
+    assert 60 <= result.seconds < 70
+    assert result.steps == len(rates)
+    assert 5 < result.steps < 60
+    assert rates[-1] < 0.1 * max(rates)
+    assert max(rates) < 1e-3
+
+
+def test_accumulated_batches_are_one_larger_batch():
+    ids = text_batches(1, batch=8)[0]["input_ids"]
+    halves = [{"input_ids": part, "labels": part} for part in ids.chunk(2)]
+    _, one = pruned_llama()
+    hp.recover(one, [{"input_ids": ids, "labels": ids}], steps=3, lr=1e-3)
+    _, two = pruned_llama()
+    hp.recover(two, halves, steps=3, lr=1e-3, gradient_accumulation_steps=2)
+    same_state(one, two, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lorra"}, "unknown recovery method 'lorra'. Did you mean 'lora'"),
+        ({"steps": 2, "minutes": 1}, "give one of them"),
+        ({"steps": 0}, "steps is 0; expected more than 0"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"steps": 2, "learn_rate": 3}, "learn_rate"),
+        ({"distil": hp.Distillation(logits=1.0)}, "without a teacher"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    _, model = pruned_llama()
+    with pytest.raises(InvalidInput, match=message):
+        hp.recover(model, text_batches(), **options)
+
+
+def test_no_batches_are_an_error():
+    _, model = pruned_llama()
+    with pytest.raises(InvalidInput, match="train is empty"):
+        hp.recover(model, [])

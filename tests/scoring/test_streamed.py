@@ -1,0 +1,121 @@
+"""Scoring layer by layer measures what a pass over the whole model measures."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from streamed_models import labelled, sharded_folder
+
+import headprune as hp
+from headprune.errors import InvalidInput
+from headprune.scoring.causal_losses import causal_losses
+
+NEEDS = ["weights", "gram", "output_norm", "gate_gradient", "weight_gradient"]
+PATTERNS = ["attention", "attention_pattern", "attention_distance", "gate_gradient"]
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    assert found.seen == expected.seen
+    for name, site in expected.items():
+        for field in fields(site):
+            mine, theirs = getattr(found[name], field.name), getattr(site, field.name)
+            assert torch.equal(mine, theirs) if isinstance(theirs, torch.Tensor) else mine == theirs, (name, field.name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "qwen3_moe", "gemma3", "gpt_oss", "olmo2", "deepseek_v3"])
+def test_bit_for_bit(family, tmp_path):
+    folder, batches = sharded_folder(family, tmp_path / "model"), [labelled("left"), labelled("right", 2)]
+    assert_same(hp.observe(hp.open_streamed(folder), batches, NEEDS), hp.observe(hp.load(folder), batches, NEEDS))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_attention_patterns_bit_for_bit(family, tmp_path):
+    folder, batches = sharded_folder(family, tmp_path / "model"), [labelled("left"), labelled("right", 2)]
+    assert_same(hp.observe(hp.open_streamed(folder), batches, PATTERNS), hp.observe(hp.load(folder), batches, PATTERNS))
+
+
+def test_states_on_disk_change_nothing(tmp_path):
+    folder, batches = sharded_folder("llama", tmp_path / "model"), [labelled("left"), labelled("right", 2)]
+    found = hp.observe(hp.open_streamed(folder), batches, NEEDS, checkpoint=tmp_path / "work")
+    assert_same(found, hp.observe(hp.load(folder), batches, NEEDS))
+    assert_same(hp.observe(hp.open_streamed(folder), batches, NEEDS, checkpoint=tmp_path / "work"), found)
+
+
+def test_each_weight_is_read_once_in_each_direction(tmp_path, monkeypatch):
+    model = hp.open_streamed(sharded_folder("llama", tmp_path / "model"))
+    shards, reads = model.headprune_streamed.shards, []
+    original = type(shards).read
+
+    def noted(self, name, pinned=False):
+        reads.append(name)
+        return original(self, name, pinned)
+
+    monkeypatch.setattr(type(shards), "read", noted)
+    hp.observe(model, [labelled()] * 3, ["gram"])
+    inside = [name for name in reads if "layers.1." in name]
+    assert sorted(inside) == sorted(name for name in shards if "layers.1." in name)
+
+
+def test_criteria_that_switch_heads_off_are_refused(tmp_path):
+    model = hp.open_streamed(sharded_folder("llama", tmp_path / "model"))
+    with pytest.raises(InvalidInput, match="ablation cannot be observed layer by layer"):
+        hp.score(model, [labelled()], "ablation")
+
+
+def test_another_pass_in_the_same_folder_is_refused(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    hp.observe(hp.open_streamed(folder), [labelled()], ["gram"], checkpoint=tmp_path / "work")
+    with pytest.raises(InvalidInput, match="other batches"):
+        hp.observe(hp.open_streamed(folder), [labelled("left")], ["gram"], checkpoint=tmp_path / "work")
+
+
+KILLED = """
+import os, signal, sys
+import headprune as hp
+from headprune.scoring import streamed as _  # noqa: F401
+from streamed_models import labelled
+steps = int(sys.argv[3])
+pass_class = sys.modules["headprune.scoring.streamed"].StreamedPass
+for direction in ("_forward", "_backward"):
+    def counted(self, layer, *rest, own=getattr(pass_class, direction)):
+        global steps
+        steps -= 1
+        if steps < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(self, layer, *rest)
+    setattr(pass_class, direction, counted)
+model = hp.open_streamed(sys.argv[1])
+hp.observe(model, [labelled("left"), labelled("right", 2)], ["gram", "gate_gradient"], checkpoint=sys.argv[2])
+"""
+
+
+def test_killed_in_the_backward_pass_it_goes_on_with_the_same_result(tmp_path):
+    folder, batches = sharded_folder("llama", tmp_path / "model", num_hidden_layers=4), [labelled("left"), labelled("right", 2)]
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "work"), "5"]
+    path = os.pathsep.join(path for path in sys.path if path)
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    found = hp.observe(hp.open_streamed(folder), batches, ["gram", "gate_gradient"], checkpoint=tmp_path / "work")
+    assert_same(found, hp.observe(hp.load(folder), batches, ["gram", "gate_gradient"]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "cohere"])
+def test_the_causal_loss_in_parts_is_the_loss_of_each_sample(family, tmp_path):
+    folder, batch = sharded_folder(family, tmp_path / "model"), labelled()
+    model = hp.load(folder)
+    with torch.no_grad():
+        expected = torch.stack([model(**{name: value[row : row + 1] for name, value in batch.items()}).loss for row in range(3)])
+        torch.testing.assert_close(causal_losses(model, batch, 7), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_streamed_scores_of_the_causal_loss_equal_those_in_memory(tmp_path):
+    folder, batch = sharded_folder("llama", tmp_path / "model"), labelled()
+    found = hp.score(hp.open_streamed(folder), [batch], "fisher", loss_fn=hp.causal_losses)
+    for checkpointing in (False, True):
+        expected = hp.score(hp.load(folder), [batch], "fisher", loss_fn=hp.causal_losses, checkpointing=checkpointing)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

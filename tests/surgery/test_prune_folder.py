@@ -1,0 +1,124 @@
+"""Pruning a model on disk gives, file by file, what pruning it in memory gives."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from streamed_models import sharded_folder
+from tiny_decoders import FAMILIES, decoder
+
+import headprune as hp
+from headprune.errors import CorruptCheckpoint, InvalidInput, InvalidPlan
+
+
+def random_plan(folder, seed: int = 0, emptied: bool = False):
+    model, drawn = hp.load(folder), random.Random(seed)
+    counts = {site.name: site.head_map.query_heads for site in hp.attention_sites(model)}
+    keep = {name: sorted(drawn.sample(range(heads), drawn.randint(1, heads))) for name, heads in counts.items()}
+    return hp.PruningPlan.from_keep(model, keep | ({next(iter(keep)): []} if emptied else {}))
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_and_config_are_those_of_the_model_pruned_in_memory(family, emptied, tmp_path):
+    folder = sharded_folder(family, tmp_path / "model")
+    plan, model = random_plan(folder, seed=emptied, emptied=emptied), hp.load(folder)
+    hp.prune(model, plan)
+    hp.save(model, tmp_path / "whole", max_shard_size="20KB")
+    hp.prune_folder(folder, plan, tmp_path / "files")
+    found, expected = hp.load(tmp_path / "files"), hp.load(tmp_path / "whole")
+    assert list(found.state_dict()) == list(expected.state_dict())
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
+    sections = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("files", "whole")]
+    for key in ("headprune", "auto_map", "architectures", "per_layer_config"):
+        assert sections[0].get(key) == sections[1].get(key)
+
+
+def test_a_folder_of_one_file_and_tied_weights(tmp_path):
+    sharded_folder("llama", tmp_path / "many", tie_word_embeddings=True)
+    hp.save(hp.load(tmp_path / "many"), tmp_path / "one")
+    plan = random_plan(tmp_path / "one")
+    hp.prune_folder(tmp_path / "one", plan, tmp_path / "pruned")
+    assert sorted(path.name for path in (tmp_path / "pruned").glob("*.safetensors*")) == ["model.safetensors"]
+    model = hp.load(tmp_path / "pruned")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_nothing_is_written_for_a_plan_of_another_model(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    plan = random_plan(sharded_folder("llama", tmp_path / "other", num_attention_heads=8))
+    with pytest.raises(InvalidPlan, match="another model"):
+        hp.prune_folder(folder, plan, tmp_path / "pruned")
+    assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
+
+
+def test_a_missing_file_is_named_and_nothing_is_written(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    plan, victim = random_plan(folder), sorted(folder.glob("*.safetensors"))[-1]
+    victim.unlink()
+    with pytest.raises(CorruptCheckpoint, match=victim.name):
+        hp.prune_folder(folder, plan, tmp_path / "pruned")
+    assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
+
+
+def test_the_source_itself_is_refused(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    with pytest.raises(InvalidInput, match="the source itself"):
+        hp.prune_folder(folder, random_plan(folder), folder)
+
+
+KILLED = """
+import os, signal, sys
+import headprune as hp
+def progress(done, files):
+    if done == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+hp.prune_folder(sys.argv[1], hp.PruningPlan.load(sys.argv[2]), sys.argv[3], progress=progress)
+"""
+
+
+def test_killed_between_files_it_goes_on_and_the_bytes_are_the_same(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    plan = random_plan(folder)
+    plan.save(tmp_path / "plan.json")
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "plan.json"), str(tmp_path / "pruned"), "2"]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    assert not (tmp_path / "pruned").exists()
+    finished = {path.name: path.stat().st_ino for path in (tmp_path / ".pruned.part").glob("*.safetensors")}
+    assert len(finished) == 2
+    hp.prune_folder(folder, plan, tmp_path / "pruned")
+    assert all((tmp_path / "pruned" / name).stat().st_ino == inode for name, inode in finished.items())
+    hp.prune_folder(folder, plan, tmp_path / "at_once")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pruned").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "at_once").iterdir()
+    }
+
+
+LIMITED = """
+import resource, sys
+import headprune as hp
+plan = hp.PruningPlan.load(sys.argv[2])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[4]), resource.RLIM_INFINITY))
+hp.prune_folder(sys.argv[1], plan, sys.argv[3])
+"""
+
+
+def test_a_folder_larger_than_the_memory_that_is_left(tmp_path):
+    options = {"hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 16}
+    decoder("llama", **options).save_pretrained(tmp_path / "model", max_shard_size="20MB")
+    plan = random_plan(tmp_path / "model")
+    plan.save(tmp_path / "plan.json")
+    total = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    limit = 64 << 20
+    assert total > limit
+    paths = [str(tmp_path / name) for name in ("model", "plan.json", "pruned")]
+    command = [sys.executable, "-c", LIMITED, *paths, str(limit)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, check=True, timeout=120)
+    assert hp.load(tmp_path / "pruned").config.headprune["sites"]
