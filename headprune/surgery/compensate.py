@@ -51,7 +51,7 @@ def resolve_outputs(
     method: str = "least_squares",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Resolved]:
-    """Re-solves the output projection of every site in `keep`, before the cut, in place.
+    """Re-solves the output projections of the sites in `keep`, from the first that loses heads on, before the cut, in place.
 
     Afterwards the projections are those of the pruned model: with the other heads gated or cut they reproduce the dense
     outputs as well as least squares can. `sites` must be in the order of the forward pass.
@@ -64,7 +64,9 @@ def resolve_outputs(
         progress: called with (layers done, layers).
     """
     solver, training = get_solver(method), model.training
-    chosen = [site for site in sites if len(keep.get(site.name, ())) < site.head_map.query_heads and site.name in keep]
+    chosen = [site for site in sites if site.name in keep]
+    loses = [len(keep[site.name]) < site.head_map.query_heads for site in chosen]
+    chosen = chosen[loses.index(True) :] if any(loses) else []
     dense = {site.name: weight_and_bias(site) for site in chosen}
     solved: dict[str, Weights] = dict(dense)
     reports = []
@@ -183,10 +185,10 @@ class Passes:
         return (TYPICAL_LENGTH / counts).expand(valid.shape)[valid]
 
 
-def resolve(site, keep, old, train, held_out, solver: Solver) -> tuple[Resolved, Weights]:
+def resolve(site, keep, old, train, held_out, solver: Solver, join: bool = True) -> tuple[Resolved, Weights]:
     """The change that leaves the smallest held-out error, and the weights that it gives; the old ones where none helps.
 
-    What the held-out batches have chosen is solved once more with them. Raises InvalidInput for too few tokens.
+    join: what the held-out batches have chosen is solved once more with them. Raises InvalidInput for too few tokens.
     """
     weight, bias = old
     columns = site.columns(tuple(keep)).to(weight.device)
@@ -202,7 +204,8 @@ def resolve(site, keep, old, train, held_out, solver: Solver) -> tuple[Resolved,
     report = Resolved(site.name, 1.0 if before else 0.0, best / scale, ridge)
     if change is None:
         return report, old
-    change = dict(solver.solve(train + held_out, layer)).get(ridge, change)
+    if join:
+        change = dict(solver.solve(train + held_out, layer)).get(ridge, change)
     new_weight = weight.clone()
     new_weight[:, columns] += change[:-1].T.to(weight)
     new_bias = None if bias is None else bias + change[-1].to(bias)
