@@ -193,8 +193,10 @@ def test_a_checkpoint_that_was_cut_off_is_not_taken_up(method, tmp_path):
 def test_a_folder_of_another_recovery_is_refused(tmp_path):
     _, model = pruned_llama()
     hp.recover(model, text_batches(), steps=2, output_dir=tmp_path)
-    with pytest.raises(InvalidInput, match="holds a recovery with steps=2, this one has 3"):
-        hp.recover(model, text_batches(), steps=3, output_dir=tmp_path)
+    with pytest.raises(InvalidInput, match="steps is 2 there and 3 here"):
+        hp.recover(pruned_llama()[1], text_batches(), steps=3, output_dir=tmp_path)
+    with pytest.raises(InvalidInput, match="holds another recovery: model is"):
+        hp.recover(pruned_llama(seed=1)[1], text_batches(), steps=2, output_dir=tmp_path)
 
 
 def test_minutes_bound_the_time_and_bring_the_rate_to_zero():

@@ -46,14 +46,22 @@ class DocstringRetrieval(Task):
         self.test = shuffled(test)[:test_pairs]
         chosen = sorted(shuffled(calibration, seed)[:calibration_pairs], key=lambda pair: len(pair.document))
         groups = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
-        self.calibration = [
-            self.encoded([pair.query for pair in group] + [pair.document for pair in group]) for group in shuffled(groups, seed)
-        ]
+        self.calibration = [self.sentences_and_rests(group) for group in shuffled(groups, seed)]
+        self.training_pairs = shuffled(calibration, seed)
         self.digest = hashlib.sha256(repr(self.test).encode()).hexdigest()[:16]
 
     def check_model(self, model: nn.Module) -> None:
         if getattr(model, "can_generate", bool)():
             raise InvalidInput(f"task {self.name} needs an encoder; {type(model).__name__} is a language model.")
+
+    def training(self) -> list[dict[str, Tensor]]:
+        """All pairs of the calibration half; those of like length share a batch."""
+        pairs = sorted(self.training_pairs, key=lambda pair: len(pair.document))
+        groups = [pairs[start : start + self.batch] for start in range(0, len(pairs), self.batch)]
+        return [self.sentences_and_rests(group) for group in shuffled(groups)]
+
+    def sentences_and_rests(self, pairs: list[Pair]) -> dict[str, Tensor]:
+        return self.encoded([pair.query for pair in pairs] + [pair.document for pair in pairs])
 
     def encoded(self, texts: list[str]) -> dict[str, Tensor]:
         found = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")

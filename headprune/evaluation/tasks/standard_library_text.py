@@ -16,6 +16,7 @@ from headprune.evaluation.tasks.task import Progress, Task, register_task
 
 PROMPT_ROWS, PROMPT_TOKENS = 4, 32  # tokens: at most half a window
 LATENCY_ROWS = 4
+TRAINING_WINDOWS = 4096
 
 
 @register_task
@@ -44,7 +45,7 @@ class StandardLibraryText(Task):
     ) -> None:
         if window < 2 or batch < 1:
             raise InvalidInput(f"window={window}, batch={batch}: expected at least 2 tokens a window and 1 window a batch.")
-        self.tokenizer, self.window, self.batch = tokenizer, window, batch
+        self.tokenizer, self.window, self.batch, self.seed = tokenizer, window, batch, seed
         parts = standard_library_text()
         # [windows, window], int64
         self.test = windows_of(token_stream(tokenizer, parts.test), window, test_windows)
@@ -53,6 +54,12 @@ class StandardLibraryText(Task):
             raise InvalidInput(f"the test set is empty: test_windows={test_windows} of {window} tokens gives no window.")
         self.calibration = [{"input_ids": rows, "labels": rows} for rows in chosen.split(batch)] if len(chosen) else []
         self.digest = digest((*parts.calibration, *parts.test))[:16]
+
+    def training(self) -> list[dict[str, Tensor]]:
+        """Windows of the packages that neither calibration nor test holds."""
+        stream = token_stream(self.tokenizer, standard_library_text().training)
+        chosen = windows_of(stream, self.window, TRAINING_WINDOWS, self.seed)
+        return [{"input_ids": rows, "labels": rows} for rows in chosen.split(self.batch)] or self.calibration
 
     def check_model(self, model: nn.Module) -> None:
         if not getattr(model, "can_generate", bool)():
