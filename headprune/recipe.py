@@ -87,6 +87,7 @@ class PlanSection(Section):
 
 class PruneSection(Section):
     compensate: bool = True
+    feed_forward: bool = Field(default=False, description="re-solve also the ends of the feed-forwards")
 
 
 class RecoverSection(Section):

@@ -113,7 +113,9 @@ def pruned_model(
     pruned = copy.deepcopy(dense)
     calibration = task.calibration if recipe.prune.compensate else None
     with stages.stage("cut and re-solve output projections" if calibration else "cut") as progress:
-        resolved = prune(pruned, chosen, calibration, forward=task.forward, progress=progress)
+        resolved = prune(
+            pruned, chosen, calibration, forward=task.forward, feed_forward=recipe.prune.feed_forward, progress=progress
+        )
     for site in resolved:
         log.info("%s: output error %.3f -> %.3f (ridge %s)", site.site, site.error_before, site.error_after, site.ridge)
     with stages.stage("check, save and load back"):

@@ -15,7 +15,7 @@ from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.passes import in_eval_mode
-from headprune.surgery.compensate import Passes, Target, Weights, is_held_out, resolve, set_weight_and_bias
+from headprune.surgery.compensate import Passes, Target, Weights, is_held_out, resolve
 from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.walk import Walk
 
@@ -66,11 +66,7 @@ class CompensatedError:
         """One error for each plan (site name -> heads to keep)."""
         wanted = [tuple(tuple(plan[site.name]) for site in self.passes.sites) for plan in plans]
         with in_eval_mode(self.passes.model), torch.no_grad():
-            try:
-                self._known |= {keep: self._error(keep) for keep in sorted(set(wanted) - set(self._known))}
-            finally:
-                for site in self.passes.sites:
-                    set_weight_and_bias(site, self.passes.dense[site.name])
+            self._known |= {keep: self._error(keep) for keep in sorted(set(wanted) - set(self._known))}
         return [self._known[keep] for keep in wanted]
 
     def _dense(self) -> tuple[list[list[Target]], dict[int, tuple[Tensor, bool]]]:
