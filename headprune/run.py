@@ -20,6 +20,7 @@ from headprune.recipe import Recipe, load_recipe
 from headprune.report.progress import Stages
 from headprune.report.web_page import report
 from headprune.run_recovery import recovered_model
+from headprune.run_schedule import scheduled_model
 from headprune.run_values import kept, measure_for_report, planning_options, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_model, opening
@@ -61,9 +62,13 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
         task.check_model(dense)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     scores = scored(dense, task, recipe, stages)
-    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe, stages))
-    pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
-    pruned = recovered_model(dense, pruned, task, recipe, folder, stages)
+    if recipe.schedule:
+        chosen, pruned, checks = scheduled_model(dense, task, recipe, folder, stages)
+        refuse_failed(checks)
+    else:
+        chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe, stages))
+        pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
+        pruned = recovered_model(dense, pruned, task, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
         comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
     write_json(

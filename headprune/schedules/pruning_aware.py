@@ -87,7 +87,7 @@ def pruning_aware(
         model = trainer.model
         fold_gates(model, gates)
         pruned(setting, model, chosen, clock)
-        report = recovered(setting, model, 1, 1, record.folder, clock)
+        report = recovered(setting, model, 1, 1, record.recovery_folder(1), clock)
         quality = measured(setting, model, clock)
     details = {"method": method, "gates": {name: gate.tolist() for name, gate in gates.items()}, **course(trainer)}
     step = described_step(setting, 1, budget.fraction, dict(chosen), quality, clock, recovery=summary(report), **details)

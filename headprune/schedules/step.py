@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,11 +73,11 @@ def pruned(setting: Setting, model: nn.Module, chosen: PruningPlan, clock: Clock
         prune(model, chosen, calibration, progress=progress, **options)
 
 
-def recovered(setting: Setting, model: nn.Module, number: int, of: int, folder: Path | None, clock: Clock) -> Any:
+def recovered(setting: Setting, model: nn.Module, number: int, of: int, work: Path | None, clock: Clock) -> Any:
+    """work: the folder of this recovery."""
     if setting.recover is None:
         return None
     with clock.timed("recover") as progress:
-        work = None if folder is None else folder / f"recovery-{number:03d}"
         around = Round(number, of, setting.dense, setting.training_data, setting.loss_fn, setting.seed + number, work, progress)
         return setting.recover(model, around)
 
@@ -100,12 +101,12 @@ def plan_of(setting: Setting, keep: Keep, name: str | None = None) -> PruningPla
 
 
 def carry_out(
-    setting: Setting, model: nn.Module, keep: Keep, number: int, target: float, clock: Clock, folder: Path | None, of: int
+    setting: Setting, model: nn.Module, keep: Keep, number: int, target: float, clock: Clock, work: Path | None, of: int
 ) -> Step:
     """One whole step on `model`, in place; `keep` are the heads of the original that it has."""
     chosen = planned(setting, scored(setting, model, clock), keep, target)
     pruned(setting, model, chosen, clock)
-    report = recovered(setting, model, number, of, folder, clock)
+    report = recovered(setting, model, number, of, work, clock)
     quality = measured(setting, model, clock)
     return described_step(setting, number, target, composed(keep, chosen), quality, clock, recovery=summary(report))
 
@@ -113,4 +114,4 @@ def carry_out(
 def summary(report: Any) -> Any:
     """What a recovery says of itself, as JSON."""
     to_json = getattr(report, "to_json", None)
-    return to_json() if to_json else None
+    return json.loads(json.dumps(to_json())) if to_json else None
