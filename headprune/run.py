@@ -24,7 +24,7 @@ from headprune.run_schedule import scheduled_model
 from headprune.run_values import kept, measure_for_report, planning_options, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_model, opening
-from headprune.surgery import load, prune, save
+from headprune.surgery import load, prune, save, search_plan
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
 log = logging.getLogger("headprune")
@@ -62,13 +62,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
         task.check_model(dense)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     scores = scored(dense, task, recipe, stages)
-    if recipe.schedule:
-        chosen, pruned, checks = scheduled_model(dense, task, recipe, folder, stages)
-        refuse_failed(checks)
-    else:
-        chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe, stages))
-        pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
-        pruned = recovered_model(dense, pruned, task, recipe, folder, stages)
+    chosen, pruned, checks = smaller_model(dense, task, scores, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
         comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
     write_json(
@@ -76,6 +70,19 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     )
     measure_for_report(dense, task, scores, recipe, stages)
     return RunResult(folder, chosen, comparison, checks, report(folder), stages)
+
+
+def smaller_model(
+    dense: PreTrainedModel, task: Task, scores: HeadScores, recipe: Recipe, folder: Path, stages: Stages
+) -> tuple[PruningPlan, PreTrainedModel, dict[str, Any]]:
+    """The plan, the model that it leads to (by a schedule, or cut once and recovered where that is asked for), what was checked."""
+    if recipe.schedule:
+        chosen, pruned, checks = scheduled_model(dense, task, recipe, folder, stages)
+        refuse_failed(checks)
+        return chosen, pruned, checks
+    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(dense, task, scores, recipe, stages))
+    pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
+    return chosen, recovered_model(dense, pruned, task, recipe, folder, stages), checks
 
 
 def refuse_foreign(folder: Path, recipe: Recipe) -> None:
@@ -92,12 +99,19 @@ def work_of(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude={"report"})
 
 
-def planned(scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:
+def planned(dense: PreTrainedModel, task: Task, scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:
     """The plan that the recipe's budget gives, or the one that it names."""
     if recipe.plan.file:
         return PruningPlan.load(recipe.plan.file)
-    with stages.stage("plan"):
-        return plan(scores, Budget(**recipe.plan.budget), **planning_options(recipe))
+    budget, options = Budget(**recipe.plan.budget), planning_options(recipe)
+    if not recipe.plan.trials:
+        with stages.stage("plan"):
+            return plan(scores, budget, **options)
+    with stages.stage("try plans, pruned and compensated") as progress:
+        return search_plan(
+            dense, scores, budget, task.calibration, trials=recipe.plan.trials, forward=task.forward, seed=recipe.seed,
+            progress=progress, **options,
+        ).plan  # fmt: skip
 
 
 def pruned_model(
@@ -111,7 +125,9 @@ def pruned_model(
     pruned = copy.deepcopy(dense)
     calibration = task.calibration if recipe.prune.compensate else None
     with stages.stage("cut and re-solve output projections" if calibration else "cut") as progress:
-        resolved = prune(pruned, chosen, calibration, forward=task.forward, progress=progress)
+        resolved = prune(
+            pruned, chosen, calibration, forward=task.forward, feed_forward=recipe.prune.feed_forward, progress=progress
+        )
     for site in resolved:
         log.info("%s: output error %.3f -> %.3f (ridge %s)", site.site, site.error_before, site.error_after, site.ridge)
     with stages.stage("check, save and load back"):

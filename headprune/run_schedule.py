@@ -42,6 +42,8 @@ def scheduled_model(
             criterion=recipe.score.criterion,
             normalize=recipe.score.normalize,
             compensate=recipe.prune.compensate,
+            feed_forward=recipe.prune.feed_forward,
+            trials=recipe.plan.trials,
             recover=recovery_settings(recipe.recover),
             train=task.training(),
             metric=lambda model: -mean_loss(model, held_out, task.loss),

@@ -21,7 +21,7 @@ from headprune.schedules.rewound import EarlyWeights, check_rewindable, earlier_
 from headprune.schedules.schedule import failing, finished, measure_dense, schedule
 from headprune.schedules.setting import Setting
 from headprune.schedules.spacing import targets
-from headprune.schedules.step import Clock, described_step, measured, plan_of, planned, pruned, recovered, scored, summary
+from headprune.schedules.step import Clock, described_step, measured, plan_of, planned, pruned, recovered, summary
 
 NAME = "lottery_ticket"
 REWINDS = ("weights", "learning_rate")
@@ -72,7 +72,7 @@ def lottery_ticket(
     for number in range(record.steps[-1].number + 1, len(goals) + 1):
         clock = Clock(f"step {number} of {len(goals)}", setting.progress)
         with failing(setting, record, NAME, clock):
-            chosen = planned(setting, scored(setting, trained, clock), record.last.keep, goals[number - 1])
+            chosen = planned(setting, trained, record.last.keep, goals[number - 1], clock)
             keep = composed(record.last.keep, chosen)
             if rewind == "weights":
                 trained = framed(first(), keep)

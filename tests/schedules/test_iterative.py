@@ -59,6 +59,15 @@ def test_protected_heads_are_those_of_the_original():
     assert {1, 3} <= set(found.plan[site])
 
 
+def test_plans_can_be_tried_and_feed_forwards_re_solved_at_every_cut():
+    options = {"steps": 2, "loss_fn": loss, "trials": 2, "feed_forward": True}
+    found = schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), **options)
+    assert found.plan.removed_heads == 4
+    assert "try plans" in found.history[1].seconds
+    plain = schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), steps=2, loss_fn=loss)
+    assert not torch.equal(hidden(found.model, input_ids=tokens()), hidden(plain.model, input_ids=tokens()))
+
+
 def test_steps_end_at_the_given_targets():
     from headprune.schedules.spacing import targets
 
