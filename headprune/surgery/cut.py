@@ -13,8 +13,9 @@ from headprune.errors import InvalidPlan, UnsupportedModel
 from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
-from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
+from headprune.models.site import AttentionSite, HeadModules, HeadTensor, ProjectionHeads
 from headprune.nn.replace import on_own_attention
+from headprune.surgery.gather import gathered
 from headprune.surgery.record import record_cut
 from headprune.surgery.rehearse import rehearse
 
@@ -103,6 +104,8 @@ def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
         keep_features(parts[0][0], torch.cat([features for _, features in parts]).sort().values)
     for extra in site.extras:
         keep_entries(extra, kept_kv if extra.per_kv_head else kept)
+    for part in site.head_modules:
+        keep_modules(part, kept_kv if part.per_kv_head else kept)
     site.dispatcher.head_map = head_map
     adapter.after_cut(site, head_map, kept)
 
@@ -120,9 +123,14 @@ def keep_entries(extra: HeadTensor, heads: Sequence[int]) -> None:
     setattr(extra.module, extra.attribute, sliced(extra.tensor, extra.dim, extra.features(heads)))
 
 
+def keep_modules(part: HeadModules, heads: Sequence[int]) -> None:
+    modules = getattr(part.module, part.attribute)
+    setattr(part.module, part.attribute, nn.ModuleList(modules[head] for head in heads))
+
+
 def sliced(tensor: Tensor, dim: int, features: Tensor) -> Tensor:
     """A parameter stays one; a buffer or plain tensor too."""
-    data = tensor.detach().index_select(dim, features.to(tensor.device))
+    data = gathered(tensor.detach(), dim, features)
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
