@@ -1,6 +1,34 @@
 """Quality and cost, always dense against pruned in the same run."""
 
+from headprune.evaluation.bootstrap import Interval, paired_bootstrap
+from headprune.evaluation.callable_metric import CallableMetric
+from headprune.evaluation.classification import Classification, ImageClassification, Regression
+from headprune.evaluation.data import EvaluationData
 from headprune.evaluation.evaluate import Comparison, Evaluation, compare, evaluate
 from headprune.evaluation.latency_table import machines_here, measure_latency_table
+from headprune.evaluation.lm_harness import LanguageModelHarness
+from headprune.evaluation.metric import Metric
+from headprune.evaluation.perplexity import Perplexity
+from headprune.evaluation.retrieval import Retrieval
+from headprune.evaluation.trace import write_trace
 
-__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "machines_here", "measure_latency_table"]
+__all__ = [
+    "CallableMetric",
+    "Classification",
+    "Comparison",
+    "Evaluation",
+    "EvaluationData",
+    "ImageClassification",
+    "Interval",
+    "LanguageModelHarness",
+    "Metric",
+    "Perplexity",
+    "Regression",
+    "Retrieval",
+    "compare",
+    "evaluate",
+    "machines_here",
+    "measure_latency_table",
+    "paired_bootstrap",
+    "write_trace",
+]
