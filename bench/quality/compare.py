@@ -73,7 +73,6 @@ def one_cut(
         "seconds": {name: spent.seconds for name, spent in steps.items()},
         "cpu_seconds": {name: spent.cpu_seconds for name, spent in steps.items()},
         "peak_mb": whole.megabytes,
-        "above_mb": whole.above,
         "note": planned.note,
     }
 

@@ -27,7 +27,8 @@ from torch import nn
 import headprune as hp
 from headprune.models import attention_sites
 from headprune.planning.mask_search import fisher_mask_search
-from headprune.run_values import planning_options
+from headprune.report.progress import Stages
+from headprune.run import planned as planned_by_recipe
 from headprune.scoring import Need, Observations, score_observations
 
 
@@ -111,8 +112,14 @@ def our_scores(setting: Setting, observed: Observations) -> hp.HeadScores:
 
 
 def our_plan(setting: Setting, scores: hp.HeadScores, fraction: float) -> Planned:
-    recipe = recipe_of(setting.name, fraction)
-    return Planned(hp.plan(scores, hp.Budget(**recipe.plan.budget), **planning_options(recipe)))
+    return Planned(planned_by_recipe(setting.model, setting.task, scores, recipe_of(setting.name, fraction), Stages()))
+
+
+def our_cut(setting: Setting, scores: hp.HeadScores, planned: Planned, model: nn.Module) -> nn.Module:
+    options = recipe_of(setting.name).prune.model_dump()
+    calibration = setting.task.calibration if options.pop("compensate") else None
+    hp.prune(model, planned.keep, calibration, forward=setting.task.forward, **options)
+    return model
 
 
 def our_settings(model: str) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def our_settings(model: str) -> dict[str, Any]:
 register(
     Method(
         "ours", "ours", "recipes/<model>.yaml: scores, plan and compensation",
-        our_scores, our_plan, resolved_cut, our_needs, our_settings,
+        our_scores, our_plan, our_cut, our_needs, our_settings,
     )
 )  # fmt: skip
 
