@@ -27,8 +27,7 @@ from torch import nn
 import headprune as hp
 from headprune.models import attention_sites
 from headprune.planning.mask_search import fisher_mask_search
-from headprune.report.progress import Stages
-from headprune.run import planned as planned_by_recipe
+from headprune.run_values import plan_of
 from headprune.scoring import Need, Observations, score_observations
 
 
@@ -112,13 +111,14 @@ def our_scores(setting: Setting, observed: Observations) -> hp.HeadScores:
 
 
 def our_plan(setting: Setting, scores: hp.HeadScores, fraction: float) -> Planned:
-    return Planned(planned_by_recipe(setting.model, setting.task, scores, recipe_of(setting.name, fraction), Stages()))
+    recipe = recipe_of(setting.name, fraction)
+    return Planned(plan_of(recipe, setting.model, setting.task, scores))
 
 
 def our_cut(setting: Setting, scores: hp.HeadScores, planned: Planned, model: nn.Module) -> nn.Module:
-    options = recipe_of(setting.name).prune.model_dump()
-    calibration = setting.task.calibration if options.pop("compensate") else None
-    hp.prune(model, planned.keep, calibration, forward=setting.task.forward, **options)
+    task, wanted = setting.task, recipe_of(setting.name).prune
+    calibration = task.calibration if wanted.compensate else None
+    hp.prune(model, planned.keep, calibration, forward=task.forward, feed_forward=wanted.feed_forward)
     return model
 
 

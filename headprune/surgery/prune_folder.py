@@ -52,6 +52,9 @@ def prune_folder(
     plan.check_fits(model)
     sites = {site.name: site for site in attention_sites(model)}
     kept = {name: heads for name, heads in plan.items() if len(heads) < sites[name].head_map.query_heads}
+    for name in kept:
+        if sites[name].head_modules:
+            raise UnsupportedModel(f"{name} numbers modules by head, and so their files; load the model whole to prune it.")
     savings = Savings.of(model, sites, kept)
     cutting = Cutting(source, shards, kept)
     before = model.state_dict()
