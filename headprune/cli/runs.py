@@ -44,15 +44,18 @@ def demo_command(
 @app.command("report")
 def report_command(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, or any with scores*.json or plan.json of one model.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page; report.html in the folder where none is given.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; by default report.html in the folder.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Also write every plot as PNG and SVG to this folder.")] = None,
 ) -> None:
     """Write a run's report: one HTML file with heat maps, a slider over budgets, curves and tables. Heads can be kept or dropped in
     it and the plan downloaded for `headprune prune`."""
+    from headprune.report.figures import figures as draw
     from headprune.report.web_page import report
 
     terminal.console.print(f"written to {report(folder, output)}")
+    if figures is not None:
+        written = draw(folder, figures)
+        terminal.console.print(f"{len(written)} figures in {figures}")
 
 
 def carry_out(recipe) -> None:
