@@ -31,13 +31,15 @@ TOLERANCE = 1e-4  # relative, fp32: cutting reorders sums
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves: the comparison of dense and pruned, the plan, what was checked, and where the report is."""
+    """What a run leaves: the comparison of dense and pruned, the plan, what was checked, where the report is, and what each stage
+    took that was not taken up from an earlier try."""
 
     folder: Path
     plan: PruningPlan
     comparison: Comparison
     checks: dict[str, Any]
     report: Path
+    stages: Stages
 
 
 def run(recipe: Recipe, stages: Stages) -> RunResult:
@@ -58,13 +60,15 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
         task.check_model(dense)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     scores = scored(dense, task, recipe, stages)
-    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe))
+    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe, stages))
     pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
         comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
-    write_json(folder / "result.json", "run_result", {"checks": checks, "comparison": comparison.to_json()})
+    write_json(
+        folder / "result.json", "run_result", {"checks": checks, "comparison": comparison.to_json(), "stages": stages.to_json()}
+    )
     measure_for_report(dense, task, scores, recipe, stages)
-    return RunResult(folder, chosen, comparison, checks, report(folder))
+    return RunResult(folder, chosen, comparison, checks, report(folder), stages)
 
 
 def refuse_foreign(folder: Path, recipe: Recipe) -> None:
@@ -81,11 +85,12 @@ def work_of(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude={"report"})
 
 
-def planned(scores: HeadScores, recipe: Recipe) -> PruningPlan:
+def planned(scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:
     """The plan that the recipe's budget gives, or the one that it names."""
     if recipe.plan.file:
         return PruningPlan.load(recipe.plan.file)
-    return plan(scores, Budget(**recipe.plan.budget), **planning_options(recipe))
+    with stages.stage("plan"):
+        return plan(scores, Budget(**recipe.plan.budget), **planning_options(recipe))
 
 
 def pruned_model(

@@ -70,6 +70,10 @@ def test_a_run_leaves_every_value_of_the_way(recipe):
     written = json.loads((result.folder / "result.json").read_text())
     assert written["comparison"]["pruned"]["parameters"] == result.comparison.pruned.parameters
     assert PruningPlan.load(result.folder / "plan.json").keep == result.plan.keep
+    titles = [stage["title"] for stage in written["stages"]]
+    assert [titles.index(name) for name in ("score heads by fisher", "plan", "cut and re-solve output projections")] == [2, 3, 4]
+    assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e7 for stage in written["stages"])
+    assert result.stages.__rich__().row_count == len(titles)
 
 
 @pytest.mark.parametrize("stage", ["planned", "prune", "save", "compare"])

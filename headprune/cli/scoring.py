@@ -63,9 +63,10 @@ def sensitivity_command(
     model: ModelArgument,
     scores: Annotated[Path, typer.Argument(help="scores.json: the order in which the heads of a layer go.")],
     task: TaskOption = None,
+    csv: Annotated[Path | None, typer.Option(help="Also the curves as a table, one point a line, for a plot.")] = None,
     output: OutputOption = Path("sensitivity.json"),
 ) -> None:
-    """Which layers tolerate pruning: the loss with 1, 2, 3, ... heads of each attention gone."""
+    """Which layers tolerate pruning: the loss with 1, 2, 3, ... heads of each attention gone, and with each head alone gone."""
     from headprune.planning import sensitivity
     from headprune.scoring import HeadScores
 
@@ -75,5 +76,7 @@ def sensitivity_command(
         progress=lambda done: progress(done, len(data.calibration)),
     ))  # fmt: skip
     found.save(output)
+    if csv is not None:
+        found.save_csv(csv)
     terminal.console.print(found)
-    terminal.console.print(f"written to {output}")
+    terminal.console.print(f"written to {output}{'' if csv is None else f' and {csv}'}")

@@ -3,6 +3,7 @@
 from headprune.planning import optimal  # noqa: F401 (registers its allocation)
 from headprune.planning.allocation import allocation
 from headprune.planning.budget import Budget
+from headprune.planning.diversity import diverse
 from headprune.planning.engine import Engine, engines, register_engine
 from headprune.planning.evolution import Evolution, evolve, masked_fitness
 from headprune.planning.latency_table import LatencyTable
@@ -19,6 +20,7 @@ __all__ = [
     "PruningPlan",
     "Sensitivity",
     "allocation",
+    "diverse",
     "engines",
     "evolve",
     "fisher_mask_search",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +37,32 @@ def optimal(selection: Selection, units: Sequence[Unit]) -> None:
     options = {site: options_of(selection, site, by_site[site]) for site in selection.kept}
     target = budget_target(selection, list(selection.kept))
     refuse_infeasible(selection, list(selection.kept), sum(min(one.cost for one in found) for found in options.values()), target)
-    for site, option in zip(options, cheapest(list(options.values()), target)):
+    chosen = cheapest(list(options.values()), target)
+    if all(option.removed == selection.kept[site] for site, option in zip(options, chosen)):
+        chosen = cheapest_with_a_head(selection, options, target)
+    for site, option in zip(options, chosen):
         selection.kept[site] -= option.removed
+
+
+def cheapest_with_a_head(selection: Selection, options: Mapping[str, Sequence[Option]], target: int) -> list[Option]:
+    """The best choice that leaves some site a head: the best of those that leave it to one site or another."""
+    found = []
+    for index, site in enumerate(options):
+        own = [option for option in options[site] if option.removed != selection.kept[site]]
+        sites = [*options.values()]
+        sites[index] = own
+        if own and sum(min(option.cost for option in each) for each in sites) <= target:
+            found.append(cheapest(sites, target))
+    if not found:
+        least = sum(min(option.cost for option in each) for each in options.values())
+        one = min(
+            option.cost - min(other.cost for other in each)
+            for site, each in options.items()
+            for option in each
+            if option.removed != selection.kept[site]
+        )
+        refuse_infeasible(selection, list(options), least + one, target)
+    return min(found, key=lambda choice: sum(option.error for option in choice))
 
 
 def options_of(selection: Selection, site: str, units: Sequence[Unit]) -> list[Option]:

@@ -74,4 +74,5 @@ def run_tables(result) -> list[RenderableType]:
     checks = Table(title="checks", title_justify="left", show_header=False)
     for row in check_rows(result.checks):
         checks.add_row(*row)
-    return [result.plan, checks, result.comparison, f"the run, with the pruned model: {result.folder}; its report: {result.report}"]
+    where = f"the run, with the pruned model: {result.folder}; its report: {result.report}"
+    return [result.plan, checks, result.comparison, result.stages, where]

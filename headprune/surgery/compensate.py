@@ -22,7 +22,7 @@ from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite, is_conv1d
 from headprune.models.stream import residual_streams
 from headprune.models.tokens import token_masks, valid_tokens
-from headprune.surgery.normal_equations import Layer, NormalEquations, get_solver
+from headprune.surgery.normal_equations import Layer, NormalEquations, Solver, get_solver
 from headprune.surgery.walk import Walk, keeping_for
 
 HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
@@ -61,7 +61,7 @@ def resolve_outputs(
         method: "least_squares", "mask_tuning" (one factor for each head) or "bias" (headprune.surgery.normal_equations).
         progress: called with (layers done, layers).
     """
-    solve = get_solver(method)
+    solver = get_solver(method)
     batches = list(batches)
     if not batches:
         raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
@@ -81,7 +81,7 @@ def resolve_outputs(
             for done, site in enumerate(chosen):
                 stream = streams.get(site.name)
                 train, held_out = gather(site, stream, chosen, keep, dense, solved, batches, walks, masks)
-                report, solved[site.name] = resolve(site, keep[site.name], dense[site.name], train, held_out, solve)
+                report, solved[site.name] = resolve(site, keep[site.name], dense[site.name], train, held_out, solver)
                 reports.append(report)
                 if progress:
                     progress(done + 1, len(chosen))
@@ -121,13 +121,18 @@ def gather(site, stream, chosen, keep, dense, solved, batches, walks, masks) -> 
     return train, held_out
 
 
-def resolve(site, keep, old, train, held_out, solve) -> tuple[Resolved, tuple[Tensor, Tensor | None]]:
-    """The change that leaves the smallest held-out error, and the weights that it gives; the old ones where none helps."""
+def resolve(site, keep, old, train, held_out, solver: Solver) -> tuple[Resolved, tuple[Tensor, Tensor | None]]:
+    """The change that leaves the smallest held-out error, and the weights that it gives; the old ones where none helps.
+
+    What the held-out batches have chosen is solved once more with them. Raises InvalidInput for too few tokens.
+    """
     weight, bias = old
     columns = site.columns(tuple(keep)).to(weight.device)
+    layer = Layer(weight[:, columns], len(keep), bias is not None)
+    refuse_too_few(site.name, train.tokens, solver.unknowns(layer))
     before = held_out.error(torch.zeros_like(held_out.cross))
     best, ridge, change = before, None, None
-    for candidate, solution in solve(train, Layer(weight[:, columns], len(keep), bias is not None)):
+    for candidate, solution in solver.solve(train, layer):
         error = held_out.error(solution)
         if error < best:
             best, ridge, change = error, candidate, solution
@@ -135,10 +140,19 @@ def resolve(site, keep, old, train, held_out, solve) -> tuple[Resolved, tuple[Te
     report = Resolved(site.name, 1.0 if before else 0.0, best / scale, ridge)
     if change is None:
         return report, old
+    change = dict(solver.solve(train + held_out, layer)).get(ridge, change)
     new_weight = weight.clone()
     new_weight[:, columns] += change[:-1].T.to(weight)
     new_bias = None if bias is None else bias + change[-1].to(bias)
     return report, (new_weight, new_bias)
+
+
+def refuse_too_few(name: str, tokens: int, needed: int) -> None:
+    if tokens < needed:
+        raise InvalidInput(
+            f"compensation has {tokens} calibration tokens at {name} (beside those that are held out); its {needed} unknowns need "
+            f"at least {needed}, better {10 * needed}. Give more calibration batches, or compensation='mask_tuning' or 'bias'."
+        )
 
 
 def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Tensor]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headprune.errors import unknown_name
+from headprune.errors import InvalidInput, unknown_name
+
+log = logging.getLogger("headprune")
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # of the mean diagonal, tried in turn where a Gram matrix is singular
 
 
 @dataclass
@@ -40,17 +44,46 @@ class NormalEquations:
 
     def solve(self, ridge: float, bias: bool) -> Tensor:
         """The change of weights and bias [inputs + 1, outputs] (its last row 0 where there is no bias); `ridge` is relative
-        to the Gram's mean diagonal and leaves the bias free."""
+        to the Gram's mean diagonal and leaves the bias free. Raises InvalidInput as `factored` does."""
         inputs = self.gram.shape[0] - 1
         used = inputs + int(bias)
         mean = self.gram.diagonal()[:inputs].mean().clamp(min=torch.finfo(torch.float64).tiny)
         damping = torch.full((used,), float(ridge * mean), dtype=torch.float64)
         damping[inputs:] = 1e-9 * float(self.gram[-1, -1])
         change = torch.zeros_like(self.cross)
-        factor, failed = torch.linalg.cholesky_ex(self.gram[:used, :used] + torch.diag(damping))
-        if not failed:
-            change[:used] = torch.cholesky_solve(self.cross[:used], factor)
+        factor, _ = factored(self.gram[:used, :used] + torch.diag(damping))
+        change[:used] = torch.cholesky_solve(self.cross[:used], factor)
         return change
+
+    @property
+    def tokens(self) -> int:
+        return round(float(self.gram[-1, -1]))
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        return NormalEquations(self.gram + other.gram, self.cross + other.cross, self.squares + other.squares)
+
+
+def factored(gram: Tensor) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of `gram` (fp64), and the jitter that it took, as a share of the mean diagonal.
+
+    Raises InvalidInput where the matrix is not finite, or not even the largest jitter makes it positive definite.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise InvalidInput("calibration activations are NaN or infinite; look for overflow in low precision, or run in fp32.")
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny))
+    for jitter in JITTERS:
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(torch.full_like(diagonal, jitter * mean)))
+        if not failed:
+            if jitter:
+                log.warning(
+                    "a singular Gram matrix of %d inputs: solved with a jitter of %g of its mean diagonal", len(gram), jitter
+                )
+            return factor, jitter
+    raise InvalidInput(
+        f"the Gram matrix of {len(gram)} inputs is not positive definite, even with a jitter of {JITTERS[-1]:g} of its mean "
+        "diagonal; give other calibration data."
+    )
 
 
 @dataclass(frozen=True)
@@ -63,16 +96,26 @@ class Layer:
     bias: bool
 
 
-Solver = Callable[[NormalEquations, Layer], Iterator[tuple[float, Tensor]]]
+Solve = Callable[[NormalEquations, Layer], Iterator[tuple[float, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to compensate. solve: yields (setting, change [inputs + 1, outputs]), of which the one with the least held-out error
+    is taken, if that is less than without any. unknowns: how many numbers it finds for one output, at most."""
+
+    solve: Solve
+    unknowns: Callable[[Layer], int]
+
+
 _solvers: dict[str, Solver] = {}
 
 
-def solver(name: str) -> Callable[[Solver], Solver]:
-    """Registers a way to compensate: it yields (setting, change [inputs + 1, outputs]), of which the one with the least held-out
-    error is taken, if that is less than without any."""
+def solver(name: str, unknowns: Callable[[Layer], int]) -> Callable[[Solve], Solve]:
+    """Registers a `Solver`."""
 
-    def register(function: Solver) -> Solver:
-        _solvers[name] = function
+    def register(function: Solve) -> Solve:
+        _solvers[name] = Solver(function, unknowns)
         return function
 
     return register
@@ -84,14 +127,14 @@ def get_solver(name: str) -> Solver:
     return _solvers[name]
 
 
-@solver("least_squares")
+@solver("least_squares", unknowns=lambda layer: layer.weight.shape[1] + int(layer.bias))
 def least_squares(equations: NormalEquations, layer: Layer) -> Iterator[tuple[float, Tensor]]:
     """Any change of weights and bias, ridge towards the old weights."""
     for ridge in RIDGES:
         yield ridge, equations.solve(ridge, layer.bias)
 
 
-@solver("mask_tuning")
+@solver("mask_tuning", unknowns=lambda layer: layer.heads)
 def mask_tuning(equations: NormalEquations, layer: Layer) -> Iterator[tuple[float, Tensor]]:
     """One factor for each head, merged into its weights (Kwon et al. 2022, 4.3): damping 1, none taken outside [-10, 10]."""
     weight = layer.weight.double().cpu().T  # [inputs, outputs]
@@ -107,7 +150,7 @@ def mask_tuning(equations: NormalEquations, layer: Layer) -> Iterator[tuple[floa
         yield 1.0, change
 
 
-@solver("bias")
+@solver("bias", unknowns=lambda layer: int(layer.bias))
 def bias_alone(equations: NormalEquations, layer: Layer) -> Iterator[tuple[float, Tensor]]:
     """The mean of what is missing goes into the bias (An et al. 2024, FLAP, eq. 7); nothing where there is none."""
     if layer.bias:

@@ -26,9 +26,28 @@ def test_curves_are_the_losses_with_the_lowest_heads_gone_one_after_another(tmp_
         stays = scores[name].argsort(descending=True)[: 8 - gone].tolist()
         with gated(model, {name: stays}):
             assert found.curves[name][gone] == pytest.approx(mean_loss(model), rel=1e-5)
+    for head in (0, 5):
+        with gated(model, {name: [other for other in range(8) if other != head]}):
+            assert found.heads[name][head] == pytest.approx(mean_loss(model), rel=1e-5)
     found.save(tmp_path / "sensitivity.json")
     assert Sensitivity.load(tmp_path / "sensitivity.json") == found
     assert found.__rich__().row_count == 2
+
+
+def test_the_curves_are_written_as_the_points_of_a_plot(tmp_path):
+    found = Sensitivity("random", 4, 1.0, {"a": (1, 0)}, {"a": (1.0, 1.5, 3.0)}, {"a": (2.0, 1.5)})
+    found.save_csv(tmp_path / "sensitivity.csv")
+    assert (tmp_path / "sensitivity.csv").read_text().splitlines() == [
+        "site,curve,heads_gone,head,loss,increase",
+        "a,layer,0,,1.0,0.0",
+        "a,layer,1,1,1.5,0.5",
+        "a,layer,2,0,3.0,2.0",
+        "a,head,1,0,2.0,1.0",
+        "a,head,1,1,1.5,0.5",
+    ]
+    assert found.extremes("a") == "1 (+0.5), 0 (+1)"
+    found.save(tmp_path / "sensitivity.json")
+    assert Sensitivity.load(tmp_path / "sensitivity.json") == found
 
 
 def test_a_plan_by_curves_takes_the_heads_of_the_layer_that_tolerates_it():

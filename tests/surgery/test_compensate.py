@@ -8,7 +8,7 @@ from headprune.errors import InvalidInput
 from headprune.models import attention_sites, gated
 from headprune.planning import PruningPlan
 from headprune.surgery import compensate, prune
-from headprune.surgery.normal_equations import Layer, NormalEquations, get_solver
+from headprune.surgery.normal_equations import Layer, NormalEquations, factored, get_solver
 
 
 def batches_for(count: int = 10) -> list[dict]:
@@ -152,7 +152,7 @@ def test_mask_tuning_is_the_damped_least_squares_of_one_factor_a_head():
     residual = inputs[:, :2] @ weight[:, :2].T * 0.5 + 0.1 * torch.randn(200, 5)
     equations = NormalEquations.empty(6, 5)
     equations.add(inputs.float(), residual.float())
-    ((_, change),) = get_solver("mask_tuning")(equations, Layer(weight.float(), 3, False))
+    ((_, change),) = get_solver("mask_tuning").solve(equations, Layer(weight.float(), 3, False))
     outputs = torch.stack([(inputs[:, 2 * h : 2 * h + 2] @ weight[:, 2 * h : 2 * h + 2].T).flatten() for h in range(3)], dim=1)
     factors = torch.linalg.solve(outputs.T @ outputs + torch.eye(3), outputs.T @ residual.flatten())
     assert factors[0] == pytest.approx(0.5, abs=0.05)
@@ -165,10 +165,10 @@ def test_the_bias_takes_the_mean_of_what_is_missing():
     inputs, residual = torch.randn(50, 4), torch.randn(50, 3) + 2.0
     equations = NormalEquations.empty(4, 3)
     equations.add(inputs, residual)
-    ((_, change),) = get_solver("bias")(equations, Layer(torch.randn(3, 4), 2, True))
+    ((_, change),) = get_solver("bias").solve(equations, Layer(torch.randn(3, 4), 2, True))
     assert torch.allclose(change[-1].float(), residual.mean(dim=0), atol=1e-5)
     assert (change[:-1] == 0).all()
-    assert list(get_solver("bias")(equations, Layer(torch.randn(3, 4), 2, False))) == []
+    assert list(get_solver("bias").solve(equations, Layer(torch.randn(3, 4), 2, False))) == []
 
 
 @pytest.mark.parametrize("method", ["mask_tuning", "bias"])
@@ -182,3 +182,28 @@ def test_other_compensations_help_but_less_than_least_squares(method):
     assert errors["least_squares"] < errors[method] < 1.0
     with pytest.raises(InvalidInput, match="unknown compensation"):
         prune(bert(), PruningPlan.from_keep(bert(), keep), batches_for(1), compensation="magic")
+
+
+def test_too_few_calibration_tokens_are_refused_with_the_number_needed():
+    model = bert()
+    before = copy.deepcopy(model.state_dict())
+    plan = PruningPlan.from_keep(model, {"encoder.layer.1.attention": [0, 2, 3]})  # 24 inputs and a bias
+    few = [{"input_ids": tokens(1, 8, seed), "attention_mask": torch.ones(1, 8, dtype=torch.long)} for seed in range(3)]
+    with pytest.raises(InvalidInput, match=r"24 calibration tokens at encoder.layer.1.attention .* need at least 25, better 250"):
+        prune(model, plan, few)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    prune(model, plan, few, compensation="bias")
+
+
+def test_a_singular_gram_is_solved_with_the_least_jitter_that_does_and_says_so(caplog):
+    rows = torch.tensor([[1.0, 1.0], [2.0, 2.0], [-1.0, -1.0]], dtype=torch.float64)
+    factor, jitter = factored(rows.T @ rows)
+    assert 0 < jitter <= 1e-8
+    assert "a singular Gram matrix of 2 inputs" in caplog.text
+    expected = rows.T @ rows + jitter * 6 * torch.eye(2)
+    assert torch.allclose(factor @ factor.T, expected, rtol=1e-12)
+    assert factored(torch.eye(3, dtype=torch.float64))[1] == 0.0
+    with pytest.raises(InvalidInput, match="not positive definite"):
+        factored(-torch.eye(2, dtype=torch.float64))
+    with pytest.raises(InvalidInput, match="NaN or infinite"):
+        factored(torch.full((2, 2), torch.nan, dtype=torch.float64))
