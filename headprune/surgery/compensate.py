@@ -25,6 +25,7 @@ from headprune.models.tokens import token_masks, valid_tokens
 from headprune.surgery.normal_equations import Layer, NormalEquations, Solver, get_solver
 from headprune.surgery.walk import Walk, keeping_for
 
+Reached = tuple[Tensor, Tensor | None]  # inputs of a site's output projection, and the stream that its result is added to
 HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
 
 
@@ -107,18 +108,32 @@ def gather(site, stream, chosen, keep, dense, solved, batches, walks, masks) -> 
                 if other is not site:
                     stack.enter_context(output_input_hook(other, masked_to(other, keep[other.name])))
             inputs, pruned_stream = pruned_walk.to(site, stream)
-        kept_inputs, kept_weight = inputs[..., columns.to(inputs.device)], weight[:, columns.to(weight.device)]
-        # The biases are the same on both sides, so the residual is of the weights and the stream alone.
-        residual = dense_inputs.float() @ weight.T.float() - kept_inputs.float() @ kept_weight.T.float()
-        if dense_stream is not None:
-            residual += dense_stream.float() - pruned_stream.float()
-        valid = valid_tokens(inputs, masks(site.name, batch))
-        kept_inputs, residual = kept_inputs[valid], residual[valid]
-        last = held_out if len(batches) > 1 and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else train
-        last.add(kept_inputs, residual)
-        if len(batches) < HELD_OUT_EVERY and index == len(batches) - 1:
-            held_out.add(kept_inputs, residual)
+        dense_side, pruned_side = (dense_inputs, dense_stream), (inputs, pruned_stream)
+        equations = equations_of(index, len(batches), train, held_out)
+        add_tokens(equations, columns, weight, dense_side, pruned_side, masks(site.name, batch))
     return train, held_out
+
+
+def add_tokens(
+    equations: Sequence[NormalEquations], columns: Tensor, weight: Tensor, dense: Reached, pruned: Reached, mask: Tensor | None
+) -> None:
+    """Adds one batch: what the output projection has to make up for, against the inputs that it keeps."""
+    inputs = pruned[0]
+    kept_inputs, kept_weight = inputs[..., columns.to(inputs.device)], weight[:, columns.to(weight.device)]
+    # The biases are the same on both sides, so the residual is of the weights and the stream alone.
+    residual = dense[0].float() @ weight.T.float() - kept_inputs.float() @ kept_weight.T.float()
+    if dense[1] is not None:
+        residual += dense[1].float() - pruned[1].float()
+    valid = valid_tokens(inputs, mask)
+    for one in equations:
+        one.add(kept_inputs[valid], residual[valid])
+
+
+def equations_of(index: int, batches: int, train: NormalEquations, held_out: NormalEquations) -> list[NormalEquations]:
+    """Which of the two the batch of this number belongs to; of few batches the last one to both."""
+    if batches > 1 and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
+        return [held_out]
+    return [train, held_out] if batches < HELD_OUT_EVERY and index == batches - 1 else [train]
 
 
 def resolve(site, keep, old, train, held_out, solver: Solver) -> tuple[Resolved, tuple[Tensor, Tensor | None]]:
