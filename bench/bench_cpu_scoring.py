@@ -1,17 +1,14 @@
-"""Scoring on the CPU: what it costs beside a plain backward pass, and beside head masks with autograd."""
-
-from contextlib import ExitStack
+"""Scoring on the CPU: what it costs beside a plain backward pass, head masks with autograd and Torch-Pruning."""
 
 import pytest
 import torch
+from scoring_peers import head_mask_backward, loss_of, plain_backward, torch_pruning_taylor
 from transformers import BertConfig, BertModel
 
 import headprune as hp
-from headprune.models import attention_sites
-from headprune.scoring.observe import frozen
 from headprune.sources import open_model
 
-NEEDS = {"gate_gradient", "attention"}
+BATCHES = 4  # a calibration set, if a small one: what is done once for all batches counts as it does in use
 
 
 def minilm():
@@ -24,36 +21,7 @@ def bert_base():
     return BertModel(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).eval(), (2, 64)
 
 
-def loss_of(model, batch):
-    return model(**batch).last_hidden_state.square().mean(dim=(1, 2))
-
-
-def plain_backward(model, batch) -> None:
-    """Forward and backward with frozen weights: the gradient goes through every layer, from the embeddings on."""
-    embeddings = model.get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
-    with frozen(model):
-        loss_of(model, batch).sum().backward()
-    handle.remove()
-
-
-def head_mask_backward(model, batch) -> None:
-    """As transformers 4 did it: a mask of ones on every head's output, weights that ask for gradients, as they do by default."""
-    masks = []
-    with ExitStack() as stack:
-        for site in attention_sites(model):
-            mask, columns = torch.ones(site.head_map.query_heads, requires_grad=True), site.head_of_column()
-            hook = lambda _module, args, mask=mask, columns=columns: (args[0] * mask[columns], *args[1:])  # noqa: E731
-            stack.callback(site.output.module.register_forward_pre_hook(hook).remove)
-            masks.append(mask)
-        loss_of(model, batch).mean().backward()
-    model.zero_grad(set_to_none=True)
-
-
 MODELS = pytest.mark.parametrize(("name", "make"), [("MiniLM", minilm), ("BERT-base shape, random weights", bert_base)])
-
-
-BATCHES = 4  # a calibration set, if a small one: what is done once for all batches counts as it does in use
 
 
 def model_and_batches(make):
@@ -70,8 +38,8 @@ def test_gate_gradients_fisher_and_statistics_beside_a_backward_pass(versus, nam
     versus(
         f"CPU scores and statistics, {name}, {size}",
         lambda: hp.score(model, batches, ["gate_gradient", "fisher", "entropy"], loss_fn=loss_of),
-        {"plain forward + backward": lambda: [plain_backward(model, batch) for batch in batches]},
-        at_most=1.10, rounds=3, grad=True,
+        {"plain forward + backward": lambda: plain_backward(model, batches)},
+        at_most=1.10, rounds=3, grad=True, memory=True,
     )  # fmt: skip
 
 
@@ -80,6 +48,18 @@ def test_gate_gradients_and_fisher_beside_head_masks(versus, name, make):
     model, batches, size = model_and_batches(make)
     versus(
         f"CPU scores, {name}, {size}", lambda: hp.score(model, batches, ["gate_gradient", "fisher"], loss_fn=loss_of),
-        {"head masks with autograd": lambda: [head_mask_backward(model, batch) for batch in batches]},
-        at_least=1.5, rounds=3, grad=True,
+        {"head masks with autograd": lambda: head_mask_backward(model, batches)},
+        at_least=1.5, rounds=3, grad=True, memory=True,
+    )  # fmt: skip
+
+
+@MODELS
+def test_gate_gradients_and_fisher_beside_torch_pruning(versus, name, make):
+    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (make quality installs it)")
+    model, batches, size = model_and_batches(make)
+    versus(
+        f"CPU scores of every head, {name}, {size}",
+        lambda: hp.score(model, batches, ["gate_gradient", "fisher"], loss_fn=loss_of),
+        {"Torch-Pruning's Taylor importance": torch_pruning_taylor(model, batches)},
+        at_least=1.5, rounds=3, grad=True, memory=True,
     )  # fmt: skip

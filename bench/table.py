@@ -26,6 +26,8 @@ def main(arguments: list[str]) -> int:
             f"{row['name']:{width}} {row['ours_us']:>10.1f} {row['peer_us']:>10.1f} {row['ratio']:>6.2f} {floor:>9}  "
             f"{row['goal'] or row['peer']} {verdict}"
         )
+        for name, peak in (row.get("peak_mb") or {}).items():
+            print(f"{'':{width}} peak memory, {name}: {peak:.0f} MB")
     missed = sum(row["met"] is False for row in document["rows"])
     print(f"{len(document['rows'])} rows, {missed} below their goal")
     return 0

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from headprune.evaluation.memory import peak_bytes
+
 GPU_ROUND_SECONDS = 4e-3  # calls are repeated until one timed round on a GPU lasts about this long
 MOST_CALLS = 200
 
@@ -33,6 +35,7 @@ class Row:
     floor_us: float | None = None
     floor: str = ""  # what the floor counts
     others: dict[str, str] = field(default_factory=dict)  # other peers: microseconds, or why they did not run
+    peak_mb: dict[str, float] | None = None  # of ours and each peer: tensors alive at once, above those before the call
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Ceilings:
 
 
 def measure(
-    run: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+    run: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, graphs: bool = True
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """(seconds per call of every round, why a peer did not run). The first of `run` is ours and must run."""
     prepared, failed = {}, {}
     for name, function in run.items():
         try:
-            prepared[name] = prepare(function, device)
+            prepared[name] = prepare(function, device, graphs)
         except Exception as error:
             if not prepared:
                 raise
@@ -68,7 +71,7 @@ def measure(
     return times, failed
 
 
-def prepare(function: Callable[[], object], device: torch.device) -> tuple[Callable[[], None], int]:
+def prepare(function: Callable[[], object], device: torch.device, graphs: bool) -> tuple[Callable[[], None], int]:
     """(what one round runs, how many calls of `function` that is), warmed up."""
     function()
     function()
@@ -79,7 +82,7 @@ def prepare(function: Callable[[], object], device: torch.device) -> tuple[Calla
     function()
     torch.cuda.synchronize()
     calls = max(1, min(MOST_CALLS, math.ceil(GPU_ROUND_SECONDS / (time.perf_counter() - start))))
-    replay = captured(function, calls) or (lambda: [function() for _ in range(calls)])
+    replay = (captured(function, calls) if graphs else None) or (lambda: [function() for _ in range(calls)])
 
     def timed() -> None:
         replay()
@@ -116,6 +119,8 @@ def compare(
     ceilings: Ceilings | None = None,
     reads: Callable[[], object] | None = None,
     rounds: int = 15,
+    memory: bool = False,
+    graphs: bool = True,
 ) -> Row:
     """Measures one row.
 
@@ -127,9 +132,13 @@ def compare(
         gflop, gbyte: what the call must compute and move at least; the larger of their times at `ceilings` is the floor.
         reads: a plain library call that reads as many bytes; timed in the same rounds, its time is a floor too. For machines
             whose bandwidth is shared and changes from minute to minute.
+        memory: measure the peak memory of one call of each too.
+        graphs: replay CUDA graphs where they can be captured; not for calls that copy to the host.
     """
     floor_run = {"reads": reads} if reads else {}
-    times, failed = measure({"ours": ours, **peers, **floor_run}, torch.device(device), rounds)
+    times, failed = measure({"ours": ours, **peers, **floor_run}, torch.device(device), rounds, graphs)
+    ran = {name: function for name, function in {"ours": ours, **peers}.items() if name in times}
+    peaks = {name: peak_bytes(function, device) / 1e6 for name, function in ran.items()} if memory else None
     medians = {peer: statistics.median(values) * 1e6 for peer, values in times.items()}
     ours_us, read_us = medians.pop("ours"), medians.pop("reads", math.nan)
     peer = min(medians, key=medians.__getitem__) if medians else ""
@@ -153,5 +162,5 @@ def compare(
     others = {other: f"{value:.1f}" for other, value in medians.items() if other != peer} | failed
     return Row(
         name, ours_us, (high - low) * 1e6 / ours_us, peer, peer_us, peer_us / ours_us, ", ".join(goal for goal, _ in goals),
-        all(met for _, met in goals) if goals else None, floors.get(floor), floor, others,
+        all(met for _, met in goals) if goals else None, floors.get(floor), floor, others, peaks,
     )  # fmt: skip

@@ -11,7 +11,7 @@
 Importing headprune also registers attn_implementation="headprune" with transformers.
 """
 
-from headprune import compat, nn, ops, recovery
+from headprune import compat, nn, ops, recovery, schedules
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InfeasibleBudget, InvalidInput, InvalidPlan, UnsupportedModel
 from headprune.evaluation import Estimate, Evaluation, estimate, evaluate
 from headprune.head_map import HeadMap
@@ -19,6 +19,7 @@ from headprune.models import AttentionSite, attention_sites, gated, register_ada
 from headprune.planning import Budget, PruningPlan, plan
 from headprune.recovery import Distillation, Recovery, recover
 from headprune.report.web_page import report
+from headprune.schedules import RecoverySettings, ScheduleFailed, ScheduleResult, iterative, one_shot, pruning_aware
 from headprune.scoring import (
     HeadScores,
     Need,
@@ -52,6 +53,9 @@ __all__ = [
     "Observations",
     "PruningPlan",
     "Recovery",
+    "RecoverySettings",
+    "ScheduleFailed",
+    "ScheduleResult",
     "UnsupportedModel",
     "__version__",
     "attention_sites",
@@ -64,21 +68,25 @@ __all__ = [
     "estimate",
     "evaluate",
     "gated",
+    "iterative",
     "load",
     "nn",
     "observe",
+    "one_shot",
     "open_streamed",
     "ops",
     "plan",
     "portraits",
     "prune",
     "prune_folder",
+    "pruning_aware",
     "ranking_stability",
     "recover",
     "recovery",
     "register_adapter",
     "report",
     "save",
+    "schedules",
     "score",
     "score_observations",
 ]

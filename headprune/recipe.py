@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from headprune.errors import HeadpruneError, InvalidInput, unknown_name
 from headprune.planning.allocation import get_allocation
 from headprune.planning.budget import Budget
 from headprune.planning.engine import get_engine
 from headprune.planning.units import GRANULARITIES
+from headprune.recovery.methods import get_method
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.score import NORMALIZATIONS
 
@@ -87,6 +88,28 @@ class PruneSection(Section):
     compensate: bool = True
 
 
+class RecoverSection(Section):
+    """Training after the cut, on the task's training data: for so many steps or minutes."""
+
+    steps: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    method: str = Field(default="full", description="full, projections or lora")
+    lr: float | None = Field(default=None, ge=0, description="peak learning rate; the method's own where none is given")
+    distil: bool = Field(default=True, description="learn from the dense model; else by the task's own loss")
+
+    @field_validator("method")
+    @classmethod
+    def known_method(cls, name: str) -> str:
+        get_method(name)
+        return name
+
+    @model_validator(mode="after")
+    def one_budget(self) -> RecoverSection:
+        if (self.steps is None) == (self.minutes is None):
+            raise InvalidInput(f"steps={self.steps}, minutes={self.minutes}: expected one of them.")
+        return self
+
+
 class EvaluateSection(Section):
     repeats: int = Field(default=30, ge=1, description="timed forward passes of each model")
 
@@ -115,13 +138,14 @@ class ReportSection(Section):
 
 
 class Recipe(Section):
-    """One run: model -> scores -> plan -> cut -> evaluation, into `output`."""
+    """One run: model -> scores -> plan -> cut -> recovery, where asked for -> evaluation, into `output`."""
 
     model: str
     task: TaskSection
     score: ScoreSection = ScoreSection()
     plan: PlanSection = PlanSection()
     prune: PruneSection = PruneSection()
+    recover: RecoverSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
     output: str

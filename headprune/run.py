@@ -19,6 +19,7 @@ from headprune.planning import Budget, PruningPlan, plan
 from headprune.recipe import Recipe, load_recipe
 from headprune.report.progress import Stages
 from headprune.report.web_page import report
+from headprune.run_recovery import recovered_model
 from headprune.run_values import kept, measure_for_report, planning_options, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_model, opening
@@ -62,6 +63,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     scores = scored(dense, task, recipe, stages)
     chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe, stages))
     pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
+    pruned = recovered_model(dense, pruned, task, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
         comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
     write_json(

@@ -12,7 +12,7 @@ from headprune import run_values
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation.tasks import Task, register_task
 from headprune.planning import PruningPlan
-from headprune.recipe import ReportSection, parse_recipe
+from headprune.recipe import RecoverSection, ReportSection, parse_recipe
 from headprune.report.progress import Stages
 from headprune.report.run_folder import read_run
 from headprune.scoring import HeadScores
@@ -74,6 +74,31 @@ def test_a_run_leaves_every_value_of_the_way(recipe):
     assert [titles.index(name) for name in ("score heads by fisher", "plan", "cut and re-solve output projections")] == [2, 3, 4]
     assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e7 for stage in written["stages"])
     assert result.stages.__rich__().row_count == len(titles)
+
+
+def test_a_run_recovers_where_it_is_asked_to(recipe, tmp_path):
+    plain = carried_out(recipe)
+    section = RecoverSection(steps=40, lr=1e-3)
+    result = carried_out(recipe.model_copy(update={"output": recipe.output + "-recovered", "recover": section}))
+    assert result.plan.keep == plain.plan.keep
+    dense, batch = bert(), {"input_ids": tokens(4, 8, 0)}
+    error = [
+        float((hidden(load(folder), **batch) - hidden(dense, **batch)).square().mean())
+        for folder in (result.folder / "model", result.folder / "recovered")
+    ]
+    assert error[1] < error[0]
+    recovered = hidden(load(result.folder / "recovered"), input_ids=tokens(4, 8, 50))
+    assert result.comparison.pruned.quality["norm"] == float(recovered.norm())
+
+
+def test_a_recovery_needs_one_budget():
+    content = {"model": "bert", "task": {"name": "norms-for-tests"}, "output": "out"}
+    with pytest.raises(InvalidInput, match="steps=None, minutes=None: expected one of them"):
+        parse_recipe({**content, "recover": {}}, "test")
+    with pytest.raises(InvalidInput, match="unknown recovery method 'lore'"):
+        parse_recipe({**content, "recover": {"steps": 2, "method": "lore"}}, "test")
+    with pytest.raises(InvalidInput, match="Did you mean 'minutes'"):
+        parse_recipe({**content, "recover": {"minuts": 2}}, "test")
 
 
 @pytest.mark.parametrize("stage", ["planned", "prune", "save", "compare"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ LLAMA3 = {
 RAGGED = {0: [0, 1, 2, 5], 1: [0, 3, 6], 2: [], 3: [2, 3, 6, 7]}
 WITH_HEADS = {**RAGGED, 2: [7]}
 ALIKE = {layer: [0, 1, 4, 5] for layer in range(4)}
+GROUPS = {0: [0, 1, 4, 5], 1: [], 2: [2, 3, 6, 7], 3: [6, 7]}
 UNPRUNED: dict[int, list[int]] = {}
 
 
@@ -48,15 +49,16 @@ def seeded(family: str, config) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Case:
-    """build gives (dense, pruned) or (dense, pruned, tokenizer); architecture: what the gguf file must say."""
+    """build gives (dense, pruned) or (dense, pruned, tokenizer); architecture: what the engine must take the export for."""
 
     name: str
     build: Callable[[], tuple]
     architecture: str
-    dtype: str = "f32"
+    target: str = "gguf"
+    options: Mapping[str, str] = field(default_factory=lambda: {"dtype": "f32"})
 
 
-CASES = [
+LLAMA_CPP = [
     Case("llama, ragged, a layer without heads", lambda: pruned("Llama", RAGGED), "deci"),
     Case("llama, ragged, no heads in layer 0", lambda: pruned("Llama", {**RAGGED, 0: []}), "deci"),
     Case(
@@ -64,7 +66,7 @@ CASES = [
         lambda: pruned("Llama", WITH_HEADS, tie_word_embeddings=True, rope_parameters=LLAMA3),
         "deci",
     ),
-    Case("llama, ragged, all biases", lambda: pruned("Llama", WITH_HEADS, attention_bias=True), "deci"),
+    Case("llama, ragged, all biases", lambda: pruned("Llama", RAGGED, attention_bias=True), "deci"),
     Case("mistral, ragged", lambda: pruned("Mistral", WITH_HEADS, sliding_window=None), "deci"),
     Case("qwen2, ragged, biases of q, k and v", lambda: pruned("Qwen2", WITH_HEADS), "deci"),
     Case("qwen3, ragged, tied", lambda: pruned("Qwen3", RAGGED, tie_word_embeddings=True), "openelm"),
@@ -72,5 +74,23 @@ CASES = [
     Case("qwen2, all layers alike", lambda: pruned("Qwen2", ALIKE), "qwen2"),
     Case("qwen3, all layers alike", lambda: pruned("Qwen3", ALIKE), "qwen3"),
     Case("llama, not pruned", lambda: pruned("Llama", UNPRUNED), "llama"),
-    *(Case("llama, trained, ragged, with tokenizer", trained, "deci", dtype) for dtype in ("f32", "f16", "bf16", "q8_0")),
+    *(
+        Case("llama, trained, ragged, with tokenizer", trained, "deci", options={"dtype": dtype})
+        for dtype in ("f32", "f16", "bf16", "q8_0")
+    ),
+]
+
+
+def in_vllm(name: str, target: str, *arguments, **options) -> Case:
+    architecture = {"vllm": "TransformersForCausalLM", "nemotron-nas": "DeciLMForCausalLM"}[target]
+    return Case(name, lambda: pruned(*arguments, **options), architecture, target, {})
+
+
+VLLM = [
+    in_vllm("llama, ragged, a layer without heads", "vllm", "Llama", RAGGED),
+    in_vllm("qwen2, ragged, biases of q, k and v", "vllm", "Qwen2", WITH_HEADS),
+    in_vllm("qwen3, ragged, tied", "vllm", "Qwen3", WITH_HEADS, tie_word_embeddings=True),
+    in_vllm("llama, groups and an attention gone", "nemotron-nas", "Llama", GROUPS),
+    in_vllm("llama, ragged, all biases, llama3 rope", "nemotron-nas", "Llama", RAGGED, attention_bias=True, rope_parameters=LLAMA3),
+    in_vllm("qwen2, ragged, tied", "nemotron-nas", "Qwen2", WITH_HEADS, tie_word_embeddings=True),
 ]

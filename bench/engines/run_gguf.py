@@ -2,8 +2,8 @@
 
     python run_gguf.py requests.json      # a list of {"model", "tokens", "new_tokens", "text", "output"}
 
-For each request it writes output.npz: logits [tokens, vocabulary] of one pass over `tokens`, and `greedy`, the tokens that follow
-them, each from a pass of one token on the cache; for a file with a tokenizer also `text_tokens`, what it makes of `text`.
+For each request it writes output.npz: logits [tokens, vocabulary] of one pass over `tokens`; `greedy`, the tokens that follow them,
+each from a pass of one token on the cache; `architecture`, as it took it; `text_tokens`, what the file's tokenizer makes of `text`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 
 def main(path: str) -> None:
-    print(json.dumps({"llama_cpp_python": llama_cpp.__version__, "system": llama_cpp.llama_print_system_info().decode()}))
+    print(json.dumps({"llama-cpp-python": llama_cpp.__version__, "system": llama_cpp.llama_print_system_info().decode()}))
     for request in json.loads(Path(path).read_text(encoding="utf-8")):
         np.savez(request["output"], **answer(request))
 
@@ -34,7 +34,7 @@ def answer(request: dict) -> dict[str, np.ndarray]:
     while len(greedy) < wanted:
         model.eval(greedy[-1:])
         greedy.append(int(model.scores[model.n_tokens - 1].argmax()))
-    found = {"logits": logits, "greedy": np.array(greedy)}
+    found = {"logits": logits, "greedy": np.array(greedy), "architecture": np.array(model.metadata["general.architecture"])}
     if request.get("text"):
         found["text_tokens"] = np.array(model.tokenize(request["text"].encode(), add_bos=False, special=False))
     model.close()

@@ -41,7 +41,7 @@ def prune_command(
 
 @app.command("export")
 def export_command(
-    model: ModelArgument, to: Annotated[str, typer.Option(help="stock, onnx, gguf or vllm.")], output: OutputOption
+    model: ModelArgument, to: Annotated[str, typer.Option(help="stock, onnx, gguf, vllm or nemotron-nas.")], output: OutputOption
 ) -> None:
     """Write a pruned model for another engine; its outputs are checked to stay the same."""
     from headprune.surgery.export import export

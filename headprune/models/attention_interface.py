@@ -18,6 +18,7 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.ops import attention_varlen
+from headprune.ops.gate import gate_of
 from headprune.ops.sdpa import repeated_heads
 from headprune.ops.watch import attention_of, refuse_watched
 
@@ -76,7 +77,8 @@ def headprune_attention(
     if arguments.get("cu_seq_lens_q") is not None:
         check_packed(module, attention_mask, position_bias, dropout)
         refuse_watched(module, "packed sequences (cu_seq_lens_q)")
-        return packed_attention(query, key, value, head_map, causal, scaling, softcap, s_aux, arguments), None
+        gate = gate_of(module)
+        return packed_attention(query, key, value, head_map, causal, scaling, softcap, s_aux, gate, arguments), None
     causal = causal and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:
         # No mask here means an empty static cache (masking_utils._ignore_causal_mask_sdpa): its unwritten tail is never seen.
@@ -87,6 +89,8 @@ def headprune_attention(
     if dropout:
         refuse_watched(module, "attention dropout")
         output = dropped_attention(query, key, value, head_map, causal, scaling, softcap, s_aux, key_mask, bias, dropout)
+        gate = gate_of(module)
+        output = output if gate is None else output * gate.to(output)[:, None, None]
     else:
         options = {"causal": causal, "scale": scaling, "softcap": softcap, "sinks": s_aux, "key_mask": key_mask, "bias": bias}
         output = attention_of(module, query, key, value, head_map, **options)
@@ -134,7 +138,7 @@ def check_packed(module: nn.Module, mask: Tensor | None, position_bias: Tensor |
             raise InvalidInput(f"packed sequences (cu_seq_lens_q) together with {name} are not supported; leave one of them out.")
 
 
-def packed_attention(query, key, value, head_map, causal, scale, softcap, sinks, arguments: Mapping[str, object]) -> Tensor:
+def packed_attention(query, key, value, head_map, causal, scale, softcap, sinks, gate, arguments: Mapping[str, object]) -> Tensor:
     """transformers' padding-free batches, as its flash attention reads them: each sequence sees itself, causally where the
     module is causal, within its sliding window. The 4-D mask that the model forms out of position_ids says the same."""
     batch, _, length, _ = query.shape
@@ -153,6 +157,7 @@ def packed_attention(query, key, value, head_map, causal, scale, softcap, sinks,
         scale=scale,
         softcap=softcap,
         sinks=sinks,
+        gate=gate,
     )
     return output.unflatten(0, (batch, length))
 

@@ -13,6 +13,7 @@ from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.nn.masks import Masks, read_masks
 from headprune.nn.weights import ROLES, draw_like_torch, kept, resized, undrawn_linear, unpack
+from headprune.ops.gate import gate_of
 from headprune.ops.sdpa import repeated_heads
 from headprune.ops.watch import attention_of, is_watched
 
@@ -270,7 +271,8 @@ class VariableHeadAttention(nn.Module):
         return self._gated(F.scaled_dot_product_attention(q, k, v, mask, self.dropout, causal))
 
     def _gated(self, output: Tensor) -> Tensor:
-        return output if self.gate is None else output * self.gate[:, None, None]
+        gate = gate_of(self, self.gate)
+        return output if gate is None else output * gate.to(output)[:, None, None]
 
     def _features(self, heads: Iterable[int]) -> Tensor:
         starts = torch.tensor(list(heads), dtype=torch.long)[:, None] * self.head_dim

@@ -14,6 +14,7 @@ from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.ops.attention import attend, attention
 from headprune.ops.call import AttentionCall, check_call
+from headprune.ops.gate import gate_of
 from headprune.ops.stats import HeadStats
 
 WATCHERS = "attention_watchers"  # the attribute of a watched module
@@ -60,7 +61,8 @@ def attention_of(
     key_mask: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """`headprune.ops.attention` on behalf of `module`: who watches the module sees it."""
+    """`headprune.ops.attention` on behalf of `module`: with the gate that is on the module, and who watches it sees it."""
+    gate = gate_of(module, gate)
     watchers = getattr(module, WATCHERS, ())
     if not watchers:
         return attention(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headprune.errors import InvalidInput, unknown_name
-from headprune.planning.budget import Budget
+from headprune.head_map import HeadMap
 from headprune.scoring.scores import HeadScores
 from headprune.scoring.site_shape import SiteShape
 
@@ -37,14 +37,16 @@ class Engine:
         """Query heads that a site keeps, whatever min_heads says."""
         return dict.fromkeys(sites if self.every_layer else sites[:1] if self.first_layer else (), 1)
 
-    def allows(self, shape: SiteShape, left: int, multiple_of: int, whole_groups: bool) -> bool:
-        """Whether a site that lost heads may have `left` of them."""
-        group = max(shape.head_map.group_sizes, default=1) if self.kv_multiple and whole_groups else 1
-        if left % (multiple_of * group):
+    def allows(self, shape: SiteShape, left: HeadMap, multiple_of: int) -> bool:
+        """Whether a site of `shape` that lost heads may have those that are `left`."""
+        query_heads, kv_heads = left.query_heads, left.kv_heads
+        # Fewer key/value heads than devices are copied to several of them.
+        spread = kv_heads % multiple_of == 0 or (kv_heads and multiple_of % kv_heads == 0)
+        if query_heads % multiple_of or (self.kv_multiple and not spread):
             return False
         # A model that does not divide its hidden size itself is of a class that does not ask for it.
-        asked = self.divides_hidden and left and shape.hidden_size % shape.head_map.query_heads == 0
-        return not asked or shape.hidden_size % left == 0
+        asked = self.divides_hidden and query_heads and shape.hidden_size % shape.head_map.query_heads == 0
+        return not asked or shape.hidden_size % query_heads == 0
 
 
 _engines: dict[str, Engine] = {}
@@ -74,7 +76,7 @@ register_engine(
 )
 
 
-def refuse_conflicts(engine: Engine, scores: HeadScores, budget: Budget, allocation: str, granularity: str, min_heads: int) -> None:
+def refuse_conflicts(engine: Engine, scores: HeadScores, allocation: str, min_heads: int) -> None:
     """InvalidInput where what is asked for contradicts what `engine` can run."""
     if engine.every_layer and min_heads == 0:
         raise InvalidInput(f"target {engine.name} needs a head in every layer, and min_heads=0 lets whole ones go; give 1 or more.")
@@ -84,12 +86,6 @@ def refuse_conflicts(engine: Engine, scores: HeadScores, budget: Budget, allocat
             "'uniform' or none, or target='vllm' or 'llama.cpp'."
         )
     refuse_uneven(engine, scores)
-    grouped = all(max(shape.head_map.group_sizes, default=1) > 1 for shape in scores.shapes.values())
-    if engine.even_groups and budget.quantity == "kv_cache" and granularity == "query_head" and grouped:
-        raise InvalidInput(
-            f"for target {engine.name}, granularity='query_head' takes a query head of every group and so leaves every key/value "
-            "head: the kv_cache budget needs granularity='kv_group'."
-        )
 
 
 def refuse_uneven(engine: Engine, scores: HeadScores) -> None:

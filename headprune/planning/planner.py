@@ -45,7 +45,7 @@ def plan(
         target: where the model will run, which constrains the plan: "headprune" (anything goes), "llama.cpp" (equal groups, a head
             in layer 0), "vllm" (equal groups, a head in every layer; multiple_of holds for key/value heads too, for tensor
             parallelism), "stock" (all layers alike, so allocation is "uniform"). With equal groups "query_head" takes one head of
-            every group at a time, and a kv_cache budget has "kv_group" as its default.
+            every group or (not for "stock") a whole group at a time; "kv_group" is the default for a kv_cache budget.
 
     Raises InfeasibleBudget where the constraints leave too little to remove; InvalidInput for unknown names and for what
     contradicts the target.
@@ -59,18 +59,19 @@ def plan(
         raise InvalidInput(f"min_heads is {min_heads}; give 0 (whole attentions may go) or more.")
     if multiple_of < 1:
         raise InvalidInput(f"multiple_of is {multiple_of}; give 1 or more.")
-    refuse_conflicts(engine, scores, budget, allocation, granularity, min_heads)
+    refuse_conflicts(engine, scores, allocation, min_heads)
     protected = protected_heads(scores, protect)
     for name in scores.unreached:
         protected[name] = set(range(scores.shapes[name].head_map.query_heads))
-    units = [unit for name in scores for unit in removable_units(scores, name, engine, granularity, protected[name], multiple_of)]
     curves = None if sensitivity is None else sensitivity.costs(scores)
     selection = Selection(scores, budget, min_heads, curves, engine.floors(list(scores)))
-    # Equal scores go by position, so that a plan does not depend on the order of a hash.
-    order = {name: index for index, name in enumerate(scores)}
-    get_allocation(allocation)(
-        selection, sorted(units, key=lambda unit: (unit.score / len(unit.heads), order[unit.site], unit.heads))
-    )
+    units = [
+        unit
+        for name in scores
+        for unit in removable_units(scores, name, engine, granularity, protected[name], multiple_of, selection.least(name))
+    ]
+    # Equal scores go by position, so that a plan does not depend on the order of a hash: sites as they come, their units in order.
+    get_allocation(allocation)(selection, sorted(units, key=lambda unit: unit.mean_score))
     keep = {name: tuple(sorted(heads)) for name, heads in selection.kept.items()}
     warn_of_unsettled(scores, keep)
     return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores)

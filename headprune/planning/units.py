@@ -1,10 +1,11 @@
-"""What can be removed at once: query heads, groups, or one head of each group, joined where only some counts are allowed."""
+"""What can be removed at once: query heads, groups, or steps from one layout that an engine can run to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
+from headprune.head_map import HeadMap
 from headprune.planning.allocation import Unit
 from headprune.planning.engine import Engine
 from headprune.scoring.scores import HeadScores
@@ -14,42 +15,66 @@ GRANULARITIES = ("query_head", "kv_group")
 
 
 def removable_units(
-    scores: HeadScores, name: str, engine: Engine, granularity: str, protected: set[int], multiple_of: int
+    scores: HeadScores, name: str, engine: Engine, granularity: str, protected: set[int], multiple_of: int, least: int
 ) -> list[Unit]:
-    """The units of site `name` that hold none of its `protected` heads, and leave only counts that `engine` allows."""
+    """The units of site `name`, lowest first, without its `protected` heads; they leave only counts that `engine` allows.
+
+    Where a unit counts on those before it to have gone, they end where `least` heads would no longer be left, so that none is
+    skipped.
+    """
     shape, values = scores.shapes[name], scores[name].tolist()
-    offsets = shape.head_map.group_offsets
-    groups = [tuple(range(start, stop)) for start, stop in pairwise(offsets) if stop > start]
-    if granularity == "query_head" and not engine.even_groups:
-        groups = [(head,) for head in range(shape.head_map.query_heads)]
-    elif granularity == "query_head":
-        groups = one_of_each(groups, values, protected)
-    units = [Unit(name, heads, sum(values[head] for head in heads)) for heads in groups if not protected & set(heads)]
-    if multiple_of == 1 and not engine.divides_hidden:
-        return units
-    return chunks(shape, units, lambda left: engine.allows(shape, left, multiple_of, granularity == "kv_group"))
+    groups = [tuple(range(start, stop)) for start, stop in pairwise(shape.head_map.group_offsets) if stop > start]
+    ordered = multiple_of > 1 or engine.divides_hidden
+    if granularity == "query_head" and engine.even_groups and len(groups) < len(values):
+        steps, ordered = even_steps(groups, values, protected, whole_groups=not engine.alike), True
+    else:
+        single = [(head,) for head in range(len(values))]
+        steps = [heads for heads in (single if granularity == "query_head" else groups) if not protected & set(heads)]
+        steps.sort(key=lambda heads: sum(values[head] for head in heads) / len(heads))
+    units = [Unit(name, heads, sum(values[head] for head in heads)) for heads in steps]
+    return in_order(shape, units, least, lambda left: engine.allows(shape, left, multiple_of)) if ordered else units
 
 
-def one_of_each(groups: list[tuple[int, ...]], values: list[float], protected: set[int]) -> list[tuple[int, ...]]:
-    """The lowest query head of every group, then the second lowest of every group, ...: groups of one size stay so, and all
-    key/value heads stay. Groups of one head each remain units of their own, which take their key/value head along."""
-    if all(len(group) == 1 for group in groups):
-        return groups
-    ranked = [sorted(group, key=lambda head: (head in protected, values[head], head)) for group in groups]
-    return [tuple(sorted(heads)) for heads in zip(*ranked)]
+def even_steps(
+    groups: Iterable[tuple[int, ...]], values: Sequence[float], protected: set[int], *, whole_groups: bool
+) -> list[tuple[int, ...]]:
+    """Steps that keep groups of one size: each takes one head of every group or, with `whole_groups`, a group, whichever scores
+    lower per head. They end where a protected head would go.
+
+    groups: the query heads of each key/value head, equally many.
+    """
+    left = [sorted(group, key=lambda head: (head in protected, values[head], head)) for group in groups]
+    found = []
+
+    def mean(heads: Sequence[int]) -> tuple[float, int]:
+        return sum(values[head] for head in heads) / len(heads), -len(heads)
+
+    while left:
+        slices = [[group[0] for group in left]] if len(left[0]) > 1 else []
+        choices = [heads for heads in [*(left if whole_groups else ()), *slices] if not protected & set(heads)]
+        if not choices:
+            break
+        gone = set(min(choices, key=mean))
+        found.append(tuple(sorted(gone)))
+        left = [rest for group in left if (rest := [head for head in group if head not in gone])]
+    return found
 
 
-def chunks(shape: SiteShape, units: list[Unit], allowed: Callable[[int], bool]) -> list[Unit]:
-    """The units of one site joined, lowest first, so that after each the site has a number of heads that is `allowed`."""
-    found, heads, score = [], [], 0.0
-    for unit in sorted(units, key=lambda unit: (unit.mean_score, unit.heads)):
-        heads, score = heads + list(unit.heads), score + unit.score
-        if allowed(shape.head_map.query_heads - sum(len(one.heads) for one in found) - len(heads)):
-            found.append(Unit(unit.site, tuple(heads), score))
-            heads, score = [], 0.0
-    # A chunk goes only with those before it: their mean scores must not fall.
-    for number in range(len(found) - 1, 0, -1):
-        before, after = found[number - 1], found[number]
-        if after.mean_score < before.mean_score:
-            found[number - 1 : number + 1] = [Unit(before.site, before.heads + after.heads, before.score + after.score)]
+def in_order(shape: SiteShape, units: Sequence[Unit], least: int, allowed: Callable[[HeadMap], bool]) -> list[Unit]:
+    """The units of one site joined so that what each leaves is `allowed`, and that their mean scores do not fall: sorted by
+    those, none then goes before the one that it counts on."""
+    found: list[Unit] = []
+    left, heads, score = set(range(shape.head_map.query_heads)), (), 0.0
+    for unit in units:
+        left -= set(unit.heads)
+        heads, score = (*heads, *unit.heads), score + unit.score
+        if len(left) < least:
+            break
+        if not allowed(shape.head_map.keep(left)):
+            continue
+        joined, heads, score = Unit(unit.site, heads, score), (), 0.0
+        while found and joined.mean_score < found[-1].mean_score:
+            before = found.pop()
+            joined = Unit(before.site, (*before.heads, *joined.heads), before.score + joined.score)
+        found.append(joined)
     return found

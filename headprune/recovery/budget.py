@@ -18,7 +18,7 @@ UNBOUNDED = 10**9  # steps, where the clock decides
 
 @dataclass(frozen=True)
 class TrainingBudget:
-    """steps or minutes (of wall time, evaluation included); warmup: steps of linear warm-up to the rate `lr`, which then falls
+    """steps or minutes (evaluation included); warmup: steps of linear warm-up to the rate `lr`, which then falls
     linearly to 0; a function of the step instead of a number is the rate itself."""
 
     steps: int | None
@@ -72,12 +72,13 @@ class TrainingBudget:
 class Clock:
     """Seconds of training, those of earlier tries included; the same on every rank, so that all stop at the same step."""
 
-    def __init__(self) -> None:
-        self.started, self.earlier = time.monotonic(), 0.0
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now, self.earlier = now, 0.0
+        self.started = now()
 
     def seconds(self) -> float:
         """Of this rank."""
-        return self.earlier + time.monotonic() - self.started
+        return self.earlier + self.now() - self.started
 
     def agreed(self) -> float:
         """Of rank 0, told to all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
 from headprune.recovery.methods import get_method
 from headprune.recovery.objective import Objective
-from headprune.recovery.result import Recovery, keep_result, shapes_digest, taken_up
+from headprune.recovery.result import Recovery, keep_result, model_digest, taken_up
 from headprune.recovery.rewind import RateRewind, Source, rewind_weights
 from headprune.recovery.session import Session, as_it_was, trained
 from headprune.recovery.teacher import LossFunction
@@ -42,6 +43,7 @@ def recover(
     patience: int = 3,
     seed: int = 0,
     dropout: bool | None = None,
+    clock: Callable[[], float] = time.monotonic,
     token_mask: TokenMask | None = None,
     data_collator: Callable | None = None,
     callbacks: Sequence[Any] = (),
@@ -58,7 +60,7 @@ def recover(
         loss_fn: `loss_fn(model, batch)` gives a loss (a tensor, of which the mean counts); default the output's `loss`.
         teacher: the dense model, which is used as it is and never trained, or a folder of `store_logits`.
         method: "full", "projections" (of attention alone) or "lora" (method_options: rank, alpha, dropout, targets).
-        steps, minutes: the budget, one of them; default three passes over `train`. Minutes are of wall time, evaluation included.
+        steps, minutes: the budget, one of them; default three passes over `train`. Minutes are by `clock`, evaluation included.
         lr: peak learning rate (default: the method's), reached after `warmup` steps, then falling linearly to 0; or the rate
             itself as a function of the step.
         distil: weights of the distillation terms; default with a teacher: the logits, or of an encoder without a head its
@@ -71,6 +73,7 @@ def recover(
         patience: stop after so many evaluations without a better one. They happen at each tenth of the budget, or every
             `eval_steps`.
         dropout: train in training mode, with dropout; default: where there is no teacher.
+        clock: gives seconds; time.process_time counts CPU minutes, which do not hang on what else the machine does.
         token_mask: which tokens count in distillation, as for `observe`.
         callbacks: more of transformers' TrainerCallback.
         progress: called with (done, all) after each step.
@@ -94,7 +97,7 @@ def recover(
     folder = None if output_dir is None else Path(output_dir)
     settings = {
         "method": method, **budget.to_json(), "seed": seed, "batches": batches, "teacher": teacher is not None,
-        "distil": None if distil is None else distil.to_json(), "shapes": shapes_digest(model),
+        "distil": None if distil is None else distil.to_json(), "model": model_digest(model),
     }  # fmt: skip
     finished = taken_up(model, folder, settings)
     if finished is not None:
@@ -102,7 +105,7 @@ def recover(
     with ExitStack() as stack:
         work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headprune-")))
         session = Session(
-            data, held_out, objective, budget, work, folder is not None, metric, patience, seed,
+            data, held_out, objective, budget, work, folder is not None, clock, metric, patience, seed,
             teacher is None if dropout is None else dropout, data_collator, callbacks, progress, training_arguments,
         )  # fmt: skip
         device, place = session.device, next(model.parameters()).device

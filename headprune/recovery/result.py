@@ -63,8 +63,8 @@ def taken_up(model: nn.Module, folder: Path | None, settings: dict[str, Any]) ->
         for name, value in settings.items():
             if found.get(name) != value:
                 raise InvalidInput(
-                    f"{folder} holds a recovery with {name}={found.get(name)!r}, this one has {value!r}; give another output_dir, "
-                    "or remove that folder."
+                    f"{folder} holds another recovery: {name} is {found.get(name)!r} there and {value!r} here. "
+                    "Give another output_dir, or remove that folder."
                 )
     else:
         write_json(folder / SETTINGS, "recovery_settings", settings)
@@ -92,7 +92,14 @@ def first_rank() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
 
 
-def shapes_digest(model: nn.Module) -> str:
-    """Tells models of other shapes or names apart."""
-    content = [(name, list(tensor.shape)) for name, tensor in model.state_dict().items()]
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+SAMPLES = 64  # entries of each tensor that tell one model from another
+
+
+def model_digest(model: nn.Module) -> str:
+    """Tells models of other names, shapes or weights apart; of each tensor a few entries are read."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(repr((name, list(tensor.shape))).encode())
+        flat = tensor.detach().flatten()
+        found.update(repr(flat[:: max(1, len(flat) // SAMPLES)].tolist()).encode())
+    return found.hexdigest()[:16]

@@ -34,6 +34,7 @@ class Session:
     budget: TrainingBudget
     folder: Path
     keeps: bool
+    clock: Callable[[], float]
     metric: Callable[[nn.Module], float] | None
     patience: int
     seed: int
@@ -67,9 +68,9 @@ def trained(model: nn.Module, session: Session) -> Recovery:
     arguments = session.arguments
     good = GoodState(model, session.folder / BEST if session.keeps else None, arguments.process_index == 0)
     trainer = training.RecoveryTrainer(
-        objective=session.objective, measure=session.metric, dropout=session.dropout, budget=session.budget, clock=Clock(),
-        good=good, model=model, args=arguments, train_dataset=session.data, eval_dataset=session.held_out,
-        data_collator=collator_of(session.data, session.collator), callbacks=list(session.callbacks),
+        objective=session.objective, measure=session.metric, dropout=session.dropout, budget=session.budget,
+        clock=Clock(session.clock), good=good, model=model, args=arguments, train_dataset=session.data,
+        eval_dataset=session.held_out, data_collator=collator_of(session.data, session.collator), callbacks=list(session.callbacks),
     )  # fmt: skip
     watch = training.Watch(
         trainer, evaluations=session.evaluates, every=session.options.get("eval_steps"), patience=session.patience,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from headprune.evaluation.memory import process_peak
+from headprune.evaluation.process_memory import process_peak
 
 
 @dataclass(frozen=True)

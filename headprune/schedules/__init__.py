@@ -1,1 +1,27 @@
-"""Loops around score -> plan -> prune -> recover."""
+"""Loops around score -> plan -> prune -> recover, each resumable at any step."""
+
+from headprune.schedules.gates import gate_method, gate_methods
+from headprune.schedules.iterative import iterative, one_shot
+from headprune.schedules.pruning_aware import pruning_aware
+from headprune.schedules.recovering import RecoverySettings, Round
+from headprune.schedules.result import ScheduleResult, Step
+from headprune.schedules.schedule import ScheduleFailed, get_schedule, options_of, schedule, schedules
+from headprune.schedules.spacing import spacing
+
+__all__ = [
+    "RecoverySettings",
+    "Round",
+    "ScheduleFailed",
+    "ScheduleResult",
+    "Step",
+    "gate_method",
+    "gate_methods",
+    "get_schedule",
+    "iterative",
+    "one_shot",
+    "options_of",
+    "pruning_aware",
+    "schedule",
+    "schedules",
+    "spacing",
+]

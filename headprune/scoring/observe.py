@@ -23,6 +23,7 @@ from headprune.nn.replace import own_attention
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
 from headprune.scoring.passes import checksum, frozen, in_eval_mode, run_batch, same_keys, snapshot
+from headprune.scoring.ranks import Distributed, check_mode, merged, own_part, rank_file, refuse_different_batches, world_size
 from headprune.scoring.site_shape import SiteShape
 from headprune.scoring.streamed import observe_streamed
 
@@ -44,6 +45,7 @@ def observe(
     unreached: Literal["error", "keep"] = "error",
     checkpoint: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
+    distributed: Distributed = "share",
 ) -> Observations:
     """Measures what `needs` names, in one pass over `batches`.
 
@@ -64,12 +66,22 @@ def observe(
             goes on behind the batches that it holds; they must be the same again. For a model that is read layer by layer
             (`hp.open_streamed`) a folder, which also holds the states between layers: it goes on behind the last layer.
         progress: called with the number of batches done (layer by layer: of batches through all layers).
+        distributed: where torch.distributed runs several ranks, what each does. "share": all are given the same batches and each
+            observes its part; "own": each is given batches of its own; either way all ranks return the observations of all
+            batches. "off": this rank observes all of its batches by itself. Each rank keeps a checkpoint of its own.
 
     Raises InvalidInput where `batches` is empty or their keys differ, a loss is missing or not finite, a site is never
     reached, or a checkpoint is of another model or other data.
     """
     if unreached not in UNREACHED:
         raise unknown_name("value of unreached", unreached, UNREACHED)
+    check_mode(distributed)
+    if distributed != "off" and world_size() > 1:
+        options = {
+            "loss_fn": loss_fn, "token_mask": token_mask, "token_kinds": token_kinds, "checkpointing": checkpointing,
+            "gram_device": gram_device, "checkpoint": checkpoint and rank_file(checkpoint), "progress": progress,
+        }  # fmt: skip
+        return observe_together(model, batches, needs, distributed, unreached, options)
     kinds = None if token_kinds is None else TokenKinds.of(token_kinds)
     with own_attention(model):
         every = attention_sites(model)
@@ -89,6 +101,24 @@ def observe(
         if checkpoint:
             observed.save(checkpoint)
         return observed
+
+
+def observe_together(
+    model: nn.Module, batches: Iterable[Any], needs: Iterable[Need | str], mode: str, unreached: str, options: dict[str, Any]
+) -> Observations:
+    """`observe` on several ranks, whose observations become one."""
+    if mode == "share":
+        every = list(batches)
+        refuse_different_batches([checksum(batch) for batch in every])
+        batches = own_part(every)
+    observed, problem = None, None
+    try:
+        observed = observe(model, batches, needs, unreached="keep", distributed="off", **options)
+    except Exception as error:  # told to the others, which would wait for this rank
+        problem = error
+    observed = merged(observed, problem)
+    refuse_unreached(observed, unreached)
+    return observed
 
 
 def run_pass(

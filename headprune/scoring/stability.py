@@ -16,6 +16,7 @@ from headprune.scoring.observations import MERGES, Observations, SiteObservation
 from headprune.scoring.scores import HeadScores
 
 RESAMPLES = 50
+MOST_AT_ONCE = 2**24  # numbers that are drawn at once, 64 MB
 DOUBT = 1.645  # standard deviations: a head this near to the cut would fall on its other side in 1 of 20 other samples
 
 
@@ -77,26 +78,36 @@ def can_resample(chosen: Criterion) -> bool:
 
 
 def bootstrap(observed: Observations, chosen: Criterion, resamples: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """The scores from `resamples` draws of the samples with replacement; one draw is the same for all sites."""
+    """The scores from `resamples` draws of the samples with replacement; one draw is the same for all sites.
+
+    All draws are scored at once (torch.vmap); one after another where the criterion cannot be mapped, because it looks at
+    values (third parties may).
+    """
+    rows = {name: sample_rows(site, chosen) for name, site in observed.items()}
+    counts = sorted({len(values) for fields in rows.values() for values in fields.values()})
     generator = torch.Generator().manual_seed(seed)
-    rankings = []
-    for _ in range(resamples):
-        draws: dict[int, Tensor] = {}
-        sites = {name: resampled(site, draws, generator) for name, site in observed.items()}
-        rankings.append(chosen.scores(Observations(sites)))
-    return rankings
+    draws = {count: torch.randint(count, (resamples, count), generator=generator) for count in counts}
+
+    def scores(drawn: dict[int, Tensor]) -> dict[str, Tensor]:
+        sites = {
+            name: replace(site, **{field: values[drawn[len(values)]] for field, values in rows[name].items()})
+            for name, site in observed.items()
+        }
+        return chosen.scores(Observations(sites))
+
+    size = sum(values.numel() for fields in rows.values() for values in fields.values())
+    try:
+        found = torch.vmap(scores, chunk_size=max(1, min(resamples, MOST_AT_ONCE // max(size, 1))))(draws)
+    except RuntimeError:
+        return [scores({count: index[number] for count, index in draws.items()}) for number in range(resamples)]
+    return [{name: values[number] for name, values in found.items()} for number in range(resamples)]
 
 
-def resampled(site: SiteObservations, draws: dict[int, Tensor], generator: torch.Generator) -> SiteObservations:
-    drawn = {}
-    for name, merge in MERGES.items():
-        rows = getattr(site, name)
-        if merge == "samples" and rows is not None and len(rows):
-            count = len(rows)
-            if count not in draws:
-                draws[count] = torch.randint(count, (count,), generator=generator)
-            drawn[name] = rows[draws[count]]
-    return replace(site, **drawn)
+def sample_rows(site: SiteObservations, chosen: Criterion) -> dict[str, Tensor]:
+    """What the criterion reads that is kept sample by sample, by field."""
+    names = [name for need in chosen.needs for name in fields_of(need) if MERGES[name] == "samples"]
+    found = {name: getattr(site, name) for name in names}
+    return {name: rows for name, rows in found.items() if rows is not None and len(rows)}
 
 
 def spread_of(observed: Observations, chosen: Criterion) -> dict[str, Tensor] | None:

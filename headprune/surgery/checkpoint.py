@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
@@ -42,7 +42,7 @@ def save(
             copied from `source`, by default the local folder that the model was loaded from.
         options: as for `save_pretrained` (max_shard_size, ...).
 
-    Raises UnsupportedModel where adapters are attached, HeadpruneError where the disk refuses.
+    Raises UnsupportedModel where adapters are attached or weights are quantised, HeadpruneError where the disk refuses.
     """
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
@@ -50,6 +50,12 @@ def save(
             "what it returns, or save the adapters by themselves with save_pretrained."
         )
     check_recorded(model)
+    quantised = next((name for name, weight in model.named_parameters() if type(weight) not in (nn.Parameter, Tensor)), None)
+    if quantised is not None:
+        raise UnsupportedModel(
+            f"{quantised} holds {type(model.get_parameter(quantised)).__name__} weights, quantised or spread over devices, which "
+            "are not saved. Save the model before quantising it, and quantise what load gives: the rounding needs no data."
+        )
     folder = Path(folder)
     origin = Path(source if source is not None else getattr(model, "name_or_path", "") or os.devnull)
     with whole_folder(folder) as draft:

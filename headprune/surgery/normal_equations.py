@@ -19,24 +19,38 @@ JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # of the mean diagonal, tried in
 
 @dataclass
 class NormalEquations:
-    """Sums over tokens of what least squares needs, in fp64: X^T X, X^T R, sum of R^2, with a last column of ones in X."""
+    """Weighted sums over tokens of what least squares needs, in fp64: X^T X, X^T R, sum of R^2, with a last column of ones in X."""
 
     gram: Tensor  # [inputs + 1, inputs + 1]
     cross: Tensor  # [inputs + 1, outputs]
     squares: Tensor  # [outputs]
+    tokens: int = 0  # how many were added
 
     @classmethod
     def empty(cls, inputs: int, outputs: int) -> NormalEquations:
         sizes = ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs,))
         return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
 
-    def add(self, inputs: Tensor, residual: Tensor) -> None:
-        """inputs [tokens, inputs], residual [tokens, outputs]: what the present weights leave to be explained."""
+    def add(self, inputs: Tensor, residual: Tensor, weights: Tensor | None = None) -> None:
+        """inputs [tokens, inputs], residual [tokens, outputs]: what the present weights leave to be explained; weights [tokens]:
+        how much each token counts, by default 1."""
         padded = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1).float()
         residual = residual.float()
-        self.gram += (padded.T @ padded).cpu()
-        self.cross += (padded.T @ residual).cpu()
-        self.squares += residual.square().sum(dim=0).cpu()
+        weighted = padded if weights is None else padded * weights[:, None].to(padded)
+        self.gram += (weighted.T @ padded).cpu()
+        self.cross += (weighted.T @ residual).cpu()
+        squares = residual.square() if weights is None else residual.square() * weights[:, None].to(padded)
+        self.squares += squares.sum(dim=0).cpu()
+        self.tokens += len(inputs)
+
+    def about(self, columns: Tensor, weight: Tensor) -> NormalEquations:
+        """The equations of these inputs alone, for the residual that `weight` [outputs, columns] leaves of this one."""
+        used = torch.cat([columns.cpu(), torch.tensor([len(self.gram) - 1])])
+        gram, cross = self.gram[used][:, used], self.cross[used]
+        old = torch.cat([weight.T.double().cpu(), torch.zeros(1, len(weight), dtype=torch.float64)])
+        pulled = gram @ old
+        squares = self.squares - 2 * (old * cross).sum(dim=0) + (old * pulled).sum(dim=0)
+        return NormalEquations(gram, cross - pulled, squares.clamp(min=0), self.tokens)
 
     def error(self, change: Tensor) -> float:
         """Squared residual that is left after adding `change` [inputs + 1, outputs] to the weights."""
@@ -55,12 +69,9 @@ class NormalEquations:
         change[:used] = torch.cholesky_solve(self.cross[:used], factor)
         return change
 
-    @property
-    def tokens(self) -> int:
-        return round(float(self.gram[-1, -1]))
-
     def __add__(self, other: NormalEquations) -> NormalEquations:
-        return NormalEquations(self.gram + other.gram, self.cross + other.cross, self.squares + other.squares)
+        sums = (getattr(self, name) + getattr(other, name) for name in ("gram", "cross", "squares", "tokens"))
+        return NormalEquations(*sums)
 
 
 def factored(gram: Tensor) -> tuple[Tensor, float]:

@@ -25,16 +25,18 @@ from headprune.models.shards import Stored, header_of
 from headprune.models.site import AttentionSite
 from headprune.models.stream import residual_streams
 from headprune.models.streamed import StreamedModel
-from headprune.models.tokens import TokenMask, token_masks
+from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.models.trunk import Entry, enter
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.passes import checksum, in_eval_mode
 from headprune.surgery.compensate import (
     Reached,
     Resolved,
+    Target,
+    Weights,
     add_tokens,
-    equations_of,
     masked_to,
+    parts,
     resolve,
     set_weight_and_bias,
     weight_and_bias,
@@ -44,7 +46,6 @@ from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.walk import Walk
 
 WORK_KIND, LAYER_KIND = "streamed_compensation", "streamed_compensation_layer"
-Weights = dict[str, tuple[Tensor, Tensor | None]]
 
 
 def resolve_streamed(
@@ -123,7 +124,7 @@ class StreamedCompensation:
 
     def _layer(self, layer: int, go_on: bool) -> tuple[list[Resolved], dict[str, Tensor]]:
         sites = self.sites[layer]
-        dense: Weights = {site.name: weight_and_bias(site) for site in sites}
+        dense: dict[str, Weights] = {site.name: weight_and_bias(site) for site in sites}
         solved, reports = dict(dense), []
         streams = residual_streams(self.streamed.model, sites, lambda: self._run(layer, 0, "dense")) if sites else {}
         for site in sites:
@@ -144,17 +145,20 @@ class StreamedCompensation:
             changed |= {names[id(part)]: part.data.cpu().contiguous() for part in parts if part is not None}
         return reports, changed
 
-    def _gather(self, layer: int, site: AttentionSite, stream, dense: Weights, solved: Weights) -> tuple[NormalEquations, ...]:
+    def _gather(
+        self, layer: int, site: AttentionSite, stream, dense: Mapping[str, Weights], solved: Mapping[str, Weights]
+    ) -> tuple[NormalEquations, ...]:
         columns, weight = site.columns(tuple(self.keep[site.name])), dense[site.name][0]
         train, held_out = (NormalEquations.empty(len(columns), weight.shape[0]) for _ in range(2))
         others = [other for other in self.sites[layer] if other is not site]
         for index, batch in enumerate(self.batches):
             with weights_in_place(self.sites[layer], dense):
-                whole = self._reached(layer, index, "dense", site, stream)
+                target = Target.of(self._reached(layer, index, "dense", site, stream), weight)
             with weights_in_place(self.sites[layer], solved), self._gates(others):
-                pruned = self._reached(layer, index, "pruned", site, stream)
-            equations = equations_of(index, len(self.batches), train, held_out)
-            add_tokens(equations, columns, weight, whole, pruned, self.masks(site.name, batch))
+                reached = self._reached(layer, index, "pruned", site, stream)
+            valid = valid_tokens(reached[0], self.masks(site.name, batch))
+            sums = parts(train, held_out, index, len(self.batches))
+            add_tokens(sums, columns, weight[:, columns.to(weight.device)], target, reached, valid)
         return train, held_out
 
     def _reached(self, layer: int, index: int, kind: str, site: AttentionSite, stream) -> Reached:

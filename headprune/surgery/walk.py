@@ -83,6 +83,17 @@ class Walk:
             raise InvalidInput(f"{site.name} was not reached by the calibration data.")
         return found
 
+    def end(self) -> Any:
+        """Goes on to the end: what `run` gives."""
+        with ExitStack() as stack:
+            if self.keeping != "nothing":
+                self._replay(stack)
+            return self.run()
+
+    def copy(self) -> Walk:
+        """Another walk that stands where this one does; either can go on."""
+        return Walk(self.model, self.run, self.keeping, self._finished)
+
     def _step(self, site: AttentionSite, stream: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
         inputs: list[Tensor] = []
         entered: list[Tensor | None] = [None]

@@ -51,6 +51,14 @@ def test_the_task_is_the_same_every_time(task):
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(again.calibration, task.calibration))
 
 
+def test_another_seed_draws_other_calibration_pairs_and_the_same_test_pairs(task):
+    options = {"calibration_pairs": 40, "test_pairs": 30, "batch": 8, "max_tokens": 24}
+    other = build_task("docstring-retrieval", WordTokenizer(), seed=1, **options)
+    assert other.test == task.test
+    drawn, same = ({tuple(row) for batch in one.calibration for row in batch["input_ids"].tolist()} for one in (other, task))
+    assert len(drawn - same) > len(drawn) / 2
+
+
 def test_retrieval_metrics_against_a_plain_ranking(task):
     model = bert()
     found = task.evaluate(model)

@@ -86,6 +86,12 @@ def test_the_task_is_the_same_every_time(task, tokenizer):
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(again.calibration, task.calibration))
 
 
+def test_another_seed_draws_other_calibration_windows_and_the_same_test_windows(task, tokenizer):
+    other = build_task("standard-library-text", tokenizer, seed=1, **OPTIONS)
+    assert torch.equal(other.test, task.test)
+    assert not torch.equal(other.calibration[0]["input_ids"], task.calibration[0]["input_ids"])
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [

@@ -45,29 +45,33 @@ def test_groups_stay_equal_and_the_budget_is_met(layers, kv_heads, target, fract
     wanted = len(layers) * int(fraction * 12) if target == "stock" else int(fraction * chosen.total_heads)
     assert chosen.removed_heads >= wanted
     assert all(found.is_uniform and found.query_heads for found in head_maps(chosen))
-    if granularity == "query_head" and kv_heads < 12:
-        assert {found.kv_heads for found in head_maps(chosen)} == {kv_heads}
+    if granularity == "kv_group":
+        assert {max(found.group_sizes) for found in head_maps(chosen)} == {12 // kv_heads}
     if target == "stock":
         assert len(set(head_maps(chosen))) == 1
         assert 48 % head_maps(chosen)[0].query_heads == 0
 
 
-def test_the_lowest_head_of_each_group_goes_first():
-    scores = scores_of([[1.0, 9.0, 8.0, 2.0], [5.0, 6.0, 7.0, 8.0]], kv_heads=2)
-    assert plan(scores, Budget(heads=0.25), target="llama.cpp").keep == {"layers.0": (1, 2), "layers.1": (0, 1, 2, 3)}
+@pytest.mark.parametrize(
+    ("values", "gone"),
+    [([1.0, 9.0, 8.0, 2.0], (0, 3)), ([1.0, 2.0, 8.0, 9.0], (0, 1)), ([3.0, 3.0, 3.0, 3.0], (0, 1))],
+    ids=["a head of each group", "a group", "the first of equals"],
+)
+def test_what_scores_lowest_of_a_group_and_a_head_of_each_goes_first(values, gone):
+    scores = scores_of([values, [10.0, 11.0, 12.0, 13.0]], kv_heads=2)
+    chosen = plan(scores, Budget(heads=0.25), target="llama.cpp")
+    assert chosen.keep == {"layers.0": tuple(sorted({0, 1, 2, 3} - set(gone))), "layers.1": (0, 1, 2, 3)}
 
 
 def test_a_protected_head_stays_and_another_of_its_group_goes():
     scores = scores_of([[1.0, 9.0, 8.0, 2.0], [50.0, 60.0, 70.0, 80.0]], kv_heads=2)
-    chosen = plan(scores, Budget(heads=0.25), target="llama.cpp", protect={"layers.0": [0]})
+    chosen = plan(scores, Budget(heads=0.25), target="llama.cpp", protect={"layers.0": [0, 2]})
     assert chosen.keep["layers.0"] == (0, 2)
 
 
 def test_a_cache_budget_takes_whole_groups_where_groups_must_be_equal():
-    scores = scores_of([[1.0, 2.0, 8.0, 9.0], [5.0, 6.0, 7.0, 8.0]], kv_heads=2)
+    scores = scores_of([[1.0, 8.0, 2.0, 9.0], [5.0, 6.0, 7.0, 8.0]], kv_heads=2)
     assert plan(scores, Budget(kv_cache=0.25), target="vllm").keep == {"layers.0": (2, 3), "layers.1": (0, 1, 2, 3)}
-    with pytest.raises(InvalidInput, match="kv_group"):
-        plan(scores, Budget(kv_cache=0.25), target="vllm", granularity="query_head")
 
 
 def test_llama_cpp_keeps_a_head_in_layer_0_alone():
@@ -83,6 +87,8 @@ def test_vllm_keeps_multiples_of_key_value_heads_for_tensor_parallelism():
     assert (found.query_heads, found.kv_heads) == (8, 4)
     (found,) = head_maps(plan(scores, Budget(heads=0.2), granularity="kv_group", multiple_of=4))
     assert (found.query_heads, found.kv_heads) == (12, 6)
+    (found,) = head_maps(plan(scores, Budget(heads=0.5), multiple_of=4, target="vllm"))
+    assert found.query_heads % 4 == found.kv_heads % 4 == 0
 
 
 @pytest.mark.parametrize(

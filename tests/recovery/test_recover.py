@@ -13,7 +13,6 @@ from tiny_models import hidden
 
 import headprune as hp
 from headprune.errors import InvalidInput
-from headprune.recovery.budget import Clock
 
 
 def same_state(one, other, **tolerance):
@@ -194,21 +193,22 @@ def test_a_checkpoint_that_was_cut_off_is_not_taken_up(method, tmp_path):
 def test_a_folder_of_another_recovery_is_refused(tmp_path):
     _, model = pruned_llama()
     hp.recover(model, text_batches(), steps=2, output_dir=tmp_path)
-    with pytest.raises(InvalidInput, match="holds a recovery with steps=2, this one has 3"):
-        hp.recover(model, text_batches(), steps=3, output_dir=tmp_path)
+    with pytest.raises(InvalidInput, match="steps is 2 there and 3 here"):
+        hp.recover(pruned_llama()[1], text_batches(), steps=3, output_dir=tmp_path)
+    with pytest.raises(InvalidInput, match="holds another recovery: model is"):
+        hp.recover(pruned_llama(seed=1)[1], text_batches(), steps=2, output_dir=tmp_path)
 
 
-def test_minutes_bound_the_time_and_bring_the_rate_to_zero(monkeypatch):
-    """With a clock that ticks at every look."""
+def test_minutes_bound_the_time_and_bring_the_rate_to_zero():
+    """By a clock that ticks at every look."""
     _, model = pruned_llama()
     ticks, rates = iter(range(1000)), []
-    monkeypatch.setattr(Clock, "seconds", lambda self: float(next(ticks)))
 
     class Rates(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, lr_scheduler=None, **_):
             rates.append(lr_scheduler.get_last_lr()[0])
 
-    result = hp.recover(model, text_batches(), minutes=1, lr=1e-3, warmup=2, callbacks=[Rates()])
+    result = hp.recover(model, text_batches(), minutes=1, clock=lambda: float(next(ticks)), lr=1e-3, warmup=2, callbacks=[Rates()])
     assert 60 <= result.seconds < 70
     assert result.steps == len(rates)
     assert 5 < result.steps < 60

@@ -99,6 +99,20 @@ def test_gguf_holds_each_layers_counts_and_weights(tmp_path):
     assert np.array_equal(tensors["blk.1.ffn_up.weight"], mlp)
 
 
+def test_an_attention_without_heads_but_with_an_output_bias_is_no_no_op_in_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    counts = {}
+    for biased in (False, True):
+        model = llama(layers=3, attention_bias=biased)
+        if biased:
+            model.model.layers[1].self_attn.o_proj.bias.data.normal_()
+        cut(model, {**RAGGED, "model.layers.1.self_attn": []})
+        export(model, "gguf", tmp_path / f"{biased}.gguf")
+        fields = gguf.GGUFReader(tmp_path / f"{biased}.gguf").fields
+        counts[biased] = fields["deci.attention.head_count"].contents()[1]
+    assert counts == {False: 0, True: 1}
+
+
 def test_vllm_gets_a_folder_of_equal_groups_that_loads(tmp_path):
     model = ragged_llama()
     expected = output_of(model)

@@ -24,6 +24,7 @@ class DocstringRetrieval(Task):
     Embeddings are mean-pooled and normalised. The loss is cross entropy of each sentence over the batch's documents
     (multiple negatives ranking, Henderson et al. 2017); a batch holds its sentences first, then their documents.
     validation: tests on files out of the calibration half, and calibrates on the rest of it.
+    seed: which of the calibration pairs are drawn, and in what order; the test pairs are always the same.
     """
 
     name = "docstring-retrieval"
@@ -38,20 +39,29 @@ class DocstringRetrieval(Task):
         batch: int = 32,
         max_tokens: int = 96,
         validation: bool = False,
+        seed: int = 0,
     ) -> None:
         self.tokenizer, self.max_tokens, self.batch = tokenizer, max_tokens, batch
         calibration, test = docstring_pairs(validation)
         self.test = shuffled(test)[:test_pairs]
-        chosen = sorted(shuffled(calibration)[:calibration_pairs], key=lambda pair: len(pair.document))
+        chosen = sorted(shuffled(calibration, seed)[:calibration_pairs], key=lambda pair: len(pair.document))
         groups = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
-        self.calibration = [
-            self.encoded([pair.query for pair in group] + [pair.document for pair in group]) for group in shuffled(groups)
-        ]
+        self.calibration = [self.sentences_and_rests(group) for group in shuffled(groups, seed)]
+        self.training_pairs = shuffled(calibration, seed)
         self.digest = hashlib.sha256(repr(self.test).encode()).hexdigest()[:16]
 
     def check_model(self, model: nn.Module) -> None:
         if getattr(model, "can_generate", bool)():
             raise InvalidInput(f"task {self.name} needs an encoder; {type(model).__name__} is a language model.")
+
+    def training(self) -> list[dict[str, Tensor]]:
+        """All pairs of the calibration half; those of like length share a batch."""
+        pairs = sorted(self.training_pairs, key=lambda pair: len(pair.document))
+        groups = [pairs[start : start + self.batch] for start in range(0, len(pairs), self.batch)]
+        return [self.sentences_and_rests(group) for group in shuffled(groups)]
+
+    def sentences_and_rests(self, pairs: list[Pair]) -> dict[str, Tensor]:
+        return self.encoded([pair.query for pair in pairs] + [pair.document for pair in pairs])
 
     def encoded(self, texts: list[str]) -> dict[str, Tensor]:
         found = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
@@ -101,10 +111,10 @@ class DocstringRetrieval(Task):
         return self.encoded([pair.document for pair in self.test[:16]])
 
 
-def shuffled(items: list) -> list:
-    """The same order for the same items, every time."""
+def shuffled(items: list, seed: int = 0) -> list:
+    """The same order for the same items and seed, every time."""
     items = list(items)
-    random.Random(0).shuffle(items)
+    random.Random(seed).shuffle(items)
     return items
 
 

@@ -16,6 +16,7 @@ from headprune.evaluation.tasks.task import Progress, Task, register_task
 
 PROMPT_ROWS, PROMPT_TOKENS = 4, 32  # tokens: at most half a window
 LATENCY_ROWS = 4
+TRAINING_WINDOWS = 4096
 
 
 @register_task
@@ -26,6 +27,7 @@ class StandardLibraryText(Task):
     of `window` tokens that do not overlap, of which a seeded choice is used. Perplexity is exp of the mean negative
     log-likelihood over all tokens of all windows but the first of each, which has no context: it is of the tokenizer's
     tokens, so only models with the same tokenizer compare. Samples are windows; their loss is the mean over their tokens.
+    seed: which calibration windows are drawn; the test windows are always the same.
     """
 
     name = "standard-library-text"
@@ -33,19 +35,31 @@ class StandardLibraryText(Task):
     higher_is_better = False
 
     def __init__(
-        self, tokenizer: Any, window: int = 256, batch: int = 8, calibration_windows: int = 128, test_windows: int = 160
+        self,
+        tokenizer: Any,
+        window: int = 256,
+        batch: int = 8,
+        calibration_windows: int = 128,
+        test_windows: int = 160,
+        seed: int = 0,
     ) -> None:
         if window < 2 or batch < 1:
             raise InvalidInput(f"window={window}, batch={batch}: expected at least 2 tokens a window and 1 window a batch.")
-        self.tokenizer, self.window, self.batch = tokenizer, window, batch
+        self.tokenizer, self.window, self.batch, self.seed = tokenizer, window, batch, seed
         parts = standard_library_text()
         # [windows, window], int64
         self.test = windows_of(token_stream(tokenizer, parts.test), window, test_windows)
-        chosen = windows_of(token_stream(tokenizer, parts.calibration), window, calibration_windows)
+        chosen = windows_of(token_stream(tokenizer, parts.calibration), window, calibration_windows, seed)
         if not len(self.test):
             raise InvalidInput(f"the test set is empty: test_windows={test_windows} of {window} tokens gives no window.")
         self.calibration = [{"input_ids": rows, "labels": rows} for rows in chosen.split(batch)] if len(chosen) else []
         self.digest = digest((*parts.calibration, *parts.test))[:16]
+
+    def training(self) -> list[dict[str, Tensor]]:
+        """Windows of the packages that neither calibration nor test holds."""
+        stream = token_stream(self.tokenizer, standard_library_text().training)
+        chosen = windows_of(stream, self.window, TRAINING_WINDOWS, self.seed)
+        return [{"input_ids": rows, "labels": rows} for rows in chosen.split(self.batch)] or self.calibration
 
     def check_model(self, model: nn.Module) -> None:
         if not getattr(model, "can_generate", bool)():
@@ -107,8 +121,8 @@ def token_stream(tokenizer: Any, documents: tuple[Document, ...]) -> Tensor:
     return torch.tensor(list(itertools.chain.from_iterable(start + ids for ids in encoded)), dtype=torch.long)
 
 
-def windows_of(stream: Tensor, window: int, count: int) -> Tensor:
-    """At most `count` windows [windows, window] that do not overlap, the same choice for the same text every time."""
+def windows_of(stream: Tensor, window: int, count: int, seed: int = 0) -> Tensor:
+    """At most `count` windows [windows, window] that do not overlap, the same choice for the same text and seed every time."""
     whole = stream[: len(stream) // window * window].view(-1, window)
-    order = random.Random(0).sample(range(len(whole)), k=min(max(count, 0), len(whole)))
+    order = random.Random(seed).sample(range(len(whole)), k=min(max(count, 0), len(whole)))
     return whole[order]

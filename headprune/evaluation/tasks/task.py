@@ -45,6 +45,10 @@ class Task(ABC):
     def latency_inputs(self) -> dict[str, Tensor]:
         """Real inputs for `model(**inputs)`."""
 
+    def training(self) -> list[Any]:
+        """Batches to recover a pruned model on, as those of calibration and never of test data; more of them where there are."""
+        return self.calibration
+
     def check_model(self, model: nn.Module) -> None:
         """Raises InvalidInput where `model` is not of the kind that the task reads."""
         return

@@ -18,7 +18,7 @@ from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.surgery.export.gguf_rope import write_rope
 from headprune.surgery.export.gguf_vocabulary import write_vocabulary
-from headprune.surgery.export.regularise import regularise
+from headprune.surgery.export.regularise import does_nothing, regularise
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, cheapest
 from headprune.surgery.export.target import refuse_unknown, target
@@ -101,11 +101,11 @@ def write_gguf(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
 
 
 def layer_slots(model: PreTrainedModel) -> dict[str, Slots]:
-    """Even groups; an attention without heads stays so, except in layer 0, from which llama.cpp takes the size of a head."""
+    """Even groups; an attention that does nothing stays so, except in layer 0, from which llama.cpp takes the size of a head."""
     sites, found = attention_sites(model), {}
     for index, site in enumerate(sites):
         costs = [site.parameters_per_head(per_kv_head) for per_kv_head in (False, True)]
-        empty = index > 0 and not site.head_map.query_heads and model.config.model_type != "qwen3"
+        empty = index > 0 and does_nothing(site) and model.config.model_type != "qwen3"
         found[site.name] = Slots((), ()) if empty else cheapest(site.head_map, *costs)
     return found
 

@@ -65,6 +65,12 @@ def regularise(model: nn.Module, slots: Mapping[str, Slots] | None = None) -> Re
     )  # fmt: skip
 
 
+def does_nothing(site: AttentionSite) -> bool:
+    """Whether an engine may skip the attention: no heads, and no output bias, which would still be added."""
+    bias = getattr(site.output.module, "bias", None)
+    return not site.head_map.query_heads and (bias is None or not bias.any())
+
+
 def cache_values(sites: list[AttentionSite]) -> int:
     return sum(site.head_map.kv_heads * (site.head_dim + site.value_dim) for site in sites)
 

@@ -1,0 +1,146 @@
+"""Published one-shot methods as we re-implement them, and ours as the repository's recipes have it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from quality.methods import (
+    Method,
+    Planned,
+    Setting,
+    even_plan,
+    global_plan,
+    methods,
+    plain_cut,
+    random_scores,
+    register,
+    resolved_cut,
+    scored_by,
+)
+from torch import nn
+
+import headprune as hp
+from headprune.models import attention_sites
+from headprune.planning.mask_search import fisher_mask_search
+from headprune.run_values import planning_options
+from headprune.scoring import Need, Observations, observe, score_observations
+
+register(Method("random", "random", "global, no compensation", random_scores, global_plan, plain_cut))
+register(
+    Method(
+        "magnitude", "magnitude (L2)", "Li 2017 by head, global, no compensation",
+        scored_by("magnitude_l2"), global_plan, plain_cut, seeded=False,
+    )
+)  # fmt: skip
+register(
+    Method(
+        "michel", "Michel: gate gradient", "Michel 2019: L2 norm by layer, global, no compensation",
+        scored_by("gate_gradient", "layer_l2"), global_plan, plain_cut,
+    )
+)  # fmt: skip
+register(
+    Method("fisher", "Fisher", "diagonal Fisher of the gates, global, no compensation", scored_by("fisher"), global_plan, plain_cut)
+)
+register(
+    Method(
+        "wanda-sp", "Wanda-sp", "Wanda by head as in An 2024: the same fraction of every layer, no compensation",
+        scored_by("wanda"), even_plan("query_head"), plain_cut,
+    )
+)  # fmt: skip
+register(
+    Method(
+        "llm-pruner", "LLM-Pruner's Taylor, re-implemented",
+        "Ma 2023: first order, element-wise, summed over query, key, value and output; whole key/value groups; the same fraction "
+        "of every layer; no compensation",
+        scored_by("taylor_element"), even_plan("kv_group"), plain_cut,
+    )
+)  # fmt: skip
+
+
+def gate_gradients(setting: Setting) -> Observations:
+    return observe(setting.model, setting.task.calibration, {Need.GATE_GRADIENT}, loss_fn=setting.task.loss)
+
+
+def mask_search(setting: Setting, observed: Observations, fraction: float) -> Planned:
+    return Planned(fisher_mask_search(observed, hp.Budget(heads=fraction)))
+
+
+def mask_tuned(setting: Setting, observed: Observations, planned: Planned, model: nn.Module) -> nn.Module:
+    calibration, forward = setting.task.calibration, setting.task.forward
+    hp.prune(model, planned.keep, calibration, forward=forward, compensation="mask_tuning")
+    return model
+
+
+register(
+    Method(
+        "kwon", "Kwon's full method", "Kwon 2022: Fisher mask search, rearrangement by the block Fisher, mask tuning",
+        gate_gradients, mask_search, mask_tuned,
+    )
+)  # fmt: skip
+
+
+def grams(setting: Setting) -> Observations:
+    return observe(setting.model, setting.task.calibration, {Need.GRAM}, loss_fn=setting.task.loss)
+
+
+def fluctuating(setting: Setting, observed: Observations, fraction: float) -> Planned:
+    return global_plan(setting, score_observations(observed, "fluctuation"), fraction)
+
+
+@torch.no_grad()
+def with_mean_in_bias(setting: Setting, observed: Observations, planned: Planned, model: nn.Module) -> nn.Module:
+    """b += sum over removed heads of W_h E[O_h], the mean of the dense model; a projection without a bias gets one."""
+    for site in attention_sites(model):
+        gone = sorted(set(range(site.head_map.query_heads)) - set(planned.keep[site.name]))
+        if not gone:
+            continue
+        module, seen = site.output.module, observed[site.name]
+        mean = (seen.input_sum / seen.tokens).view(site.head_map.query_heads, -1)[gone].flatten()
+        shift = (module.weight[:, site.columns(tuple(gone))].double() @ mean).to(module.weight)
+        if module.bias is None:
+            module.bias = nn.Parameter(torch.zeros_like(shift))
+        module.bias += shift
+    hp.prune(model, hp.PruningPlan.from_keep(model, planned.keep))
+    return model
+
+
+register(
+    Method(
+        "flap", "FLAP", "An 2024: fluctuation standardised within the layer, global; the removed heads' mean goes into the bias",
+        grams, fluctuating, with_mean_in_bias,
+    )
+)  # fmt: skip
+
+
+def our_scores(setting: Setting) -> hp.HeadScores:
+    wanted = setting.recipe(0.5).score
+    return scored_by(wanted.criterion, wanted.normalize)(setting)
+
+
+def our_plan(setting: Setting, scores: hp.HeadScores, fraction: float) -> Planned:
+    recipe = setting.recipe(fraction)
+    return Planned(hp.plan(scores, hp.Budget(**recipe.plan.budget), **planning_options(recipe)))
+
+
+def our_settings(model: str) -> dict[str, Any]:
+    return Setting(model, nn.Module(), None, 0).recipe(0.5).model_dump(include={"score", "plan", "prune"})
+
+
+register(
+    Method("ours", "ours", "recipes/<model>.yaml: scores, plan and compensation", our_scores, our_plan, resolved_cut, our_settings)
+)
+
+
+def with_our_compensation() -> None:
+    """A plain criterion and our re-solve, to tell the choice of heads from the compensation."""
+    for name in ("random", "magnitude", "michel", "fisher", "wanda-sp", "llm-pruner"):
+        plain = methods()[name]
+        form = plain.form.replace("no compensation", "our compensation")
+        register(
+            replace(plain, name=f"{name}+ours", label=f"{plain.label} + our compensation", form=form, cut=resolved_cut, seeded=True)
+        )
+
+
+with_our_compensation()

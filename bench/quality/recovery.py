@@ -1,0 +1,205 @@
+"""What two CPU minutes of recovery give back after heads have gone, each way, on a real encoder and a small decoder.
+
+    python bench/quality/recovery.py minilm --validation          # to choose settings: no test pair is read
+    python bench/quality/recovery.py minilm --heads 0.5 0.75 -o recovery-minilm.json
+    python bench/quality/recovery.py stdlib-lm --heads 0.5 -o recovery-stdlib-lm.json
+
+Every way starts from the same plan; all but "none" and "rewinding" from the compensated model. Minutes are of the process's CPU
+time with one thread. Training texts come from the calibration half (MiniLM: both parts of its docstrings' pairs; the decoder:
+its training packages); quality is measured once, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import nn
+
+import headprune as hp
+from headprune.demo.stdlib_lm import Decoder, initial_model
+from headprune.demo.training import Training, random_windows, train
+from headprune.evaluation.tasks import build_task
+from headprune.evaluation.tasks.docstring_retrieval import shuffled
+from headprune.evaluation.tasks.docstrings import docstring_pairs
+from headprune.evaluation.tasks.standard_library import standard_library_text
+from headprune.evaluation.tasks.standard_library_text import token_stream
+from headprune.sources import open_model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it is recovered with. train: batches; embed: of an encoder. early: an earlier checkpoint, where there is
+    one."""
+
+    dense: nn.Module
+    task: Any
+    train: list[Any]
+    criterion: str
+    distil: hp.Distillation
+    rates: dict[str, float]
+    early: Callable[[], nn.Module]
+
+
+def minilm(validation: bool, seed: int) -> Subject:
+    """Batches as the task's: the sentences of 16 pairs, then their documents."""
+    dense, tokenizer = open_model("minilm")
+    task = build_task("docstring-retrieval", tokenizer, validation=validation)
+    pairs = docstring_pairs(validation)[0]
+    random.Random(seed).shuffle(pairs)
+    pairs = [pair for start in range(0, len(pairs), 256) for pair in sorted(pairs[start : start + 256], key=length)]
+    groups = [pairs[start : start + 16] for start in range(0, len(pairs), 16)]
+    train = [task.encoded([pair.query for pair in group] + [pair.document for pair in group]) for group in shuffled(groups)]
+    embed = lambda output, batch: pooled(output.last_hidden_state, batch["attention_mask"])  # noqa: E731
+    distil = hp.Distillation(hidden=1.0, embedding=1.0, similarity=1.0, embed=embed)
+    return Subject(dense, task, train, "fisher_least_squares", distil, RATES["minilm"], lambda: dense)
+
+
+def length(pair: Any) -> int:
+    return len(pair.document)
+
+
+def pooled(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+
+def decoder(validation: bool, seed: int) -> Subject:
+    """Windows of the text that the model was trained on; the early checkpoint is that training's at four fifths."""
+    dense, tokenizer = open_model("stdlib-lm")
+    task = build_task("standard-library-text", tokenizer)
+    stream = token_stream(tokenizer, standard_library_text().training)
+    settings = Training(batch=4, seed=1000 + seed)
+    batches = [{"input_ids": rows, "labels": rows} for rows in (random_windows(stream, settings, step) for step in range(600))]
+
+    distil = hp.Distillation(logits=1.0, hidden=0.5, temperature=1.0)
+    return Subject(dense, task, batches, "fisher", distil, RATES["stdlib-lm"], lambda: early_decoder(tokenizer, stream))
+
+
+@dataclass(frozen=True)
+class FirstSteps(Training):
+    """The first `steps` steps of a training of `whole` steps."""
+
+    whole: int = 1000
+
+    def rate(self, step: int) -> float:
+        return Training(steps=self.whole).rate(step)
+
+
+def early_decoder(tokenizer: Any, stream: torch.Tensor) -> nn.Module:
+    """The stdlib decoder after four fifths of its training."""
+    original = Decoder()
+    model, steps = initial_model(original, tokenizer), original.training.steps
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, stream, FirstSteps(steps=int(0.8 * steps), whole=steps), Path(folder) / "state")
+    return model
+
+
+RATES = {
+    "minilm": {"full": 2e-5, "lora": 2e-4, "distillation": 2e-4, "rewinding": 2e-4, "lora_distillation": 1e-3},
+    "stdlib-lm": {"full": 5e-4, "lora": 2e-3, "distillation": 5e-4, "rewinding": 5e-4, "lora_distillation": 2e-3},
+}
+SUBJECTS = {"minilm": minilm, "stdlib-lm": decoder}
+Recover = Callable[[nn.Module, Subject, dict[str, Any]], hp.Recovery]
+
+
+def full(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
+    return hp.recover(model, subject.train, loss_fn=subject.task.loss, lr=subject.rates["full"], **options)
+
+
+def lora(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
+    return hp.recover(model, subject.train, loss_fn=subject.task.loss, method="lora", lr=subject.rates["lora"], **options)
+
+
+def distillation(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
+    return hp.recover(
+        model, subject.train, teacher=subject.dense, distil=subject.distil, lr=subject.rates["distillation"], **options
+    )  # fmt: skip
+
+
+def lora_distillation(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
+    rate = subject.rates["lora_distillation"]
+    return hp.recover(model, subject.train, teacher=subject.dense, distil=subject.distil, method="lora", lr=rate, **options)
+
+
+def rewinding(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
+    """Distillation from the early weights (MiniLM comes without any: from the dense weights, uncompensated)."""
+    return hp.recover(
+        model, subject.train, teacher=subject.dense, distil=subject.distil, lr=subject.rates["rewinding"], rewind=subject.early(),
+        **options,
+    )  # fmt: skip
+
+
+WAYS: dict[str, Recover | None] = {
+    "none": None, "compensation": None, "full": full, "lora": lora, "distillation": distillation,
+    "lora_distillation": lora_distillation, "rewinding": rewinding,
+}  # fmt: skip
+
+
+def rows(name: str, fractions: list[float], ways: list[str], minutes: float, seed: int, validation: bool):
+    """One dict per fraction and way, as they are measured; the dense model first."""
+    subject = SUBJECTS[name](validation, seed)
+    task, split = subject.task, "validation" if validation else "test"
+    original = task.evaluate(subject.dense)
+    yield {"model": name, "split": split, "seed": seed, "heads": 0.0, "way": "dense", **original, "ratio": 1.0}
+    scores = hp.score(subject.dense, task.calibration, subject.criterion, loss_fn=task.loss)
+    for fraction in fractions:
+        plan = hp.plan(scores, hp.Budget(heads=fraction))
+        compensated = copy.deepcopy(subject.dense)
+        hp.prune(compensated, plan, task.calibration, forward=task.forward)
+        for way in ways:
+            model = copy.deepcopy(compensated)
+            if way == "none":
+                model = copy.deepcopy(subject.dense)
+                hp.prune(model, plan)
+            started, steps, loss = time.process_time(), 0, []
+            if WAYS[way] is not None:
+                options = {"minutes": minutes, "clock": time.process_time, "seed": seed, "warmup": 5}
+                recovery = WAYS[way](model, subject, options)
+                steps, loss = recovery.steps, [recovery.losses[0][1], recovery.losses[-1][1]]
+            seconds = time.process_time() - started
+            found = task.evaluate(model)
+            ratio = found[task.headline] / original[task.headline]
+            yield {
+                "model": name, "split": split, "seed": seed, "heads": fraction, "way": way, **found,
+                "ratio": ratio if task.higher_is_better else 1 / ratio, "cpu_seconds": round(seconds, 1), "steps": steps,
+                "lr": subject.rates.get(way), "loss": loss,
+            }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=SUBJECTS)
+    parser.add_argument("--heads", nargs="+", type=float, default=[0.5, 0.75], help="fractions to remove")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--minutes", type=float, default=2.0, help="CPU minutes of each recovery")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--lr", type=float, help="in place of the way's own")
+    parser.add_argument("--validation", action="store_true", help="MiniLM: pairs out of the calibration half instead of test pairs")
+    parser.add_argument("-o", "--output", type=Path, help="where to write the rows as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.lr:
+        RATES[arguments.model] = dict.fromkeys(WAYS, arguments.lr)
+    found = []
+    for seed in arguments.seeds:
+        for row in rows(arguments.model, arguments.heads, arguments.ways, arguments.minutes, seed, arguments.validation):
+            found.append(row)
+            print(json.dumps(row), flush=True)
+            if arguments.output:
+                arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

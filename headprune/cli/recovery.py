@@ -1,0 +1,42 @@
+"""The command that recovers a pruned model."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Annotated
+
+import typer
+
+from headprune.cli import terminal
+from headprune.cli.app import app
+from headprune.cli.inputs import ModelArgument, OutputOption, TaskOption, opened, opened_model
+from headprune.cli.terminal import with_bar
+
+
+@app.command("recover")
+def recover_command(
+    model: ModelArgument,
+    output: OutputOption,
+    teacher: Annotated[str | None, typer.Option(help="The dense model to learn from; else the task's own loss counts.")] = None,
+    task: TaskOption = None,
+    method: Annotated[str, typer.Option(help="full, projections or lora.")] = "full",
+    steps: Annotated[int | None, typer.Option(help="How many steps to train.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="How long to train, in place of steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
+) -> None:
+    """Train a pruned model for a while on a task's training data, so that it is as good again. A killed one goes on."""
+    from headprune.recovery import recover
+    from headprune.surgery import save
+
+    work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
+    pruned, data = opened(model, task)
+    dense = None if teacher is None else opened_model(teacher)[0]
+    result = with_bar("recover", lambda progress: recover(
+        pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr, seed=seed,
+        output_dir=work, progress=progress,
+    ))  # fmt: skip
+    save(pruned, output, tokenizer=data.tokenizer)
+    shutil.rmtree(work)
+    terminal.console.print(str(result))
+    terminal.console.print(f"written to {output}")

@@ -1,0 +1,133 @@
+"""Pruning-aware training: gates on the heads are trained with the model, then surgery makes them real."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from headprune.errors import InvalidInput
+from headprune.models.gating import sites_by_name
+from headprune.nn.replace import replace_multihead_attention
+from headprune.planning import Budget, plan
+from headprune.planning.planner import protected_heads
+from headprune.schedules.composition import shapes_of
+from headprune.schedules.gate_training import GateTrainer, GateTraining
+from headprune.schedules.gates import GateLayout, get_gate_method
+from headprune.schedules.gates.reach import column_norms
+from headprune.schedules.record import Record
+from headprune.schedules.result import ScheduleResult
+from headprune.schedules.schedule import failing, finished, measure_dense, schedule
+from headprune.schedules.setting import Setting
+from headprune.schedules.step import Clock, described_step, measured, plan_of, pruned, recovered, summary
+from headprune.scoring import HeadScores
+from headprune.surgery import fold_gates
+
+NAME = "pruning_aware"
+
+
+@schedule(NAME)
+def pruning_aware(
+    model: nn.Module,
+    batches: Any,
+    budget: Budget,
+    *,
+    method: str = "hard_concrete",
+    steps: int = 300,
+    lr: float = 3e-5,
+    gate_lr: float | None = None,
+    weight_decay: float = 0.0,
+    ramp: float = 0.6,
+    warm_up: float = 0.1,
+    dropout: bool = True,
+    folder: str | Path | None = None,
+    **options: Any,
+) -> ScheduleResult:
+    """Trains the model with gates on its heads until as many are closed as the budget asks, then cuts the closed ones out.
+
+    The gates go through our attention operator where the model runs it (transformers models are switched to it for the while),
+    so that closed heads are not computed; elsewhere they are multiplied in before the output projection. In the end the heads are
+    planned by the gates, which meets the budget exactly whatever the training has come to; gates other than 1 are first folded
+    into the output projections. To distil while gates are trained, let `loss_fn` compare with the dense model.
+
+    Args:
+        method: "hard_concrete" (L0 by a Lagrangian), "subset" (exactly so many by Gumbel top k), "l1" or "group_lasso" (proximal
+            steps), "movement".
+        steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout: headprune.schedules.gate_training.GateTraining.
+        train (in options): the training data; default `batches`, which compensation reads. A list of batches, or an iterable
+            that can be read again and again.
+        recover (in options): training after the cut.
+        The rest is as in `one_shot`; criterion is not read.
+    """
+    setting = Setting.of(model, batches, budget, options)
+    training = GateTraining(steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout, setting.seed)
+    check_training(training, method)
+    record = Record(model, folder, NAME, {**setting.to_json(), "method": method, "training": asdict(training)})
+    measure_dense(setting, record, NAME)
+    if record.last.number:
+        return finished(setting, record, NAME, record.restore())
+    clock = Clock("step 1 of 1", setting.progress)
+    with failing(setting, record, NAME, clock):
+        trainer = trainer_for(setting, record.restore(), method, training)
+        state = None if record.folder is None else record.folder / "training.pt"
+        with clock.timed("train gates") as progress:
+            trainer.train(setting.training_data, state, progress)
+        chosen = plan(trained_scores(trainer), budget, **setting.planning)
+        gates = trainer.settled()
+        model = trainer.model
+        fold_gates(model, gates)
+        pruned(setting, model, chosen, clock)
+        report = recovered(setting, model, 1, 1, record.folder, clock)
+        quality = measured(setting, model, clock)
+    details = {"method": method, "gates": {name: gate.tolist() for name, gate in gates.items()}, **course(trainer)}
+    step = described_step(setting, 1, budget.fraction, dict(chosen), quality, clock, recovery=summary(report), **details)
+    record.accept(step, model, plan_of(setting, step.keep, method))
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return finished(setting, record, NAME, model)
+
+
+def check_training(training: GateTraining, method: str) -> None:
+    get_gate_method(method)
+    if training.steps < 1 or training.lr < 0 or not 0 <= training.ramp <= 1 or not 0 <= training.warm_up <= 1:
+        raise InvalidInput(
+            f"steps={training.steps}, lr={training.lr}, ramp={training.ramp}, warm_up={training.warm_up}: expected at least one "
+            "step, a rate of 0 or more, and shares between 0 and 1."
+        )
+
+
+def trainer_for(setting: Setting, model: nn.Module, method: str, training: GateTraining) -> GateTrainer:
+    """model: a copy of the dense one, trained in place."""
+    model = replace_multihead_attention(model)
+    sites = {name: site for name, site in sites_by_name(model).items() if site.head_map.query_heads}
+    layout = layout_for(setting)
+    norms = torch.stack([column_norms(sites[unit.site])[list(unit.heads)].mean() for unit in layout.units])
+    gates = get_gate_method(method)(layout, norms / norms.mean().clamp(min=1e-30))
+    return GateTrainer(model, sites, gates.to(next(model.parameters()).device), training, setting.loss_fn)
+
+
+def layout_for(setting: Setting) -> GateLayout:
+    shapes = shapes_of(setting.dense)
+    equal = HeadScores("equal", {name: torch.zeros(shape.head_map.query_heads) for name, shape in shapes.items()}, shapes)
+    protected = protected_heads(equal, setting.planning.get("protect", ()))
+    granularity = setting.planning.get("granularity") or "query_head"
+    return GateLayout.of(shapes, setting.budget, granularity, {name: sorted(heads) for name, heads in protected.items()})
+
+
+def trained_scores(trainer: GateTrainer) -> HeadScores:
+    return trainer.layout.scores(trainer.gates.name, trainer.gates.importance())
+
+
+def course(trainer: GateTrainer) -> dict[str, Any]:
+    """How the training went, for the history: the mean loss in each tenth of it, the share open in the end and what was asked."""
+    losses, tenth = trainer.losses, max(1, len(trainer.losses) // 10)
+    means = [sum(part) / len(part) for part in (losses[start : start + tenth] for start in range(0, len(losses), tenth))]
+    return {
+        "losses": means,
+        "open_share": trainer.gates.open_share(trainer.end),
+        "goal": trainer.layout.goal,
+        "through_operator": sorted(trainer.operator),
+    }

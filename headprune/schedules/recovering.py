@@ -1,0 +1,61 @@
+"""Recovery inside a schedule: settings for `hp.recover`, or any function of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from headprune.recovery import recover
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One recovery of a schedule: its number and of how many, the dense model, the training data and loss, a seed of its own, a
+    folder of its own (None: keep nothing) and where progress goes."""
+
+    number: int
+    of: int
+    dense: nn.Module
+    train: Any
+    loss_fn: Callable[[nn.Module, Any], Any] | None
+    seed: int
+    folder: Path | None
+    progress: Progress | None
+
+
+Recover = Callable[[nn.Module, Round], Any]
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How `hp.recover` is called after each cut: its arguments of these names. steps or minutes are of each round; teacher: distil
+    from the dense model. options: further arguments (distil, dropout, patience, bf16, ...)."""
+
+    steps: int | None = None
+    minutes: float | None = None
+    lr: float | None = None
+    method: str = "full"
+    teacher: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: nn.Module, round: Round) -> Any:
+        return recover(
+            model,
+            round.train,
+            loss_fn=round.loss_fn,
+            teacher=round.dense if self.teacher else None,
+            method=self.method,
+            steps=self.steps,
+            minutes=self.minutes,
+            lr=self.lr,
+            seed=round.seed,
+            output_dir=round.folder,
+            progress=round.progress,
+            **self.options,
+        )

@@ -1,0 +1,106 @@
+"""The registry of schedules, and what they have in common: a first measurement, an end, and an error that says where."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+from headprune.errors import HeadpruneError, unknown_name
+from headprune.planning import Budget
+from headprune.schedules.composition import whole
+from headprune.schedules.record import Record
+from headprune.schedules.result import ScheduleResult
+from headprune.schedules.setting import OPTIONS, PLANNING, Setting
+from headprune.schedules.step import Clock, described_step, measured, plan_of
+from headprune.surgery import save
+
+
+class Schedule(Protocol):
+    """A loop around score -> plan -> prune -> recover. `model` stays as it is; a copy is pruned."""
+
+    def __call__(self, model: nn.Module, batches: Any, budget: Budget, **options: Any) -> ScheduleResult: ...
+
+
+_schedules: dict[str, Schedule] = {}
+
+
+def schedule(name: str) -> Callable[[Schedule], Schedule]:
+    """Registers a schedule under `name`."""
+
+    def register(function: Schedule) -> Schedule:
+        _schedules[name] = function
+        return function
+
+    return register
+
+
+def get_schedule(name: str) -> Schedule:
+    if name not in _schedules:
+        raise unknown_name("schedule", name, _schedules)
+    return _schedules[name]
+
+
+def schedules() -> dict[str, Schedule]:
+    """Every schedule by name."""
+    return dict(_schedules)
+
+
+def options_of(name: str) -> list[str]:
+    """The names that `get_schedule(name)` takes beside model, batches and budget."""
+    own = [key for key, found in inspect.signature(get_schedule(name)).parameters.items() if found.kind is found.KEYWORD_ONLY]
+    return [*own, *OPTIONS, *PLANNING]
+
+
+class ScheduleFailed(HeadpruneError):
+    """A step that failed (a NaN loss, most of all). last_good: the ScheduleResult after the step before it."""
+
+    def __init__(self, message: str, last_good: ScheduleResult) -> None:
+        super().__init__(message)
+        self.last_good = last_good
+
+
+@contextmanager
+def failing(setting: Setting, record: Record, name: str, clock: Clock) -> Iterator[None]:
+    """Turns an error inside the block into ScheduleFailed, which says in which step and stage, and what is kept."""
+    try:
+        yield
+    except ScheduleFailed:
+        raise
+    except HeadpruneError as error:
+        good = 0 if record.last is None else record.last.number
+        place = "in last_good of this error" if record.folder is None else f"in {record.folder}"
+        raise ScheduleFailed(
+            f"{name} failed in {clock.label}, {clock.stage or 'start'}: {error} The state after step {good} is kept {place}; "
+            "the same call goes on from there.",
+            result_of(setting, record, name, record.restore()),
+        ) from error
+
+
+def measure_dense(setting: Setting, record: Record, name: str) -> None:
+    """Step 0: the quality of the dense model, unless the record has it."""
+    if record.steps:
+        return
+    clock = Clock("dense", setting.progress)
+    with failing(setting, record, name, clock):
+        keep = whole(record.shapes)
+        quality = measured(setting, setting.dense, clock)
+        record.accept(described_step(setting, 0, 0.0, keep, quality, clock), setting.dense, plan_of(setting, keep))
+
+
+def result_of(setting: Setting, record: Record, name: str, model: nn.Module, **extras: Any) -> ScheduleResult:
+    keep = record.last.keep if record.last else whole(record.shapes)
+    chosen = plan_of(setting, keep)
+    return ScheduleResult(name, model, chosen, tuple(record.steps), record.stopped, record.folder, extras)
+
+
+def finished(setting: Setting, record: Record, name: str, model: nn.Module, **extras: Any) -> ScheduleResult:
+    """The result; with a folder also its model in `model/` (for `hp.load`) and its plan in `plan.json`."""
+    result = result_of(setting, record, name, model.eval(), **extras)
+    if record.folder is not None and not (record.folder / "model").exists():
+        result.plan.save(record.folder / "plan.json")
+        save(model, record.folder / "model")
+    return result

@@ -1,0 +1,126 @@
+"""What a schedule works with, the same at every step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput, unknown_name
+from headprune.planning import Budget, plan
+from headprune.schedules.composition import shapes_of
+from headprune.schedules.quality import LossFunction, has_loss, mean_loss, refuse_not_finite
+from headprune.schedules.recovering import Recover
+from headprune.scoring import HeadScores, get_criterion
+from headprune.scoring.observe import in_eval_mode
+from headprune.scoring.site_shape import SiteShape
+
+ShowProgress = Callable[[str, int, int], None]
+OWN_PLANNING = ("scores", "budget", "sensitivity")  # arguments of hp.plan that a schedule gives, or that fit one model only
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The options that all schedules share.
+
+    criterion, normalize: as in `hp.score`. loss_fn: `loss_fn(model, batch)`, per-sample losses or their mean; default the
+        model's own. forward, token_mask: as in `hp.prune`.
+    compensate: re-solve output projections on the batches at every cut.
+    recover: RecoverySettings, or `recover(model, round)`, which trains `model` in place; None: no recovery.
+    train: the data that recovery trains on; default the calibration batches.
+    metric: `metric(model)` gives its quality; default minus the mean loss on the calibration batches, where they have one.
+    higher_is_better: of `metric`.
+    planning: whatever else `hp.plan` takes: allocation, granularity, min_heads, protect (in the original's heads), ...
+    """
+
+    dense: nn.Module
+    batches: Sequence[Any]
+    budget: Budget
+    criterion: str = "fisher"
+    normalize: str = "none"
+    loss_fn: LossFunction | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    token_mask: Callable[[Any], Tensor | None] | None = None
+    compensate: bool = True
+    recover: Recover | None = None
+    train: Any = None
+    metric: Callable[[nn.Module], float] | None = None
+    higher_is_better: bool = True
+    seed: int = 0
+    progress: ShowProgress | None = None
+    planning: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dense: nn.Module, batches: Any, budget: Budget, options: Mapping[str, Any]) -> Setting:
+        """Raises InvalidInput for an unknown option or criterion, InfeasibleBudget where no plan for `dense` meets the budget."""
+        own = {name: value for name, value in options.items() if name in OPTIONS}
+        planning = {name: value for name, value in options.items() if name not in OPTIONS}
+        for name in planning:
+            if name not in PLANNING:
+                raise unknown_name("option", name, (*OPTIONS, *PLANNING))
+        batches = list(batches)
+        found = cls(dense, batches, budget, **own, planning=planning)
+        get_criterion(found.criterion)
+        if isinstance(found.train, Sequence) and not found.train:
+            raise InvalidInput("the training data is empty; give at least one batch, or leave train out.")
+        found.refuse_infeasible(shapes_of(dense))
+        return found
+
+    def refuse_infeasible(self, shapes: Mapping[str, SiteShape]) -> None:
+        """InfeasibleBudget at the start, not after hours: the last target is planned with equal scores."""
+        equal = {name: torch.zeros(shape.head_map.query_heads) for name, shape in shapes.items()}
+        plan(HeadScores(self.criterion, equal, dict(shapes)), self.budget, **self.planning)
+
+    @property
+    def training_data(self) -> Any:
+        return self.batches if self.train is None else self.train
+
+    @torch.no_grad()
+    def quality(self, model: nn.Module) -> float | None:
+        """Higher is better; None where nothing measures it. Raises InvalidInput where it is not finite."""
+        if self.metric is not None:
+            with in_eval_mode(model):
+                found = float(self.metric(model)) * (1 if self.higher_is_better else -1)
+        elif has_loss(self.batches, self.loss_fn):
+            found = -mean_loss(model, self.batches, self.loss_fn)
+        else:
+            found = None
+        refuse_not_finite(found)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """What must be the same for a folder to be taken up; functions count by their names."""
+        plain = ("criterion", "normalize", "compensate", "seed", "planning", "recover")
+        content = {name: described(getattr(self, name)) for name in plain}
+        shapes = {name: str(shape.head_map) for name, shape in shapes_of(self.dense).items()}
+        return {"budget": self.budget.to_json(), "sites": shapes, "batches": len(self.batches), **content}
+
+
+OPTIONS = [entry.name for entry in fields(Setting) if entry.name not in ("dense", "batches", "budget", "planning")]
+PLANNING = [name for name in inspect.signature(plan).parameters if name not in OWN_PLANNING]
+
+
+def described(value: Any) -> Any:
+    """`value` as JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__, **described(asdict(value))}
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        return [described(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def check_limit(setting: Setting, max_drop: float | None) -> None:
+    if max_drop is None:
+        return
+    if max_drop < 0:
+        raise InvalidInput(f"max_drop is {max_drop}; expected the share of the quality that may be lost, 0 or more (0.02).")
+    if setting.metric is None and not has_loss(setting.batches, setting.loss_fn):
+        raise InvalidInput("max_drop needs a quality: give metric=, loss_fn=, or batches with labels.")

@@ -1,0 +1,116 @@
+"""One step of a schedule: score -> plan -> cut -> recover -> measure, towards a target in the original's cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from headprune.planning import PruningPlan, plan
+from headprune.schedules.composition import Keep, composed, protected_now, relative_budget, removed_fraction, shapes_of
+from headprune.schedules.recovering import Round
+from headprune.schedules.result import Step
+from headprune.schedules.setting import Setting
+from headprune.scoring import HeadScores, get_criterion, score
+from headprune.surgery import prune
+
+
+@dataclass
+class Clock:
+    """Times the stages of one step, shows them, and says in an error which one failed."""
+
+    label: str
+    show: Callable[[str, int, int], None] | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    stage: str = ""
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[Callable[[int, int], None]]:
+        """Gives `progress(done, total)` to the block."""
+        self.stage, started = stage, time.perf_counter()
+        title = f"{self.label}: {stage}"
+        if self.show:
+            self.show(title, 0, 1)
+        yield lambda done, total: self.show(title, done, total) if self.show else None
+        self.seconds[stage] = time.perf_counter() - started
+        if self.show:
+            self.show(title, 1, 1)
+
+
+def scored(setting: Setting, model: nn.Module, clock: Clock) -> HeadScores:
+    batches = setting.batches if get_criterion(setting.criterion).needs else ()
+    with clock.timed("score") as progress:
+        return score(
+            model,
+            batches,
+            setting.criterion,
+            normalize=setting.normalize,
+            loss_fn=setting.loss_fn,
+            token_mask=setting.token_mask,
+            progress=lambda done: progress(done, len(batches)),
+        )
+
+
+def planned(setting: Setting, scores: HeadScores, keep: Keep, target: float) -> PruningPlan:
+    """The plan for the model as it is, whose heads are `keep` of the original's."""
+    original = shapes_of(setting.dense)
+    options = dict(setting.planning)
+    if "protect" in options:
+        options["protect"] = protected_now(options["protect"], keep)
+    return plan(scores, relative_budget(setting.budget, target, original, scores.shapes), **options)
+
+
+def pruned(setting: Setting, model: nn.Module, chosen: PruningPlan, clock: Clock) -> None:
+    with clock.timed("prune") as progress:
+        calibration = setting.batches if setting.compensate and setting.batches else None
+        options = {"forward": setting.forward, "token_mask": setting.token_mask}
+        prune(model, chosen, calibration, progress=progress, **options)
+
+
+def recovered(setting: Setting, model: nn.Module, number: int, of: int, folder: Path | None, clock: Clock) -> Any:
+    if setting.recover is None:
+        return None
+    with clock.timed("recover") as progress:
+        work = None if folder is None else folder / f"recovery-{number:03d}"
+        around = Round(number, of, setting.dense, setting.training_data, setting.loss_fn, setting.seed + number, work, progress)
+        return setting.recover(model, around)
+
+
+def measured(setting: Setting, model: nn.Module, clock: Clock) -> float | None:
+    with clock.timed("measure"):
+        return setting.quality(model)
+
+
+def described_step(
+    setting: Setting, number: int, target: float, keep: Keep, quality: float | None, clock: Clock, **details: Any
+) -> Step:
+    original = shapes_of(setting.dense)
+    removed = removed_fraction(setting.budget, original, keep)
+    return Step(number, target, removed, keep, quality, True, clock.seconds, details)
+
+
+def plan_of(setting: Setting, keep: Keep, name: str | None = None) -> PruningPlan:
+    """`keep` as a plan for the original."""
+    return PruningPlan(dict(keep), shapes_of(setting.dense), setting.budget, name or setting.criterion)
+
+
+def carry_out(
+    setting: Setting, model: nn.Module, keep: Keep, number: int, target: float, clock: Clock, folder: Path | None, of: int
+) -> Step:
+    """One whole step on `model`, in place; `keep` are the heads of the original that it has."""
+    chosen = planned(setting, scored(setting, model, clock), keep, target)
+    pruned(setting, model, chosen, clock)
+    report = recovered(setting, model, number, of, folder, clock)
+    quality = measured(setting, model, clock)
+    return described_step(setting, number, target, composed(keep, chosen), quality, clock, recovery=summary(report))
+
+
+def summary(report: Any) -> Any:
+    """What a recovery says of itself, as JSON."""
+    to_json = getattr(report, "to_json", None)
+    return to_json() if to_json else None

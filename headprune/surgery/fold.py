@@ -1,0 +1,36 @@
+"""Gates on heads multiplied into the output projections, so that the gates can go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput, unknown_name
+from headprune.models.gating import sites_by_name
+from headprune.nn.replace import on_own_attention
+
+
+@on_own_attention
+@torch.no_grad()
+def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
+    """Gives `model` without gates the output that it has with `gates` (site name -> [query_heads]), in place.
+
+    The columns of head h in the output projection are multiplied by its gate; exact but for rounding, and where all gates of a
+    site are 1 nothing is touched. Raises InvalidInput for an unknown site, another number of heads or a gate that is not finite.
+    """
+    sites = sites_by_name(model)
+    for name, gate in gates.items():
+        if name not in sites:
+            raise unknown_name("attention site", name, sites)
+        if tuple(gate.shape) != (sites[name].head_map.query_heads,) or not gate.isfinite().all():
+            raise InvalidInput(f"gates of {name}: {gate.tolist()}; expected {sites[name].head_map.query_heads} finite numbers.")
+    for name, gate in gates.items():
+        site = sites[name]
+        if bool((gate == 1).all()):
+            continue
+        weight = site.output.module.weight
+        columns = gate.to(weight.device, torch.float64)[site.head_of_column().to(weight.device)]
+        shape = [-1 if dim == site.output.weight_dim else 1 for dim in range(weight.dim())]
+        weight.copy_((weight.double() * columns.view(shape)).to(weight.dtype))

@@ -1,0 +1,149 @@
+"""The comparison of one-shot methods: its rows, its table, and what each published form does."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from quality import published, torch_pruning_heads
+from quality.methods import Refused, Setting, even_plan, methods
+from quality.rows import Rows
+from quality.summary import write_summary
+from tiny_models import llama, tokens
+
+import headprune as hp
+from headprune.models import attention_sites
+
+
+@pytest.fixture
+def setting():
+    model = llama()
+    batches = [{"input_ids": tokens(4, 12, seed)} for seed in range(3)]
+    task = SimpleNamespace(
+        calibration=batches,
+        loss=lambda model, batch: model(**batch).logits.float().square().mean(dim=(1, 2)),
+        forward=lambda model, batch: model(**batch, use_cache=False),
+    )
+    return Setting("stdlib-lm", model, task, seed=0)
+
+
+def row(method, heads, seed, of_dense, **more):
+    return {
+        "model": "minilm", "method": method, "heads": heads, "seed": seed, "settings": {}, "of_dense": of_dense, "kept": [3, 3],
+        "seconds": {"scoring": 1.0}, "peak_mb": 10.0, **more,
+    }  # fmt: skip
+
+
+def dense(higher_is_better):
+    return {
+        "model": "minilm", "method": "dense", "heads": 0.0, "seed": 0, "settings": {}, "task": "some task", "headline": "metric",
+        "higher_is_better": higher_is_better, "kept": [6, 6], "quality": {"metric": 0.5},
+    }  # fmt: skip
+
+
+def test_rows_are_there_again_after_a_run_that_was_cut_off(tmp_path):
+    wanted = {"model": "minilm", "method": "fisher", "heads": 0.5, "seed": 1, "settings": {"score": "fisher"}}
+    rows = Rows(tmp_path / "rows.json", {})
+    assert not rows.has(wanted)
+    rows.add(wanted | {"of_dense": 0.9})
+    again = Rows(tmp_path / "rows.json", {})
+    assert again.has(wanted)
+    assert not again.has(wanted | {"seed": 2})
+    assert not again.has(wanted | {"settings": {"score": "another"}})
+    assert not again.has(wanted, again=["fisher"])
+    again.add(wanted | {"of_dense": 0.8})
+    assert again.has(wanted, again=["fisher"])
+
+
+@pytest.mark.parametrize(("higher_is_better", "first"), [(True, "fisher"), (False, "ours")])
+def test_the_table_names_the_first_and_hides_no_row(tmp_path, higher_is_better, first):
+    rows = [dense(higher_is_better)]
+    rows += [row("fisher", 0.5, seed, value) for seed, value in enumerate((0.9, 1.0, 0.8))]
+    rows += [row("ours", 0.5, seed, value) for seed, value in enumerate((0.8, 0.8, 0.8))]
+    rows += [row("torch-pruning", 0.5, 0, 0, refused="it is not installed"), row("wanda-sp", 0.5, 0, 0.7, kept=[3, 4])]
+    if not higher_is_better:
+        rows = [one for one in rows if one["method"] != "wanda-sp"]
+    text = write_summary(rows, tmp_path / "rows.json")
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert f"**{'0.900' if first == 'fisher' else '0.800'}**" in lines["Fisher" if first == "fisher" else "ours"]
+    assert "± 0.100" in lines["Fisher"]
+    assert text.count("**") == 4  # the model's name and the first
+    assert "Torch-Pruning: it is not installed" in text
+    if higher_is_better:
+        assert "[keeps 7 of 6]" in lines["Wanda-sp"]
+
+
+@pytest.mark.parametrize("granularity", ["query_head", "kv_group"])
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.65])
+def test_an_even_plan_takes_the_lowest_of_every_layer(setting, granularity, fraction):
+    scores = hp.score(setting.model, criterion="magnitude_l2")
+    keep = even_plan(granularity)(setting, scores, fraction).keep
+    counts = [len(heads) for heads in keep.values()]
+    shapes = list(scores.shapes.values())
+    units = sum(shape.head_map.query_heads if granularity == "query_head" else shape.head_map.kv_heads for shape in shapes)
+    size = sum(shape.head_map.query_heads for shape in shapes) // units
+    assert sum(counts) == size * (units - int(fraction * units))
+    assert max(counts) - min(counts) <= size
+    if granularity == "query_head":
+        for name, heads in keep.items():
+            gone = [head for head in range(len(scores[name])) if head not in heads]
+            assert max(scores[name][gone], default=torch.tensor(0)) <= min(scores[name][list(heads)])
+
+
+def test_flap_keeps_the_mean_of_what_the_first_layer_gives(setting):
+    observed = published.grams(setting)
+    planned = published.fluctuating(setting, observed, 0.5)
+    pruned = published.with_mean_in_bias(setting, observed, planned, llama())
+
+    def mean_of_first(model):
+        given = []
+        site = attention_sites(model)[0]
+        handle = site.output.module.register_forward_hook(lambda module, args, output: given.append(output.flatten(0, 1)))
+        with torch.no_grad():
+            for batch in setting.task.calibration:
+                model(**batch)
+        handle.remove()
+        return torch.cat(given).mean(dim=0)
+
+    assert len(planned.keep[attention_sites(setting.model)[0].name]) < 8
+    assert torch.allclose(mean_of_first(pruned), mean_of_first(setting.model), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["random", "magnitude", "michel", "fisher", "wanda-sp", "kwon", "flap", "fisher+ours", "ours"])
+def test_every_method_leaves_the_dense_model_as_it_was_and_gives_one_with_its_plan(setting, name):
+    method, before = methods()[name], {k: v.clone() for k, v in setting.model.state_dict().items()}
+    scored = method.score(setting)
+    planned = method.plan(setting, scored, 0.5)
+    pruned = method.cut(setting, scored, planned, llama())
+    assert {site.name: site.head_map.query_heads for site in attention_sites(pruned)} == {
+        name: len(heads) for name, heads in planned.keep.items()
+    }
+    assert sum(len(heads) for heads in planned.keep.values()) == sum(s.head_map.query_heads for s in attention_sites(pruned))
+    after = setting.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_random_heads_differ_between_seeds(setting):
+    one, other = (methods()["random"].score(Setting("stdlib-lm", setting.model, setting.task, seed)) for seed in (0, 1))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.65])
+def test_torch_pruning_cuts_the_heads_that_its_row_names(setting, fraction):
+    pytest.importorskip("torch_pruning")
+    scored = torch_pruning_heads.weights_with_gradients(setting)
+    planned = torch_pruning_heads.cut_by_torch_pruning(setting, scored, fraction)
+    total = sum(site.head_map.query_heads for site in attention_sites(setting.model))
+    assert sum(len(heads) for heads in planned.keep.values()) == total - int(fraction * total)
+    batch = setting.task.calibration[0]
+    with torch.no_grad():
+        found = planned.model(**batch).logits
+        with hp.gated(setting.model, planned.keep):
+            expected = setting.model(**batch).logits
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_without_torch_pruning_the_row_says_so(setting, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
+    with pytest.raises(Refused, match="pip install torch-pruning"):
+        torch_pruning_heads.weights_with_gradients(setting)

@@ -1,0 +1,179 @@
+"""One-shot and iterative pruning: exact targets, stops, and going on after a kill."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from schedule_cases import batches, loss, short_training, tiny
+from tiny_models import hidden, tokens
+
+import headprune as hp
+from headprune import schedules
+from headprune.errors import InfeasibleBudget, InvalidInput
+from headprune.models import attention_sites
+from headprune.surgery import load
+
+
+def heads(model) -> int:
+    return sum(site.head_map.query_heads for site in attention_sites(model))
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 3}, {"steps": 3, "spacing": "cubic"}, {"steps": 2, "spacing": "geometric"}, {"per_step": 0.2}]
+)
+@pytest.mark.parametrize("budget", [hp.Budget(heads=0.5), hp.Budget(params=0.3), hp.Budget(flops=0.4)])
+def test_iterative_ends_exactly_where_one_shot_does(budget, options):
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    once = schedules.one_shot(model, batches(), budget, loss_fn=loss)
+    found = schedules.iterative(model, batches(), budget, loss_fn=loss, **options)
+    assert found.plan.removed_heads == once.plan.removed_heads == heads(model) - heads(found.model)
+    assert found.history[-1].removed >= budget.fraction - 1e-9
+    removed = [step.removed for step in found.history]
+    assert removed == sorted(removed)
+    assert removed[1] < removed[-1]
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_the_plan_is_told_in_the_heads_of_the_original():
+    model, ids = tiny(), tokens(2, 7)
+    found = schedules.iterative(model, batches(), hp.Budget(heads=0.5), loss_fn=loss, steps=4, compensate=False)
+    with hp.gated(model, found.plan):
+        expected = hidden(model, input_ids=ids)
+    assert torch.allclose(hidden(found.model, input_ids=ids), expected, atol=1e-5)
+    assert [len(heads) for heads in found.plan.values()] == [site.head_map.query_heads for site in attention_sites(found.model)]
+
+
+def test_protected_heads_are_those_of_the_original():
+    model = tiny()
+    site = attention_sites(model)[0].name
+    found = schedules.iterative(model, batches(), hp.Budget(heads=0.6), loss_fn=loss, steps=3, protect={site: [1, 3]})
+    assert {1, 3} <= set(found.plan[site])
+
+
+def test_steps_end_at_the_given_targets():
+    from headprune.schedules.spacing import targets
+
+    assert targets(0.5, None, 0.2, "linear") == [0.2, 0.4, 0.5]
+    assert targets(0.5, 2, None, "cubic") == [pytest.approx(0.5 * (1 - 0.5**3)), 0.5]
+    assert targets(0.75, 2, None, "geometric") == [pytest.approx(0.5), 0.75]
+    for wrong in ({"steps": 0}, {"steps": 2, "per_step": 0.1}, {"per_step": 1.5}, {"spacing": "cubical", "steps": 2}):
+        with pytest.raises(InvalidInput):
+            schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), loss_fn=loss, **wrong)
+
+
+@pytest.mark.parametrize("kept_in", ["memory", "folder"])
+def test_the_step_that_loses_too_much_is_taken_back(tmp_path, kept_in):
+    model, folder = tiny(), tmp_path / "run" if kept_in == "folder" else None
+    quality = {8: 1.0, 6: 0.99, 4: 0.98, 2: 0.5}
+    options = {"steps": 3, "max_drop": 0.05, "loss_fn": loss, "metric": lambda model: quality[heads(model)], "folder": folder}
+    found = schedules.iterative(model, batches(), hp.Budget(heads=0.75), **options)
+    assert heads(found.model) == 4
+    assert found.plan.removed_heads == 4
+    assert found.quality == 0.98
+    assert [step.accepted for step in found.history] == [True, True, True, False]
+    assert "step 3" in found.stopped
+    assert "49.0%" not in found.stopped
+    assert "50.0%" in found.stopped
+    two = schedules.iterative(model, batches(), hp.Budget(heads=0.5), loss_fn=loss, steps=2)
+    assert torch.equal(hidden(found.model, input_ids=tokens()), hidden(two.model, input_ids=tokens()))
+    if folder:
+        again = schedules.iterative(model, batches(), hp.Budget(heads=0.75), **options)
+        assert heads(again.model) == 4
+        assert again.stopped == found.stopped
+
+
+def test_a_finished_folder_is_not_done_again_and_holds_the_model(tmp_path):
+    model, shown = tiny(), []
+    options = {"loss_fn": loss, "steps": 2, "recover": short_training, "folder": tmp_path / "run"}
+    found = schedules.iterative(model, batches(), hp.Budget(heads=0.5), **options)
+    again = schedules.iterative(model, batches(), hp.Budget(heads=0.5), progress=lambda *call: shown.append(call), **options)
+    assert not shown
+    assert again.plan.keep == found.plan.keep
+    for other in (again.model, load(tmp_path / "run" / "model")):
+        assert torch.equal(hidden(other, input_ids=tokens()), hidden(found.model, input_ids=tokens()))
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert [step["number"] for step in history["steps"]] == [0, 1, 2]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "settings.json",
+        "history.json",
+        "step-002",
+        "plan.json",
+        "model",
+    }
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    schedules.one_shot(tiny(), batches(), hp.Budget(heads=0.5), loss_fn=loss, folder=tmp_path / "run")
+    with pytest.raises(InvalidInput, match=r"other settings.*seed"):
+        schedules.one_shot(tiny(), batches(), hp.Budget(heads=0.5), loss_fn=loss, folder=tmp_path / "run", seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(InvalidInput, match="holds no schedule"):
+        schedules.one_shot(tiny(), batches(), hp.Budget(heads=0.5), loss_fn=loss, folder=tmp_path / "mine")
+
+
+def test_a_target_below_the_minimum_is_refused_before_anything_runs():
+    with pytest.raises(InfeasibleBudget, match=r"heads=0\.5"):
+        schedules.iterative(tiny(), batches(), hp.Budget(heads=0.7), min_heads=2, loss_fn=lambda *_: pytest.fail("ran"))
+    with pytest.raises(InvalidInput, match="min_heads"):
+        schedules.one_shot(tiny(), batches(), hp.Budget(heads=0.6), min_head=2, loss_fn=loss)
+    with pytest.raises(InvalidInput, match="max_drop"):
+        schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), max_drop=0.1, criterion="magnitude_l2")
+
+
+@pytest.mark.parametrize("kept_in", ["memory", "folder"])
+def test_a_nan_loss_stops_says_where_and_keeps_the_last_good_state(tmp_path, kept_in):
+    def breaks_in_the_second(model, round):
+        if round.number == 2:
+            with torch.no_grad():
+                next(model.parameters()).fill_(math.nan)
+
+    folder = tmp_path / "run" if kept_in == "folder" else None
+    options = {"loss_fn": loss, "steps": 2, "folder": folder}
+    with pytest.raises(schedules.ScheduleFailed, match=r"step 2 of 2, measure.*NaN.*after step 1") as caught:
+        schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), recover=breaks_in_the_second, **options)
+    good = caught.value.last_good
+    assert heads(good.model) == 6
+    assert good.plan.removed_heads == 2
+    assert hidden(good.model, input_ids=tokens()).isfinite().all()
+
+
+CHILD = """
+    import sys, time, headprune as hp
+    from headprune import schedules
+    from schedule_cases import batches, loss, short_training, tiny
+
+    def progress(title, done, total):
+        print(title, done, flush=True)
+        time.sleep(0.05)
+
+    schedules.iterative(
+        tiny(), batches(), hp.Budget(heads=0.75), steps=3, loss_fn=loss, recover=short_training, folder=sys.argv[1],
+        progress=progress,
+    )
+"""
+
+
+def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
+    options = {"steps": 3, "loss_fn": loss, "recover": short_training}
+    expected = schedules.iterative(tiny(), batches(), hp.Budget(heads=0.75), **options)
+    step, stage = random.choice((1, 2, 3)), random.choice(("score", "prune", "recover", "measure"))
+    marker = f"step {step} of 3: {stage} {random.choice((0, 1))}"
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "run")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    met = any(line.strip() == marker for line in child.stdout)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert met, marker
+    found = schedules.iterative(tiny(), batches(), hp.Budget(heads=0.75), folder=tmp_path / "run", **options)
+    assert found.plan.keep == expected.plan.keep, marker
+    assert found.quality == pytest.approx(expected.quality, rel=1e-5), marker
+    assert len(found.history) == 4

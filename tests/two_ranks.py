@@ -1,0 +1,67 @@
+"""What each of two ranks does in test_two_ranks.py: `python -m torch.distributed.run --nproc_per_node 2 two_ranks.py FOLDER`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pruned_pairs import pruned_llama, text_batches
+from safetensors.torch import save_file
+from tiny_models import llama
+
+import headprune as hp
+from headprune.errors import HeadpruneError
+
+CRITERIA = ["fisher", "least_squares", "magnitude_l2", "ablation", "entropy"]
+BUDGET = hp.Budget(heads=0.5)
+
+
+def message(call) -> str:
+    try:
+        call()
+    except HeadpruneError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def observed(batches, **options):
+    needs = {need for name in CRITERIA for need in hp.criteria()[name].needs}
+    return hp.observe(llama(), batches, needs, **options)
+
+
+def nan_on_rank_1_from(step: int):
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(batch)
+        return model(**batch).loss * (float("nan") if dist.get_rank() == 1 and len(calls) > step else 1.0)
+
+    return loss_fn
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, batches, said = dist.get_rank(), text_batches(5), {}
+    found = observed(batches)
+    found.save(folder / f"shared{rank}.safetensors")
+    observed(batches[:3] if rank == 0 else batches[3:], distributed="own").save(folder / f"own{rank}.safetensors")
+    hp.plan(hp.score_observations(found, "fisher"), BUDGET).save(folder / f"plan{rank}.json")
+    said["different"] = message(lambda: observed(batches[rank:]))
+    said["too few"] = message(lambda: observed(batches[:1]))
+    bad = text_batches(4)
+    bad[3] = {**bad[3], "labels": torch.full_like(bad[3]["labels"], -100)}
+    said["nan"] = message(lambda: hp.score(llama(), bad, "fisher"))
+    dense, model = pruned_llama()
+    result = hp.recover(model, text_batches(6), text_batches(2), teacher=dense, steps=6, lr=1e-3, output_dir=folder / "recovery")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / f"model{rank}.safetensors")
+    said["recovery"] = result.to_json()
+    _, model = pruned_llama()
+    broken = hp.recover(model, text_batches(6), loss_fn=nan_on_rank_1_from(3), steps=9, lr=1e-3)
+    said["broken"] = broken.stopped_because
+    (folder / f"said{rank}.json").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
