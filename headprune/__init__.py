@@ -19,7 +19,7 @@ from headprune.models import AttentionSite, attention_sites, gated, register_ada
 from headprune.planning import Budget, PruningPlan, plan
 from headprune.recovery import Distillation, Recovery, recover
 from headprune.report.web_page import report
-from headprune.schedules import RecoverySettings, ScheduleFailed, ScheduleResult, iterative, one_shot, pruning_aware
+from headprune.schedules import RecoverySettings, ScheduleFailed, ScheduleResult, iterative, lottery_ticket, one_shot, pruning_aware
 from headprune.scoring import (
     HeadScores,
     Need,
@@ -70,6 +70,7 @@ __all__ = [
     "gated",
     "iterative",
     "load",
+    "lottery_ticket",
     "nn",
     "observe",
     "one_shot",

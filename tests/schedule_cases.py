@@ -2,6 +2,7 @@
 
 import torch
 from tiny_models import bert, tokens
+from transformers import TrainerCallback
 
 from headprune.models import attention_sites
 
@@ -69,3 +70,21 @@ class Noise:
 
 def squared_error(model, batch):
     return (model(input_ids=batch["input_ids"]).last_hidden_state - batch["target"]).square().mean(dim=(1, 2))
+
+
+class Rates(TrainerCallback):
+    """Notes the learning rate of every step in a list."""
+
+    def __init__(self, found: list) -> None:
+        self.found = found
+
+    def on_step_begin(self, args, state, control, optimizer=None, **_):
+        self.found.append(optimizer.param_groups[0]["lr"])
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step

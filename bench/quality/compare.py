@@ -41,15 +41,17 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def measure(method: Method, setting: Setting, fractions: list[float], dense: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row for each fraction: quality, seconds and peak memory of each step, or why there is none."""
-    started = time.perf_counter()
     try:
+        observed = setting.observe(method.needs(setting.name))
+        started = time.perf_counter()
         with peak_resident() as memory:
-            scored = method.score(setting)
+            scored = method.score(setting, observed.observed)
     except Refused as reason:
         for fraction in fractions:
             yield identity(method, setting, fraction) | {"refused": str(reason)}
         return
-    seconds = time.perf_counter() - started
+    seconds = observed.seconds + time.perf_counter() - started
+    memory = max(memory, observed.memory, key=lambda peak: peak.above)
     for fraction in fractions:
         row = identity(method, setting, fraction)
         try:

@@ -1,29 +1,43 @@
 """The methods that are compared: each scores once, plans for a fraction of heads, and cuts, in its own published form.
 
-A method is three functions, so that the time and memory of each step can be told apart; what the first one gives is handed to
-the others. A method that cannot do what is asked raises `Refused` with its reason, which becomes the row.
+A method names what has to be observed: methods with the same needs share that pass over the data, and each counts it in full. The
+rest is three functions, so that the time and memory of each step can be told apart; what the first one gives is handed to the
+others. A method that cannot do what is asked raises `Refused` with its reason, which becomes the row.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from memory import Peak, peak_resident
 from torch import nn
 
 import headprune as hp
 from headprune.evaluation.tasks import Task
 from headprune.planning import PruningPlan
 from headprune.recipe import Recipe, load_recipe
+from headprune.scoring import Need
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+WEIGHTS = frozenset({Need.WEIGHTS})
 
 
 class Refused(Exception):
     """A method cannot do what is asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the calibration data, and what it took."""
+
+    observed: hp.Observations
+    seconds: float
+    memory: Peak
 
 
 @dataclass(frozen=True)
@@ -34,10 +48,22 @@ class Setting:
     model: nn.Module
     task: Task
     seed: int
+    passes: dict[frozenset[Need], Pass] = field(default_factory=dict)
 
-    def recipe(self, fraction: float) -> Recipe:
-        """That of the repository, for another budget."""
-        return load_recipe(RECIPES / f"{self.name}.yaml", [f"plan.budget={{heads: {fraction}}}"])
+    def observe(self, needs: frozenset[Need]) -> Pass:
+        """Each set of needs once."""
+        if needs not in self.passes:
+            started = time.perf_counter()
+            with peak_resident() as memory:
+                batches = self.task.calibration if needs - {Need.WEIGHTS} else ()
+                observed = hp.observe(self.model, batches, needs, loss_fn=self.task.loss)
+            self.passes[needs] = Pass(observed, time.perf_counter() - started, memory)
+        return self.passes[needs]
+
+
+def recipe_of(model: str, fraction: float = 0.5) -> Recipe:
+    """That of the repository, for a budget of heads."""
+    return load_recipe(RECIPES / f"{model}.yaml", [f"plan.budget={{heads: {fraction}}}"])
 
 
 @dataclass(frozen=True)
@@ -49,16 +75,20 @@ class Planned:
     note: str = ""
 
 
+Plan = Callable[[Setting, Any, float], Planned]
+
+
 @dataclass(frozen=True)
 class Method:
-    """score(setting), plan(setting, scored, fraction) and cut(setting, scored, planned, copy of the model), which is then cut."""
+    """score(setting, observed), plan(setting, scored, fraction) and cut(setting, scored, planned, copy of the model)."""
 
     name: str
     label: str
     form: str  # its published form, in a few words
-    score: Callable[[Setting], Any]
-    plan: Callable[[Setting, Any, float], Planned]
+    score: Callable[[Setting, hp.Observations], Any]
+    plan: Plan
     cut: Callable[[Setting, Any, Planned, nn.Module], nn.Module]
+    needs: Callable[[str], frozenset[Need]] = lambda model: frozenset()  # by the model's name
     settings: Callable[[str], dict[str, Any]] = field(default=lambda model: {})  # what else its rows depend on
     seeded: bool = True  # False: it reads no data and draws nothing, so that all seeds are one
 
@@ -91,7 +121,7 @@ def global_plan(setting: Setting, scores: hp.HeadScores, fraction: float) -> Pla
     return Planned(hp.plan(scores, hp.Budget(heads=fraction)))
 
 
-def even_plan(granularity: str) -> Callable[[Setting, hp.HeadScores, float], Planned]:
+def even_plan(granularity: str) -> Plan:
     """As many heads from every layer as from any other, or one more where the total asks for it, spread over the layers."""
 
     def plan(setting: Setting, scores: hp.HeadScores, fraction: float) -> Planned:
@@ -119,17 +149,17 @@ def units_of(scores: hp.HeadScores, name: str, granularity: str) -> list[tuple[i
     return sorted(groups, key=lambda heads: (sum(values[head] for head in heads) / len(heads), heads))
 
 
-def scored_by(criterion: str, normalize: str = "none") -> Callable[[Setting], hp.HeadScores]:
-    def score(setting: Setting) -> hp.HeadScores:
-        batches = setting.task.calibration if hp.criteria()[criterion].needs else ()
-        return hp.score(setting.model, batches, criterion, normalize=normalize, loss_fn=setting.task.loss)
+def scored_by(criterion: str, normalize: str = "none") -> dict[str, Any]:
+    """`score` and `needs` of a method that ranks heads by one of our criteria."""
+    return {
+        "score": lambda setting, observed: hp.score_observations(observed, criterion, normalize),
+        "needs": lambda model: hp.criteria()[criterion].needs,
+    }
 
-    return score
 
-
-def random_scores(setting: Setting) -> hp.HeadScores:
+def random_scores(setting: Setting, observed: hp.Observations) -> hp.HeadScores:
     """Another draw for each seed."""
-    found = hp.score(setting.model, criterion="random")
     generator = torch.Generator().manual_seed(setting.seed)
-    drawn = {name: torch.rand(len(found[name]), generator=generator) for name in found}
-    return hp.HeadScores("random", drawn, dict(found.shapes))
+    shapes = {name: site.shape for name, site in observed.items()}
+    drawn = {name: torch.rand(shape.head_map.query_heads, generator=generator) for name, shape in shapes.items()}
+    return hp.HeadScores("random", drawn, shapes)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from quality.methods import (
+    WEIGHTS,
     Method,
+    Plan,
     Planned,
     Setting,
     even_plan,
@@ -15,6 +17,7 @@ from quality.methods import (
     methods,
     plain_cut,
     random_scores,
+    recipe_of,
     register,
     resolved_cut,
     scored_by,
@@ -25,42 +28,30 @@ import headprune as hp
 from headprune.models import attention_sites
 from headprune.planning.mask_search import fisher_mask_search
 from headprune.run_values import planning_options
-from headprune.scoring import Need, Observations, observe, score_observations
+from headprune.scoring import Need, Observations, score_observations
 
-register(Method("random", "random", "global, no compensation", random_scores, global_plan, plain_cut))
-register(
-    Method(
-        "magnitude", "magnitude (L2)", "Li 2017 by head, global, no compensation",
-        scored_by("magnitude_l2"), global_plan, plain_cut, seeded=False,
-    )
-)  # fmt: skip
-register(
-    Method(
-        "michel", "Michel: gate gradient", "Michel 2019: L2 norm by layer, global, no compensation",
-        scored_by("gate_gradient", "layer_l2"), global_plan, plain_cut,
-    )
-)  # fmt: skip
-register(
-    Method("fisher", "Fisher", "diagonal Fisher of the gates, global, no compensation", scored_by("fisher"), global_plan, plain_cut)
-)
-register(
-    Method(
-        "wanda-sp", "Wanda-sp", "Wanda by head as in An 2024: the same fraction of every layer, no compensation",
-        scored_by("wanda"), even_plan("query_head"), plain_cut,
-    )
-)  # fmt: skip
-register(
-    Method(
-        "llm-pruner", "LLM-Pruner's Taylor, re-implemented",
-        "Ma 2023: first order, element-wise, summed over query, key, value and output; whole key/value groups; the same fraction "
-        "of every layer; no compensation",
-        scored_by("taylor_element"), even_plan("kv_group"), plain_cut,
-    )
+
+def ranked(
+    name: str, label: str, form: str, criterion: str, plan: Plan = global_plan, normalize: str = "none", **more: Any
+) -> None:
+    """A method that is a criterion and an allocation, without compensation."""
+    register(Method(name, label, f"{form}, no compensation", plan=plan, cut=plain_cut, **scored_by(criterion, normalize), **more))
+
+
+register(Method("random", "random", "global, no compensation", random_scores, global_plan, plain_cut, lambda model: WEIGHTS))
+ranked("magnitude", "magnitude (L2)", "Li 2017 by head, global", "magnitude_l2", seeded=False)
+ranked("michel", "Michel: gate gradient", "Michel 2019: L2 norm by layer, global", "gate_gradient", normalize="layer_l2")
+ranked("fisher", "Fisher", "diagonal Fisher of the gates, global", "fisher")
+ranked("wanda-sp", "Wanda-sp", "Wanda by head as in An 2024: the same fraction of every layer", "wanda", even_plan("query_head"))
+ranked(
+    "llm-pruner", "LLM-Pruner's Taylor, re-implemented",
+    "Ma 2023: first order, element-wise, summed over query, key, value and output; whole key/value groups; the same fraction of "
+    "every layer", "taylor_element", even_plan("kv_group"),
 )  # fmt: skip
 
 
-def gate_gradients(setting: Setting) -> Observations:
-    return observe(setting.model, setting.task.calibration, {Need.GATE_GRADIENT}, loss_fn=setting.task.loss)
+def as_observed(setting: Setting, observed: Observations) -> Observations:
+    return observed
 
 
 def mask_search(setting: Setting, observed: Observations, fraction: float) -> Planned:
@@ -76,13 +67,9 @@ def mask_tuned(setting: Setting, observed: Observations, planned: Planned, model
 register(
     Method(
         "kwon", "Kwon's full method", "Kwon 2022: Fisher mask search, rearrangement by the block Fisher, mask tuning",
-        gate_gradients, mask_search, mask_tuned,
+        as_observed, mask_search, mask_tuned, lambda model: frozenset({Need.GATE_GRADIENT}),
     )
 )  # fmt: skip
-
-
-def grams(setting: Setting) -> Observations:
-    return observe(setting.model, setting.task.calibration, {Need.GRAM}, loss_fn=setting.task.loss)
 
 
 def fluctuating(setting: Setting, observed: Observations, fraction: float) -> Planned:
@@ -109,28 +96,35 @@ def with_mean_in_bias(setting: Setting, observed: Observations, planned: Planned
 register(
     Method(
         "flap", "FLAP", "An 2024: fluctuation standardised within the layer, global; the removed heads' mean goes into the bias",
-        grams, fluctuating, with_mean_in_bias,
+        as_observed, fluctuating, with_mean_in_bias, lambda model: frozenset({Need.GRAM}),
     )
 )  # fmt: skip
 
 
-def our_scores(setting: Setting) -> hp.HeadScores:
-    wanted = setting.recipe(0.5).score
-    return scored_by(wanted.criterion, wanted.normalize)(setting)
+def our_needs(model: str) -> frozenset[Need]:
+    return hp.criteria()[recipe_of(model).score.criterion].needs
+
+
+def our_scores(setting: Setting, observed: Observations) -> hp.HeadScores:
+    wanted = recipe_of(setting.name).score
+    return score_observations(observed, wanted.criterion, wanted.normalize)
 
 
 def our_plan(setting: Setting, scores: hp.HeadScores, fraction: float) -> Planned:
-    recipe = setting.recipe(fraction)
+    recipe = recipe_of(setting.name, fraction)
     return Planned(hp.plan(scores, hp.Budget(**recipe.plan.budget), **planning_options(recipe)))
 
 
 def our_settings(model: str) -> dict[str, Any]:
-    return Setting(model, nn.Module(), None, 0).recipe(0.5).model_dump(include={"score", "plan", "prune"})
+    return recipe_of(model).model_dump(include={"score", "plan", "prune"})
 
 
 register(
-    Method("ours", "ours", "recipes/<model>.yaml: scores, plan and compensation", our_scores, our_plan, resolved_cut, our_settings)
-)
+    Method(
+        "ours", "ours", "recipes/<model>.yaml: scores, plan and compensation",
+        our_scores, our_plan, resolved_cut, our_needs, our_settings,
+    )
+)  # fmt: skip
 
 
 def with_our_compensation() -> None:

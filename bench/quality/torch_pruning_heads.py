@@ -25,7 +25,7 @@ def torch_pruning() -> Any:
     return torch_pruning
 
 
-def weights_with_gradients(setting: Setting) -> nn.Module:
+def weights_with_gradients(setting: Setting, observed: Any = None) -> nn.Module:
     """A copy of the model whose weights hold the gradient of the loss, summed over the calibration batches' means."""
     torch_pruning()
     model = copy.deepcopy(setting.model).eval()

@@ -52,7 +52,8 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{site.name}.") for site in sites):
             continue
-        site = find_site(name, module)
+        # What has no children has no projections; most modules are such.
+        site = find_site(name, module) if module._modules else None
         if site is not None:
             sites.append(site)
         elif looks_like_attention(module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from headprune.models.adapters import attention_sites
 from headprune.models.tokens import TokenMask, token_masks
 from headprune.recovery.distillation import Comparison, Distillation, distillation_loss, logits_of, valid_of, wanted_features
 from headprune.recovery.features import Features, catching
+from headprune.recovery.shared_weights import shared_weights
 from headprune.recovery.stored_logits import StoredLogits
 from headprune.recovery.teacher import LossFunction, ModelTeacher, check_outputs, run
 
@@ -59,6 +60,10 @@ class Objective:
         self.teacher.check(self.model)
         with self.teacher.teaching(device):
             yield
+
+    def sharing(self) -> AbstractContextManager[Any]:
+        """In it a teacher at hand and the frozen part of the student are one copy."""
+        return shared_weights(self.model, self.source) if isinstance(self.source, nn.Module) else nullcontext()
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         if self.teacher is None:

@@ -18,7 +18,7 @@ from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
 from headprune.recovery.methods import get_method
 from headprune.recovery.objective import Objective
-from headprune.recovery.result import Recovery, keep_result, model_digest, taken_up
+from headprune.recovery.result import Recovery, keep_result, taken_up, told_apart
 from headprune.recovery.rewind import RateRewind, Source, rewind_weights
 from headprune.recovery.session import Session, as_it_was, trained
 from headprune.recovery.teacher import LossFunction
@@ -97,7 +97,7 @@ def recover(
     folder = None if output_dir is None else Path(output_dir)
     settings = {
         "method": method, **budget.to_json(), "seed": seed, "batches": batches, "teacher": teacher is not None,
-        "distil": None if distil is None else distil.to_json(), "model": model_digest(model),
+        "distil": None if distil is None else distil.to_json(), **told_apart(model),
     }  # fmt: skip
     finished = taken_up(model, folder, settings)
     if finished is not None:
@@ -115,7 +115,7 @@ def recover(
         model.to(device)
         stack.callback(model.to, place)
         stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), device)))
-        with chosen.prepare(model, **(method_options or {})):
+        with chosen.prepare(model, **(method_options or {})), objective.sharing():
             result = trained(model, session)
     keep_result(model, folder, result)
     return result

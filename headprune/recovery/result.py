@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, write_json
@@ -61,7 +62,7 @@ def taken_up(model: nn.Module, folder: Path | None, settings: dict[str, Any]) ->
     if (folder / SETTINGS).exists():
         found = read_json(folder / SETTINGS, "recovery_settings")
         for name, value in settings.items():
-            if found.get(name) != value:
+            if not same_setting(found.get(name), value):
                 raise InvalidInput(
                     f"{folder} holds another recovery: {name} is {found.get(name)!r} there and {value!r} here. "
                     "Give another output_dir, or remove that folder."
@@ -95,11 +96,19 @@ def first_rank() -> bool:
 SAMPLES = 64  # entries of each tensor that tell one model from another
 
 
-def model_digest(model: nn.Module) -> str:
-    """Tells models of other names, shapes or weights apart; of each tensor a few entries are read."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(repr((name, list(tensor.shape))).encode())
-        flat = tensor.detach().flatten()
-        found.update(repr(flat[:: max(1, len(flat) // SAMPLES)].tolist()).encode())
-    return found.hexdigest()[:16]
+def told_apart(model: nn.Module) -> dict[str, Any]:
+    """What tells `model` from others: names and shapes, and the norm of a few entries of each tensor. A run that goes on has made
+    its model again, to rounding."""
+    state = model.state_dict()
+    shapes = [(name, list(tensor.shape)) for name, tensor in state.items()]
+    entries = [sampled(tensor).double().norm().item() for tensor in state.values() if tensor.is_floating_point()]
+    return {"model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16], "weights": math.hypot(*entries)}
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLES)]
+
+
+def same_setting(one: Any, other: Any) -> bool:
+    return math.isclose(one, other, rel_tol=1e-4) if isinstance(one, float) and isinstance(other, float) else one == other

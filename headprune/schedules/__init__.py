@@ -2,6 +2,7 @@
 
 from headprune.schedules.gates import gate_method, gate_methods
 from headprune.schedules.iterative import iterative, one_shot
+from headprune.schedules.lottery_ticket import lottery_ticket
 from headprune.schedules.pruning_aware import pruning_aware
 from headprune.schedules.recovering import RecoverySettings, Round
 from headprune.schedules.result import ScheduleResult, Step
@@ -18,6 +19,7 @@ __all__ = [
     "gate_methods",
     "get_schedule",
     "iterative",
+    "lottery_ticket",
     "one_shot",
     "options_of",
     "pruning_aware",

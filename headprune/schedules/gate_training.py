@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from headprune.errors import HeadpruneError
 from headprune.files import whole_file
 from headprune.models.site import AttentionSite
 from headprune.models.watching import through_headprune
+from headprune.recovery import Objective
 from headprune.schedules.gates import GateLayout, GateMethod, Moment
 from headprune.schedules.gates.reach import gates_in_place, through_operator
-from headprune.schedules.quality import LossFunction, batch_loss
 from headprune.schedules.spacing import cubic
 from headprune.schedules.training_data import batches_from
 from headprune.scoring.observe import frozen
@@ -63,13 +63,14 @@ class GateTraining:
 
 @dataclass
 class GateTrainer:
-    """model: trained in place. sites: by name. operator: those that get their gates through the operator."""
+    """model: trained in place. sites: by name. objective: the loss of a batch. operator: the sites that get their gates through the
+    operator."""
 
     model: nn.Module
     sites: Mapping[str, AttentionSite]
     gates: GateMethod
     training: GateTraining
-    loss_fn: LossFunction | None
+    objective: Objective
     operator: frozenset[str] = frozenset()
     scale: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -90,10 +91,8 @@ class GateTrainer:
     def train(self, data: Any, state: Path | None, progress: Callable[[int, int], None] | None) -> None:
         """Raises HeadpruneError where the loss is not finite; the state before that step is saved."""
         first, steps, saved = self.take_up(state), self.training.steps, time.monotonic()
-        with self.ready():
+        with self.ready(next(batches_from(data, 0, 1, self.training.seed))):
             for step, batch in enumerate(batches_from(data, first, steps, self.training.seed), start=first):
-                if step == first:
-                    self.operator = through_operator(self.model, self.sites, batch, self.loss_fn)
                 loss = self.one_step(step, batch)
                 if not math.isfinite(loss):
                     self.save(state, step)
@@ -110,19 +109,20 @@ class GateTrainer:
         self.save(state, steps)
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
-        """The model in training mode and on our attention, with a random state of its own."""
+    def ready(self, batch: Any) -> Iterator[None]:
+        """The model in training mode and on our attention, with a random state of its own, and a teacher where there is one."""
         training = self.model.training
         devices = sorted({p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"})
-        try:
-            with through_headprune(self.model), torch.random.fork_rng(devices), self.still() if not self.weights else nullcontext():
-                self.model.train(self.training.dropout)
-                yield
-        finally:
-            self.model.train(training)
-
-    def still(self):
-        return frozen(self.model)
+        with ExitStack() as stack:
+            stack.callback(self.model.train, training)
+            stack.enter_context(through_headprune(self.model))
+            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(self.objective.ready(next(self.model.parameters()).device, batch))
+            if not self.weights:
+                stack.enter_context(frozen(self.model))
+            self.operator = through_operator(self.model, self.sites, lambda: self.objective(self.model, batch))
+            self.model.train(self.training.dropout)
+            yield
 
     def one_step(self, step: int, batch: Any) -> float:
         """The loss; where it is not finite nothing was changed."""
@@ -131,7 +131,7 @@ class GateTrainer:
         drawn = self.gates(moment)
         drawn.retain_grad()
         with gates_in_place(self.sites, self.operator, self.layout.by_site(drawn)):
-            loss = batch_loss(self.model, batch, self.loss_fn)
+            loss = self.objective(self.model, batch)
             if not bool(loss.isfinite()):
                 return float(loss.detach())
             if self.optimizer:

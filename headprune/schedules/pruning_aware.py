@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from headprune.models.gating import sites_by_name
 from headprune.nn.replace import replace_multihead_attention
 from headprune.planning import Budget, plan
 from headprune.planning.planner import protected_heads
+from headprune.recovery import Distillation, Objective
 from headprune.schedules.composition import shapes_of
 from headprune.schedules.gate_training import GateTrainer, GateTraining
 from headprune.schedules.gates import GateLayout, get_gate_method
@@ -21,7 +23,7 @@ from headprune.schedules.gates.reach import column_norms
 from headprune.schedules.record import Record
 from headprune.schedules.result import ScheduleResult
 from headprune.schedules.schedule import failing, finished, measure_dense, schedule
-from headprune.schedules.setting import Setting
+from headprune.schedules.setting import Setting, described
 from headprune.schedules.step import Clock, described_step, measured, plan_of, pruned, recovered, summary
 from headprune.scoring import HeadScores
 from headprune.surgery import fold_gates
@@ -43,6 +45,8 @@ def pruning_aware(
     ramp: float = 0.6,
     warm_up: float = 0.1,
     dropout: bool = True,
+    teacher: bool = False,
+    distil: Distillation | None = None,
     folder: str | Path | None = None,
     **options: Any,
 ) -> ScheduleResult:
@@ -51,12 +55,13 @@ def pruning_aware(
     The gates go through our attention operator where the model runs it (transformers models are switched to it for the while),
     so that closed heads are not computed; elsewhere they are multiplied in before the output projection. In the end the heads are
     planned by the gates, which meets the budget exactly whatever the training has come to; gates other than 1 are first folded
-    into the output projections. To distil while gates are trained, let `loss_fn` compare with the dense model.
+    into the output projections.
 
     Args:
         method: "hard_concrete" (L0 by a Lagrangian), "subset" (exactly so many by Gumbel top k), "l1" or "group_lasso" (proximal
             steps), "movement".
         steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout: headprune.schedules.gate_training.GateTraining.
+        teacher: distil from the dense model while the gates are trained; distil: as in `hp.recover`.
         train (in options): the training data; default `batches`, which compensation reads. A list of batches, or an iterable
             that can be read again and again.
         recover (in options): training after the cut.
@@ -65,13 +70,15 @@ def pruning_aware(
     setting = Setting.of(model, batches, budget, options)
     training = GateTraining(steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout, setting.seed)
     check_training(training, method)
-    record = Record(model, folder, NAME, {**setting.to_json(), "method": method, "training": asdict(training)})
+    own = {"method": method, "training": asdict(training), "teacher": teacher, "distil": described(distil)}
+    record = Record(model, folder, NAME, {**setting.to_json(), **own})
     measure_dense(setting, record, NAME)
     if record.last.number:
         return finished(setting, record, NAME, record.restore())
     clock = Clock("step 1 of 1", setting.progress)
     with failing(setting, record, NAME, clock):
-        trainer = trainer_for(setting, record.restore(), method, training)
+        objective = {"loss_fn": setting.loss_fn, "teacher": model if teacher else None, "distil": distil}
+        trainer = trainer_for(setting, record.restore(), method, training, objective)
         state = None if record.folder is None else record.folder / "training.pt"
         with clock.timed("train gates") as progress:
             trainer.train(setting.training_data, state, progress)
@@ -99,14 +106,16 @@ def check_training(training: GateTraining, method: str) -> None:
         )
 
 
-def trainer_for(setting: Setting, model: nn.Module, method: str, training: GateTraining) -> GateTrainer:
-    """model: a copy of the dense one, trained in place."""
+def trainer_for(
+    setting: Setting, model: nn.Module, method: str, training: GateTraining, objective: Mapping[str, Any]
+) -> GateTrainer:
+    """model: a copy of the dense one, trained in place. objective: the options of recovery's Objective."""
     model = replace_multihead_attention(model)
     sites = {name: site for name, site in sites_by_name(model).items() if site.head_map.query_heads}
     layout = layout_for(setting)
     norms = torch.stack([column_norms(sites[unit.site])[list(unit.heads)].mean() for unit in layout.units])
     gates = get_gate_method(method)(layout, norms / norms.mean().clamp(min=1e-30))
-    return GateTrainer(model, sites, gates.to(next(model.parameters()).device), training, setting.loss_fn)
+    return GateTrainer(model, sites, gates.to(next(model.parameters()).device), training, Objective(model, **objective))
 
 
 def layout_for(setting: Setting) -> GateLayout:

@@ -20,7 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
-from headprune.files import read_json, whole_folder, write_json
+from headprune.files import read_json, whole_file, whole_folder, write_json
 from headprune.planning import PruningPlan
 from headprune.schedules.composition import shapes_of
 from headprune.schedules.result import Step
@@ -58,7 +58,7 @@ class Record:
             self._state = (step.keep, {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()})
         else:
             with whole_folder(self._folder_of(step)) as draft:
-                save_model(model, str(draft / WEIGHTS), metadata={"format": "pt"})
+                stored(model, draft / WEIGHTS)
                 plan.save(draft / "plan.json")
         self.steps.append(step)
         self._write()
@@ -118,6 +118,11 @@ class Record:
             document = read_json(self.folder / "history.json", "schedule_history")
             self.steps, self.stopped = [Step.from_json(step) for step in document["steps"]], document["stopped"]
             log.info("taking up %s: %d steps are done", self.folder, len(self.steps))
+
+
+def stored(model: nn.Module, path: Path) -> None:
+    with whole_file(path) as draft:
+        save_model(model, str(draft), metadata={"format": "pt"})
 
 
 def framed(dense: nn.Module, keep: Mapping[str, Iterable[int]]) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,9 @@ class Setting:
             raise InvalidInput("the training data is empty; give at least one batch, or leave train out.")
         found.refuse_infeasible(shapes_of(dense))
         return found
+
+    def with_recovery(self, recover: Recover | None) -> Setting:
+        return replace(self, recover=recover)
 
     def refuse_infeasible(self, shapes: Mapping[str, SiteShape]) -> None:
         """InfeasibleBudget at the start, not after hours: the last target is planned with equal scores."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -157,9 +158,10 @@ class SiteObservations:
 MERGES = {entry.name: entry.metadata["merge"] for entry in fields(SiteObservations) if "merge" in entry.metadata}
 
 
-def fields_of(need: Need) -> list[str]:
+@cache
+def fields_of(need: Need) -> tuple[str, ...]:
     """The names of the fields that `need` fills."""
-    return [entry.name for entry in fields(SiteObservations) if entry.metadata.get("need") is need]
+    return tuple(entry.name for entry in fields(SiteObservations) if entry.metadata.get("need") is need)
 
 
 def combined(merge: str, mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:

@@ -88,13 +88,14 @@ def checksum(value: Any, start: int = 0) -> int:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, was in training.items():
-            module.training = was
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The comparison of one-shot methods: its rows, its table, and what each published form does."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from quality import published, torch_pruning_heads
-from quality.methods import Refused, Setting, even_plan, methods
+from quality.compare import measure
+from quality.methods import WEIGHTS, Refused, Setting, even_plan, methods
 from quality.rows import Rows
 from quality.summary import write_summary
 from tiny_models import llama, tokens
@@ -90,7 +92,7 @@ def test_an_even_plan_takes_the_lowest_of_every_layer(setting, granularity, frac
 
 
 def test_flap_keeps_the_mean_of_what_the_first_layer_gives(setting):
-    observed = published.grams(setting)
+    observed = setting.observe(frozenset({hp.Need.GRAM})).observed
     planned = published.fluctuating(setting, observed, 0.5)
     pruned = published.with_mean_in_bias(setting, observed, planned, llama())
 
@@ -111,7 +113,7 @@ def test_flap_keeps_the_mean_of_what_the_first_layer_gives(setting):
 @pytest.mark.parametrize("name", ["random", "magnitude", "michel", "fisher", "wanda-sp", "kwon", "flap", "fisher+ours", "ours"])
 def test_every_method_leaves_the_dense_model_as_it_was_and_gives_one_with_its_plan(setting, name):
     method, before = methods()[name], {k: v.clone() for k, v in setting.model.state_dict().items()}
-    scored = method.score(setting)
+    scored = method.score(setting, setting.observe(method.needs("stdlib-lm")).observed)
     planned = method.plan(setting, scored, 0.5)
     pruned = method.cut(setting, scored, planned, llama())
     assert {site.name: site.head_map.query_heads for site in attention_sites(pruned)} == {
@@ -123,8 +125,21 @@ def test_every_method_leaves_the_dense_model_as_it_was_and_gives_one_with_its_pl
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_methods_with_the_same_needs_share_a_pass_and_each_counts_it(setting):
+    first, again = (setting.observe(methods()[name].needs("stdlib-lm")) for name in ("michel", "kwon"))
+    assert first is again
+    assert setting.observe(methods()["flap"].needs("stdlib-lm")) is not first
+    fast = replace(methods()["fisher"], cut=lambda setting, scored, planned, model: model)
+    setting.passes[frozenset({hp.Need.GATE_GRADIENT})] = replace(first, seconds=1000.0)
+    task = SimpleNamespace(**vars(setting.task), headline="loss", evaluate=lambda model: {"loss": 2.0})
+    (row,) = measure(fast, replace(setting, task=task), [0.5], {"quality": {"loss": 4.0}})
+    assert 1000 < row["seconds"]["scoring"] < 1100
+    assert row["of_dense"] == 0.5
+
+
 def test_random_heads_differ_between_seeds(setting):
-    one, other = (methods()["random"].score(Setting("stdlib-lm", setting.model, setting.task, seed)) for seed in (0, 1))
+    observed = setting.observe(WEIGHTS).observed
+    one, other = (methods()["random"].score(Setting("stdlib-lm", setting.model, setting.task, seed), observed) for seed in (0, 1))
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 

@@ -195,7 +195,7 @@ def test_a_folder_of_another_recovery_is_refused(tmp_path):
     hp.recover(model, text_batches(), steps=2, output_dir=tmp_path)
     with pytest.raises(InvalidInput, match="steps is 2 there and 3 here"):
         hp.recover(pruned_llama()[1], text_batches(), steps=3, output_dir=tmp_path)
-    with pytest.raises(InvalidInput, match="holds another recovery: model is"):
+    with pytest.raises(InvalidInput, match="holds another recovery: weights is"):
         hp.recover(pruned_llama(seed=1)[1], text_batches(), steps=2, output_dir=tmp_path)
 
 

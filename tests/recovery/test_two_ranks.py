@@ -18,7 +18,7 @@ import headprune as hp
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).parents[1] / "two_ranks.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launch, str(script), str(folder)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -82,7 +82,7 @@ def test_gates_in_the_operator_are_gates_before_the_output_projection(model):
     for way in ("operator", "projection"):
         gates = {name: torch.linspace(0, 1.5, site.head_map.query_heads).requires_grad_() for name, site in sites.items()}
         with through_headprune(model):
-            reached = through_operator(model, sites, batch, loss_fn)
+            reached = through_operator(model, sites, lambda: loss_fn(model, batch))
             assert reached == set(sites)
             with gates_in_place(sites, reached if way == "operator" else frozenset(), gates):
                 value = loss_fn(model, batch)
@@ -90,7 +90,7 @@ def test_gates_in_the_operator_are_gates_before_the_output_projection(model):
         grads[way] = [value.detach(), *(gate.grad for gate in gates.values())]
     for one, other in zip(grads["operator"], grads["projection"]):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
-    assert not reached <= through_operator(model, sites, batch, loss_fn)  # outside, the model runs its own attention
+    assert not reached <= through_operator(model, sites, lambda: loss_fn(model, batch))  # outside, the model runs its own attention
 
 
 def test_dropout_and_torch_layers_are_gated_too():
@@ -182,3 +182,14 @@ def test_a_killed_training_goes_on_and_ends_the_same(tmp_path):
     assert found.plan.keep == expected.plan.keep, (method, marker)
     assert found.quality == pytest.approx(expected.quality, rel=1e-5), (method, marker)
     assert not (tmp_path / "run" / "training.pt").exists()
+
+
+def test_gates_are_trained_by_the_dense_model_too():
+    """No labels, no loss: the target is what the dense model gives."""
+    model, data, _ = planted("zero")
+    data = [{"input_ids": batch["input_ids"]} for batch in data]
+    found = schedules.pruning_aware(
+        model, data, hp.Budget(heads=0.5), steps=120, lr=0.0, teacher=True, dropout=False, compensate=False
+    )
+    assert {name: sorted(set(range(4)) - set(heads)) for name, heads in found.plan.items()} == PLANTED
+    assert found.quality is None

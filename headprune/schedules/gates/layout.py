@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from headprune.planning import Budget
 from headprune.planning.allocation import Unit
-from headprune.planning.engine import get_engine
-from headprune.planning.units import removable_units
 from headprune.scoring import HeadScores
 from headprune.scoring.site_shape import SiteShape
 
@@ -31,9 +30,7 @@ class GateLayout:
         cls, shapes: Mapping[str, SiteShape], budget: Budget, granularity: str, protected: Mapping[str, Sequence[int]]
     ) -> GateLayout:
         """protected: site -> heads that must stay."""
-        equal = {name: torch.zeros(shape.head_map.query_heads) for name, shape in shapes.items()}
-        scores, engine = HeadScores("equal", equal, dict(shapes)), get_engine("headprune")
-        units = tuple(unit for name in shapes for unit in removable_units(scores, name, engine, granularity, set(), 1))
+        units = tuple(Unit(name, heads, 0.0) for name, shape in shapes.items() for heads in heads_at_once(shape, granularity))
         fixed = frozenset(index for index, unit in enumerate(units) if set(unit.heads) & set(protected.get(unit.site, ())))
         return cls(units, dict(shapes), fixed, budget)
 
@@ -74,3 +71,10 @@ class GateLayout:
         """Head scores out of one value per unit; a group's is spread over its heads, whose sum a plan reads."""
         shares = values.detach().float().cpu() / torch.tensor([len(unit.heads) for unit in self.units])
         return HeadScores(name, self.by_site(shares), dict(self.shapes))
+
+
+def heads_at_once(shape: SiteShape, granularity: str) -> list[tuple[int, ...]]:
+    """The query heads of each group, or (granularity "query_head") each by itself."""
+    if granularity == "query_head":
+        return [(head,) for head in range(shape.head_map.query_heads)]
+    return [tuple(range(start, stop)) for start, stop in pairwise(shape.head_map.group_offsets) if stop > start]

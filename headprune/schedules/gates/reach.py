@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,18 +14,15 @@ from headprune.models.site import AttentionSite
 from headprune.models.watching import watching
 from headprune.ops.gate import gated_attention
 from headprune.ops.watch import Watcher
-from headprune.schedules.quality import LossFunction, batch_loss
 from headprune.scoring.observe import in_eval_mode
 
 
 @torch.no_grad()
-def through_operator(
-    model: nn.Module, sites: Mapping[str, AttentionSite], batch: Any, loss_fn: LossFunction | None
-) -> frozenset[str]:
-    """The sites whose attention our operator computes, seen in one pass over `batch`."""
+def through_operator(model: nn.Module, sites: Mapping[str, AttentionSite], run: Callable[[], Any]) -> frozenset[str]:
+    """The sites whose attention our operator computes, seen in `run()`, one pass of the model."""
     found: set[str] = set()
     with in_eval_mode(model), watching(sites.values(), lambda site: Watcher(lambda *_: found.add(site.name))):
-        batch_loss(model, batch, loss_fn)
+        run()
     return frozenset(found)
 
 

@@ -1,0 +1,140 @@
+"""Lottery tickets: train, prune a share of what is left, go back to early weights, train again (Frankle & Carbin 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from headprune.errors import InvalidInput, unknown_name
+from headprune.planning import Budget
+from headprune.recovery.rewind import Source
+from headprune.schedules.composition import composed, whole
+from headprune.schedules.fresh_weights import Initialise, with_fresh_weights
+from headprune.schedules.record import Record, framed, loaded, stored
+from headprune.schedules.recovering import Recover
+from headprune.schedules.result import ScheduleResult
+from headprune.schedules.rewound import EarlyWeights, check_rewindable, earlier_model, keeping_step, repeated_from
+from headprune.schedules.schedule import failing, finished, measure_dense, schedule
+from headprune.schedules.setting import Setting
+from headprune.schedules.spacing import targets
+from headprune.schedules.step import Clock, described_step, measured, plan_of, planned, pruned, recovered, scored, summary
+
+NAME = "lottery_ticket"
+REWINDS = ("weights", "learning_rate")
+
+
+@schedule(NAME)
+def lottery_ticket(
+    model: nn.Module,
+    batches: Any,
+    budget: Budget,
+    *,
+    recover: Recover,
+    steps: int | None = None,
+    per_step: float | None = None,
+    spacing: str = "geometric",
+    rewind: str = "weights",
+    rewind_step: int = 0,
+    early: Source | None = None,
+    control: bool = False,
+    initialise: Initialise | None = None,
+    folder: str | Path | None = None,
+    **options: Any,
+) -> ScheduleResult:
+    """Looks for a subnetwork that trains as well as the whole from the same early weights.
+
+    Args:
+        model: with the weights that training starts from; with `early` the trained model.
+        recover: the training (required): RecoverySettings or a function. Step 0 trains the whole model with it.
+        steps, per_step, spacing: as in `iterative`; by default 4 steps that take the same share of what is left.
+        rewind: "weights" (back to those of `rewind_step`) or "learning_rate" (Renda et al. 2020: the weights stay, the rates from
+            `rewind_step` on are repeated).
+        rewind_step: the step of the training to go back to; 0 are the weights of `model`. Later steps repeat the rest of it.
+        early: an earlier checkpoint of the trained `model` to go back to: a module, a folder or a state_dict.
+        control: in the end also train the same heads from fresh random weights; `extras["control"]` is that model,
+            `extras["control_quality"]` its quality. initialise: draws them in place; default as the model's class does.
+        criterion (in options): default "magnitude_l2". compensate: default False.
+        The rest is as in `one_shot`.
+    """
+    options = {"criterion": "magnitude_l2", "compensate": False, **options}
+    setting = Setting.of(model, batches, budget, {**options, "recover": recover})
+    check_rewind(recover, rewind, rewind_step, early)
+    goals = targets(budget.fraction, 4 if steps is None and per_step is None else steps, per_step, spacing)
+    own = {"targets": goals, "rewind": rewind, "rewind_step": rewind_step, "early": named(early), "control": control}
+    record = Record(model, folder, NAME, {**setting.to_json(), **own})
+    first = first_weights(setting, record, rewind_step, early)
+    again = setting.with_recovery(repeated_from(recover, rewind_step))
+    trained = record.restore()
+    for number in range(record.steps[-1].number + 1, len(goals) + 1):
+        clock = Clock(f"step {number} of {len(goals)}", setting.progress)
+        with failing(setting, record, NAME, clock):
+            chosen = planned(setting, scored(setting, trained, clock), record.last.keep, goals[number - 1])
+            keep = composed(record.last.keep, chosen)
+            if rewind == "weights":
+                trained = framed(first(), keep)
+            else:
+                pruned(setting, trained, chosen, clock)
+            report = recovered(again, trained, number, len(goals), record.folder, clock)
+            quality = measured(setting, trained, clock)
+        step = described_step(setting, number, goals[number - 1], keep, quality, clock, recovery=summary(report))
+        record.accept(step, trained, plan_of(setting, keep))
+    extras = controlled(setting, record, initialise) if control else {}
+    return finished(setting, record, NAME, trained, **extras)
+
+
+def check_rewind(recover: Recover | None, rewind: str, rewind_step: int, early: Source | None) -> None:
+    if rewind not in REWINDS:
+        raise unknown_name("rewind", rewind, REWINDS)
+    if recover is None:
+        raise InvalidInput(
+            "a lottery ticket is trained again after each cut; give recover=RecoverySettings(steps=...) or a function."
+        )
+    if early is not None and rewind_step:
+        raise InvalidInput(f"early and rewind_step={rewind_step} both say where to go back to; give one of them.")
+    if rewind_step:
+        check_rewindable(recover, rewind_step)
+
+
+def named(early: Source | None) -> str | None:
+    """What the settings say of it."""
+    return early if early is None else str(early) if isinstance(early, (str, Path)) else type(early).__name__
+
+
+def first_weights(setting: Setting, record: Record, rewind_step: int, early: Source | None) -> Callable[[], nn.Module]:
+    """Step 0, unless it is done: the whole model trained. Gives the whole model with the weights to go back to."""
+    dense, weights = setting.dense, EarlyWeights(setting.dense, record.folder)
+    if early is not None:
+        found = earlier_model(dense, early)
+        measure_dense(setting, record, NAME)
+        return lambda: found
+    if not record.steps:
+        clock = Clock("step 0", setting.progress)
+        with failing(setting, record, NAME, clock):
+            model, training = record.restore(), setting
+            if rewind_step:
+                training = setting.with_recovery(keeping_step(setting.recover, rewind_step, weights.keep))
+            report = recovered(training, model, 0, 0, record.folder, clock)
+            quality = measured(setting, model, clock)
+        keep = whole(record.shapes)
+        step = described_step(setting, 0, 0.0, keep, quality, clock, recovery=summary(report))
+        record.accept(step, model, plan_of(setting, keep))
+    return weights.model if rewind_step else lambda: dense
+
+
+def controlled(setting: Setting, record: Record, initialise: Initialise | None) -> dict[str, Any]:
+    """The same heads from fresh weights, trained as the whole model was."""
+    keep, place = record.last.keep, None if record.folder is None else record.folder / "control.safetensors"
+    if place is not None and place.exists():
+        return {"control": loaded(setting.dense, keep, place), "control_quality": record.last.details["control_quality"]}
+    clock = Clock("control", setting.progress)
+    with failing(setting, record, NAME, clock):
+        model = framed(with_fresh_weights(setting.dense, setting.seed + 1, initialise), keep)
+        recovered(setting, model, record.last.number + 1, record.last.number, record.folder, clock)
+        quality = measured(setting, model, clock)
+    record.note(control_quality=quality)
+    if place is not None:
+        stored(model, place)
+    return {"control": model, "control_quality": quality}
