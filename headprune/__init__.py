@@ -33,7 +33,7 @@ from headprune.scoring import (
     score,
     score_observations,
 )
-from headprune.surgery import cut, diff, load, open_streamed, prune, prune_folder, save
+from headprune.surgery import cut, diff, load, open_streamed, prune, prune_folder, save, search_plan
 from headprune.version import __version__
 
 __all__ = [
@@ -90,4 +90,5 @@ __all__ = [
     "schedules",
     "score",
     "score_observations",
+    "search_plan",
 ]

@@ -25,9 +25,9 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     A failure (a full disk too) leaves `target` as it was and nothing else behind; HeadpruneError says what happened.
     """
     target = Path(target)
-    if target.exists() and not target.is_dir():
-        raise InvalidInput(f"{target} is a file; give a folder to write to.")
     with clear_disk_errors(target):
+        if target.exists() and not target.is_dir():
+            raise InvalidInput(f"{target} is a file; give a folder to write to.")
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -54,6 +54,7 @@ class PlanSection(Section):
     target: str = "headprune"
     min_heads: int = Field(default=1, ge=0)
     protect: dict[str, list[int] | None] = Field(default_factory=dict)
+    trials: int = Field(default=0, ge=0, description="plans to try, pruned and compensated; 0: by scores alone")
     file: str | None = Field(default=None, description="a plan.json to carry out in place of planning, such as one edited by hand")
 
     @field_validator("budget")
@@ -86,6 +87,7 @@ class PlanSection(Section):
 
 class PruneSection(Section):
     compensate: bool = True
+    feed_forward: bool = Field(default=False, description="re-solve also the ends of the feed-forwards")
 
 
 class RecoverSection(Section):

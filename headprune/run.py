@@ -23,7 +23,7 @@ from headprune.run_recovery import recovered_model
 from headprune.run_values import kept, measure_for_report, planning_options, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_model, opening
-from headprune.surgery import load, prune, save
+from headprune.surgery import load, prune, save, search_plan
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
 log = logging.getLogger("headprune")
@@ -61,7 +61,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
         task.check_model(dense)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     scores = scored(dense, task, recipe, stages)
-    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe, stages))
+    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(dense, task, scores, recipe, stages))
     pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
     pruned = recovered_model(dense, pruned, task, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
@@ -87,12 +87,19 @@ def work_of(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude={"report"})
 
 
-def planned(scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:
+def planned(dense: PreTrainedModel, task: Task, scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:
     """The plan that the recipe's budget gives, or the one that it names."""
     if recipe.plan.file:
         return PruningPlan.load(recipe.plan.file)
-    with stages.stage("plan"):
-        return plan(scores, Budget(**recipe.plan.budget), **planning_options(recipe))
+    budget, options = Budget(**recipe.plan.budget), planning_options(recipe)
+    if not recipe.plan.trials:
+        with stages.stage("plan"):
+            return plan(scores, budget, **options)
+    with stages.stage("try plans, pruned and compensated") as progress:
+        return search_plan(
+            dense, scores, budget, task.calibration, trials=recipe.plan.trials, forward=task.forward, seed=recipe.seed,
+            progress=progress, **options,
+        ).plan  # fmt: skip
 
 
 def pruned_model(
@@ -106,7 +113,9 @@ def pruned_model(
     pruned = copy.deepcopy(dense)
     calibration = task.calibration if recipe.prune.compensate else None
     with stages.stage("cut and re-solve output projections" if calibration else "cut") as progress:
-        resolved = prune(pruned, chosen, calibration, forward=task.forward, progress=progress)
+        resolved = prune(
+            pruned, chosen, calibration, forward=task.forward, feed_forward=recipe.prune.feed_forward, progress=progress
+        )
     for site in resolved:
         log.info("%s: output error %.3f -> %.3f (ridge %s)", site.site, site.error_before, site.error_after, site.ridge)
     with stages.stage("check, save and load back"):

@@ -165,3 +165,12 @@ def test_a_model_that_fails_its_checks_is_not_passed_on(recipe, monkeypatch):
     with pytest.raises(HeadpruneError, match=r"cut_equals_gated.*0\.5"):
         carried_out(recipe)
     assert not (run_module.Path(recipe.output) / "checks.json").exists()
+
+
+def test_a_run_may_try_plans_on_its_calibration_data(recipe):
+    searched = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"trials": 3})})
+    result = carried_out(searched)
+    titles = [stage.title for stage in result.stages.done]
+    assert "try plans, pruned and compensated" in titles
+    assert "plan" not in titles
+    assert result.plan.removed_heads == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,23 +12,63 @@ from headprune.cli import terminal
 from headprune.cli.app import app
 from headprune.cli.inputs import JsonOption, ModelArgument, TaskOption, opened, opened_model
 from headprune.cli.terminal import with_bar
+from headprune.errors import InvalidInput
 
 
 @app.command("evaluate")
 def evaluate_command(
     model: ModelArgument,
     task: TaskOption = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 file to measure perplexity on, in place of a task.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window of --text.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows of --text; by default they do not overlap.")] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness, with commas between, in place of a task.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task of --lm-eval; by default all.")] = None,
     against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed forward passes of each model.")] = 30,
+    trace: Annotated[Path | None, typer.Option(help="Also write a Chrome trace of forward passes to this file.")] = None,
+    json: JsonOption = False,
 ) -> None:
-    """Quality and cost of a model, alone or beside its dense original."""
-    from headprune.evaluation import compare, evaluate
+    """Quality and cost of a model, alone or beside its dense original (in turn, with intervals of the differences).
 
-    found, data = opened(model, task)
-    if against is None:
-        terminal.console.print(with_bar("evaluate", lambda progress: evaluate(found, data, progress=progress)))
+    headprune evaluate runs/minilm/model --against minilm
+
+    headprune evaluate ./pruned --against ./dense --text wiki.txt --window 2048 --json
+    """
+    from headprune.evaluation import compare, evaluate, write_trace
+
+    found, data = opened_for_evaluation(model, task, text, lm_eval, window=window, stride=stride, limit=limit)
+    models = {"model": found} if against is None else {"dense": opened_model(against)[0], "pruned": found}
+    measure = evaluate if against is None else compare
+    result = with_bar("evaluate", lambda progress: measure(*models.values(), data, repeats=repeats, progress=progress))
+    if json:
+        terminal.console.print_json(data=asdict(result))
     else:
-        dense, _ = opened_model(against)
-        terminal.console.print(with_bar("evaluate", lambda progress: compare(dense, found, data, progress=progress)))
+        terminal.console.print(result)
+    if trace is not None:
+        write_trace(models, data.latency_inputs(), trace)
+        terminal.progress_console.print(f"trace written to {trace}; open it in ui.perfetto.dev or chrome://tracing")
+
+
+def opened_for_evaluation(model: str, task: str | None, text: Path | None, lm_eval: str | None, **options):
+    """(model, evaluation data): of a text, of tasks of lm-evaluation-harness, or of one of headprune's tasks."""
+    from headprune.evaluation import LanguageModelHarness, Perplexity
+
+    given = [name for name, value in (("--task", task), ("--text", text), ("--lm-eval", lm_eval)) if value is not None]
+    if len(given) > 1:
+        raise InvalidInput(f"{' and '.join(given)} were given; a model is evaluated on one of them at a time.")
+    if text is None and lm_eval is None:
+        return opened(model, task)
+    found, tokenizer = opened_model(model)
+    if tokenizer is None:
+        raise InvalidInput(f"{model} has no tokenizer, which {given[0]} needs; save one beside the model.")
+    if lm_eval is not None:
+        return found, LanguageModelHarness([name.strip() for name in lm_eval.split(",")], tokenizer, limit=options["limit"])
+    data = Perplexity(text, tokenizer, window=options["window"], stride=options["stride"])
+    data.check_model(found)
+    return found, data
 
 
 @app.command()

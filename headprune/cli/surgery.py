@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from headprune.cli import terminal
 from headprune.cli.app import app
 from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, opened, opened_model
 from headprune.cli.terminal import with_bar
+from headprune.errors import InvalidInput
 
 
 @app.command("prune")
@@ -41,13 +43,28 @@ def prune_command(
 
 @app.command("export")
 def export_command(
-    model: ModelArgument, to: Annotated[str, typer.Option(help="stock, onnx, gguf, vllm or nemotron-nas.")], output: OutputOption
+    model: ModelArgument,
+    to: Annotated[str, typer.Option(help="stock, onnx, gguf, vllm or nemotron-nas.")],
+    output: OutputOption,
+    option: Annotated[list[str] | None, typer.Option(help="Of the target: dtype=q8_0 for gguf, opset=20 for onnx.")] = None,
 ) -> None:
     """Write a pruned model for another engine; its outputs are checked to stay the same."""
     from headprune.surgery.export import export
 
+    options = target_options(option or ())
     found, tokenizer = opened_model(model)
-    terminal.console.print(str(with_bar(f"export to {to}", lambda progress: export(found, to, output, tokenizer=tokenizer))))
+    written = with_bar(f"export to {to}", lambda progress: export(found, to, output, tokenizer=tokenizer, **options))
+    terminal.console.print(str(written))
+
+
+def target_options(given: Iterable[str]) -> dict[str, str | int]:
+    found: dict[str, str | int] = {}
+    for one in given:
+        name, separator, value = one.partition("=")
+        if not separator or not name or not value:
+            raise InvalidInput(f"option {one!r}: expected name=value, for example dtype=q8_0.")
+        found[name] = int(value) if value.isdecimal() else value
+    return found
 
 
 @app.command()

@@ -1,17 +1,33 @@
-"""What a model costs by count: parameters, attention FLOPs, key/value cache."""
+"""What a model costs by count: parameters, bytes, FLOPs, key/value cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from headprune.evaluation.data import placed
 from headprune.models.site import AttentionSite
+
+# Attention operators that torch's counter does not know, or knows for equal numbers of query and key/value heads only.
+ATTENTION_OPERATORS = (
+    "headprune.attention", "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
 
 
 def count_parameters(model: nn.Module) -> int:
     """Distinct parameters of the whole model."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the model's distinct parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def attention_flops(sites: Sequence[AttentionSite], tokens: int) -> int:
@@ -23,6 +39,48 @@ def attention_flops(sites: Sequence[AttentionSite], tokens: int) -> int:
         projected = queries * (site.head_dim + site.value_dim) + kv * (site.head_dim + site.value_dim)
         total += 2 * tokens * site.hidden_size * projected + 2 * tokens * tokens * queries * (site.head_dim + site.value_dim)
     return total
+
+
+@torch.no_grad()
+def model_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """FLOPs (2 per multiply-add) of `model(**inputs)` for each sequence: all matrix products and convolutions that run, QK^T and PV
+    without a causal discount; nothing else."""
+    operators = (found_operator(name) for name in ATTENTION_OPERATORS)
+    mapping = {operator: attention_operator_flops for operator in operators if operator is not None}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        model(**placed(model, inputs))
+    return counter.get_total_flops() // next(iter(inputs.values())).shape[0]
+
+
+def attention_operator_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Shapes are [batch, heads, tokens, features]."""
+    batch, heads, tokens, head_dim = query
+    return 2 * batch * heads * tokens * key[2] * (head_dim + value[3])
+
+
+def found_operator(name: str) -> Any:
+    """torch.ops' operator of this name, or None where this torch has none."""
+    namespace, _, operator = name.partition(".")
+    return getattr(getattr(torch.ops, namespace), operator, None)
+
+
+def sequence_length(model: nn.Module, sites: Sequence[AttentionSite], inputs: Mapping[str, Tensor]) -> int:
+    """Tokens of a sequence as the first attention sees them: of `input_ids`, or (images) as its module receives them."""
+    if "input_ids" in inputs:
+        return inputs["input_ids"].shape[1]
+    seen: list[int] = []
+
+    def note(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        states = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() == 3)
+        seen.extend(state.shape[1] for state in states)
+
+    hook = sites[0].module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(**placed(model, inputs))
+    finally:
+        hook.remove()
+    return seen[0] if seen else 0
 
 
 def kv_cache_bytes_per_token(sites: Sequence[AttentionSite], bytes_per_value: int = 4) -> int:

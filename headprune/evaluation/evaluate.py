@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
-from headprune.evaluation.cost import attention_flops, count_parameters, kv_cache_bytes_per_token
-from headprune.evaluation.latency import measure_latency
+from headprune.errors import InvalidInput
+from headprune.evaluation.bootstrap import Interval, paired_bootstrap
+from headprune.evaluation.callable_metric import CallableMetric
+from headprune.evaluation.cost import (
+    attention_flops,
+    count_parameters,
+    kv_cache_bytes_per_token,
+    model_flops,
+    sequence_length,
+    weight_bytes,
+)
+from headprune.evaluation.data import EvaluationData, Progress
+from headprune.evaluation.energy import measure_energy
+from headprune.evaluation.latency import measure_generation, measure_latency
 from headprune.evaluation.memory import peak_activation_bytes
-from headprune.evaluation.tasks.task import Task
+from headprune.evaluation.metric import Metric
 from headprune.models import attention_sites
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one task. Latency and peak memory are of one forward pass of the task's latency inputs."""
+    """One model on one set of data. Latency, peak memory and energy are of forward passes of the data's latency inputs."""
 
     quality: dict[str, float]
     parameters: int
@@ -30,33 +42,52 @@ class Evaluation:
     latency_p95_ms: float
     throughput: float  # sequences per second
     peak_activation_bytes: int
+    weight_bytes: int | None = None  # of parameters and buffers
+    model_flops: int | None = None  # per sequence, of all matrix products and convolutions
+    generation_ms_per_token: float | None = None  # with a cache, prompt and all; None for models that do not generate
+    energy_joules: float | None = None  # of the GPU, per sequence; None where it has no counter
+
+    def __rich__(self) -> Table:
+        table = Table("", "model", title_justify="left")
+        for metric, value in self.quality.items():
+            table.add_row(metric, f"{value:.4f}")
+        for name, (label, form) in COSTS.items():
+            if getattr(self, name) is not None:
+                table.add_row(label.format(tokens=self.sequence_length), form.format(getattr(self, name)))
+        return table
 
 
 COSTS = {  # field of Evaluation -> its name in tables, the form of its values
     "parameters": ("parameters", "{:,}"),
+    "weight_bytes": ("weight bytes", "{:,}"),
+    "model_flops": ("model FLOPs ({tokens} tokens)", "{:.3g}"),
     "attention_flops": ("attention FLOPs ({tokens} tokens)", "{:.3g}"),
     "kv_cache_bytes_per_token": ("key/value bytes per token", "{:,}"),
     "latency_p50_ms": ("latency p50, ms", "{:.1f}"),
     "latency_p95_ms": ("latency p95, ms", "{:.1f}"),
     "throughput": ("throughput, sequences/s", "{:.1f}"),
+    "generation_ms_per_token": ("generation, ms/token", "{:.2f}"),
     "peak_activation_bytes": ("peak activation bytes", "{:,}"),
+    "energy_joules": ("energy, J/sequence", "{:.3g}"),
 }
+NOTHING = "–"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Dense and pruned, measured in turn in the same run."""
+    """Dense and pruned, measured in turn in the same run. differences: metric -> pruned minus dense, for metrics of examples."""
 
     task: str
     headline: str
     dense: Evaluation
     pruned: Evaluation
     higher_is_better: bool = True  # of the headline
+    differences: dict[str, Interval] = field(default_factory=dict)
 
-    def ratio(self, field: str) -> float:
-        """Pruned over dense, of a field of Evaluation or a metric; NaN where dense is 0."""
-        dense, pruned = (found.quality.get(field, getattr(found, field, None)) for found in (self.dense, self.pruned))
-        return pruned / dense if dense else math.nan
+    def ratio(self, name: str) -> float:
+        """Pruned over dense, of a field of Evaluation or a metric; NaN where dense is 0 or one was not measured."""
+        dense, pruned = (found.quality.get(name, getattr(found, name, None)) for found in (self.dense, self.pruned))
+        return pruned / dense if dense and pruned is not None else math.nan
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,51 +95,95 @@ class Comparison:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Comparison:
         """Raises KeyError or TypeError where something is missing."""
-        return cls(**{**content, "dense": Evaluation(**content["dense"]), "pruned": Evaluation(**content["pruned"])})
+        models = {name: Evaluation(**content[name]) for name in ("dense", "pruned")}
+        differences = {name: Interval(**found) for name, found in content.get("differences", {}).items()}
+        return cls(**{**content, **models, "differences": differences})
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """(name, dense, pruned, pruned over dense), as tables show them."""
+    def columns(self) -> tuple[str, ...]:
+        """The heads of `rows`."""
+        level = next((f"{found.level:.0%}" for found in self.differences.values()), "")
+        return ("", "dense", "pruned", "pruned / dense", *([f"difference [{level} interval]"] if level else []))
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """(name, dense, pruned, pruned over dense, difference where there are any), as tables show them."""
         rows = []
         for metric in self.dense.quality:
             lower = metric == self.headline and not self.higher_is_better
             values = (f"{found.quality[metric]:.4f}" for found in (self.dense, self.pruned))
-            rows.append((f"{metric} (lower is better)" if lower else metric, *values, f"{self.ratio(metric):.3f}"))
-        for field, (label, form) in COSTS.items():
-            values = (form.format(getattr(found, field)) for found in (self.dense, self.pruned))
-            rows.append((label.format(tokens=self.dense.sequence_length), *values, f"{self.ratio(field):.3f}"))
-        return rows
+            difference = str(self.differences[metric]) if metric in self.differences else ""
+            rows.append((f"{metric} (lower is better)" if lower else metric, *values, f"{self.ratio(metric):.3f}", difference))
+        for name, (label, form) in COSTS.items():
+            values = [getattr(found, name) for found in (self.dense, self.pruned)]
+            if values != [None, None]:
+                shown = (NOTHING if value is None else form.format(value) for value in values)
+                rows.append((label.format(tokens=self.dense.sequence_length), *shown, f"{self.ratio(name):.3f}", ""))
+        return [row[: len(self.columns())] for row in rows]
 
     def __rich__(self) -> Table:
-        table = Table("", "dense", "pruned", "pruned / dense", title=f"{self.task}, one run", title_justify="left")
+        table = Table(*self.columns(), title=f"{self.task}, one run", title_justify="left")
         for row in self.rows():
             table.add_row(*row)
         return table
 
 
-def evaluate(model: nn.Module, task: Task, *, repeats: int = 30, progress: Callable[[int, int], None] | None = None) -> Evaluation:
-    """Quality of `model` on `task`'s test data, and what the model costs."""
-    return evaluations({"model": model}, task, repeats, progress)["model"]
+def evaluate(
+    model: nn.Module, data: EvaluationData | Callable[[nn.Module], Any], *, inputs: Mapping[str, Tensor] | None = None,
+    repeats: int = 30, progress: Progress | None = None,
+) -> Evaluation:  # fmt: skip
+    """Quality of `model` on `data`, and what the model costs.
+
+    data: a task, `Perplexity`, `Classification`, `ImageClassification`, `Regression`, `Retrieval` or `LanguageModelHarness` of
+    headprune.evaluation; or any function of a model (see `CallableMetric`), with inputs= for `model(**inputs)` to measure costs.
+    repeats: timed forward passes.
+    """
+    return evaluations({"model": model}, data_of(data, inputs), repeats, progress)[0]["model"]
 
 
 def compare(
-    dense: nn.Module, pruned: nn.Module, task: Task, *, repeats: int = 30, progress: Callable[[int, int], None] | None = None
-) -> Comparison:
-    """Both models on the same data; latency is measured in turn, dense, pruned, dense, ..."""
-    found = evaluations({"dense": dense, "pruned": pruned}, task, repeats, progress)
-    return Comparison(task.name, task.headline, found["dense"], found["pruned"], task.higher_is_better)
+    dense: nn.Module, pruned: nn.Module, data: EvaluationData | Callable[[nn.Module], Any], *,
+    inputs: Mapping[str, Tensor] | None = None, repeats: int = 30, progress: Progress | None = None,
+) -> Comparison:  # fmt: skip
+    """Both models on the same data, as `evaluate`; latency is measured in turn, dense, pruned, dense, ..."""
+    data = data_of(data, inputs)
+    found, examples = evaluations({"dense": dense, "pruned": pruned}, data, repeats, progress)
+    differences = {
+        name: paired_bootstrap(metric, examples["pruned"][name])
+        for name, metric in (examples["dense"] or {}).items()
+        if len(metric.rows) > 1
+    }
+    return Comparison(data.name, data.headline, found["dense"], found["pruned"], data.higher_is_better, differences)
 
 
-def evaluations(models: dict[str, nn.Module], task: Task, repeats: int, progress) -> dict[str, Evaluation]:
-    inputs = task.latency_inputs()
-    length = inputs["input_ids"].shape[1]
+def data_of(data: EvaluationData | Callable[[nn.Module], Any], inputs: Mapping[str, Tensor] | None) -> EvaluationData:
+    if isinstance(data, EvaluationData):
+        return data
+    if not callable(data):
+        raise InvalidInput(
+            f"cannot evaluate on {type(data).__name__}; give one of headprune.evaluation (Perplexity(text, tokenizer), "
+            "Classification(batches), ...), or a function of the model with inputs=."
+        )
+    if inputs is None:
+        raise InvalidInput("a function as the metric needs inputs=, a mapping for model(**inputs) that costs are measured with.")
+    return CallableMetric(data, inputs)
+
+
+def evaluations(
+    models: dict[str, nn.Module], data: EvaluationData, repeats: int, progress: Progress | None
+) -> tuple[dict[str, Evaluation], dict[str, dict[str, Metric] | None]]:
+    """Each model's evaluation, and the examples that its metrics are of."""
+    inputs, prompt = data.latency_inputs(), data.prompt()
     for model in models.values():
         model.eval()
     latency = measure_latency(models, inputs, repeats)
-    found = {}
+    generation = dict.fromkeys(models) if prompt is None else measure_generation(models, prompt)
+    energy = measure_energy(models, inputs)
+    found, examples = {}, {}
     for name, model in models.items():
         sites = attention_sites(model)
+        length = sequence_length(model, sites, inputs)
+        examples[name] = data.examples(model, progress)
         found[name] = Evaluation(
-            quality=task.evaluate(model, progress),
+            quality=data.evaluate(model, progress) if examples[name] is None else values_of(examples[name]),
             parameters=count_parameters(model),
             attention_flops=attention_flops(sites, length),
             sequence_length=length,
@@ -117,5 +192,13 @@ def evaluations(models: dict[str, nn.Module], task: Task, repeats: int, progress
             latency_p95_ms=latency[name].p95_ms,
             throughput=latency[name].throughput,
             peak_activation_bytes=peak_activation_bytes(model, inputs),
+            weight_bytes=weight_bytes(model),
+            model_flops=model_flops(model, inputs),
+            generation_ms_per_token=generation[name],
+            energy_joules=energy[name],
         )
-    return found
+    return found, examples
+
+
+def values_of(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    return {name: metric.value for name, metric in metrics.items()}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from headprune.evaluation.data import placed
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -29,10 +31,10 @@ def measure_latency(
     for turn in range(warmup + repeats):
         for name, model in models.items():
             device = next(model.parameters()).device
-            placed = {key: value.to(device) for key, value in inputs.items()}
+            on_device = placed(model, inputs)
             synchronize(device)
             started = time.perf_counter()
-            model(**placed)
+            model(**on_device)
             synchronize(device)
             if turn >= warmup:
                 times[name].append(1e3 * (time.perf_counter() - started))
@@ -41,6 +43,25 @@ def measure_latency(
         p50, p95 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
         found[name] = Latency(p50, p95, 1e3 * rows / p50)
     return found
+
+
+@torch.inference_mode()
+def measure_generation(
+    models: Mapping[str, nn.Module], prompt: Mapping[str, Tensor], new_tokens: int = 16, repeats: int = 5
+) -> dict[str, float]:
+    """Milliseconds for each of `new_tokens` steps of greedy generation with a cache, reading the prompt included; medians, the
+    models in turn, after one turn to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(1 + repeats):
+        for name, model in models.items():
+            device, on_device = next(model.parameters()).device, placed(model, prompt)
+            synchronize(device)
+            started = time.perf_counter()
+            model.generate(**on_device, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+            synchronize(device)
+            if turn:
+                times[name].append(1e3 * (time.perf_counter() - started) / new_tokens)
+    return {name: float(torch.tensor(values, dtype=torch.float64).median()) for name, values in times.items()}
 
 
 def synchronize(device: torch.device) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.evaluation.data import placed
 from headprune.evaluation.latency import synchronize
 from headprune.models import attention_interface, attention_sites
 from headprune.models.adapters import find_site
@@ -141,11 +142,6 @@ def received(model: nn.Module, sites: list[AttentionSite], inputs: Mapping[str, 
     if missing:
         raise InvalidInput(f"{missing[0]} was not reached by the inputs; give inputs that run through it.")
     return calls
-
-
-def placed(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def median_ns(run: Callable[[], Any], device: torch.device, repeats: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from headprune.evaluation.data import placed
+
 
 def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Largest number of bytes of tensors alive at once in `run()`, above what was alive before it: from the CUDA allocator's
@@ -33,5 +35,5 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
 def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """That of one forward pass, `model(**inputs)`."""
     device = next(model.parameters()).device
-    placed = {key: value.to(device) for key, value in inputs.items()}
-    return peak_bytes(lambda: model(**placed), device)
+    on_device = placed(model, inputs)
+    return peak_bytes(lambda: model(**on_device), device)

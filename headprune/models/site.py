@@ -176,6 +176,7 @@ def check_projection(name: str, module: nn.Module) -> None:
     """UnsupportedModel unless `module` is a plain linear layer whose weight can be sliced by head."""
     kind = type(module).__name__
     if not (type(module) is nn.Linear or kind in PLAIN_LINEAR):
+        kind = f"{type(module).__module__}.{kind}" if kind == "Linear" else kind  # of a quantisation library
         raise UnsupportedModel(
             f"{name} is a {kind}; heads can be cut out of torch.nn.Linear and Conv1D only. "
             "Merge adapters and undo quantisation or parametrisation first."

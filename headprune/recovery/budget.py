@@ -82,9 +82,14 @@ class Clock:
 
     def agreed(self) -> float:
         """Of rank 0, told to all."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return self.seconds()
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-        found = torch.tensor([self.seconds()], dtype=torch.float64, device=device)
-        dist.broadcast(found, 0)
-        return float(found)
+        return of_first_rank(self.seconds())
+
+
+def of_first_rank(value: float) -> float:
+    """Rank 0's value, so that all ranks decide alike."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    found = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(found, 0)
+    return float(found)

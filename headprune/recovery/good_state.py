@@ -14,7 +14,7 @@ from headprune.files import whole_file
 
 
 class GoodState:
-    """A copy of what training changes (parameters that ask for gradients, floating-point buffers), in memory and, with `path`,
+    """A copy of what training changes (parameters that ask for gradients, floating-point buffers), on the CPU and, with `path`,
     on disk, so that a killed run still has it."""
 
     def __init__(self, model: nn.Module, path: Path | None = None, writes: bool = True) -> None:
@@ -33,9 +33,9 @@ class GoodState:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             return False
         self.step, self.value = step, value
-        self.saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.saved = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         if self.path is not None and self.writes:
-            content = {name: tensor.cpu().contiguous() for name, tensor in self.saved.items()}
+            content = {name: tensor.contiguous() for name, tensor in self.saved.items()}
             with whole_file(self.path) as draft:
                 save_file(content, draft, {"step": str(step), "value": json.dumps(value)})
         return True
@@ -44,7 +44,8 @@ class GoodState:
     def restore(self) -> None:
         """Puts the state back into the model."""
         for name, tensor in self.changing().items():
-            tensor.copy_(self.saved[name])
+            if name in self.saved:
+                tensor.copy_(self.saved[name])
 
     def take_up(self) -> bool:
         """Reads what an earlier try wrote; whether there was something."""

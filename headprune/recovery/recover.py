@@ -20,7 +20,7 @@ from headprune.recovery.methods import get_method
 from headprune.recovery.objective import Objective
 from headprune.recovery.result import Recovery, keep_result, taken_up, told_apart
 from headprune.recovery.rewind import RateRewind, Source, rewind_weights
-from headprune.recovery.session import Session, as_it_was, trained
+from headprune.recovery.session import Session, as_it_was, own_random_state, trained
 from headprune.recovery.teacher import LossFunction
 
 
@@ -87,7 +87,7 @@ def recover(
     """
     chosen = get_method(method)
     if isinstance(rewind, RateRewind):
-        lr, steps, warmup = lr or rewind, steps or (None if minutes else rewind.steps), warmup or 0
+        lr, steps, warmup = rewind if lr is None else lr, steps or (None if minutes else rewind.steps), warmup or 0
     elif rewind is not None:
         rewind_weights(model, rewind)
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
@@ -110,12 +110,11 @@ def recover(
         )  # fmt: skip
         device, place = session.device, next(model.parameters()).device
         stack.enter_context(as_it_was(model))
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(seed)
+        stack.enter_context(own_random_state(seed))
         model.to(device)
         stack.callback(model.to, place)
         stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), device)))
-        with chosen.prepare(model, **(method_options or {})), objective.sharing():
+        with chosen.prepare(model, **(method_options or {})), objective.sharing(), session.checkpointing(model):
             result = trained(model, session)
     keep_result(model, folder, result)
     return result

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+import transformers
 from torch import nn
 
 from headprune.errors import InvalidInput
+from headprune.models.checkpointing import checkpointed
 from headprune.recovery.batches import collator_of
 from headprune.recovery.budget import Clock, TrainingBudget
 from headprune.recovery.good_state import GoodState
@@ -21,6 +25,7 @@ from headprune.recovery.objective import Objective
 from headprune.recovery.result import BEST, Recovery
 
 log = logging.getLogger("headprune")
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,18 @@ class Session:
         """transformers.TrainingArguments; under torchrun the ranks meet when they are made."""
         from headprune.recovery.training import training_arguments  # Trainer takes a second to import, and needs accelerate
 
-        own = {name: value for name, value in self.options.items() if name not in ("eval_steps", "save_steps")}
+        left_out = ("eval_steps", "save_steps", *(() if self.dropout else CHECKPOINTING))
+        own = {name: value for name, value in self.options.items() if name not in left_out}
         return training_arguments(self.folder, self.budget, self.seed, own)
 
     @property
     def device(self) -> torch.device:
         return self.arguments.device
+
+    def checkpointing(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Ours where transformers' own would do nothing: in eval mode."""
+        wanted = any(self.options.get(name) for name in CHECKPOINTING) and not self.dropout
+        return checkpointed(model) if wanted else nullcontext()
 
     @property
     def evaluates(self) -> bool:
@@ -109,6 +120,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
     forward = model.__dict__.get("forward")
+    verbosity = transformers.utils.logging.get_verbosity()
     try:
         yield
     finally:
@@ -121,3 +133,18 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         if forward is not None:
             model.forward = forward
         model.zero_grad(set_to_none=True)
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """Inside the block torch starts from `seed`; afterwards torch, numpy and Python, which Trainer seeds, draw as if nothing had
+    been."""
+    python, of_numpy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(of_numpy)

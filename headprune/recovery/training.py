@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from headprune.errors import InvalidInput
 from headprune.files import write_text
-from headprune.recovery.budget import Clock, TrainingBudget
+from headprune.recovery.budget import Clock, TrainingBudget, of_first_rank
 from headprune.recovery.good_state import GoodState
 
 log = logging.getLogger("headprune")
@@ -68,7 +68,8 @@ class RecoveryTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
-            factor = lambda step: self.budget.factor(step, self.clock.agreed())  # noqa: E731
+            by_clock = self.budget.minutes is not None
+            factor = lambda step: self.budget.factor(step, self.clock.agreed() if by_clock else 0.0)  # noqa: E731
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -82,7 +83,7 @@ class RecoveryTrainer(Trainer):
         training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            quality = self.mean_quality() if self.measure is None else float(self.measure(self.model))
+            quality = self.mean_quality() if self.measure is None else of_first_rank(float(self.measure(self.model)))
         finally:
             for module, was in training.items():
                 module.training = was

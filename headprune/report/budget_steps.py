@@ -11,7 +11,7 @@ from headprune.errors import HeadpruneError, InfeasibleBudget
 from headprune.planning import Budget, plan
 from headprune.report.run_folder import RunFolder
 
-STEPS = 100  # at most; a model with fewer heads gets one for each
+FEW, STEPS = 144, 40  # a model of few heads gets a step for each, others this many
 Keep = dict[str, tuple[int, ...]]
 
 
@@ -59,7 +59,7 @@ def planned_steps(run: RunFolder, quantity: str, options: dict[str, Any]) -> Bud
 def fractions(run: RunFolder) -> list[float]:
     """One for every head where they are few, and those that the sweep measured."""
     heads = sum(shape.head_map.query_heads for shape in run.shapes.values())
-    count = min(heads, STEPS)
+    count = heads if heads <= FEW else STEPS
     evenly = (step / count for step in range(count))
     swept = (next(iter(point["budget"].values())) for point in (run.sweep or {}).get("points", ()))
     return distinct([*evenly, *swept])

@@ -42,7 +42,8 @@ def page(run: RunFolder) -> str:
     return environment.from_string((parts / "page.html.j2").read_text(encoding="utf-8")).render(
         data=data, plan=run.plan, heads=heads, kept=None if run.plan is None else heads - run.plan.removed_heads,
         grouped=any(site["kv_heads"] < len(site["kv_of_query"]) for site in data["sites"]), tiles=tiles(run),
-        rows=[] if run.comparison is None else run.comparison.rows(), checks=check_rows(run.checks),
+        columns=run.comparison.columns() if run.comparison else (),
+        rows=run.comparison.rows() if run.comparison else [], checks=check_rows(run.checks),
         recipe=yaml.safe_dump(run.recipe, sort_keys=False) if run.recipe else "", log=run.log, version=__version__,
         style=(parts / "page.css").read_text(encoding="utf-8"), json=embedded(data),
         script="\n".join((parts / name).read_text(encoding="utf-8") for name in SCRIPTS),

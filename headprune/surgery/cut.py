@@ -15,6 +15,7 @@ from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
 from headprune.nn.replace import on_own_attention
+from headprune.surgery.gather import gathered
 from headprune.surgery.record import record_cut
 from headprune.surgery.rehearse import rehearse
 
@@ -122,7 +123,7 @@ def keep_entries(extra: HeadTensor, heads: Sequence[int]) -> None:
 
 def sliced(tensor: Tensor, dim: int, features: Tensor) -> Tensor:
     """A parameter stays one; a buffer or plain tensor too."""
-    data = tensor.detach().index_select(dim, features.to(tensor.device))
+    data = gathered(tensor.detach(), dim, features)
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 

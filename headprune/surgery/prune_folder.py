@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
 from headprune.files import clear_disk_errors, replace_folder, write_text
 from headprune.models import attention_sites, gated
-from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards, read_stored
+from headprune.models.shards import DTYPES, INDEX, SINGLE, Shards, Stored, open_shards, read_stored
 from headprune.models.streamed import memory_names, streamed_of
 from headprune.models.tiny_inputs import tiny_inputs
 from headprune.planning.pruning_plan import PruningPlan
@@ -52,6 +52,7 @@ def prune_folder(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     token_mask: Callable[[Any], Tensor | None] | None = None,
     compensation: str = "least_squares",
+    feed_forward: bool = False,
     verify: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> PruneReport:
@@ -64,7 +65,7 @@ def prune_folder(
 
     Args:
         device: where the layers run, for compensation and the check.
-        forward, token_mask, compensation: as in `hp.prune`.
+        forward, token_mask, compensation, feed_forward: as in `hp.prune`.
         verify: run a few tokens through the new folder and compare with the old one, the heads gated.
         progress: called with (layers and files done, layers and files).
 
@@ -94,9 +95,17 @@ def prune_folder(
         if batches is not None and kept:
             streamed = streamed_of(open_streamed(source, device=device))
             resolved, solved = resolve_streamed(
-                streamed, kept, batches, work, forward=forward, token_mask=token_mask, method=compensation, progress=steps.layers
+                streamed,
+                plan,
+                batches,
+                work,
+                forward=forward,
+                token_mask=token_mask,
+                method=compensation,
+                feed_forward=feed_forward,
+                progress=steps.layers,
             )
-            cutting.solved_to(solved)
+            cutting.solved = solved
         take_up(draft, shards, plan, batches)
         for done, file in enumerate(shards.files):
             if not (draft / file).exists():
@@ -169,7 +178,7 @@ class Cutting:
     ) -> None:
         """shapes: as `changed_shapes` gives them. UnsupportedModel where a tensor is in no file under a name of its own."""
         self.shards, self.kept, self.shapes = shards, kept, shapes
-        self.solved: dict[str, Stored] = {}
+        self.solved: dict[str, Stored] = {}  # name in memory -> what takes the place of the model's own weights, before the cut
         self.model: PreTrainedModel = skeleton(source)
         self.sites = {site.name: site for site in attention_sites(self.model)}
         self.in_memory = memory_names(self.model, shards)
@@ -185,17 +194,14 @@ class Cutting:
             if stored.path.name != file:
                 continue
             inside = self.in_memory.get(name)
-            if inside not in self.shapes:
-                found.append(Entry(name, stored.dtype, stored.shape, stored))
-            elif self.shapes[inside] is not None:
-                found.append(Entry(name, stored.dtype, self.shapes[inside], partial(self._taken, inside)))
+            shape = self.shapes.get(inside, stored.shape)
+            if inside in self.shapes and shape is not None:
+                found.append(Entry(name, stored.dtype, shape, partial(self._taken, inside)))
+            elif inside in self.solved:
+                found.append(Entry(name, stored.dtype, shape, partial(read_as, self.solved[inside], stored.dtype)))
+            elif shape is not None:
+                found.append(Entry(name, stored.dtype, shape, stored))
         return found
-
-    def solved_to(self, solved: Mapping[str, Stored]) -> None:
-        """From now on these weights are cut in place of the model's own."""
-        self.solved = dict(solved)
-        stored = {memory: name for name, memory in self.in_memory.items()}
-        self.shapes |= {name: self.shards[stored[name]].shape for name in solved if name not in self.shapes}
 
     def _taken(self, name: str) -> Tensor:
         if name not in self._ready:
@@ -219,6 +225,10 @@ class Cutting:
             if id(owner) in parts:
                 return site
         raise UnsupportedModel(f"{name} changes with a cut but is no attention's own; load the model whole to prune it.")
+
+
+def read_as(stored: Stored, dtype: str) -> Tensor:
+    return read_stored(stored).to(DTYPES[dtype])
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

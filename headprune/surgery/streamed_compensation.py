@@ -20,6 +20,7 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, write_json
+from headprune.models.feed_forward import feed_forwards
 from headprune.models.gating import output_input_hook
 from headprune.models.shards import Stored, header_of
 from headprune.models.site import AttentionSite
@@ -30,15 +31,16 @@ from headprune.models.trunk import Entry, enter
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.passes import checksum, in_eval_mode
 from headprune.surgery.compensate import (
+    Part,
     Reached,
     Resolved,
     Target,
     Weights,
     add_tokens,
+    columns_of,
     masked_to,
-    parts,
     resolve,
-    set_weight_and_bias,
+    sums_for,
     weight_and_bias,
     weights_in_place,
 )
@@ -57,6 +59,7 @@ def resolve_streamed(
     forward: Callable[[Any, Any], Any] | None = None,
     token_mask: TokenMask | None = None,
     method: str = "least_squares",
+    feed_forward: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Resolved], dict[str, Stored]]:
     """What became of each site, and where the new output weights and biases lie, by their names in memory; before the cut.
@@ -69,13 +72,13 @@ def resolve_streamed(
     shards = streamed.shards
     now = {
         "keep": {name: list(heads) for name, heads in keep.items()}, "batches": [checksum(batch) for batch in batches],
-        "method": method, "folder": str(shards.folder.resolve()), "files": shards.sizes(),
+        "method": method, "feed_forward": feed_forward, "folder": str(shards.folder.resolve()), "files": shards.sizes(),
     }  # fmt: skip
     if claim(folder, WORK_KIND, now) is not None:
         shutil.rmtree(folder)
         claim(folder, WORK_KIND, now)
     forward = forward or (lambda model, batch: model(**batch))
-    run = StreamedCompensation(streamed, keep, batches, LayerStates(folder), forward, token_mask, method)
+    run = StreamedCompensation(streamed, keep, batches, LayerStates(folder), forward, token_mask, method, feed_forward)
     with in_eval_mode(streamed.model), torch.no_grad():
         return run.resolved(folder, progress)
 
@@ -83,15 +86,16 @@ def resolve_streamed(
 class StreamedCompensation:
     def __init__(
         self, streamed: StreamedModel, keep: Mapping[str, Sequence[int]], batches: Sequence[Any], states: LayerStates,
-        forward: Callable[[Any, Any], Any], token_mask: TokenMask | None, method: str,
+        forward: Callable[[Any, Any], Any], token_mask: TokenMask | None, method: str, feed_forward: bool,
     ) -> None:  # fmt: skip
         self.streamed, self.trunk, self.keep, self.batches, self.states = streamed, streamed.trunk, keep, batches, states
         self.forward, self.masks, self.solver = forward, token_masks(streamed.model, token_mask), get_solver(method)
+        self.feed_forward = feed_forward
         self.entries: list[Entry] = []
-        self.sites = [
-            [site for site in inside if len(keep.get(site.name, range(site.head_map.query_heads))) < site.head_map.query_heads]
-            for inside in self.trunk.sites
-        ]
+        named = [[site for site in inside if site.name in keep] for inside in self.trunk.sites]
+        # As in memory: from the first that loses heads on.
+        loses = [any(len(keep[site.name]) < site.head_map.query_heads for site in inside) for inside in named]
+        self.sites = [inside if any(loses[: layer + 1]) else [] for layer, inside in enumerate(named)]
 
     def resolved(self, folder: Path, progress: Callable[[int, int], None] | None) -> tuple[list[Resolved], dict[str, Stored]]:
         last = max(layer for layer, sites in enumerate(self.sites) if sites)
@@ -123,46 +127,46 @@ class StreamedCompensation:
                 self.entries.append(replace(entry, states=entry.states.new_empty(0)))
 
     def _layer(self, layer: int, go_on: bool) -> tuple[list[Resolved], dict[str, Tensor]]:
-        sites = self.sites[layer]
-        dense: dict[str, Weights] = {site.name: weight_and_bias(site) for site in sites}
+        sites, model, run = self.sites[layer], self.streamed.model, lambda: self._run(layer, 0, "dense")
+        behind = feed_forwards(model, sites, run) if self.feed_forward and sites else {}
+        streams = residual_streams(model, sites, run) if sites else {}
+        streams |= {part.name: part.stream for part in behind.values()}
+        parts = [part for site in sites for part in (site, behind.get(site.name)) if part is not None]
+        dense = {part.name: weight_and_bias(part) for part in parts}
         solved, reports = dict(dense), []
-        streams = residual_streams(self.streamed.model, sites, lambda: self._run(layer, 0, "dense")) if sites else {}
-        for site in sites:
-            equations = self._gather(layer, site, streams.get(site.name), dense, solved)
-            report, solved[site.name] = resolve(site, self.keep[site.name], dense[site.name], *equations, self.solver)
+        for part in parts:
+            equations = self._gather(layer, part, streams.get(part.name), parts, solved)
+            report, solved[part.name] = resolve(part, self.keep.get(part.name), dense[part.name], *equations, self.solver)
             reports.append(report)
         for index in range(len(self.batches)) if go_on else ():
-            with weights_in_place(sites, solved), self._gates(sites):
-                out = self._run(layer, index, "pruned")
-            with weights_in_place(sites, dense):
-                self.states.put("dense", layer + 1, index, self._run(layer, index, "dense"))
-            self.states.put("pruned", layer + 1, index, out)
-        names = {id(tensor): name for name, tensor in self.streamed.model.named_parameters()}
+            self.states.put("dense", layer + 1, index, self._run(layer, index, "dense"))
+            with weights_in_place(parts, solved), self._gates(sites):
+                self.states.put("pruned", layer + 1, index, self._run(layer, index, "pruned"))
+        names = {id(tensor): name for name, tensor in model.named_parameters()}
         changed = {}
-        for site in sites:
-            parts = (site.output.module.weight, site.output.module.bias)
-            set_weight_and_bias(site, solved[site.name])
-            changed |= {names[id(part)]: part.data.cpu().contiguous() for part in parts if part is not None}
+        for part in parts:
+            tensors = (part.output.module.weight, part.output.module.bias)
+            with weights_in_place([part], solved):
+                changed |= {names[id(one)]: one.data.cpu().contiguous() for one in tensors if one is not None}
         return reports, changed
 
-    def _gather(
-        self, layer: int, site: AttentionSite, stream, dense: Mapping[str, Weights], solved: Mapping[str, Weights]
-    ) -> tuple[NormalEquations, ...]:
-        columns, weight = site.columns(tuple(self.keep[site.name])), dense[site.name][0]
+    def _gather(self, layer: int, part: Part, stream, parts: Sequence[Part], solved: Mapping[str, Weights]) -> tuple:
+        """Normal equations of `part`, for training and held out."""
+        weight, _ = weight_and_bias(part)
+        columns = columns_of(part, self.keep, weight)
         train, held_out = (NormalEquations.empty(len(columns), weight.shape[0]) for _ in range(2))
-        others = [other for other in self.sites[layer] if other is not site]
+        others = [site for site in self.sites[layer] if site is not part]
         for index, batch in enumerate(self.batches):
-            with weights_in_place(self.sites[layer], dense):
-                target = Target.of(self._reached(layer, index, "dense", site, stream), weight)
-            with weights_in_place(self.sites[layer], solved), self._gates(others):
-                reached = self._reached(layer, index, "pruned", site, stream)
-            valid = valid_tokens(reached[0], self.masks(site.name, batch))
-            sums = parts(train, held_out, index, len(self.batches))
+            target = Target.of(self._reached(layer, index, "dense", part, stream), weight)
+            with weights_in_place(parts, solved), self._gates(others):
+                reached = self._reached(layer, index, "pruned", part, stream)
+            valid = valid_tokens(reached[0], self.masks(part.name, batch))
+            sums = sums_for(index, len(self.batches), train, held_out)
             add_tokens(sums, columns, weight[:, columns.to(weight.device)], target, reached, valid)
         return train, held_out
 
-    def _reached(self, layer: int, index: int, kind: str, site: AttentionSite, stream) -> Reached:
-        return Walk(self.trunk.layers[layer], lambda: self._run(layer, index, kind), "nothing").to(site, stream)
+    def _reached(self, layer: int, index: int, kind: str, part: Part, stream) -> Reached:
+        return Walk(self.trunk.layers[layer], lambda: self._run(layer, index, kind), "nothing").to(part, stream)
 
     def _run(self, layer: int, index: int, kind: str) -> Tensor:
         # Up to the first layer that loses heads both models are one.

@@ -1,5 +1,59 @@
 """Commands that measure models and this machine."""
 
+import json
+
+import pytest
+from command_line import only_error
+from tiny_models import VOCABULARY, llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from headprune.surgery import cut, save
+
+TEXT = "whether tis nobler in the mind to suffer " * 6
+
+
+@pytest.fixture
+def folders(call):
+    """A dense and a pruned decoder with a tokenizer of letters, and a text."""
+    letters = {"[UNK]": 0, **{chr(code): code % (VOCABULARY - 1) + 1 for code in range(97, 123)}, " ": 1}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    model = llama()
+    save(model, "dense", tokenizer=fast)
+    cut(model, {"model.layers.0.self_attn": [0, 5], "model.layers.1.self_attn": [1, 2, 3]})
+    save(model, "pruned", tokenizer=fast)
+
+
+def test_evaluate_compares_on_any_text_and_writes_a_trace(call, folders, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ("./pruned", "--against", "./dense", "--text", "text.txt", "--window", "32", "--repeats", "1")
+    code, out, err = call("evaluate", *arguments, "--json", "--trace", "trace.json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["dense"]["parameters"] > found["pruned"]["parameters"]
+    difference = found["differences"]["perplexity"]
+    assert difference["low"] <= difference["difference"] <= difference["high"]
+    assert {one["name"] for one in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]} >= {"dense", "pruned"}
+    code, out, err = call("evaluate", "./pruned", "--text", "text.txt", "--window", "32", "--stride", "16", "--repeats", "1")
+    assert code == 0, err
+    assert "perplexity" in out
+    assert "generation, ms/token" in out
+
+
+def test_evaluate_refuses_several_kinds_of_data_and_windows_that_do_not_fit(call, folders, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    for arguments, names in [
+        (["--text", "text.txt", "--task", "standard-library-text"], "--task and --text were given"),
+        (["--text", "none.txt"], "none.txt cannot be read"),
+        (["--text", "text.txt", "--stride", "1000"], "stride=1000"),
+        (["--text", "text.txt"], "takes at most 128"),
+    ]:
+        code, _, err = call("evaluate", "./pruned", *arguments)
+        assert code == 2
+        assert names in only_error(err)
+
 
 def test_doctor_says_what_runs_each_operator(call):
     code, out, err = call("doctor")

@@ -61,6 +61,12 @@ def test_a_pruned_folder_is_exported_to_the_stock_class(call):
     assert code == 0, err
     assert "dead heads" in out
     assert BertModel.from_pretrained("stock").config.num_attention_heads == 4  # BERT divides its hidden size by them
+    code, _, err = call("export", "./pruned", "--to", "stock", "-o", "other", "--option", "dtype=f16")
+    assert code == 2
+    assert "unknown export option 'dtype'" in err
+    code, _, err = call("export", "./pruned", "--to", "stock", "-o", "other", "--option", "dtype")
+    assert code == 2
+    assert "expected name=value" in err
     code, _, err = call("export", "./pruned", "--to", "tensorrt", "-o", "other")
     assert code == 2
     assert "unknown export target" in err

@@ -45,32 +45,38 @@ def pruned_pair(family: str, keep):
     return model, pruned, plan
 
 
-def gap(model, pruned, plan, inputs) -> float:
+def both_sides() -> dict[str, torch.Tensor]:
+    """Rows padded on the left, then the same on the right."""
+    left, right = padded(side="left"), padded(side="right")
+    return {name: torch.cat([left[name], right[name]]) for name in left}
+
+
+def gap(model, pruned, plan) -> float:
     with gated(model, plan):
-        expected = hidden(model, **inputs)
-    return float((hidden(pruned, **inputs) - expected).abs().max())
+        expected = hidden(model, **both_sides())
+    return float((hidden(pruned, **both_sides()) - expected).abs().max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cutting_equals_gating(family):
-    for keep in (*PLANS.values(), drawn(family)):
-        model, pruned, plan = pruned_pair(family, keep)
-        for side in ("left", "right"):
-            assert gap(model, pruned, plan, padded(side=side)) <= 1e-5, (keep, side)
-        assert gap(model, pruned, {}, padded()) > 1e-2, "the removed heads did nothing"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_attention_implementation_runs_ragged_groups(family):
-    model, pruned, plan = pruned_pair(family, PLANS["ragged"])
+def implementations(model):
+    """Gives `model` each attention implementation that it can be switched to."""
     for implementation in ("eager", "sdpa", "headprune") if model._can_set_attn_implementation() else ():
         try:
             model.set_attn_implementation(implementation)
         except ValueError:  # Gemma 2 and gpt-oss know no sdpa
             assert implementation == "sdpa"
             continue
-        pruned.set_attn_implementation(implementation)
-        assert gap(model, pruned, plan, padded()) <= 1e-5, implementation
+        yield implementation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cutting_equals_gating(family):
+    for keep in (*PLANS.values(), drawn(family)):
+        model, pruned, plan = pruned_pair(family, keep)
+        assert gap(model, pruned, plan) <= 1e-5, keep
+        for implementation in implementations(model):
+            pruned.set_attn_implementation(implementation)
+            assert gap(model, pruned, plan) <= 1e-5, (keep, implementation)
+        assert gap(model, pruned, {}) > 1e-2, "the removed heads did nothing"
 
 
 @pytest.mark.parametrize("keep", [PLANS["ragged"], PLANS["no first layer"]], ids=["ragged", "no first layer"])
@@ -88,6 +94,54 @@ def test_it_generates_what_the_gated_model_does(family, keep):
     if family not in NO_ASSISTANT and (CROPS_WINDOWS or not getattr(model.config, "sliding_window", None)):
         alone = {**greedy, "input_ids": tokens(1, 7), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
         assert torch.equal(pruned.generate(**alone, assistant_model=model), pruned.generate(**alone))
+        if keep == PLANS["ragged"]:
+            assert torch.equal(model.generate(**alone, assistant_model=pruned), model.generate(**alone))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_groups_and_single_heads_generate_in_other_attentions_too(family):
+    model, pruned, plan = pruned_pair(family, PLANS["whole group, keep one"])
+    greedy = {**padded(side="left"), "max_new_tokens": 4, "do_sample": False}
+    for implementation in ("eager", "headprune") if model._can_set_attn_implementation() else (None,):
+        for found in (model, pruned) if implementation else ():
+            found.set_attn_implementation(implementation)
+        for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+            if options and family in NO_STATIC_CACHE:
+                continue
+            with gated(model, plan):
+                expected = model.generate(**greedy, **options)
+            assert torch.equal(pruned.generate(**greedy, **options), expected), (implementation, options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dtype_frozen_weights_and_hooks_of_others_survive(family):
+    model = decoder(family).to(torch.bfloat16)
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    calls = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    hidden(model, **padded())
+    expected = calls.copy()
+    cut(model, plan_of(model, PLANS["ragged"]))
+    calls.clear()
+    hidden(model, **padded())
+    assert calls == expected
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["falcon_mqa", "gpt2", "gpt_neox", "gpt_oss", "olmo2", "phi3"])
+def test_weights_that_were_tied_stay_tied_and_are_saved_once(family, tmp_path):
+    model = decoder(family, tie_word_embeddings=True)
+    embedded = model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight is embedded
+    cut(model, plan_of(model, PLANS["ragged"]))
+    assert model.get_output_embeddings().weight is embedded
+    again = hp.load(hp.save(model, tmp_path / "model"))
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(again.get_input_embeddings().weight, embedded)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,6 +1,7 @@
 """Recovery lowers the loss, keeps the heads, stops for a reason, and goes on after a kill."""
 
 import copy
+import random
 import signal
 import subprocess
 import sys
@@ -224,6 +225,26 @@ def test_accumulated_batches_are_one_larger_batch():
     _, two = pruned_llama()
     hp.recover(two, halves, steps=3, lr=1e-3, gradient_accumulation_steps=2)
     same_state(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_mixed_precision_and_checkpointing_leave_the_model_as_it_was():
+    """And the random numbers of others."""
+    dense, model = pruned_llama()
+    expected = copy.deepcopy(model)
+    random.seed(3)
+    torch.manual_seed(3)
+    drawn = random.random(), torch.rand(1)
+    random.seed(3)
+    torch.manual_seed(3)
+    hp.recover(model, text_batches(), teacher=dense, steps=3, lr=1e-3, bf16=True, gradient_checkpointing=True)
+    assert (random.random(), torch.rand(1)) == drawn
+    assert "forward" not in vars(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model(**text_batches(1)[0]).logits.dtype == torch.float32
+    start = torch.nn.utils.parameters_to_vector(expected.parameters()).detach()
+    hp.recover(expected, text_batches(), teacher=dense, steps=3, lr=1e-3)
+    moved = [torch.nn.utils.parameters_to_vector(some.parameters()).detach() - start for some in (model, expected)]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.95
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,12 @@
+import copy
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +146,41 @@ def test_a_disk_that_takes_no_more_leaves_nothing_behind(tmp_path):
     )
     assert f"refused: cannot write {target}" in done.stdout, done.stderr
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@contextmanager
+def without_privileges():
+    """As a user to whom permissions apply; root may write anywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user may read and enter, whoever runs the tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_read_only_folder_is_named_and_stays_as_it_was(open_folder):
+    model, target = pruned("llama"), open_folder / "models" / "model"
+    save(model, target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    weights = copy.deepcopy(model.state_dict())
+    target.parent.chmod(0o555)
+    for folder in (target, target.parent / "new"):
+        with without_privileges(), pytest.raises(HeadpruneError, match=f"cannot write {folder}: Permission denied"):
+            save(model, folder)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert list(target.parent.iterdir()) == [target]
+    target.parent.chmod(0o755)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):

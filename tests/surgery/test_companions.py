@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tiny_encoders import VISION
 from tiny_models import llama
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessor
 
 from headprune.surgery import cut, load, save
 
@@ -43,6 +44,15 @@ def test_a_given_tokenizer_takes_precedence_and_a_source_can_be_named(tmp_path, 
     assert AutoTokenizer.from_pretrained(folder)("gate").input_ids == [1]
     folder = save(llama(), tmp_path / "named", source=dense)
     assert AutoTokenizer.from_pretrained(folder)("head").input_ids == [1]
+
+
+def test_a_processor_goes_along_given_or_found(tmp_path):
+    model = VISION["vit"].make()
+    cut(model, {"vit.layers.0.attention": [1, 2]})
+    folder = save(model, tmp_path / "given", processor=ViTImageProcessor(size={"height": 16, "width": 16}))
+    model = load(folder)
+    again = save(model, tmp_path / "found")
+    assert AutoImageProcessor.from_pretrained(again).size["height"] == 16
 
 
 def test_a_folder_saved_over_itself_keeps_its_files(dense):

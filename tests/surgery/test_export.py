@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from tiny_decoders import decoder
+from tiny_encoders import VISION
 from tiny_models import bert, llama, tokens
 
 from headprune.errors import InvalidInput, UnsupportedModel
@@ -57,7 +58,7 @@ def test_stock_loads_in_the_unmodified_class(make, tmp_path):
     assert "dead heads" in str(report)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen3", "phi3", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen3", "phi3", "bloom", "deepseek_v3"])
 def test_other_families_become_stock_again(family, tmp_path):
     model = decoder(family)
     names = [site.name for site in attention_sites(model)]
@@ -67,6 +68,23 @@ def test_other_families_become_stock_again(family, tmp_path):
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert "headprune" not in type(found).__module__
     assert torch.allclose(output_of(found), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["vit", "clip"])
+def test_towers_become_stock_again(family, tmp_path):
+    made = VISION[family]
+    model = made.make()
+    cut(model, {site.name: [0, 2] for site in attention_sites(model)})
+    batch = made.batch("right")
+    with torch.no_grad():
+        expected = model(**batch)
+    export(model, "stock", tmp_path / "out")
+    found = getattr(transformers, made.model).from_pretrained(tmp_path / "out").eval()
+    heads = {site.head_map.query_heads for site in attention_sites(found)}
+    assert heads == {"vit": {2}, "clip": {4}}[family]
+    name = "logits" if family == "vit" else "logits_per_image"
+    with torch.no_grad():
+        assert torch.allclose(found(**batch)[name], expected[name], atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [ragged_llama, ragged_bert], ids=["llama", "bert"])
@@ -80,6 +98,19 @@ def test_onnx_runs_on_other_lengths(make, tmp_path):
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
     assert np.abs(session.run(None, feeds)[0] - expected.numpy()).max() < 1e-4
+
+
+def test_a_model_that_onnx_cannot_say_is_refused(monkeypatch, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+
+    def refuse(*_, **__):  # as it does for DeepSeek-V2, which rotates by complex numbers
+        raise torch.onnx.OnnxExporterError("no ONNX function for aten.view_as_complex.default")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(UnsupportedModel, match="ONNX exporter does not take BertModel: no ONNX function for aten"):
+        export(bert(), "onnx", tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gguf_holds_each_layers_counts_and_weights(tmp_path):

@@ -48,6 +48,16 @@ def test_the_other_methods_too(method, tmp_path):
     assert_same_weights(hp.load(tmp_path / "pruned"), model)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_ends_of_feed_forwards_too(family, tmp_path):
+    folder, batches = sharded_folder(family, tmp_path / "model"), batches_of_tokens() * 3
+    plan, model = plan_for(folder), hp.load(folder)
+    expected = hp.prune(model, plan, batches, feed_forward=True)
+    found = hp.prune_folder(folder, plan, tmp_path / "pruned", batches, feed_forward=True)
+    assert list(found) == list(expected)
+    assert_same_weights(hp.load(tmp_path / "pruned"), model)
+
+
 def test_layers_that_keep_their_heads_are_walked_through(tmp_path):
     folder, batches = sharded_folder("llama", tmp_path / "model", num_hidden_layers=4), batches_of_tokens()
     model = hp.load(folder)

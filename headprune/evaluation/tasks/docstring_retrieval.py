@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.evaluation.data import Progress, placed
+from headprune.evaluation.metric import Metric
+from headprune.evaluation.retrieval import embed, embed_texts, encoded, rank_metrics, ranks
 from headprune.evaluation.tasks.docstrings import Pair, docstring_pairs
-from headprune.evaluation.tasks.task import Progress, Task, register_task
+from headprune.evaluation.tasks.task import Task, register_task
 
 SCALE = 20.0  # of the cosine similarities in the contrastive loss, as sentence-transformers trains
 
@@ -64,45 +67,28 @@ class DocstringRetrieval(Task):
         return self.encoded([pair.query for pair in pairs] + [pair.document for pair in pairs])
 
     def encoded(self, texts: list[str]) -> dict[str, Tensor]:
-        found = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        return {name: found[name] for name in ("input_ids", "attention_mask")}
+        return encoded(self.tokenizer, texts, self.max_tokens)
 
     def embed(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """[texts, hidden], of length 1."""
-        device = next(model.parameters()).device
-        batch = {name: values.to(device) for name, values in batch.items()}
-        mask = batch["attention_mask"][..., None]
-        states = model(**batch).last_hidden_state
-        return F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+        return embed(model, batch)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         queries, documents = self.embed(model, batch).chunk(2)
         return F.cross_entropy(SCALE * queries @ documents.T, torch.arange(len(queries), device=queries.device), reduction="none")
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
-        device = next(model.parameters()).device
-        return model(**{name: values.to(device) for name, values in batch.items()})
+        return model(**placed(model, batch))
 
-    def evaluate(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float]:
+    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
         """accuracy@1 and mean reciprocal rank of each sentence's own document among all test documents."""
         texts = [pair.query for pair in self.test] + [pair.document for pair in self.test]
         queries, documents = self.embed_all(model, texts, progress).chunk(2)
-        similarity = queries @ documents.T
-        ranks = 1 + (similarity > similarity.diagonal()[:, None]).sum(dim=1)
-        return {"mrr": float((1 / ranks.double()).mean()), "accuracy@1": float((ranks == 1).double().mean())}
+        return rank_metrics(ranks(queries, documents, torch.arange(len(queries))), (1,))
 
-    @torch.inference_mode()
     def embed_all(self, model: nn.Module, texts: list[str], progress: Progress | None = None) -> Tensor:
         """[texts, hidden], fp32 on the CPU; texts of like length share a batch."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        rows: list[Tensor | None] = [None] * len(texts)
-        for start in range(0, len(order), 2 * self.batch):
-            chosen = order[start : start + 2 * self.batch]
-            for index, row in zip(chosen, self.embed(model, self.encoded([texts[index] for index in chosen])).float().cpu()):
-                rows[index] = row
-            if progress:
-                progress(min(start + 2 * self.batch, len(order)), len(order))
-        return torch.stack(rows)
+        return embed_texts(model, texts, self.encoded, 2 * self.batch, progress)
 
     def outputs(self, model: nn.Module) -> Tensor:
         return self.embed_all(model, [pair.query for pair in self.test[:64]])

@@ -7,12 +7,14 @@ import random
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.evaluation.data import Progress
+from headprune.evaluation.metric import Metric, mean, perplexity
+from headprune.evaluation.perplexity import negative_log_likelihood, refuse_other_models
 from headprune.evaluation.tasks.standard_library import Document, digest, standard_library_text
-from headprune.evaluation.tasks.task import Progress, Task, register_task
+from headprune.evaluation.tasks.task import Task, register_task
 
 PROMPT_ROWS, PROMPT_TOKENS = 4, 32  # tokens: at most half a window
 LATENCY_ROWS = 4
@@ -62,11 +64,7 @@ class StandardLibraryText(Task):
         return [{"input_ids": rows, "labels": rows} for rows in chosen.split(self.batch)] or self.calibration
 
     def check_model(self, model: nn.Module) -> None:
-        if not getattr(model, "can_generate", bool)():
-            raise InvalidInput(f"task {self.name} needs a causal language model; {type(model).__name__} is none.")
-        limit = getattr(model.config, "max_position_embeddings", None) or self.window
-        if limit < self.window:
-            raise InvalidInput(f"window={self.window}: {type(model).__name__} takes at most {limit} tokens.")
+        refuse_other_models(model, f"task {self.name}", self.window)
 
     def predictions(self, model: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]:
         """(logits [windows, window - 1, vocabulary] in fp32, the tokens that they are to predict [windows, window - 1])."""
@@ -84,18 +82,18 @@ class StandardLibraryText(Task):
         return model(input_ids=batch["input_ids"].to(next(model.parameters()).device), use_cache=False)
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float]:
-        """Perplexity, and the share of tokens that the model ranks first (accuracy)."""
-        total, right, done = torch.zeros((), dtype=torch.float64), 0, 0
+    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
+        """Perplexity, and the share of tokens that the model ranks first (accuracy); an example is a window."""
+        losses, right = [], []
         for windows in self.test.split(self.batch):
             logits, targets = self.predictions(model, windows)
-            total += negative_log_likelihood(logits, targets).double().sum().cpu()
-            right += int((logits.argmax(dim=-1) == targets).sum())
-            done += len(windows)
+            losses.append(negative_log_likelihood(logits, targets).double().sum(dim=1).cpu())
+            right.append((logits.argmax(dim=-1) == targets).double().mean(dim=1).cpu())
             if progress:
-                progress(done, len(self.test))
-        tokens = self.test[:, 1:].numel()
-        return {"perplexity": float((total / tokens).exp()), "accuracy": right / tokens}
+                progress(sum(map(len, losses)), len(self.test))
+        total = torch.cat(losses)
+        rows = torch.stack([total, torch.full_like(total, self.window - 1)], dim=1)
+        return {"perplexity": Metric(rows, perplexity), "accuracy": Metric(torch.cat(right), mean)}
 
     @torch.inference_mode()
     def outputs(self, model: nn.Module) -> Tensor:
@@ -107,11 +105,6 @@ class StandardLibraryText(Task):
     def prompt(self) -> dict[str, Tensor]:
         rows = self.test[:PROMPT_ROWS, : min(PROMPT_TOKENS, self.window // 2)]
         return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-
-
-def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each token, [windows, tokens]."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def token_stream(tokenizer: Any, documents: tuple[Document, ...]) -> Tensor:

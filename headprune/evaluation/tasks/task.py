@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput, unknown_name
+from headprune.evaluation.data import EvaluationData
 
-Progress = Callable[[int, int], None]
 
-
-class Task(ABC):
+class Task(EvaluationData):
     """Data and a metric: what heads are scored on, projections are re-solved on, and quality is measured on.
 
-    `calibration` is a list of batches that never overlaps the test data; `tokenizer` is saved with a pruned model.
+    As `EvaluationData`, with data of its own for all that comes before: `calibration` is a list of batches that never overlaps the
+    test data; `tokenizer` is saved with a pruned model.
     """
 
     name: ClassVar[str]
@@ -34,16 +33,8 @@ class Task(ABC):
         """Runs the model on a batch, without a loss."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float]:
-        """Quality on the test data, by metric."""
-
-    @abstractmethod
     def outputs(self, model: nn.Module) -> Tensor:
         """A small deterministic output, by which two models are compared."""
-
-    @abstractmethod
-    def latency_inputs(self) -> dict[str, Tensor]:
-        """Real inputs for `model(**inputs)`."""
 
     def training(self) -> list[Any]:
         """Batches to recover a pruned model on, as those of calibration and never of test data; more of them where there are."""
@@ -52,10 +43,6 @@ class Task(ABC):
     def check_model(self, model: nn.Module) -> None:
         """Raises InvalidInput where `model` is not of the kind that the task reads."""
         return
-
-    def prompt(self) -> dict[str, Tensor] | None:
-        """What `model.generate` takes, for a model that generates; None for others."""
-        return None
 
 
 _tasks: dict[str, type[Task]] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from headprune.errors import UnsupportedModel
 from headprune.models.tiny_inputs import tiny_inputs
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.target import refuse_unknown, target
@@ -39,11 +40,15 @@ def write_onnx(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
     wrapped, names = FirstOutput(model, list(inputs)).eval(), list(inputs)
     output = "logits" if model.get_output_embeddings() is not None else "last_hidden_state"
     axes = tuple(free_axes(value) for value in inputs.values())
-    with torch.no_grad():
-        program = torch.onnx.export(
-            wrapped, tuple(inputs.values()), dynamo=True, verbose=False, input_names=names, output_names=[output],
-            dynamic_shapes=(axes,), opset_version=options.get("opset", 20),
-        )  # fmt: skip
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                wrapped, tuple(inputs.values()), dynamo=True, verbose=False, input_names=names, output_names=[output],
+                dynamic_shapes=(axes,), opset_version=options.get("opset", 20),
+            )  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UnsupportedModel(f"torch's ONNX exporter does not take {type(model).__name__}: {cause}") from error
     program.save(str(path))
     return [f"inputs: {', '.join(names)}; output: {output}", same_output(expected, run(path, inputs), "onnxruntime")]
 

@@ -120,11 +120,18 @@ def smaller_config(
     if len(alike) != 1 or whole or any(hasattr(site.module, "position_heads") for site in sites):
         return None
     original = original_config(model.config)
+    if not hasattr(original, "num_attention_heads"):  # several towers, each with a config of its own
+        return None
     most = HeadMap.uniform(original.num_attention_heads, getattr(original, "num_key_value_heads", None))
+
+    # Where it is derived from the number of heads it must now be said; latent attention means something else by it.
+    derived = getattr(original, "head_dim", None) or original.hidden_size // original.num_attention_heads
 
     def with_counts(query_heads: int, kv_heads: int) -> PreTrainedConfig:
         config = copy.deepcopy(original)
-        config.num_attention_heads, config.head_dim = query_heads, sites[0].head_dim
+        config.num_attention_heads = query_heads
+        if derived == sites[0].head_dim:
+            config.head_dim = derived
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = kv_heads
         return config

@@ -1,0 +1,46 @@
+"""What a model is evaluated on: test data with a metric, and inputs that its cost is measured with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from headprune.evaluation.metric import Metric
+
+Progress = Callable[[int, int], None]
+
+
+class EvaluationData(ABC):
+    """Give `examples` where the metrics are of single examples (differences then get intervals), else `evaluate`."""
+
+    name: str
+    headline: str  # the metric that stands for quality
+    higher_is_better: bool
+
+    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric] | None:
+        """Each metric with its examples, the same ones in the same order for every model; None where there are only totals."""
+        return None
+
+    def evaluate(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float]:
+        """Quality on the test data, by metric."""
+        found = self.examples(model, progress)
+        if found is None:
+            raise NotImplementedError(f"{type(self).__name__} gives neither examples nor evaluate")
+        return {name: metric.value for name, metric in found.items()}
+
+    @abstractmethod
+    def latency_inputs(self) -> Mapping[str, Tensor]:
+        """Real inputs for `model(**inputs)`."""
+
+    def prompt(self) -> dict[str, Tensor] | None:
+        """What `model.generate` takes, for a model that generates; None for others."""
+        return None
+
+
+def placed(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` with their tensors on the model's device."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}

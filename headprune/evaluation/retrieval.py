@@ -1,0 +1,90 @@
+"""Retrieval with an encoder: texts find the documents that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.data import EvaluationData, Progress, placed
+from headprune.evaluation.metric import Metric, mean
+
+Encode = Callable[[list[str]], Mapping[str, Tensor]]  # texts -> input_ids and attention_mask
+
+
+class Retrieval(EvaluationData):
+    """mrr (mean reciprocal rank, the headline) and accuracy@1, @10 of each query's document among all documents.
+
+    Embeddings are mean-pooled over tokens and normalised; documents are ranked by cosine. relevant: which document belongs to each
+    query, by default the one at the same place. Raises InvalidInput for an index without a document, and where nothing is given.
+    """
+
+    name = "retrieval"
+    headline = "mrr"
+    higher_is_better = True
+
+    def __init__(
+        self, queries: Sequence[str], documents: Sequence[str], tokenizer: Any, *, relevant: Sequence[int] | None = None,
+        batch: int = 32, max_tokens: int = 256,
+    ) -> None:  # fmt: skip
+        self.queries, self.documents = list(queries), list(documents)
+        self.relevant = list(range(len(queries))) if relevant is None else list(relevant)
+        strangers = [index for index in self.relevant if not 0 <= index < len(self.documents)]
+        if strangers or len(self.relevant) != len(self.queries) or not self.queries:
+            raise InvalidInput(
+                f"{len(self.queries)} queries, {len(self.documents)} documents, {len(self.relevant)} relevant ones "
+                f"{strangers[:3] or ''}: every query needs one document of those given."
+            )
+        self.batch = batch
+        self.encode: Encode = lambda texts: encoded(tokenizer, texts, max_tokens)
+
+    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
+        found = embed_texts(model, self.queries + self.documents, self.encode, self.batch, progress)
+        queries, documents = found.split([len(self.queries), len(self.documents)])
+        return rank_metrics(ranks(queries, documents, torch.tensor(self.relevant)), (1, 10))
+
+    def latency_inputs(self) -> Mapping[str, Tensor]:
+        return self.encode(self.documents[: self.batch])
+
+
+def encoded(tokenizer: Any, texts: list[str], max_tokens: int) -> dict[str, Tensor]:
+    found = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """[texts, hidden], the mean over each text's tokens, of length 1; differentiable."""
+    batch = placed(model, batch)
+    mask = batch["attention_mask"][..., None]
+    states = model(**batch).last_hidden_state
+    return F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+
+@torch.inference_mode()
+def embed_texts(model: nn.Module, texts: list[str], encode: Encode, batch: int, progress: Progress | None = None) -> Tensor:
+    """[texts, hidden], fp32 on the CPU; texts of like length share a batch."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    rows: list[Tensor | None] = [None] * len(texts)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        for index, row in zip(chosen, embed(model, encode([texts[index] for index in chosen])).float().cpu()):
+            rows[index] = row
+        if progress:
+            progress(min(start + batch, len(order)), len(order))
+    return torch.stack(rows)
+
+
+def ranks(queries: Tensor, documents: Tensor, relevant: Tensor) -> Tensor:
+    """[queries], int64: 1 + how many documents are nearer to the query than its own."""
+    similarity = queries @ documents.T
+    own = similarity.gather(1, relevant[:, None])
+    return 1 + (similarity > own).sum(dim=1)
+
+
+def rank_metrics(found: Tensor, top: Sequence[int]) -> dict[str, Metric]:
+    accuracy = {f"accuracy@{count}": Metric((found <= count).double(), mean) for count in top}
+    return {"mrr": Metric(1 / found.double(), mean), **accuracy}

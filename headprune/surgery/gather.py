@@ -1,0 +1,49 @@
+"""The copy that surgery is: entries of a tensor along one dimension into new memory, in blocks as long as they come.
+
+Most of the time of such a copy goes into memory that the process touches for the first time, page by page; large results on
+Linux therefore ask for huge pages, as PyTorch's own CPU allocator does under THP_MEM_ALLOC_ENABLE=1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HUGE_PAGE = 2**21
+MADV_HUGEPAGE = 14  # linux/mman.h
+
+
+def gathered(tensor: Tensor, dim: int, entries: Tensor) -> Tensor:
+    """tensor.index_select(dim, entries), contiguous; entries: int64 on the CPU, ascending."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not entries.numel():
+        return tensor.index_select(dim, entries.to(tensor.device))
+    out = fresh([*tensor.shape[:dim], len(entries), *tensor.shape[dim + 1 :]], tensor.dtype)
+    if dim == 0:
+        return torch.index_select(tensor, 0, entries, out=out)
+    # Columns one by one would be slow: blocks of them, in the order in which they lie in memory.
+    block, inner = block_of(entries, tensor.shape[dim]), tensor.shape[dim + 1 :].numel()
+    blocks_in_row = tensor.shape[dim] // block
+    chosen = torch.arange(tensor.shape[:dim].numel())[:, None] * blocks_in_row + entries[::block] // block
+    torch.index_select(tensor.view(-1, block * inner), 0, chosen.flatten(), out=out.view(-1, block * inner))
+    return out
+
+
+def block_of(entries: Tensor, length: int) -> int:
+    """The largest block that `entries` consists of: aligned runs of so many neighbours, in a dimension of `length`."""
+    numbers = entries.numpy()
+    starts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    return int(np.gcd.reduce([length, len(numbers), numbers[0], *starts, *numbers[starts]]))
+
+
+def fresh(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Empty CPU memory, in huge pages where the system gives them on request."""
+    out = torch.empty(shape, dtype=dtype)
+    start = -(-out.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    size = (out.data_ptr() + out.nbytes) // HUGE_PAGE * HUGE_PAGE - start
+    if size > 0 and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)  # a refusal does no harm
+    return out

@@ -1,0 +1,93 @@
+"""Quality and cost of one model and of two, on whatever data."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import bert, llama, tokens
+
+import headprune as hp
+from headprune.errors import InvalidInput
+from headprune.evaluation import Comparison, Perplexity, compare, evaluate
+from headprune.evaluation.cost import attention_flops, model_flops
+from headprune.models import attention_sites
+from headprune.surgery import cut
+
+INPUTS = {"input_ids": tokens(2, 10)}
+TEXT = "to be or not to be that is the question " * 8
+
+
+class Letters:
+    def __call__(self, text, add_special_tokens, verbose):
+        return {"input_ids": [1 + ord(letter) % 60 for letter in text]}
+
+
+def pruned():
+    model = llama()
+    cut(model, {"model.layers.0.self_attn": [0, 5], "model.layers.1.self_attn": [1, 2, 3]})
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "headprune"])
+def test_model_flops_are_those_of_the_matrix_products(implementation):
+    model = llama(attn_implementation=implementation)
+    dense_layers = 10 * 2 * (2 * 3 * 32 * 48 + 32 * 61)
+    assert model_flops(model, INPUTS) == attention_flops(attention_sites(model), 10) + dense_layers
+    ragged = pruned()
+    assert model_flops(ragged, INPUTS) == attention_flops(attention_sites(ragged), 10) + dense_layers
+
+
+def test_a_text_gives_quality_intervals_and_all_costs():
+    found = compare(llama(), pruned(), Perplexity(TEXT, Letters(), window=32), repeats=2)
+    assert set(found.differences) == {"perplexity", "accuracy"}
+    interval = found.differences["perplexity"]
+    assert interval.difference == pytest.approx(found.pruned.quality["perplexity"] - found.dense.quality["perplexity"])
+    assert interval.low <= interval.difference <= interval.high
+    assert found.pruned.weight_bytes < found.dense.weight_bytes
+    assert found.pruned.model_flops < found.dense.model_flops
+    assert found.pruned.generation_ms_per_token > 0
+    assert found.dense.energy_joules is None
+    assert found.columns()[-1] == "difference [95% interval]"
+    rows = {row[0]: row for row in found.rows()}
+    assert rows["perplexity (lower is better)"][4] == str(interval)
+    assert "energy, J/sequence" not in rows
+    assert all(len(row) == 5 for row in rows.values())
+
+
+def test_a_comparison_is_read_back_and_an_older_one_too():
+    found = compare(llama(), pruned(), Perplexity(TEXT, Letters(), window=32), repeats=1)
+    written = json.loads(json.dumps(found.to_json()))
+    assert Comparison.from_json(written) == found
+    del written["differences"]
+    for name in ("weight_bytes", "model_flops", "generation_ms_per_token", "energy_joules"):
+        del written["dense"][name], written["pruned"][name]
+    older = Comparison.from_json(written)
+    assert older.columns() == ("", "dense", "pruned", "pruned / dense")
+    assert all(len(row) == 4 for row in older.rows())
+
+
+def test_any_function_of_the_model_is_a_metric():
+    def norm(model):
+        return model(**INPUTS).last_hidden_state.norm()
+
+    found = hp.evaluate(bert(), norm, inputs=INPUTS, repeats=1)
+    with torch.no_grad():
+        assert found.quality == {"norm": pytest.approx(float(norm(bert())))}
+    by_example = compare(
+        bert(),
+        bert(seed=1),
+        lambda model: {"first": model(**INPUTS).last_hidden_state[:, 0, 0], "two": 2.0},
+        inputs=INPUTS,
+        repeats=1,
+    )
+    assert by_example.headline == "first"
+    assert set(by_example.differences) == {"first"}  # a single number has no interval
+
+
+def test_what_cannot_be_evaluated_on_is_refused():
+    with pytest.raises(InvalidInput, match="cannot evaluate on list"):
+        evaluate(bert(), [INPUTS])
+    with pytest.raises(InvalidInput, match="needs inputs="):
+        evaluate(bert(), lambda model: 1.0)
+    with pytest.raises(InvalidInput, match="gave nothing"):
+        evaluate(bert(), lambda model: {}, inputs=INPUTS)

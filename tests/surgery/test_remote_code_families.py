@@ -1,0 +1,82 @@
+"""Every family loads from its folder with nothing but transformers: the outputs are right, or the load says what is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_decoders
+import torch
+from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
+from tiny_models import padded
+
+import headprune as hp
+
+OTHERS = {**ENCODERS, **SEQ2SEQ, **VISION}
+# These need another forward than the stock one, where heads pick their part of what all layers share.
+NEED_HEADPRUNE = {"bloom", "falcon_alibi", "falcon_gqa", "falcon_mqa", "mpt", "olmo2", "t5"}
+SCRIPT = """
+import json, sys
+sys.modules["headprune"] = None  # any import of it now fails
+import torch, transformers
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+found = {}
+for folder in sys.argv[1:]:
+    batch = torch.load(folder + "/batch.pt")
+    with open(folder + "/config.json") as file:
+        config = json.load(file)
+    kind = next(auto for auto, name in config["auto_map"].items() if name.endswith(".HeadPruned" + config["architectures"][0]))
+    try:
+        model = getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True, local_files_only=True).eval()
+    except ImportError as error:
+        found[folder] = str(error)
+        continue
+    with torch.no_grad():
+        output = model(**batch["inputs"])
+    logits = next(output[name] for name in ("logits", "logits_per_image") if name in output)
+    found[folder] = float(((logits - batch["expected"]) * batch["counted"]).abs().max())
+print(json.dumps(found))
+"""
+
+
+def pruned_folder(name: str, folder: Path) -> None:
+    """A pruned model, an input and what it gives."""
+    if name in tiny_decoders.FAMILIES:
+        model, inputs = tiny_decoders.decoder(name), padded(side="right")
+    else:
+        model, inputs = OTHERS[name].make("eager"), OTHERS[name].batch("right")
+    hp.cut(model, {site.name: [0, 1, 3] if index % 2 else [2, 3] for index, site in enumerate(hp.attention_sites(model))})
+    hp.save(model, folder)
+    model.set_attn_implementation("eager") if model._can_set_attn_implementation() else None
+    with torch.no_grad():
+        output = model(**inputs)
+    logits = next(output[key] for key in ("logits", "logits_per_image") if key in output)
+    counted = inputs.get("attention_mask", torch.ones(()))
+    fits = counted.dim() == 2 and logits.dim() == 3 and logits.shape[:2] == counted.shape
+    torch.save(
+        {"inputs": inputs, "expected": logits, "counted": counted[..., None] if fits else torch.ones(())}, folder / "batch.pt"
+    )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, float | str]:
+    root = tmp_path_factory.mktemp("families")
+    names = [*tiny_decoders.FAMILIES, *OTHERS]
+    for name in names:
+        pruned_folder(name, root / name)
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", SCRIPT, *(str(root / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {Path(folder).name: value for folder, value in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+@pytest.mark.parametrize("name", [*tiny_decoders.FAMILIES, *OTHERS])
+def test_a_pruned_family_loads_where_headprune_is_not(found, name):
+    if name in NEED_HEADPRUNE:
+        assert "pip install headprune" in str(found[name])
+    else:
+        assert found[name] <= 1e-5
