@@ -19,6 +19,7 @@ from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
 from headprune.files import clear_disk_errors, replace_folder, write_text
 from headprune.models import attention_sites, gated
 from headprune.models.shards import DTYPES, INDEX, SINGLE, Shards, Stored, open_shards, read_stored
+from headprune.models.site import AttentionSite
 from headprune.models.streamed import memory_names, streamed_of
 from headprune.models.tiny_inputs import tiny_inputs
 from headprune.planning.pruning_plan import PruningPlan
@@ -81,9 +82,8 @@ def prune_folder(
     plan.check_fits(model)
     sites = {site.name: site for site in attention_sites(model)}
     kept = {name: heads for name, heads in plan.items() if len(heads) < sites[name].head_map.query_heads}
-    guessed = [name for name in kept if not sites[name].proven]
-    if guessed and not verify:
-        raise UnsupportedModel(f"{guessed[0]} is not a known attention: only the check can prove its cut right; leave it on.")
+    for name in kept:
+        refuse_unsuited(sites[name], verify)
     savings, before = Savings.of(model, sites, kept), model.state_dict()
     cut(model, kept, verify=False)
     cutting = Cutting(source, shards, kept, changed_shapes(before, model.state_dict()))
@@ -117,6 +117,14 @@ def prune_folder(
         replace_folder(draft, target)
         shutil.rmtree(work, ignore_errors=True)
     return PruneReport(savings, tuple(resolved), done=True)
+
+
+def refuse_unsuited(site: AttentionSite, verify: bool) -> None:
+    """UnsupportedModel where an attention cannot be cut in the files alone."""
+    if site.head_modules:
+        raise UnsupportedModel(f"{site.name} numbers modules by head, and so their files; load the model whole to prune it.")
+    if not site.proven and not verify:
+        raise UnsupportedModel(f"{site.name} is not a known attention: only the check can prove its cut right; leave it on.")
 
 
 class Steps:

@@ -15,8 +15,8 @@ from tiny_models import padded
 import headprune as hp
 
 OTHERS = {**ENCODERS, **SEQ2SEQ, **VISION}
-# These need another forward than the stock one, where heads pick their part of what all layers share.
-NEED_HEADPRUNE = {"bloom", "falcon_alibi", "falcon_gqa", "falcon_mqa", "mpt", "olmo2", "t5"}
+# These need another forward than the stock one, where heads pick their part of what all layers share, or other modules.
+NEED_HEADPRUNE = {"bloom", "falcon_alibi", "falcon_gqa", "falcon_mqa", "mpt", "olmo2", "stablelm", "t5"}
 SCRIPT = """
 import json, sys
 sys.modules["headprune"] = None  # any import of it now fails
