@@ -15,15 +15,15 @@ from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation import Comparison, compare
 from headprune.evaluation.tasks import Task, build_task, check_task
 from headprune.files import read_json, write_json, write_text
-from headprune.planning import Budget, PruningPlan, plan
+from headprune.planning import PruningPlan
 from headprune.recipe import Recipe, load_recipe
 from headprune.report.progress import Stages
 from headprune.report.web_page import report
 from headprune.run_recovery import recovered_model
-from headprune.run_values import kept, measure_for_report, planning_options, scored
+from headprune.run_values import kept, measure_for_report, plan_of, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_model, opening
-from headprune.surgery import load, prune, save, search_plan
+from headprune.surgery import load, prune, save
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
 log = logging.getLogger("headprune")
@@ -100,15 +100,8 @@ def planned(dense: PreTrainedModel, task: Task, scores: HeadScores, recipe: Reci
     """The plan that the recipe's budget gives, or the one that it names."""
     if recipe.plan.file:
         return PruningPlan.load(recipe.plan.file)
-    budget, options = Budget(**recipe.plan.budget), planning_options(recipe)
-    if not recipe.plan.trials:
-        with stages.stage("plan"):
-            return plan(scores, budget, **options)
-    with stages.stage("try plans, pruned and compensated") as progress:
-        return search_plan(
-            dense, scores, budget, task.calibration, trials=recipe.plan.trials, forward=task.forward, seed=recipe.seed,
-            progress=progress, **options,
-        ).plan  # fmt: skip
+    with stages.stage("try plans, pruned and compensated" if recipe.plan.trials else "plan") as progress:
+        return plan_of(recipe, dense, task, scores, progress)
 
 
 def pruned_model(

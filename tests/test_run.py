@@ -122,14 +122,14 @@ def test_a_killed_run_goes_on_and_ends_the_same(recipe, monkeypatch, stage):
 
 def test_a_finished_stage_is_not_done_again(recipe, monkeypatch):
     carried_out(recipe)
-    for module, stage in ((run_values, "observe"), (run_module, "plan"), (run_module, "prune")):
+    for module, stage in ((run_values, "observe"), (run_module, "plan_of"), (run_module, "prune")):
         monkeypatch.setattr(module, stage, lambda *_, **__: pytest.fail("done twice"))
     assert carried_out(recipe).plan.removed_heads == 4
 
 
 def test_a_finished_run_measures_what_its_report_is_to_show_later(recipe, monkeypatch):
     carried_out(recipe)
-    for stage in ("plan", "prune"):
+    for stage in ("plan_of", "prune"):
         monkeypatch.setattr(run_module, stage, lambda *_, **__: pytest.fail("done twice"))
     wanted = {"criteria": ["magnitude_l1", "entropy"], "portraits": True, "sensitivity": True, "sweep": [0.25]}
     folder = carried_out(recipe.model_copy(update={"report": ReportSection(**wanted)})).folder
