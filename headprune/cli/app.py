@@ -8,12 +8,15 @@ import sys
 from typing import Annotated
 
 import typer
+from huggingface_hub import constants
 from rich.markup import escape
 
 from headprune.cli import terminal
 from headprune.errors import HeadpruneError
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders here; nothing is ever fetched
+# Models are folders here; nothing is ever fetched. Said twice: huggingface_hub has read the variable already, later processes will.
+if os.environ.setdefault("HF_HUB_OFFLINE", "1") == "1":
+    constants.HF_HUB_OFFLINE = True
 WRONG_INPUT, STOPPED = 2, 130
 EXIT_CODES = (
     f"Exit codes: 0 done; {WRONG_INPUT} something that you can put right, said in one line on stderr; {STOPPED} stopped by Ctrl-C: "
