@@ -16,6 +16,7 @@ from headprune.planning.budget import Budget
 from headprune.planning.engine import get_engine
 from headprune.planning.units import GRANULARITIES
 from headprune.recovery.methods import get_method
+from headprune.schedules import recipe_options
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.score import NORMALIZATIONS
 
@@ -54,6 +55,7 @@ class PlanSection(Section):
     target: str = "headprune"
     min_heads: int = Field(default=1, ge=0)
     protect: dict[str, list[int] | None] = Field(default_factory=dict)
+    trials: int = Field(default=0, ge=0, description="plans to try, pruned and compensated; 0: by scores alone")
     file: str | None = Field(default=None, description="a plan.json to carry out in place of planning, such as one edited by hand")
 
     @field_validator("budget")
@@ -86,6 +88,7 @@ class PlanSection(Section):
 
 class PruneSection(Section):
     compensate: bool = True
+    feed_forward: bool = Field(default=False, description="re-solve also the ends of the feed-forwards")
 
 
 class RecoverSection(Section):
@@ -107,6 +110,24 @@ class RecoverSection(Section):
     def one_budget(self) -> RecoverSection:
         if (self.steps is None) == (self.minutes is None):
             raise InvalidInput(f"steps={self.steps}, minutes={self.minutes}: expected one of them.")
+        return self
+
+
+class ScheduleSection(BaseModel):
+    """A loop around score -> plan -> cut -> recover in the place of a single pass; every other key is an option of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(description="one_shot, iterative, lottery_ticket or pruning_aware")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def known_options(self) -> ScheduleSection:
+        known = recipe_options(self.name)
+        for option in self.options:
+            one_of(f"option of {self.name}", option, known)
         return self
 
 
@@ -146,10 +167,19 @@ class Recipe(Section):
     plan: PlanSection = PlanSection()
     prune: PruneSection = PruneSection()
     recover: RecoverSection | None = None
+    schedule: ScheduleSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
     output: str
     seed: int = 0
+
+    @model_validator(mode="after")
+    def one_plan(self) -> Recipe:
+        if self.schedule is not None and self.plan.file:
+            raise InvalidInput(
+                f"schedule {self.schedule.name} makes its own plans, so plan.file={self.plan.file} would not be read."
+            )
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)

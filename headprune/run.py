@@ -15,12 +15,13 @@ from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation import Comparison, compare
 from headprune.evaluation.tasks import Task, build_task, check_task
 from headprune.files import read_json, write_json, write_text
-from headprune.planning import Budget, PruningPlan, plan
+from headprune.planning import PruningPlan
 from headprune.recipe import Recipe, load_recipe
 from headprune.report.progress import Stages
 from headprune.report.web_page import report
 from headprune.run_recovery import recovered_model
-from headprune.run_values import kept, measure_for_report, planning_options, scored
+from headprune.run_schedule import scheduled_model
+from headprune.run_values import kept, measure_for_report, plan_of, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_model, opening
 from headprune.surgery import load, prune, save
@@ -42,6 +43,15 @@ class RunResult:
     report: Path
     stages: Stages
 
+    def to_json(self) -> dict[str, Any]:
+        """As result.json, with the folder, the report and the heads that the plan keeps."""
+        places = {
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "keep": {name: list(heads) for name, heads in self.plan.items()},
+        }
+        return {**places, "checks": self.checks, "comparison": self.comparison.to_json(), "stages": self.stages.to_json()}
+
 
 def run(recipe: Recipe, stages: Stages) -> RunResult:
     """Carries `recipe` out in `recipe.output`; what a killed run of the same recipe left there is taken up.
@@ -61,9 +71,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
         task.check_model(dense)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     scores = scored(dense, task, recipe, stages)
-    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(scores, recipe, stages))
-    pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
-    pruned = recovered_model(dense, pruned, task, recipe, folder, stages)
+    chosen, pruned, checks = smaller_model(dense, task, scores, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
         comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
     write_json(
@@ -71,6 +79,19 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     )
     measure_for_report(dense, task, scores, recipe, stages)
     return RunResult(folder, chosen, comparison, checks, report(folder), stages)
+
+
+def smaller_model(
+    dense: PreTrainedModel, task: Task, scores: HeadScores, recipe: Recipe, folder: Path, stages: Stages
+) -> tuple[PruningPlan, PreTrainedModel, dict[str, Any]]:
+    """The plan, the model that it leads to (by a schedule, or cut once and recovered where that is asked for), what was checked."""
+    if recipe.schedule:
+        chosen, pruned, checks = scheduled_model(dense, task, recipe, folder, stages)
+        refuse_failed(checks)
+        return chosen, pruned, checks
+    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(dense, task, scores, recipe, stages))
+    pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
+    return chosen, recovered_model(dense, pruned, task, recipe, folder, stages), checks
 
 
 def refuse_foreign(folder: Path, recipe: Recipe) -> None:
@@ -87,12 +108,12 @@ def work_of(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude={"report"})
 
 
-def planned(scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:
+def planned(dense: PreTrainedModel, task: Task, scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:
     """The plan that the recipe's budget gives, or the one that it names."""
     if recipe.plan.file:
         return PruningPlan.load(recipe.plan.file)
-    with stages.stage("plan"):
-        return plan(scores, Budget(**recipe.plan.budget), **planning_options(recipe))
+    with stages.stage("try plans, pruned and compensated" if recipe.plan.trials else "plan") as progress:
+        return plan_of(recipe, dense, task, scores, progress)
 
 
 def pruned_model(
@@ -106,7 +127,9 @@ def pruned_model(
     pruned = copy.deepcopy(dense)
     calibration = task.calibration if recipe.prune.compensate else None
     with stages.stage("cut and re-solve output projections" if calibration else "cut") as progress:
-        resolved = prune(pruned, chosen, calibration, forward=task.forward, progress=progress)
+        resolved = prune(
+            pruned, chosen, calibration, forward=task.forward, feed_forward=recipe.prune.feed_forward, progress=progress
+        )
     for site in resolved:
         log.info("%s: output error %.3f -> %.3f (ridge %s)", site.site, site.error_before, site.error_after, site.ridge)
     with stages.stage("check, save and load back"):

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from headprune.evaluation.tasks import Task
-from headprune.planning import Budget, Sensitivity, sensitivity
+from headprune.planning import Budget, PruningPlan, Sensitivity, plan, sensitivity
 from headprune.recipe import Recipe
 from headprune.report.progress import Stages
 from headprune.scoring import HeadScores, get_criterion, observe, portrait_needs, portraits, score_observations
+from headprune.surgery import search_plan
 from headprune.sweep import Sweep, sweep
 
 Value = TypeVar("Value")
@@ -82,3 +83,16 @@ def planning_options(recipe: Recipe) -> dict[str, Any]:
     """The options of `hp.plan` that the recipe gives."""
     section = recipe.plan
     return {name: getattr(section, name) for name in ("allocation", "granularity", "min_heads", "protect", "target")}
+
+
+def plan_of(
+    recipe: Recipe, model: nn.Module, task: Task, scores: HeadScores, progress: Callable[[int, int], None] | None = None
+) -> PruningPlan:
+    """The plan that the recipe's section asks for: by scores alone, or by trying plans on the task's calibration data."""
+    section, budget, options = recipe.plan, Budget(**recipe.plan.budget), planning_options(recipe)
+    if not section.trials:
+        return plan(scores, budget, **options)
+    return search_plan(
+        model, scores, budget, task.calibration, trials=section.trials, forward=task.forward, seed=recipe.seed, progress=progress,
+        **options,
+    ).plan  # fmt: skip

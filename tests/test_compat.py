@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny_decoders import FAMILIES, decoder
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
 from tiny_models import bert, llama, tokens
 from torch import nn
@@ -42,6 +43,14 @@ def test_every_encoder_has_its_layers(name):
     last = len(before) - 1
     prune_heads(model, {0: [0], last: [1, 2]})
     assert list(heads_of(model).values()) == [3, *[4] * (last - 1), 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_decoder_has_its_layers(family):
+    model = decoder(family)
+    prune_heads(model, {0: [0], 1: [1, 2]})
+    prune_heads(model, {0: [3]})
+    assert list(heads_of(model).values()) == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -122,14 +122,14 @@ def test_a_killed_run_goes_on_and_ends_the_same(recipe, monkeypatch, stage):
 
 def test_a_finished_stage_is_not_done_again(recipe, monkeypatch):
     carried_out(recipe)
-    for module, stage in ((run_values, "observe"), (run_module, "plan"), (run_module, "prune")):
+    for module, stage in ((run_values, "observe"), (run_module, "plan_of"), (run_module, "prune")):
         monkeypatch.setattr(module, stage, lambda *_, **__: pytest.fail("done twice"))
     assert carried_out(recipe).plan.removed_heads == 4
 
 
 def test_a_finished_run_measures_what_its_report_is_to_show_later(recipe, monkeypatch):
     carried_out(recipe)
-    for stage in ("plan", "prune"):
+    for stage in ("plan_of", "prune"):
         monkeypatch.setattr(run_module, stage, lambda *_, **__: pytest.fail("done twice"))
     wanted = {"criteria": ["magnitude_l1", "entropy"], "portraits": True, "sensitivity": True, "sweep": [0.25]}
     folder = carried_out(recipe.model_copy(update={"report": ReportSection(**wanted)})).folder
@@ -165,3 +165,12 @@ def test_a_model_that_fails_its_checks_is_not_passed_on(recipe, monkeypatch):
     with pytest.raises(HeadpruneError, match=r"cut_equals_gated.*0\.5"):
         carried_out(recipe)
     assert not (run_module.Path(recipe.output) / "checks.json").exists()
+
+
+def test_a_run_may_try_plans_on_its_calibration_data(recipe):
+    searched = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"trials": 3})})
+    result = carried_out(searched)
+    titles = [stage.title for stage in result.stages.done]
+    assert "try plans, pruned and compensated" in titles
+    assert "plan" not in titles
+    assert result.plan.removed_heads == 4

@@ -53,6 +53,7 @@ FAMILIES = {
     "gpt_oss": ("GptOss", {**MODERN, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}),
     "smollm3": ("SmolLM3", {**MODERN, "no_rope_layers": [1, 0]}),
     "cohere": ("Cohere", {**MODERN, "use_qk_norm": True}),
+    "stablelm": ("StableLm", {**MODERN, "qk_layernorm": True}),
     "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None}),
     "deepseek_v3": ("DeepseekV3", {**LATENT, "q_lora_rank": 12}),
 }

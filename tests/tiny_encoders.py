@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class Family:
 
     def make(self, implementation: str | None = None, seed: int = 0) -> transformers.PreTrainedModel:
         torch.manual_seed(seed)
-        config = getattr(transformers, self.config)(**self.options)
+        config = getattr(transformers, self.config)(**copy.deepcopy(self.options))  # some configs take theirs apart
         config._attn_implementation = implementation or self.implementations[0]
         return getattr(transformers, self.model)(config).eval()
 
@@ -97,7 +98,18 @@ T5 = {
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0,
 }  # fmt: skip
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None}
+# GPT-2 behind an encoder has cross attention.
+BERT_GPT2 = {
+    "encoder": {"model_type": "bert", **TEXT, **QUIET},
+    "decoder": {
+        "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": VOCABULARY,
+        "initializer_range": 0.2, "add_cross_attention": True, "is_decoder": True, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
 SEQ2SEQ = {
+    "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
     "t5": Family("T5ForConditionalGeneration", "T5Config", T5, target_batch),

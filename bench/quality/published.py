@@ -27,7 +27,7 @@ from torch import nn
 import headprune as hp
 from headprune.models import attention_sites
 from headprune.planning.mask_search import fisher_mask_search
-from headprune.run_values import planning_options
+from headprune.run_values import plan_of
 from headprune.scoring import Need, Observations, score_observations
 
 
@@ -112,7 +112,14 @@ def our_scores(setting: Setting, observed: Observations) -> hp.HeadScores:
 
 def our_plan(setting: Setting, scores: hp.HeadScores, fraction: float) -> Planned:
     recipe = recipe_of(setting.name, fraction)
-    return Planned(hp.plan(scores, hp.Budget(**recipe.plan.budget), **planning_options(recipe)))
+    return Planned(plan_of(recipe, setting.model, setting.task, scores))
+
+
+def our_cut(setting: Setting, scores: hp.HeadScores, planned: Planned, model: nn.Module) -> nn.Module:
+    task, wanted = setting.task, recipe_of(setting.name).prune
+    calibration = task.calibration if wanted.compensate else None
+    hp.prune(model, planned.keep, calibration, forward=task.forward, feed_forward=wanted.feed_forward)
+    return model
 
 
 def our_settings(model: str) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def our_settings(model: str) -> dict[str, Any]:
 register(
     Method(
         "ours", "ours", "recipes/<model>.yaml: scores, plan and compensation",
-        our_scores, our_plan, resolved_cut, our_needs, our_settings,
+        our_scores, our_plan, our_cut, our_needs, our_settings,
     )
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.cached import CachedFeatures
 from headprune.models.emptied import Emptied, empty
-from headprune.models.fused_layout import blocks, per_group, per_head, places_in_groups
+from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import OwnPositions, remember_positions
@@ -58,8 +58,8 @@ class Fused:
         head_map = head_map_of(module, features, kv_features, head_dim, name)
         inputs = self.layout(module)(f"{name}.{self.fused}", getattr(module, self.fused), head_map, head_dim)
         out = contiguous_heads("output", f"{name}.{self.output}", output, head_map.query_heads, head_dim)
-        parts = (*inputs, out)
-        return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, "self", parts, cached=self.cached(module))
+        parts, kind = (*inputs, out), "cross" if getattr(module, "is_cross_attention", False) else "self"
+        return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, kind, parts, cached=self.cached(module))
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.module, head_map, site.head_dim)
@@ -111,7 +111,19 @@ def is_bloom(module: nn.Module) -> bool:
 
 
 def is_gpt2(module: nn.Module) -> bool:
-    return is_conv1d(module.c_attn) and hasattr(module, "split_size") and not hasattr(module, "q_attn")
+    return is_conv1d(module.c_attn) and hasattr(module, "split_size")
+
+
+def gpt2_layout(module: nn.Module) -> Layout:
+    """Cross attention has its queries in a layer of their own."""
+    if not hasattr(module, "q_attn"):
+        return blocks
+
+    def cross(name: str, fused: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+        query = contiguous_heads("query", f"{name.rpartition('.')[0]}.q_attn", module.q_attn, head_map.query_heads, head_dim)
+        return query, *key_value_blocks(name, fused, head_map, head_dim)
+
+    return cross
 
 
 def falcon_layout(module: nn.Module) -> Layout:
@@ -128,7 +140,7 @@ def falcon_kv_heads(module: nn.Module) -> int:
     return module.num_kv_heads if many else 1
 
 
-register_adapter(Fused("gpt2", "c_attn", "c_proj", "head_dim", is_gpt2, lambda module: blocks))
+register_adapter(Fused("gpt2", "c_attn", "c_proj", "head_dim", is_gpt2, gpt2_layout))
 register_adapter(
     Fused(
         "phi3", "qkv_proj", "o_proj", "head_dim", lambda module: hasattr(module, "num_key_value_heads"), lambda module: blocks,

@@ -16,6 +16,13 @@ def blocks(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tu
     return filled(*(heads_at(role, name, module, heads, head_dim, start) for role, heads, start in starts))
 
 
+def key_value_blocks(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+    """All key heads, then all value heads."""
+    heads = head_map.kv_heads
+    starts = (("key", 0), ("value", heads * head_dim))
+    return filled(*(heads_at(role, name, module, heads, head_dim, start) for role, start in starts))
+
+
 def per_head(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
     """Query, key and value of head 0, then of head 1, ..."""
     heads = head_map.query_heads

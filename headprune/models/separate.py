@@ -12,7 +12,15 @@ from headprune.models.emptied import empty
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.selection import select_heads
-from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads, check_projection, contiguous_heads, heads_at
+from headprune.models.site import (
+    AttentionSite,
+    HeadModules,
+    HeadTensor,
+    ProjectionHeads,
+    check_projection,
+    contiguous_heads,
+    heads_at,
+)
 from headprune.models.specialise import specialise
 
 ROLES = ("query", "key", "value", "output")
@@ -41,10 +49,11 @@ class Separate:
             check_projection(f"{name}.{part}", getattr(module, part))
         head_map = head_map_of(module, o.weight.shape[1], module.v_proj.weight.shape[0], head_dim, name)
         heads = dict(zip(ROLES, (head_map.query_heads, head_map.kv_heads, head_map.kv_heads, head_map.query_heads)))
-        projections, extras = [], []
+        projections, extras, modules = [], [], []
         for role, part in zip(ROLES, linear):
             norm = getattr(module, f"{part[0]}_norm", None) if role in ("query", "key") else None
             projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim))
+            modules += norms_in_a_list(f"{name}.{part[0]}_layernorm", module, part[0], heads[role], role == "key")
             extras += norm_of_each_head(f"{name}.{part[0]}_norm", norm, heads[role], head_dim, role == "key")
         if isinstance(getattr(module, "sinks", None), Tensor):
             extras.append(HeadTensor(f"{name}.sinks", module, "sinks"))
@@ -56,7 +65,7 @@ class Separate:
         kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
             name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
-            windowed,
+            windowed, head_modules=tuple(modules),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -89,6 +98,16 @@ def norm_of_each_head(name: str, norm: nn.Module | None, heads: int, head_dim: i
     if weight.shape != (heads, head_dim):
         raise UnsupportedModel(f"{name} has weights {list(weight.shape)}; expected [{heads}, {head_dim}].")
     return [HeadTensor(name, norm, "weight", per_kv_head=per_kv_head)]
+
+
+def norms_in_a_list(name: str, module: nn.Module, letter: str, heads: int, per_kv_head: bool) -> list[HeadModules]:
+    """A norm of its own for each head (StableLM)."""
+    holder = getattr(module, f"{letter}_layernorm", None)
+    if not isinstance(getattr(holder, "norms", None), nn.ModuleList):
+        return []
+    if len(holder.norms) != heads:
+        raise UnsupportedModel(f"{name} has {len(holder.norms)} norms; expected one for each of {heads} heads.")
+    return [HeadModules(name, holder, "norms", per_kv_head)]
 
 
 class PicksHeads:

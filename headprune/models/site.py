@@ -85,15 +85,30 @@ class HeadTensor:
 
 
 @dataclass(frozen=True)
+class HeadModules:
+    """A torch.nn.ModuleList `module.attribute` with one module for each head."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    per_kv_head: bool = False
+
+    def parameters_per_head(self) -> int:
+        modules = getattr(self.module, self.attribute)
+        return sum(parameter.numel() for parameter in modules[0].parameters()) if len(modules) else 0
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention in a model.
 
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
     The projections come first by role: there is one of each role, or (a second position projection) several, of which the
-    first counts. extras: what else the heads own. windowed: what the module sees as a batch are the windows of each sample, one
-    sample after another. proven: False where the layout was only guessed from names, so that a cut must be checked by a forward
-    pass. cached: what a cache holds of one token; by default the keys and values of each key/value head.
+    first counts. extras: what else the heads own. head_modules: modules of single heads. windowed: what the module sees
+    as a batch are the windows of each sample, one sample after another. proven: False where the layout was only guessed from
+    names, so that a cut must be checked by a forward pass. cached: what a cache holds of one token; by default the keys and
+    values of each key/value head.
     """
 
     name: str
@@ -109,6 +124,7 @@ class AttentionSite:
     windowed: bool = False
     proven: bool = True
     cached: CachedFeatures | None = None
+    head_modules: tuple[HeadModules, ...] = ()
 
     def projection(self, role: Role) -> ProjectionHeads:
         return next(projection for projection in self.projections if projection.role == role)
@@ -134,7 +150,7 @@ class AttentionSite:
 
     def parameters_per_head(self, per_kv_head: bool) -> int:
         """Parameters that go with one query head, or with one key/value head."""
-        owned = (*self.projections, *self.extras)
+        owned = (*self.projections, *self.extras, *self.head_modules)
         return sum(part.parameters_per_head() for part in owned if part.per_kv_head == per_kv_head)
 
     def parameters(self, head_map: HeadMap | None = None) -> int:

@@ -7,6 +7,7 @@ from headprune.planning.diversity import diverse
 from headprune.planning.engine import Engine, engines, register_engine
 from headprune.planning.evolution import Evolution, evolve, masked_fitness
 from headprune.planning.latency_table import LatencyTable
+from headprune.planning.layer_weights import LayerSearch, search_layer_weights
 from headprune.planning.mask_search import fisher_mask_search
 from headprune.planning.planner import plan
 from headprune.planning.pruning_plan import PruningPlan
@@ -17,6 +18,7 @@ __all__ = [
     "Engine",
     "Evolution",
     "LatencyTable",
+    "LayerSearch",
     "PruningPlan",
     "Sensitivity",
     "allocation",
@@ -27,5 +29,6 @@ __all__ = [
     "masked_fitness",
     "plan",
     "register_engine",
+    "search_layer_weights",
     "sensitivity",
 ]

@@ -9,8 +9,9 @@ from headprune.surgery.open_streamed import open_streamed
 from headprune.surgery.prune import PruneReport, prune
 from headprune.surgery.prune_folder import prune_folder
 from headprune.surgery.savings import Savings
+from headprune.surgery.search_plan import search_plan
 
 __all__ = [
     "Difference", "PruneReport", "Resolved", "Savings", "cut", "diff", "fold_gates", "load", "open_streamed", "prune",
-    "prune_folder", "resolve_outputs", "save",
+    "prune_folder", "resolve_outputs", "save", "search_plan",
 ]  # fmt: skip

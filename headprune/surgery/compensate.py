@@ -18,15 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.models.feed_forward import FeedForward, feed_forwards
 from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite, is_conv1d
 from headprune.models.stream import residual_streams
 from headprune.models.tokens import token_masks, valid_tokens
+from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.normal_equations import Layer, NormalEquations, Solver, get_solver
 from headprune.surgery.walk import Keeping, Walk, keeping_for
 
+Part = AttentionSite | FeedForward  # what is re-solved: `output.module` is the linear layer
+Reached = tuple[Tensor, Tensor | None]  # the input of a linear layer, and the stream that its result is added to
 Weights = tuple[Tensor, Tensor | None]  # weight [hidden, features] and bias [hidden] of an output projection
 TYPICAL_LENGTH = 64.0  # tokens; a constant, which only keeps the sums of usual batches near sums over tokens
+FEED_FORWARD_TOKENS = 2  # as many tokens for each input, at least
 HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
 
 
@@ -49,9 +54,10 @@ def resolve_outputs(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     token_mask: Callable[[Any], Tensor | None] | None = None,
     method: str = "least_squares",
+    feed_forward: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Resolved]:
-    """Re-solves the output projection of every site in `keep`, before the cut, in place.
+    """Re-solves the output projections of the sites in `keep`, from the first that loses heads on, before the cut, in place.
 
     Afterwards the projections are those of the pruned model: with the other heads gated or cut they reproduce the dense
     outputs as well as least squares can. `sites` must be in the order of the forward pass.
@@ -61,52 +67,68 @@ def resolve_outputs(
         forward: runs the model on a batch; default `model(**batch)`.
         token_mask: bool [batch, tokens] of the tokens that count; default as in headprune.models.tokens.token_masks.
         method: "least_squares", "mask_tuning" (one factor for each head) or "bias" (headprune.surgery.normal_equations).
+        feed_forward: re-solve also the linear layer that ends the feed-forward behind each of them, where there are twice as many
+            tokens as it has inputs, by least squares: Gram matrices of all its inputs.
         progress: called with (layers done, layers).
     """
-    solver, training = get_solver(method), model.training
-    chosen = [site for site in sites if len(keep.get(site.name, ())) < site.head_map.query_heads and site.name in keep]
-    dense = {site.name: weight_and_bias(site) for site in chosen}
-    solved: dict[str, Weights] = dict(dense)
-    reports = []
-    model.eval()
-    try:
-        with torch.no_grad():
-            passes = Passes.of(model, chosen, batches, forward, token_mask)
-            walks = [(passes.walk(index), passes.walk(index)) for index in range(len(passes.batches))]
-            for done, site in enumerate(chosen):
-                train, held_out = gather(passes, site, keep, solved, walks)
-                report, solved[site.name] = resolve(site, keep[site.name], dense[site.name], train, held_out, solver)
-                reports.append(report)
-                if progress:
-                    progress(done + 1, len(chosen))
-    finally:
-        for site in chosen:
-            set_weight_and_bias(site, dense[site.name])
-        model.train(training)
-    for site in chosen:
-        set_weight_and_bias(site, solved[site.name])
+    solver = get_solver(method)
+    chosen = [site for site in sites if site.name in keep]
+    loses = [len(keep[site.name]) < site.head_map.query_heads for site in chosen]
+    chosen = chosen[loses.index(True) :] if any(loses) else []
+    reports: list[Resolved] = []
+    with in_eval_mode(model), torch.no_grad():
+        passes = Passes.of(model, chosen, batches, forward, token_mask, feed_forward)
+        solved: dict[str, Weights] = dict(passes.dense)
+        walks = [(passes.walk(index), passes.walk(index)) for index in range(len(passes.batches))]
+        for done, part in enumerate(passes.parts):
+            train, held_out = gather(passes, part, keep, solved, walks)
+            report, solved[part.name] = resolve(part, keep.get(part.name), passes.dense[part.name], train, held_out, solver)
+            reports.append(report)
+            if progress:
+                progress(done + 1, len(passes.parts))
+    for part in passes.parts:
+        set_weight_and_bias(part, solved[part.name])
     return reports
 
 
-def gather(passes: Passes, site: AttentionSite, keep, solved, walks) -> tuple[NormalEquations, NormalEquations]:
-    """Normal equations of `site`: the dense model's stream behind it against the inputs that the model pruned so far gives."""
-    columns = site.columns(tuple(keep[site.name]))
-    weight, _ = passes.dense[site.name]
+def gather(passes: Passes, part: Part, keep, solved, walks) -> tuple[NormalEquations, NormalEquations]:
+    """Normal equations of `part`: the dense model's stream behind it against the inputs that the model pruned so far gives."""
+    weight, _ = passes.dense[part.name]
+    columns = columns_of(part, keep, weight)
     kept_weight = weight[:, columns.to(weight.device)]
     train, held_out = (NormalEquations.empty(len(columns), weight.shape[0]) for _ in range(2))
     for index, (dense_walk, pruned_walk) in enumerate(walks):
-        target = passes.target(site, dense_walk)
-        with passes.pruned(keep, solved, site):
-            inputs, stream = pruned_walk.to(site, passes.streams.get(site.name))
-        kept_inputs = inputs[..., columns.to(inputs.device)]
-        residual = target.missing(stream) - kept_inputs.float() @ kept_weight.T.float()
-        valid = passes.valid(site, index, inputs)
-        for equations in parts(train, held_out, index, len(walks)):
-            equations.add(kept_inputs[valid], residual[valid], passes.weights(valid))
+        target = passes.target(part, dense_walk)
+        with passes.pruned(keep, solved, part):
+            reached = pruned_walk.to(part, passes.streams.get(part.name))
+        valid = passes.valid(part, index, reached[0])
+        add_tokens(sums_for(index, len(walks), train, held_out), columns, kept_weight, target, reached, valid)
     return train, held_out
 
 
-def parts(train: NormalEquations, held_out: NormalEquations, index: int, batches: int) -> list[NormalEquations]:
+def add_tokens(
+    sums: Sequence[NormalEquations], columns: Tensor, kept_weight: Tensor, target: Target, reached: Reached, valid: Tensor
+) -> None:
+    """Adds one batch to `sums`: what the kept columns leave of `target`, against their inputs in the pruned model."""
+    inputs, stream = reached
+    kept_inputs = inputs[..., columns.to(inputs.device)]
+    residual = target.missing(stream) - kept_inputs.float() @ kept_weight.T.float()
+    for equations in sums:
+        equations.add(kept_inputs[valid], residual[valid], sample_weights(valid))
+
+
+def sample_weights(valid: Tensor) -> Tensor:
+    """[valid tokens] of valid [batch, tokens]: every sample counts alike, however long it is."""
+    counts = valid.sum(dim=1, keepdim=True).clamp(min=1)
+    return (TYPICAL_LENGTH / counts).expand(valid.shape)[valid]
+
+
+def columns_of(part: Part, keep: Mapping[str, Sequence[int]], weight: Tensor) -> Tensor:
+    """The inputs of `part` that stay: those of the heads that are kept, or all."""
+    return part.columns(tuple(keep[part.name])) if part.name in keep else torch.arange(weight.shape[1])
+
+
+def sums_for(index: int, batches: int, train: NormalEquations, held_out: NormalEquations) -> list[NormalEquations]:
     """Which sums the batch `index` goes into; the last of few batches into both."""
     found = [held_out if batches > 1 and is_held_out(index) else train]
     return [*found, held_out] if batches < HELD_OUT_EVERY and index == batches - 1 else found
@@ -123,6 +145,11 @@ class Target:
     projected: Tensor
     stream: Tensor | None
 
+    @classmethod
+    def of(cls, reached: Reached, weight: Tensor) -> Target:
+        inputs, stream = reached
+        return cls(inputs.float() @ weight.T.float(), None if stream is None else stream.float())
+
     def missing(self, stream: Tensor | None) -> Tensor:
         """What the pruned model's projection is to give where its stream is `stream`."""
         return self.projected if stream is None else self.projected + (self.stream - stream.float())
@@ -130,10 +157,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Passes:
-    """What all forward passes of a compensation share. sites: those that lose heads, in the order of the pass; dense: their weights
-    and biases; streams: the module that receives the stream which a site adds to."""
+    """What all forward passes of a compensation share. parts: what is re-solved, in the order of the pass; sites: the attentions
+    among them; dense: the parts' weights and biases; streams: the module that receives the stream which a part adds to."""
 
     model: nn.Module
+    parts: tuple[Part, ...]
     sites: tuple[AttentionSite, ...]
     batches: Sequence[Any]
     forward: Callable[[nn.Module, Any], Any]
@@ -143,55 +171,56 @@ class Passes:
     keeping: Keeping
 
     @classmethod
-    def of(cls, model, sites, batches, forward, token_mask) -> Passes:
+    def of(cls, model, sites, batches, forward, token_mask, feed_forward: bool = False) -> Passes:
         """Raises InvalidInput where there are no batches."""
         batches = list(batches)
         if not batches:
             raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
         forward = forward or (lambda model, batch: model(**batch))
         run = lambda: forward(model, batches[0])  # noqa: E731
-        dense = {site.name: weight_and_bias(site) for site in sites}
-        streams, keeping = residual_streams(model, sites, run), keeping_for(model, run, sites)
-        return cls(model, tuple(sites), batches, forward, token_masks(model, token_mask), dense, streams, keeping)
+        behind = feed_forwards(model, sites, run) if feed_forward else {}
+        parts = [part for site in sites for part in (site, behind.get(site.name)) if part is not None]
+        dense = {part.name: weight_and_bias(part) for part in parts}
+        streams = residual_streams(model, sites, run) | {part.name: part.stream for part in behind.values()}
+        masks = token_masks(model, token_mask)
+        return cls(model, tuple(parts), tuple(sites), batches, forward, masks, dense, streams, keeping_for(model, run, parts))
 
     def walk(self, index: int) -> Walk:
         """A pass of the batch `index`, before its first step."""
         return Walk(self.model, lambda: self.forward(self.model, self.batches[index]), self.keeping)
 
-    def target(self, site: AttentionSite, walk: Walk) -> Target:
-        """What the dense model has behind `site`."""
-        with weights_in_place(self.sites, self.dense):
-            inputs, stream = walk.to(site, self.streams.get(site.name))
-        return Target(inputs.float() @ self.dense[site.name][0].T.float(), None if stream is None else stream.float())
+    def target(self, part: Part, walk: Walk) -> Target:
+        """What the dense model has behind `part`."""
+        return Target.of(walk.to(part, self.streams.get(part.name)), self.dense[part.name][0])
 
     @contextmanager
-    def pruned(self, keep: Mapping[str, Sequence[int]], solved: Mapping[str, Weights], but: AttentionSite | None) -> Iterator[None]:
+    def pruned(self, keep: Mapping[str, Sequence[int]], solved: Mapping[str, Weights], but: Part | None) -> Iterator[None]:
         """Inside the block the model has the weights `solved`, and the heads that are not in `keep` are off, except at `but`."""
-        with weights_in_place([site for site in self.sites if site.name in solved], solved), ExitStack() as stack:
+        with weights_in_place([part for part in self.parts if part.name in solved], solved), ExitStack() as stack:
             for site in self.sites:
                 if site is not but and site.name in keep:
                     stack.enter_context(output_input_hook(site, masked_to(site, keep[site.name])))
             yield
 
-    def valid(self, site: AttentionSite, index: int, states: Tensor) -> Tensor:
+    def valid(self, part: Part, index: int, states: Tensor) -> Tensor:
         """bool [batch, tokens]: the tokens of the batch `index` that count."""
-        return valid_tokens(states, self.masks(site.name, self.batches[index]))
-
-    def weights(self, valid: Tensor) -> Tensor:
-        """[valid tokens]: every sample counts alike, however long it is."""
-        counts = valid.sum(dim=1, keepdim=True).clamp(min=1)
-        return (TYPICAL_LENGTH / counts).expand(valid.shape)[valid]
+        return valid_tokens(states, self.masks(part.name, self.batches[index]))
 
 
-def resolve(site, keep, old, train, held_out, solver: Solver) -> tuple[Resolved, Weights]:
+def resolve(part: Part, keep, old, train, held_out, solver: Solver, join: bool = True) -> tuple[Resolved, Weights]:
     """The change that leaves the smallest held-out error, and the weights that it gives; the old ones where none helps.
 
-    What the held-out batches have chosen is solved once more with them. Raises InvalidInput for too few tokens.
+    keep: the heads that stay, None for a feed-forward. join: what the held-out batches have chosen is solved once more with
+    them. Raises InvalidInput for too few tokens; a feed-forward then stays as it is.
     """
     weight, bias = old
-    columns = site.columns(tuple(keep)).to(weight.device)
-    layer = Layer(weight[:, columns], len(keep), bias is not None)
-    refuse_too_few(site.name, train.tokens, solver.unknowns(layer))
+    columns = columns_of(part, {} if keep is None else {part.name: keep}, weight).to(weight.device)
+    layer = Layer(weight[:, columns], 1 if keep is None else len(keep), bias is not None)
+    if keep is None:
+        solver = get_solver("least_squares")
+        if train.tokens < FEED_FORWARD_TOKENS * solver.unknowns(layer):
+            return Resolved(part.name, 1.0, 1.0, None), old
+    refuse_too_few(part.name, train.tokens, solver.unknowns(layer))
     before = held_out.error(torch.zeros_like(held_out.cross))
     best, ridge, change = before, None, None
     for candidate, solution in solver.solve(train, layer):
@@ -199,10 +228,11 @@ def resolve(site, keep, old, train, held_out, solver: Solver) -> tuple[Resolved,
         if error < best:
             best, ridge, change = error, candidate, solution
     scale = max(before, torch.finfo(torch.float64).tiny)
-    report = Resolved(site.name, 1.0 if before else 0.0, best / scale, ridge)
+    report = Resolved(part.name, 1.0 if before else 0.0, best / scale, ridge)
     if change is None:
         return report, old
-    change = dict(solver.solve(train + held_out, layer)).get(ridge, change)
+    if join:
+        change = dict(solver.solve(train + held_out, layer)).get(ridge, change)
     new_weight = weight.clone()
     new_weight[:, columns] += change[:-1].T.to(weight)
     new_bias = None if bias is None else bias + change[-1].to(bias)
@@ -224,21 +254,26 @@ def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Te
 
 
 @contextmanager
-def weights_in_place(sites: Sequence[AttentionSite], weights: Mapping[str, Weights]) -> Iterator[None]:
-    for site in sites:
-        set_weight_and_bias(site, weights[site.name])
-    yield
+def weights_in_place(parts: Sequence[Part], weights: Mapping[str, Weights]) -> Iterator[None]:
+    before = [weight_and_bias(part) for part in parts]
+    try:
+        for part in parts:
+            set_weight_and_bias(part, weights[part.name])
+        yield
+    finally:
+        for part, values in zip(parts, before):
+            set_weight_and_bias(part, values)
 
 
-def weight_and_bias(site: AttentionSite) -> Weights:
-    """(weight [hidden, features], bias [hidden] or None) of the output projection, detached."""
-    module = site.output.module
+def weight_and_bias(part: Part) -> Weights:
+    """(weight [hidden, features], bias [hidden] or None) of the linear layer, detached."""
+    module = part.output.module
     weight = module.weight.data
     return (weight.T if is_conv1d(module) else weight), None if module.bias is None else module.bias.data
 
 
-def set_weight_and_bias(site: AttentionSite, values: Weights) -> None:
-    module, (weight, bias) = site.output.module, values
+def set_weight_and_bias(part: Part, values: Weights) -> None:
+    module, (weight, bias) = part.output.module, values
     module.weight.data = weight.T if is_conv1d(module) else weight
     if bias is not None:
         module.bias.data = bias

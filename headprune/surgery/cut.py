@@ -13,7 +13,7 @@ from headprune.errors import InvalidPlan, UnsupportedModel
 from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
-from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
+from headprune.models.site import AttentionSite, HeadModules, HeadTensor, ProjectionHeads
 from headprune.nn.replace import on_own_attention
 from headprune.surgery.gather import gathered
 from headprune.surgery.record import record_cut
@@ -104,6 +104,8 @@ def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
         keep_features(parts[0][0], torch.cat([features for _, features in parts]).sort().values)
     for extra in site.extras:
         keep_entries(extra, kept_kv if extra.per_kv_head else kept)
+    for part in site.head_modules:
+        keep_modules(part, kept_kv if part.per_kv_head else kept)
     site.dispatcher.head_map = head_map
     adapter.after_cut(site, head_map, kept)
 
@@ -119,6 +121,11 @@ def keep_features(projection: ProjectionHeads, features: Tensor) -> None:
 
 def keep_entries(extra: HeadTensor, heads: Sequence[int]) -> None:
     setattr(extra.module, extra.attribute, sliced(extra.tensor, extra.dim, extra.features(heads)))
+
+
+def keep_modules(part: HeadModules, heads: Sequence[int]) -> None:
+    modules = getattr(part.module, part.attribute)
+    setattr(part.module, part.attribute, nn.ModuleList(modules[head] for head in heads))
 
 
 def sliced(tensor: Tensor, dim: int, features: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from headprune.errors import InvalidInput, unknown_name
 
 log = logging.getLogger("headprune")
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # of the mean diagonal, tried in turn where a Gram matrix is singular
 
 

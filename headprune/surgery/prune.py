@@ -44,6 +44,7 @@ def prune(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     token_mask: Callable[[Any], Tensor | None] | None = None,
     compensation: str = "least_squares",
+    feed_forward: bool = False,
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
     verify: bool = True,
@@ -55,6 +56,7 @@ def prune(
 
     Args:
         compensation: "least_squares", or, to compare with, "mask_tuning" (Kwon et al. 2022) or "bias" (FLAP).
+        feed_forward: re-solve the ends of the feed-forwards as well (`resolve_outputs`); better, for more time and memory.
         dry_run: check all and say what would go and what that saves; nothing is changed.
         verify: try the cut of each attention on a small input first and compare it with gating (`headprune.surgery.cut`): a
             few random tokens or pixels, else the first calibration batch.
@@ -76,7 +78,8 @@ def prune(
     if batches is not None:
         sites = list(checked.sites.values())
         resolved = resolve_outputs(
-            model, sites, plan, batches, forward=forward, token_mask=token_mask, method=compensation, progress=progress
-        )
+            model, sites, plan, batches, forward=forward, token_mask=token_mask, method=compensation, feed_forward=feed_forward,
+            progress=progress,
+        )  # fmt: skip
     carry_out(model, checked)
     return PruneReport(savings, tuple(resolved), done=True)

@@ -154,7 +154,9 @@ def on_stand_ins(site: AttentionSite) -> AttentionSite:
     module = stand_in(site.module, made)
     projections = tuple(replace(part, module=made[part.module]) for part in site.projections)
     extras = tuple(replace(part, module=made[part.module]) for part in site.extras)
-    return replace(site, module=module, dispatcher=made[site.dispatcher], projections=projections, extras=extras)
+    modules = tuple(replace(part, module=made[part.module]) for part in site.head_modules)
+    twin = replace(site, module=module, dispatcher=made[site.dispatcher], projections=projections, extras=extras)
+    return replace(twin, head_modules=modules)
 
 
 def stand_in(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -113,7 +113,7 @@ def test_whole_groups_and_single_heads_generate_in_other_attentions_too(family):
             assert torch.equal(pruned.generate(**greedy, **options), expected), (implementation, options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "stablelm"])  # it has modules for single heads
 def test_dtype_frozen_weights_and_hooks_of_others_survive(family):
     model = decoder(family).to(torch.bfloat16)
     for index, parameter in enumerate(model.parameters()):

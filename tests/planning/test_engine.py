@@ -10,6 +10,8 @@ from headprune.errors import InfeasibleBudget, InvalidInput
 from headprune.head_map import HeadMap
 from headprune.planning import Budget, Engine, engines, plan, register_engine
 from headprune.planning.engine import get_engine
+from headprune.recipe import parse_recipe
+from headprune.run_values import planning_options
 from headprune.scoring import HeadScores, SiteShape, score
 from headprune.surgery import cut
 
@@ -133,3 +135,10 @@ def test_an_engine_of_ones_own_is_a_target():
     chosen = plan(scores_of([[0.0, 0.0], [3.0, 3.0]]), Budget(heads=0.25), target="a phone")
     assert [found.query_heads for found in head_maps(chosen)] == [1, 2]
     assert get_engine("a phone").floors(["x", "y"]) == {"x": 1, "y": 1}
+
+
+def test_a_recipe_plans_for_its_engine():
+    content = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": "out", "plan": {"target": "stock"}}
+    options = planning_options(parse_recipe(content, "of a test"))
+    chosen = plan(score(llama(), criterion="magnitude_l1"), Budget(heads=0.5), **options)
+    assert [str(found) for found in head_maps(chosen)] == ["4q/4kv", "4q/4kv"]

@@ -10,6 +10,8 @@ from headprune.planning import PruningPlan
 from headprune.surgery import compensate, prune
 from headprune.surgery.normal_equations import Layer, NormalEquations, factored, get_solver
 
+END = {bert: "output.dense", llama: "mlp.down_proj"}
+
 
 def batches_for(count: int = 10) -> list[dict]:
     ids = [tokens(6, 16, seed) for seed in range(count)]
@@ -193,6 +195,42 @@ def test_too_few_calibration_tokens_are_refused_with_the_number_needed():
         prune(model, plan, few)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     prune(model, plan, few, compensation="bias")
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_resolving_the_feed_forwards_too_brings_the_output_nearer_still(make):
+    dense, alone, both = make(), make(), make()
+    keep = {site.name: [0, 3] for site in attention_sites(dense)}
+    prune(alone, PruningPlan.from_keep(alone, keep), batches_for(40))
+    reports = prune(both, PruningPlan.from_keep(both, keep), batches_for(40), feed_forward=True)
+    unseen = {"input_ids": tokens(8, 16, seed=99)}
+    expected = output_of(dense, unseen)
+    assert (output_of(both, unseen) - expected).norm() < (output_of(alone, unseen) - expected).norm()
+    ends = [report.site for report in reports if report.site not in keep]
+    assert ends == [f"{'encoder.layer' if make is bert else 'model.layers'}.{layer}.{END[make]}" for layer in range(2)]
+    assert all(report.ridge is not None for report in reports)
+
+
+def test_a_feed_forward_is_left_alone_where_there_are_too_few_tokens():
+    model = bert()
+    end = model.encoder.layer[1].output.dense
+    before = end.weight.clone()
+    keep = {"encoder.layer.1.attention": [0, 2]}
+    assert end.weight.shape[1] > 32
+    few = batches_for(1)[0]["input_ids"][:3, :12]
+    reports = prune(model, PruningPlan.from_keep(model, keep), [{"input_ids": few}], feed_forward=True)
+    assert torch.equal(end.weight, before)
+    assert reports.resolved[-1].ridge is None
+
+
+def test_attentions_behind_the_first_that_loses_heads_are_resolved_too():
+    model = llama(layers=3)
+    before = copy.deepcopy(model.state_dict())
+    reports = prune(model, PruningPlan.from_keep(model, {"model.layers.1.self_attn": [0, 5]}), batches_for(20))
+    assert [report.site for report in reports] == ["model.layers.1.self_attn", "model.layers.2.self_attn"]
+    name = "model.layers.{}.self_attn.o_proj.weight"
+    assert torch.equal(model.state_dict()[name.format(0)], before[name.format(0)])
+    assert not torch.equal(model.state_dict()[name.format(2)], before[name.format(2)])
 
 
 def test_a_singular_gram_is_solved_with_the_least_jitter_that_does_and_says_so(caplog):

@@ -77,7 +77,7 @@ def cache_values(sites: list[AttentionSite]) -> int:
 
 def check(site: AttentionSite) -> None:
     """UnsupportedModel where a head is more than its weights."""
-    if hasattr(site.module, "position_heads") or any(projection.whole for projection in site.projections):
+    if hasattr(site.module, "position_heads") or site.head_modules or any(part.whole for part in site.projections):
         raise UnsupportedModel(
             f"{site.name} ({type(site.module).__name__}) picks its heads out of something made for all heads of the original, "
             "so dead heads cannot be added. Export to stock, or plan so that groups stay equal (target=...)."

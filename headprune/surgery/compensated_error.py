@@ -1,0 +1,151 @@
+"""How far pruned models are from the dense one once they are compensated: for many plans, none of which is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from headprune.errors import InvalidInput
+from headprune.models.site import AttentionSite
+from headprune.models.tokens import valid_tokens
+from headprune.scoring.passes import in_eval_mode
+from headprune.surgery.compensate import Passes, Target, Weights, is_held_out, resolve, sample_weights
+from headprune.surgery.normal_equations import NormalEquations, get_solver
+from headprune.surgery.walk import Walk
+
+Heads = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stand:
+    """The pruned model up to the output projection of one site: a walk for each batch, the normal equations there of all heads
+    (for the whole output, not for what old weights leave), and the weights of the sites before."""
+
+    walks: list[Walk]
+    train: NormalEquations
+    held_out: NormalEquations
+    solved: dict[str, Weights]
+
+
+class CompensatedError:
+    """Plans -> one number each, lower is better: how far the pruned, compensated model is from the dense one on held-out batches.
+
+    The distance is of the model's output: mean KL divergence of its logits, or the relative squared error of its first output
+    (states, embeddings); over tokens that count, each sample alike. Each fifth batch (of fewer the last) is held out; layers are
+    re-solved on the others, as `resolve_outputs` does it. Plans with the same heads in their first layers share what is run there.
+    Keeps what the dense model has at every site in memory, so give it few batches. Use it inside `own_attention(model)`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[AttentionSite],
+        batches: Iterable[Any],
+        *,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        token_mask: Callable[[Any], Tensor | None] | None = None,
+        method: str = "least_squares",
+    ) -> None:
+        self.solver = get_solver(method)
+        self._known: dict[tuple[Heads, ...], float] = {}
+        self._path: list[tuple[Heads, Stand]] = []
+        with in_eval_mode(model), torch.no_grad():
+            self.passes = Passes.of(model, sites, batches, forward, token_mask)
+            count = len(self.passes.batches)
+            self._held_out = {index for index in range(count) if is_held_out(index)} or {count - 1}
+            self._train = set(range(count)) - self._held_out or {0}
+            self._targets, self._outputs = self._dense()
+
+    def __call__(self, plans: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
+        """One error for each plan (site name -> heads to keep)."""
+        wanted = [tuple(tuple(plan[site.name]) for site in self.passes.sites) for plan in plans]
+        with in_eval_mode(self.passes.model), torch.no_grad():
+            self._known |= {keep: self._error(keep) for keep in sorted(set(wanted) - set(self._known))}
+        return [self._known[keep] for keep in wanted]
+
+    def _dense(self) -> tuple[list[list[Target]], dict[int, tuple[Tensor, bool]]]:
+        """[sites][batches] of targets, and the output for each held-out batch."""
+        walks = [self.passes.walk(index) for index in range(len(self.passes.batches))]
+        targets = [[self.passes.target(site, walk) for walk in walks] for site in self.passes.sites]
+        return targets, {index: readout(walks[index].end()) for index in sorted(self._held_out)}
+
+    def _error(self, keep: tuple[Heads, ...]) -> float:
+        shared = next((at for at, (heads, _) in enumerate(self._path) if heads != keep[at]), len(self._path))
+        # The stand at a site depends on the heads of those before it alone.
+        stand = self._path[shared][1] if shared < len(self._path) else self._stand(None, {}, {}, 0)
+        del self._path[shared:]
+        sites = self.passes.sites
+        for at in range(shared, len(sites)):
+            self._path.append((keep[at], stand))
+            kept = {site.name: heads for site, heads in zip(sites, keep[: at + 1])}
+            solved = {**stand.solved, sites[at].name: self._solved(sites[at], kept, stand)}
+            if at + 1 < len(sites):
+                stand = self._stand(stand, kept, solved, at + 1)
+        return self._distance(stand, kept, solved)
+
+    def _stand(self, before: Stand | None, kept: Mapping[str, Heads], solved: dict[str, Weights], at: int) -> Stand:
+        site, passes = self.passes.sites[at], self.passes
+        count = len(passes.batches)
+        walks = [walk.copy() for walk in before.walks] if before else [passes.walk(index) for index in range(count)]
+        weight, _ = passes.dense[site.name]
+        train, held_out = (NormalEquations.empty(weight.shape[1], weight.shape[0]) for _ in range(2))
+        for index, walk in enumerate(walks):
+            with passes.pruned(kept, solved, None):
+                inputs, stream = walk.to(site, passes.streams.get(site.name))
+            valid = passes.valid(site, index, inputs)
+            missing = self._targets[at][index].missing(stream)[valid]
+            for equations, chosen in ((train, self._train), (held_out, self._held_out)):
+                if index in chosen:
+                    equations.add(inputs[valid], missing, sample_weights(valid))
+        return Stand(walks, train, held_out, solved)
+
+    def _solved(self, site: AttentionSite, kept: Mapping[str, Heads], stand: Stand) -> Weights:
+        old, columns = self.passes.dense[site.name], site.columns(kept[site.name])
+        if all(len(heads) == self._whole(name) for name, heads in kept.items()):
+            return old  # nothing has gone so far
+        weight = old[0][:, columns.to(old[0].device)]
+        train, held_out = (equations.about(columns, weight) for equations in (stand.train, stand.held_out))
+        return resolve(site, kept[site.name], old, train, held_out, self.solver, join=False)[1]
+
+    def _whole(self, name: str) -> int:
+        return next(site.head_map.query_heads for site in self.passes.sites if site.name == name)
+
+    def _distance(self, stand: Stand, kept: Mapping[str, Heads], solved: dict[str, Weights]) -> float:
+        last = self.passes.sites[-1].name
+        total, samples = 0.0, 0
+        for index, (dense, is_logits) in self._outputs.items():
+            with self.passes.pruned(kept, solved, None):
+                found, _ = readout(stand.walks[index].copy().end())
+            rows = distances(dense, found, is_logits, self.passes.masks(last, self.passes.batches[index]))
+            total, samples = total + float(rows.double().sum()), samples + len(rows)
+        return total / samples
+
+
+def readout(output: Any) -> tuple[Tensor, bool]:
+    """The tensor by which outputs are compared, fp32, and whether it holds logits."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits.float(), True
+    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1]
+    if not found:
+        raise InvalidInput(f"the forward pass gives no tensor to compare models by, but {type(output).__name__}.")
+    return found[0].float(), False
+
+
+def distances(dense: Tensor, found: Tensor, is_logits: bool, mask: Tensor | None) -> Tensor:
+    """[samples]: of each sample's output [.., features], the mean over its tokens that count."""
+    if is_logits:
+        errors = F.kl_div(found.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none").sum(dim=-1)
+    else:
+        errors = (found - dense).square().sum(dim=-1) / dense.square().sum(dim=-1).mean().clamp(min=torch.finfo(dense.dtype).tiny)
+    if errors.dim() == 1:
+        return errors
+    fits = mask is not None and mask.shape == errors.shape
+    counted = valid_tokens(found, mask).to(errors) if fits else torch.ones_like(errors)
+    return (errors * counted).flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp(min=1)

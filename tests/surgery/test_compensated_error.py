@@ -1,0 +1,97 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import bert, llama, tokens
+
+from headprune.errors import InvalidInput
+from headprune.models import attention_sites, gated
+from headprune.planning import Budget, plan
+from headprune.scoring import score
+from headprune.surgery import compensate
+from headprune.surgery.compensate import resolve_outputs
+from headprune.surgery.compensated_error import CompensatedError
+from headprune.surgery.search_plan import first_batches, search_plan
+
+
+def batches_for(count: int) -> list[dict]:
+    lengths = torch.tensor([16, 9, 12, 16, 7, 16])
+    mask = (torch.arange(16) < lengths[:, None]).long()
+    return [{"input_ids": tokens(6, 16, seed), "attention_mask": mask} for seed in range(count)]
+
+
+def plan_of(model, *keep: list[int]) -> dict[str, list[int]]:
+    return {site.name: heads for site, heads in zip(attention_sites(model), keep)}
+
+
+def output_of(model, batch) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(**batch)
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+def error_by_hand(model, plan, batches) -> float:
+    """By compensating a copy and running it with the other heads off, on the held-out batch alone."""
+    pruned, held_out = copy.deepcopy(model), batches[4]
+    resolve_outputs(pruned, attention_sites(pruned), plan, batches)
+    with gated(pruned, plan):
+        found = output_of(pruned, held_out)
+    dense, mask = output_of(model, held_out), held_out["attention_mask"]
+    if hasattr(model, "lm_head"):
+        errors = F.kl_div(found.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    else:
+        errors = (found - dense).square().sum(-1) / dense.square().sum(-1).mean()
+    return float(((errors * mask).sum(1) / mask.sum(1)).mean())
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_the_error_is_that_of_the_model_compensated_for_real(make, monkeypatch):
+    monkeypatch.setattr(compensate, "resolve", partial(compensate.resolve, join=False))
+    model, batches = make(), batches_for(5)
+    before = copy.deepcopy(model.state_dict())
+    heads = attention_sites(model)[0].head_map.query_heads
+    plans = [
+        plan_of(model, [0, 1], [2, 3]),
+        plan_of(model, [0, 1], list(range(heads))),  # shares its first layer with the one before
+        plan_of(model, list(range(heads)), [0, 3]),
+        plan_of(model, [1, 2], [0]),
+    ]
+    error = CompensatedError(model, attention_sites(model), batches)
+    found = error(plans)
+    assert found == pytest.approx([error_by_hand(model, plan, batches) for plan in plans], rel=1e-3)
+    assert error(plans[::-1]) == found[::-1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_dense_model_has_no_error():
+    model = bert()
+    error = CompensatedError(model, attention_sites(model), batches_for(2))
+    assert error([plan_of(model, [0, 1, 2, 3], [0, 1, 2, 3])])[0] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_a_searched_plan_is_no_worse_than_the_one_by_scores_alone(make):
+    model, batches = make(), batches_for(5)
+    before = copy.deepcopy(model.state_dict())
+    scores, budget = score(model, criterion="magnitude_l2"), Budget(heads=0.5)
+    found = search_plan(model, scores, budget, batches, trials=6)
+    error = CompensatedError(model, attention_sites(model), batches)
+    searched, alone = error([found.plan, plan(scores, budget)])
+    assert searched == pytest.approx(found.best.error, rel=1e-4)
+    assert alone == pytest.approx(found.trials[0].error, rel=1e-4)
+    assert searched <= alone
+    assert 1 < len(found.trials) <= 6
+    assert found.plan.removed_heads == found.plan.total_heads // 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(InvalidInput, match="calibration set is empty"):
+        search_plan(model, scores, budget, [])
+
+
+def test_a_search_reads_no_more_batches_than_its_tokens_ask_for():
+    batches = batches_for(5)  # 96 tokens each
+    assert first_batches(batches, 100) == batches[:2]
+    assert first_batches(batches, 1) == batches[:2]
+    assert first_batches(batches, None) == batches
+    assert first_batches(iter(batches[:1]), 1) == batches[:1]
