@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from headprune.errors import InvalidInput
 from headprune.evaluation import Evaluation, evaluate
+from headprune.evaluation.latency import measure_latency
 from headprune.evaluation.tasks import Task
 from headprune.files import read_json, write_json
 from headprune.planning import Budget, PruningPlan, plan
@@ -23,12 +24,13 @@ from headprune.surgery import prune
 @dataclass(frozen=True)
 class Point:
     """One budget: heads kept at each site, and what the pruned model then is. pareto: no other point is better in both the headline
-    metric and the parameters."""
+    metric and the parameters. latency_share: median latency over the dense model's, both timed in turn; None in older files."""
 
     budget: dict[str, float]
     kept: dict[str, int]
     evaluation: Evaluation
     pareto: bool = False
+    latency_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Sweep:
 
     def __rich__(self) -> Table:
         table = Table(title=f"{self.task}, heads by {self.criterion} (* on the Pareto front)", title_justify="left")
-        for column in ("budget", self.headline, "of dense", "parameters", "latency p50, ms", "heads kept by layer"):
+        for column in ("budget", self.headline, "of dense", "parameters", "latency p50, ms", "of dense", "heads kept by layer"):
             table.add_column(column, overflow="fold")
         dense = self.points[0].evaluation.quality[self.headline]
         for point in self.points:
@@ -65,7 +67,8 @@ class Sweep:
             ratio = found.quality[self.headline] / dense if dense else float("nan")
             table.add_row(
                 f"{budget}{' *' if point.pareto else ''}", f"{found.quality[self.headline]:.4f}", f"{ratio:.3f}",
-                f"{found.parameters:,}", f"{found.latency_p50_ms:.1f}", " ".join(map(str, point.kept.values())),
+                f"{found.parameters:,}", f"{found.latency_p50_ms:.1f}",
+                "" if point.latency_share is None else f"{point.latency_share:.3f}", " ".join(map(str, point.kept.values())),
             )  # fmt: skip
         return table
 
@@ -89,11 +92,16 @@ def sweep(
     if not budgets:
         raise InvalidInput("a sweep needs at least one budget, for example Budget(heads=0.5).")
     plans = [plan(scores, budget, **options) for budget in budgets]
-    points = [Point({budgets[0].quantity: 0.0}, heads_of(plans[0], dense=True), evaluate(model, task, repeats=repeats))]
+    dense = evaluate(model, task, repeats=repeats)
+    points = [Point({budgets[0].quantity: 0.0}, heads_of(plans[0], dense=True), dense, latency_share=1.0)]
     for done, chosen in enumerate(plans, 1):
         pruned = copy.deepcopy(model)
         prune(pruned, chosen, task.calibration if compensate else None, forward=task.forward)
-        points.append(Point(chosen.budget.to_json(), heads_of(chosen), evaluate(pruned, task, repeats=repeats)))
+        found = evaluate(pruned, task, repeats=repeats)
+        # In turn, as the machine may not be what it was when the dense model was timed.
+        timed = measure_latency({"dense": model, "pruned": pruned}, task.latency_inputs(), repeats)
+        share = timed["pruned"].p50_ms / timed["dense"].p50_ms
+        points.append(Point(chosen.budget.to_json(), heads_of(chosen), found, latency_share=share))
         if progress:
             progress(done, len(plans))
     return Sweep(task.name, task.headline, task.higher_is_better, scores.criterion, with_pareto(points, task))
@@ -107,4 +115,4 @@ def with_pareto(points: Sequence[Point], task: Task) -> tuple[Point, ...]:
     sign = 1 if task.higher_is_better else -1
     values = [(sign * point.evaluation.quality[task.headline], -point.evaluation.parameters) for point in points]
     dominated = [any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in values) for a in values]
-    return tuple(Point(one.budget, one.kept, one.evaluation, not beaten) for one, beaten in zip(points, dominated))
+    return tuple(replace(one, pareto=not beaten) for one, beaten in zip(points, dominated))

@@ -45,6 +45,8 @@ def test_a_sweep_leaves_the_model_dense_and_marks_the_pareto_front(tmp_path):
     sizes = [point.evaluation.parameters for point in found.points]
     assert sizes == sorted(sizes, reverse=True)
     assert found.points[-1].pareto  # nothing is smaller
+    assert found.points[0].latency_share == 1.0
+    assert all(point.latency_share > 0 for point in found.points)
     found.save(tmp_path / "sweep.json")
     assert Sweep.load(tmp_path / "sweep.json") == found
     assert found.__rich__().row_count == 3

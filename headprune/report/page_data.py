@@ -120,6 +120,8 @@ def measured(run: RunFolder) -> list[Json]:
     for one in (run.sweep or {}).get("points", ()):
         label = ", ".join(f"{name} {share:.0%} away" for name, share in list(one["budget"].items())[:1])
         found = point(label, "sweep", one["evaluation"], run.sweep["points"][0]["evaluation"])
+        if one.get("latency_share") is not None:  # timed in turn with the dense model, unlike the milliseconds of two points
+            found["latency_share"] = one["latency_share"]
         points.append(found | {"counts": [one["kept"].get(name) for name in run.shapes], "chosen": False})
     return points
 
