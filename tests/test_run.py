@@ -167,6 +167,14 @@ def test_a_model_that_fails_its_checks_is_not_passed_on(recipe, monkeypatch):
     assert not (run_module.Path(recipe.output) / "checks.json").exists()
 
 
+def test_a_run_that_resolves_feed_forwards_too_passes_its_checks(recipe):
+    result = carried_out(recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"feed_forward": True})}))
+    assert result.checks["cut_equals_gated"] < 1e-5
+    dense, pruned = bert(), load(result.folder / "model")
+    ends = zip(pruned.encoder.layer, dense.encoder.layer)
+    assert not all(torch.equal(one.output.dense.weight, other.output.dense.weight) for one, other in ends)
+
+
 def test_a_run_may_score_on_its_first_batches_alone(recipe, monkeypatch):
     seen = []
 

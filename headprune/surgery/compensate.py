@@ -37,7 +37,8 @@ HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re
 
 @dataclass(frozen=True)
 class Resolved:
-    """What became of one site: relative squared error of the stream behind it on held-out batches, before and after."""
+    """What became of one site, or of the end of a feed-forward (by its own name): relative squared error of the stream behind it on
+    held-out batches, before and after."""
 
     site: str
     error_before: float
