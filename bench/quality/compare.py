@@ -16,7 +16,6 @@ import datetime
 import gc
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from machine import machine
-from memory import Peak, peak_resident
 from quality import published, torch_pruning_heads  # noqa: F401 (they register their methods)
 from quality.methods import Method, Planned, Refused, Setting, methods
 from quality.rows import Rows
 from quality.summary import write_summary
+from spent import Spent, spending
 
 from headprune.evaluation.tasks import build_task
 from headprune.models import attention_sites
@@ -42,40 +41,38 @@ RESULTS = Path(__file__).parents[1] / "results"
 def measure(method: Method, setting: Setting, fractions: list[float], dense: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row for each fraction: quality, seconds and peak memory of each step, or why there is none."""
     try:
-        observed = setting.observe(method.needs(setting.name))
-        started = time.perf_counter()
-        with peak_resident() as memory:
-            scored = method.score(setting, observed.observed)
+        seen = setting.observe(method.needs(setting.name))
+        with spending() as spent:
+            scored = method.score(setting, seen.observed)
     except Refused as reason:
         for fraction in fractions:
             yield identity(method, setting, fraction) | {"refused": str(reason)}
         return
-    seconds = observed.seconds + time.perf_counter() - started
-    memory = max(memory, observed.memory, key=lambda peak: peak.above)
     for fraction in fractions:
         row = identity(method, setting, fraction)
         try:
-            yield row | one_cut(method, setting, scored, fraction, dense, seconds, memory)
+            yield row | one_cut(method, setting, scored, fraction, dense, seen.spent + spent)
         except Refused as reason:
             yield row | {"refused": str(reason)}
 
 
-def one_cut(method: Method, setting: Setting, scored: Any, fraction: float, dense: dict, seconds: float, memory: Peak) -> dict:
+def one_cut(
+    method: Method, setting: Setting, scored: Any, fraction: float, dense: dict[str, Any], scoring: Spent
+) -> dict[str, Any]:
     task, model = setting.task, copy.deepcopy(setting.model)
-    with peak_resident() as own:
-        started = time.perf_counter()
+    with spending() as planning:
         planned = method.plan(setting, scored, fraction)
-        planning = time.perf_counter() - started
+    with spending() as cutting:
         model = method.cut(setting, scored, planned, model)
-        cutting = time.perf_counter() - started - planning
     quality = task.evaluate(model)
+    steps, whole = {"scoring": scoring, "planning": planning, "cut and compensation": cutting}, scoring + planning + cutting
     return {
         "kept": kept_heads(setting, planned),
         "quality": quality,
         "of_dense": quality[task.headline] / dense["quality"][task.headline],
-        "seconds": {"scoring": seconds, "planning": planning, "cut and compensation": cutting},
-        "peak_mb": max(memory.megabytes, own.megabytes),
-        "above_mb": max(memory.above, own.above),
+        "seconds": {name: spent.seconds for name, spent in steps.items()},
+        "cpu_seconds": {name: spent.cpu_seconds for name, spent in steps.items()},
+        "peak_mb": whole.megabytes,
         "note": planned.note,
     }
 

@@ -7,14 +7,13 @@ others. A method that cannot do what is asked raises `Refused` with its reason, 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory import Peak, peak_resident
+from spent import Spent, spending
 from torch import nn
 
 import headprune as hp
@@ -36,8 +35,7 @@ class Pass:
     """One pass over the calibration data, and what it took."""
 
     observed: hp.Observations
-    seconds: float
-    memory: Peak
+    spent: Spent
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,10 @@ class Setting:
     def observe(self, needs: frozenset[Need]) -> Pass:
         """Each set of needs once."""
         if needs not in self.passes:
-            started = time.perf_counter()
-            with peak_resident() as memory:
+            with spending() as spent:
                 batches = self.task.calibration if needs - {Need.WEIGHTS} else ()
                 observed = hp.observe(self.model, batches, needs, loss_fn=self.task.loss)
-            self.passes[needs] = Pass(observed, time.perf_counter() - started, memory)
+            self.passes[needs] = Pass(observed, spent)
         return self.passes[needs]
 
 

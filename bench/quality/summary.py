@@ -12,7 +12,7 @@ from quality.methods import methods
 
 
 def cells_of(rows: Iterable[dict[str, Any]]) -> dict[str, dict[float, dict[str, dict[str, Any]]]]:
-    """model -> fraction -> method -> {mean, spread (standard deviation over seeds), seeds, kept, seconds, peak_mb} or {refused}."""
+    """model -> fraction -> method -> {mean, spread (standard deviation over seeds), seeds, heads_kept, ...} or {refused}."""
     gathered: dict[str, dict[float, dict[str, list]]] = {}
     for row in rows:
         if row["method"] != "dense":
@@ -28,12 +28,13 @@ def cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if not measured:
         return {"refused": rows[0]["refused"]}
     values = [row["of_dense"] for row in measured]
+    timed = [sum(row["cpu_seconds"].values()) for row in measured if "cpu_seconds" in row]
     return {
         "mean": statistics.fmean(values),
         "spread": statistics.stdev(values) if len(values) > 1 else None,
         "seeds": len(values),
         "heads_kept": sum(measured[0]["kept"]),
-        "seconds": statistics.fmean([sum(row["seconds"].values()) for row in measured]),
+        "cpu_seconds": statistics.fmean(timed) if timed else None,
         "peak_mb": max(row["peak_mb"] for row in measured),
     }
 
@@ -69,7 +70,7 @@ def table(model: str, dense: dict[str, Any], by_fraction: dict[float, dict[str, 
         f"**{model}**, {dense['task']}: {metric} over that of the dense model ({value:.4f}), {direction} is better; mean ± "
         f"standard deviation over calibration draws (their number where it is not 3); {heads} heads. Bold: first.",
         "",
-        f"| method | {' | '.join(f'{fraction:.0%} removed' for fraction in by_fraction)} | seconds | peak MB |",
+        f"| method | {' | '.join(f'{fraction:.0%} removed' for fraction in by_fraction)} | processor s | peak MB |",
         f"| --- |{' ---: |' * (len(by_fraction) + 2)}",
     ]
     reasons = []
@@ -79,7 +80,8 @@ def table(model: str, dense: dict[str, Any], by_fraction: dict[float, dict[str, 
             continue
         shown = [shown_cell(row.get(one), one, heads, firsts[one] == name, method.seeded) for one in by_fraction]
         measured = [one for one in row.values() if "mean" in one]
-        seconds = f"{max(one['seconds'] for one in measured):.0f}" if measured else ""
+        seconds = max((one["cpu_seconds"] for one in measured if one["cpu_seconds"] is not None), default=None)
+        seconds = "" if seconds is None else f"{seconds:.0f}"
         peak = f"{max(one['peak_mb'] for one in measured):.0f}" if measured else ""
         lines.append(f"| {method.label} | {' | '.join(shown)} | {seconds} | {peak} |")
         reasons += sorted({f"{method.label}: {one['refused']}" for one in row.values() if "refused" in one})

@@ -6,12 +6,15 @@ import os
 import sys
 
 import typer
+from huggingface_hub import constants
 from rich.markup import escape
 
 from headprune.cli import terminal
 from headprune.errors import HeadpruneError
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders here; nothing is ever fetched
+# Models are folders here; nothing is ever fetched. Said twice: huggingface_hub has read the variable already, later processes will.
+if os.environ.setdefault("HF_HUB_OFFLINE", "1") == "1":
+    constants.HF_HUB_OFFLINE = True
 app = typer.Typer(
     name="headprune",
     help="Score, choose, cut and recover attention heads: smaller dense transformers that run faster.",

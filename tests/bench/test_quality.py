@@ -10,6 +10,7 @@ from quality.compare import measure
 from quality.methods import WEIGHTS, Refused, Setting, even_plan, methods
 from quality.rows import Rows
 from quality.summary import write_summary
+from spent import Spent
 from tiny_models import llama, tokens
 
 import headprune as hp
@@ -31,7 +32,7 @@ def setting():
 def row(method, heads, seed, of_dense, **more):
     return {
         "model": "minilm", "method": method, "heads": heads, "seed": seed, "settings": {}, "of_dense": of_dense, "kept": [3, 3],
-        "seconds": {"scoring": 1.0}, "peak_mb": 10.0, **more,
+        "cpu_seconds": {"scoring": 1.0}, "peak_mb": 10.0, **more,
     }  # fmt: skip
 
 
@@ -130,10 +131,11 @@ def test_methods_with_the_same_needs_share_a_pass_and_each_counts_it(setting):
     assert first is again
     assert setting.observe(methods()["flap"].needs("stdlib-lm")) is not first
     fast = replace(methods()["fisher"], cut=lambda setting, scored, planned, model: model)
-    setting.passes[frozenset({hp.Need.GATE_GRADIENT})] = replace(first, seconds=1000.0)
+    setting.passes[frozenset({hp.Need.GATE_GRADIENT})] = replace(first, spent=Spent(seconds=1000.0, cpu_seconds=2000.0))
     task = SimpleNamespace(**vars(setting.task), headline="loss", evaluate=lambda model: {"loss": 2.0})
     (row,) = measure(fast, replace(setting, task=task), [0.5], {"quality": {"loss": 4.0}})
     assert 1000 < row["seconds"]["scoring"] < 1100
+    assert 2000 < row["cpu_seconds"]["scoring"] < 2100
     assert row["of_dense"] == 0.5
 
 

@@ -1,6 +1,9 @@
 """Bad input from outside: exit codes, one-line errors, and that nothing is written."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from command_line import only_error
@@ -53,3 +56,12 @@ def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(call, tmp_path, ar
     assert names in only_error(err)
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_nothing_is_fetched_unless_it_is_asked_for():
+    for given, expected in ((None, "True"), ("0", "False")):
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {} if given is None else {"HF_HUB_OFFLINE": given}
+        code = "import headprune.cli, huggingface_hub; print(huggingface_hub.is_offline_mode())"
+        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == expected

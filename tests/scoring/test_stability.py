@@ -8,8 +8,8 @@ from tiny_models import llama, tokens
 from headprune import scoring
 from headprune.errors import InvalidInput
 from headprune.planning import Budget, plan
-from headprune.scoring import HeadScores, Need, Observations, ranking_stability, unsettled_heads
-from headprune.scoring.stability import spread_of
+from headprune.scoring import HeadScores, Need, Observations, ranking_stability, stability, unsettled_heads
+from headprune.scoring.stability import bootstrap, spread_of
 
 
 def observed(samples: int, seed: int = 0, noise: float = 1.0) -> Observations:
@@ -30,6 +30,28 @@ def test_the_spread_of_a_mean_is_its_standard_error():
         expected = site.gate_gradient.abs().std(dim=0) / 20
         assert torch.allclose(spread[name], expected, rtol=0.5)
         assert (spread[name] / expected).mean() == pytest.approx(1.0, abs=0.15)
+
+
+def test_criteria_that_look_at_values_are_drawn_one_after_another_to_the_same_scores():
+    fisher = scoring.get_criterion("fisher")
+
+    def looking(site):
+        rows = site.gate_gradient
+        return rows.square().mean(dim=0) if float(rows.abs().max()) > 0 else torch.zeros(8)
+
+    found = observed(20)
+    together, in_turn = (bootstrap(found, chosen, 5) for chosen in (fisher, replace(fisher, function=looking)))
+    assert len(together) == len(in_turn) == 5
+    for one, other in zip(together, in_turn):
+        assert all(torch.allclose(one[name], other[name]) for name in found)
+    assert not torch.allclose(together[0]["model.layers.0.self_attn"], together[1]["model.layers.0.self_attn"])
+
+
+def test_drawing_in_small_parts_changes_nothing(monkeypatch):
+    found, fisher = observed(20), scoring.get_criterion("fisher")
+    whole = bootstrap(found, fisher, 5)
+    monkeypatch.setattr(stability, "MOST_AT_ONCE", 1)
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(whole, bootstrap(found, fisher, 5)) for name in found)
 
 
 def test_scores_of_samples_carry_their_spread_to_the_disk_and_others_have_none(tmp_path):
