@@ -33,7 +33,7 @@ def stdlib_lm_opening() -> str:
     return "load stdlib-lm" if folder.exists() else f"train stdlib-lm, once, for a few minutes (kept in {folder.parent})"
 
 
-TRIALS = 14  # plans that a demo tries
+TRIALS = 10  # plans that a demo tries
 
 EMBEDDED = {
     "minilm": Embedded(
