@@ -13,7 +13,7 @@ Importing headprune also registers attn_implementation="headprune" with transfor
 
 from headprune import compat, nn, ops, recovery, schedules
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InfeasibleBudget, InvalidInput, InvalidPlan, UnsupportedModel
-from headprune.evaluation import Evaluation, evaluate
+from headprune.evaluation import Estimate, Evaluation, estimate, evaluate
 from headprune.head_map import HeadMap
 from headprune.models import AttentionSite, attention_sites, gated, register_adapter
 from headprune.planning import Budget, PruningPlan, plan
@@ -41,6 +41,7 @@ __all__ = [
     "Budget",
     "CorruptCheckpoint",
     "Distillation",
+    "Estimate",
     "Evaluation",
     "HeadMap",
     "HeadScores",
@@ -64,6 +65,7 @@ __all__ = [
     "criterion",
     "cut",
     "diff",
+    "estimate",
     "evaluate",
     "gated",
     "iterative",

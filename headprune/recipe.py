@@ -16,6 +16,7 @@ from headprune.planning.budget import Budget
 from headprune.planning.engine import get_engine
 from headprune.planning.units import GRANULARITIES
 from headprune.recovery.methods import get_method
+from headprune.schedules import recipe_options
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.score import NORMALIZATIONS
 
@@ -112,6 +113,24 @@ class RecoverSection(Section):
         return self
 
 
+class ScheduleSection(BaseModel):
+    """A loop around score -> plan -> cut -> recover in the place of a single pass; every other key is an option of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(description="one_shot, iterative, lottery_ticket or pruning_aware")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def known_options(self) -> ScheduleSection:
+        known = recipe_options(self.name)
+        for option in self.options:
+            one_of(f"option of {self.name}", option, known)
+        return self
+
+
 class EvaluateSection(Section):
     repeats: int = Field(default=30, ge=1, description="timed forward passes of each model")
 
@@ -148,10 +167,19 @@ class Recipe(Section):
     plan: PlanSection = PlanSection()
     prune: PruneSection = PruneSection()
     recover: RecoverSection | None = None
+    schedule: ScheduleSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
     output: str
     seed: int = 0
+
+    @model_validator(mode="after")
+    def one_plan(self) -> Recipe:
+        if self.schedule is not None and self.plan.file:
+            raise InvalidInput(
+                f"schedule {self.schedule.name} makes its own plans, so plan.file={self.plan.file} would not be read."
+            )
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)

@@ -20,6 +20,7 @@ from headprune.recipe import Recipe, load_recipe
 from headprune.report.progress import Stages
 from headprune.report.web_page import report
 from headprune.run_recovery import recovered_model
+from headprune.run_schedule import scheduled_model
 from headprune.run_values import kept, measure_for_report, plan_of, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_model, opening
@@ -42,6 +43,15 @@ class RunResult:
     report: Path
     stages: Stages
 
+    def to_json(self) -> dict[str, Any]:
+        """As result.json, with the folder, the report and the heads that the plan keeps."""
+        places = {
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "keep": {name: list(heads) for name, heads in self.plan.items()},
+        }
+        return {**places, "checks": self.checks, "comparison": self.comparison.to_json(), "stages": self.stages.to_json()}
+
 
 def run(recipe: Recipe, stages: Stages) -> RunResult:
     """Carries `recipe` out in `recipe.output`; what a killed run of the same recipe left there is taken up.
@@ -61,9 +71,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
         task.check_model(dense)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     scores = scored(dense, task, recipe, stages)
-    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(dense, task, scores, recipe, stages))
-    pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
-    pruned = recovered_model(dense, pruned, task, recipe, folder, stages)
+    chosen, pruned, checks = smaller_model(dense, task, scores, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
         comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
     write_json(
@@ -71,6 +79,19 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     )
     measure_for_report(dense, task, scores, recipe, stages)
     return RunResult(folder, chosen, comparison, checks, report(folder), stages)
+
+
+def smaller_model(
+    dense: PreTrainedModel, task: Task, scores: HeadScores, recipe: Recipe, folder: Path, stages: Stages
+) -> tuple[PruningPlan, PreTrainedModel, dict[str, Any]]:
+    """The plan, the model that it leads to (by a schedule, or cut once and recovered where that is asked for), what was checked."""
+    if recipe.schedule:
+        chosen, pruned, checks = scheduled_model(dense, task, recipe, folder, stages)
+        refuse_failed(checks)
+        return chosen, pruned, checks
+    chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(dense, task, scores, recipe, stages))
+    pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
+    return chosen, recovered_model(dense, pruned, task, recipe, folder, stages), checks
 
 
 def refuse_foreign(folder: Path, recipe: Recipe) -> None:

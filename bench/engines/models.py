@@ -49,13 +49,21 @@ def seeded(family: str, config) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Case:
-    """build gives (dense, pruned) or (dense, pruned, tokenizer); architecture: what the engine must take the export for."""
+    """build gives (dense, pruned) or (dense, pruned, tokenizer); architecture: what the engine must take the export for.
+
+    usual: in the engine's usual precision of cache and attention in place of fp32.
+    """
 
     name: str
     build: Callable[[], tuple]
     architecture: str
     target: str = "gguf"
     options: Mapping[str, str] = field(default_factory=lambda: {"dtype": "f32"})
+    usual: bool = False
+
+    @property
+    def precision(self) -> str:
+        return f"{self.options.get('dtype', 'f32')}{', usual' if self.usual else ''}"
 
 
 LLAMA_CPP = [
@@ -78,6 +86,8 @@ LLAMA_CPP = [
         Case("llama, trained, ragged, with tokenizer", trained, "deci", options={"dtype": dtype})
         for dtype in ("f32", "f16", "bf16", "q8_0")
     ),
+    Case("llama, trained, ragged, with tokenizer", trained, "deci", usual=True),
+    Case("llama, ragged, a layer without heads", lambda: pruned("Llama", RAGGED), "deci", usual=True),
 ]
 
 

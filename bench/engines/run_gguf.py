@@ -1,6 +1,8 @@
 """Runs gguf files in llama.cpp, in the engine's own Python: numpy and llama_cpp, nothing of headprune.
 
-    python run_gguf.py requests.json      # a list of {"model", "tokens", "new_tokens", "text", "output"}
+    python run_gguf.py requests.json      # a list of {"model", "tokens", "new_tokens", "text", "usual", "output"}
+
+usual: with flash attention and an f16 cache, as llama.cpp's own programs run by default; else both in fp32.
 
 For each request it writes output.npz: logits [tokens, vocabulary] of one pass over `tokens`; `greedy`, the tokens that follow them,
 each from a pass of one token on the cache; `architecture`, as it took it; `text_tokens`, what the file's tokenizer makes of `text`.
@@ -24,9 +26,10 @@ def main(path: str) -> None:
 
 def answer(request: dict) -> dict[str, np.ndarray]:
     tokens, wanted = request["tokens"], request["new_tokens"]
+    cache = llama_cpp.GGML_TYPE_F16 if request["usual"] else llama_cpp.GGML_TYPE_F32
     model = llama_cpp.Llama(
-        request["model"], n_ctx=len(tokens) + wanted, n_threads=2, logits_all=True, verbose=False, flash_attn=False,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+        request["model"], n_ctx=len(tokens) + wanted, n_threads=2, logits_all=True, verbose=False, flash_attn=request["usual"],
+        type_k=cache, type_v=cache,
     )  # fmt: skip
     model.eval(tokens)
     logits = model.scores[: len(tokens)].copy()

@@ -4,6 +4,7 @@ from headprune.evaluation.bootstrap import Interval, paired_bootstrap
 from headprune.evaluation.callable_metric import CallableMetric
 from headprune.evaluation.classification import Classification, ImageClassification, Regression
 from headprune.evaluation.data import EvaluationData
+from headprune.evaluation.estimate import Estimate, estimate
 from headprune.evaluation.evaluate import Comparison, Evaluation, compare, evaluate
 from headprune.evaluation.latency_table import machines_here, measure_latency_table
 from headprune.evaluation.lm_harness import LanguageModelHarness
@@ -16,6 +17,7 @@ __all__ = [
     "CallableMetric",
     "Classification",
     "Comparison",
+    "Estimate",
     "Evaluation",
     "EvaluationData",
     "ImageClassification",
@@ -26,6 +28,7 @@ __all__ = [
     "Regression",
     "Retrieval",
     "compare",
+    "estimate",
     "evaluate",
     "machines_here",
     "measure_latency_table",

@@ -58,14 +58,22 @@ class Shards(Mapping[str, Stored]):
     def files(self) -> list[str]:
         return list(self.metadata)
 
+    def sizes(self) -> dict[str, list[int]]:
+        """File name -> its size and when it was last written (nanoseconds): what tells one set of files from another."""
+        found = {file: (self.folder / file).stat() for file in self.files}
+        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}
+
     def read(self, name: str, pinned: bool = False) -> Tensor:
-        """The tensor, on the CPU, in memory of its own; pinned: memory that a GPU copies from by itself."""
-        stored = self.tensors[name]
-        raw = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
-        with stored.path.open("rb", buffering=0) as file:
-            file.seek(stored.start)
-            fill(file, memoryview(raw.numpy()), stored.path)
-        return raw.view(DTYPES[stored.dtype]).view(stored.shape)
+        return read_stored(self.tensors[name], pinned)
+
+
+def read_stored(stored: Stored, pinned: bool = False) -> Tensor:
+    """The tensor, on the CPU, in memory of its own; pinned: memory that a GPU copies from by itself."""
+    raw = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        fill(file, memoryview(raw.numpy()), stored.path)
+    return raw.view(DTYPES[stored.dtype]).view(stored.shape)
 
 
 def fill(file, view: memoryview, path: Path) -> None:

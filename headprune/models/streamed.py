@@ -7,6 +7,7 @@ one further part. `StreamedModel.holding(part)` keeps a part while many batches 
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from headprune.errors import CorruptCheckpoint
-from headprune.models.shards import Shards
+from headprune.models.shards import Shards, Stored, read_stored
 from headprune.models.trunk import Trunk, trunk_of
 
+MMAP_THRESHOLD, LARGE = -3, 1 << 20  # M_MMAP_THRESHOLD of malloc.h
 Part = int | None  # the number of a layer, or None for all that is outside of the stack
 
 
@@ -35,10 +37,12 @@ class StreamedModel:
     """
 
     def __init__(self, model: PreTrainedModel, shards: Shards, device: torch.device | str = "cpu") -> None:
+        give_memory_back()
         self.model, self.shards, self.device = model, shards, torch.device(device)
         self.trunk: Trunk = trunk_of(model)
         self._transforms = get_model_conversion_mapping(model)
         self._stored = stored_by_part(model, self.trunk, shards)
+        self.instead: dict[str, Stored] = {}  # name in memory -> what is read in place of the model's own
         self._held: set[Part] = set()
         self._ahead: dict[Part, Future] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="headprune-reader")
@@ -92,8 +96,10 @@ class StreamedModel:
         missing = next((name for name, tensor in self._parameters(part) if tensor.is_meta), None)
         if missing is not None:
             raise CorruptCheckpoint(f"{self.shards.folder} lacks the weights of {missing}.")
-        for _, parameter in self._parameters(part):
+        for name, parameter in self._parameters(part):
             parameter.requires_grad_(False)
+            if name in self.instead:
+                parameter.data = read_stored(self.instead[name]).to(parameter)
 
     def _drop(self, part: Part) -> None:
         for module in self._modules(part):
@@ -126,6 +132,14 @@ class StreamedModel:
                 return forward(*args, **kwargs)
 
         return run
+
+
+def give_memory_back() -> None:
+    """From now on this process hands large freed blocks back to the system. glibc would raise the size from which it does so with
+    every block that is freed, up to 32 MiB, keep the pieces, and grow layer after layer. Other C libraries are left alone."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(MMAP_THRESHOLD, LARGE)
 
 
 def stored_by_part(model: PreTrainedModel, trunk: Trunk, shards: Shards) -> dict[Part, list[str]]:

@@ -32,7 +32,8 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
         inputs["decoder_input_ids"] = tokens(vocabulary)["input_ids"][: rows_of(inputs)]
     place = next(model.parameters())
-    return {name: value.to(place.device, place.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+    device = "cpu" if place.is_meta else place.device
+    return {name: value.to(device, place.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
 
 
 def picture_for_patches(model: nn.Module) -> dict[str, Tensor] | None:

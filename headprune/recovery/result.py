@@ -21,6 +21,8 @@ from headprune.files import read_json, whole_file, write_json
 log = logging.getLogger("headprune")
 SETTINGS, RESULT, WEIGHTS, BEST = "settings.json", "recovery.json", "recovered.safetensors", "best.safetensors"
 
+WENT_BACK = "the weights are those of step"  # behind what was not finite
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -38,6 +40,11 @@ class Recovery:
     best: float | None
     best_step: int
     stopped_because: str
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended because the loss or the quality was not finite."""
+        return WENT_BACK in self.stopped_because
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -22,7 +22,7 @@ from headprune.recovery.batches import collator_of
 from headprune.recovery.budget import Clock, TrainingBudget
 from headprune.recovery.good_state import GoodState
 from headprune.recovery.objective import Objective
-from headprune.recovery.result import BEST, Recovery
+from headprune.recovery.result import BEST, WENT_BACK, Recovery
 
 log = logging.getLogger("headprune")
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
@@ -97,7 +97,7 @@ def trained(model: nn.Module, session: Session) -> Recovery:
     except training.NotFinite as problem:
         if not trainer.state.global_step:
             raise InvalidInput(f"{problem}, before anything was trained; look for empty labels or overflow.") from None
-        broken = f"{problem}; the weights are those of step {good.step}"
+        broken = f"{problem}; {WENT_BACK} {good.step}"
         log.warning("recovery stopped: %s", broken)
     went_back = broken is not None or good.value is not None
     if went_back:

@@ -70,7 +70,8 @@ def stepwise(name: str, setting: Setting, goals: list[float], max_drop: float | 
             break
         clock = Clock(f"step {number} of {len(goals)}", setting.progress)
         with failing(setting, record, name, clock):
-            step = carry_out(setting, model, record.last.keep, number, goals[number - 1], clock, record.folder, len(goals))
+            work = record.recovery_folder(number)
+            step = carry_out(setting, model, record.last.keep, number, goals[number - 1], clock, work, len(goals))
         dense = record.steps[0].quality
         if max_drop is not None and drop(dense, step.quality) > max_drop:
             record.reject(step, f"step {number} lost {drop(dense, step.quality):.1%} of the quality, {max_drop:.1%} allowed")

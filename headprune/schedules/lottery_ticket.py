@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from headprune.schedules.rewound import EarlyWeights, check_rewindable, earlier_
 from headprune.schedules.schedule import failing, finished, measure_dense, schedule
 from headprune.schedules.setting import Setting
 from headprune.schedules.spacing import targets
-from headprune.schedules.step import Clock, described_step, measured, plan_of, planned, pruned, recovered, scored, summary
+from headprune.schedules.step import Clock, described_step, measured, plan_of, planned, pruned, recovered, summary
 
 NAME = "lottery_ticket"
 REWINDS = ("weights", "learning_rate")
@@ -71,13 +72,13 @@ def lottery_ticket(
     for number in range(record.steps[-1].number + 1, len(goals) + 1):
         clock = Clock(f"step {number} of {len(goals)}", setting.progress)
         with failing(setting, record, NAME, clock):
-            chosen = planned(setting, scored(setting, trained, clock), record.last.keep, goals[number - 1])
+            chosen = planned(setting, trained, record.last.keep, goals[number - 1], clock)
             keep = composed(record.last.keep, chosen)
             if rewind == "weights":
                 trained = framed(first(), keep)
             else:
                 pruned(setting, trained, chosen, clock)
-            report = recovered(again, trained, number, len(goals), record.folder, clock)
+            report = recovered(again, trained, number, len(goals), record.recovery_folder(number), clock)
             quality = measured(setting, trained, clock)
         step = described_step(setting, number, goals[number - 1], keep, quality, clock, recovery=summary(report))
         record.accept(step, trained, plan_of(setting, keep))
@@ -116,7 +117,7 @@ def first_weights(setting: Setting, record: Record, rewind_step: int, early: Sou
             model, training = record.restore(), setting
             if rewind_step:
                 training = setting.with_recovery(keeping_step(setting.recover, rewind_step, weights.keep))
-            report = recovered(training, model, 0, 0, record.folder, clock)
+            report = recovered(training, model, 0, 0, record.recovery_folder(0), clock)
             quality = measured(setting, model, clock)
         keep = whole(record.shapes)
         step = described_step(setting, 0, 0.0, keep, quality, clock, recovery=summary(report))
@@ -132,9 +133,11 @@ def controlled(setting: Setting, record: Record, initialise: Initialise | None) 
     clock = Clock("control", setting.progress)
     with failing(setting, record, NAME, clock):
         model = framed(with_fresh_weights(setting.dense, setting.seed + 1, initialise), keep)
-        recovered(setting, model, record.last.number + 1, record.last.number, record.folder, clock)
+        number = record.last.number + 1
+        recovered(setting, model, number, number - 1, record.recovery_folder(number), clock)
         quality = measured(setting, model, clock)
     record.note(control_quality=quality)
     if place is not None:
         stored(model, place)
+        shutil.rmtree(record.recovery_folder(number), ignore_errors=True)
     return {"control": model, "control_quality": quality}

@@ -65,7 +65,7 @@ def pruning_aware(
         train (in options): the training data; default `batches`, which compensation reads. A list of batches, or an iterable
             that can be read again and again.
         recover (in options): training after the cut.
-        The rest is as in `one_shot`; criterion is not read.
+        The rest is as in `one_shot`; criterion and trials are not read.
     """
     setting = Setting.of(model, batches, budget, options)
     training = GateTraining(steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout, setting.seed)
@@ -87,7 +87,7 @@ def pruning_aware(
         model = trainer.model
         fold_gates(model, gates)
         pruned(setting, model, chosen, clock)
-        report = recovered(setting, model, 1, 1, record.folder, clock)
+        report = recovered(setting, model, 1, 1, record.recovery_folder(1), clock)
         quality = measured(setting, model, clock)
     details = {"method": method, "gates": {name: gate.tolist() for name, gate in gates.items()}, **course(trainer)}
     step = described_step(setting, 1, budget.fraction, dict(chosen), quality, clock, recovery=summary(report), **details)

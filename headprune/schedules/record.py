@@ -62,8 +62,10 @@ class Record:
                 plan.save(draft / "plan.json")
         self.steps.append(step)
         self._write()
-        if self.folder is not None and before is not None:
-            shutil.rmtree(self._folder_of(before), ignore_errors=True)
+        if self.folder is not None:
+            shutil.rmtree(self.recovery_folder(step.number), ignore_errors=True)
+            if before is not None:
+                shutil.rmtree(self._folder_of(before), ignore_errors=True)
 
     def reject(self, step: Step, why: str) -> None:
         """Notes a step whose model is not kept, and that the schedule ends with it."""
@@ -91,6 +93,10 @@ class Record:
             model.load_state_dict(state)
             return model
         return loaded(self.dense, step.keep, self._folder_of(step) / WEIGHTS)
+
+    def recovery_folder(self, number: int) -> Path | None:
+        """Where the recovery of a step keeps what it needs to go on."""
+        return None if self.folder is None else self.folder / f"recovery-{number:03d}"
 
     def _folder_of(self, step: Step) -> Path:
         return self.folder / f"step-{step.number:03d}"

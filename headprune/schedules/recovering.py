@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from headprune.recovery import recover
+from headprune.errors import HeadpruneError
+from headprune.recovery import Recovery, recover
 
 Progress = Callable[[int, int], None]
 
@@ -44,8 +45,9 @@ class RecoverySettings:
     teacher: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, model: nn.Module, round: Round) -> Any:
-        return recover(
+    def __call__(self, model: nn.Module, round: Round) -> Recovery:
+        """Raises HeadpruneError where the loss became NaN: a schedule does not go on from there."""
+        found = recover(
             model,
             round.train,
             loss_fn=round.loss_fn,
@@ -59,3 +61,6 @@ class RecoverySettings:
             progress=round.progress,
             **self.options,
         )
+        if found.diverged:
+            raise HeadpruneError(f"{found.stopped_because}. Lower lr{'' if self.lr is None else f' (now {self.lr:g})'}.")
+        return found

@@ -25,6 +25,7 @@ class Schedule(Protocol):
     def __call__(self, model: nn.Module, batches: Any, budget: Budget, **options: Any) -> ScheduleResult: ...
 
 
+NOT_IN_RECIPES = ("folder", "recover", "distil", "initialise")  # a run gives them, or no file can
 _schedules: dict[str, Schedule] = {}
 
 
@@ -53,6 +54,13 @@ def options_of(name: str) -> list[str]:
     """The names that `get_schedule(name)` takes beside model, batches and budget."""
     own = [key for key, found in inspect.signature(get_schedule(name)).parameters.items() if found.kind is found.KEYWORD_ONLY]
     return [*own, *OPTIONS, *PLANNING]
+
+
+def recipe_options(name: str) -> list[str]:
+    """Those of them that belong to the schedule alone and can stand in a file."""
+    parameters = inspect.signature(get_schedule(name)).parameters.items()
+    own = [key for key, found in parameters if found.kind is found.KEYWORD_ONLY]
+    return [key for key in own if key not in NOT_IN_RECIPES]
 
 
 class ScheduleFailed(HeadpruneError):

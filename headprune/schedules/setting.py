@@ -29,7 +29,8 @@ class Setting:
 
     criterion, normalize: as in `hp.score`. loss_fn: `loss_fn(model, batch)`, per-sample losses or their mean; default the
         model's own. forward, token_mask: as in `hp.prune`.
-    compensate: re-solve output projections on the batches at every cut.
+    compensate: re-solve output projections on the batches at every cut; feed_forward: and the ends of the feed-forwards.
+    trials: plans to try at every cut, pruned and compensated (`search_plan`); 0: plan by scores alone.
     recover: RecoverySettings, or `recover(model, round)`, which trains `model` in place; None: no recovery.
     train: the data that recovery trains on; default the calibration batches.
     metric: `metric(model)` gives its quality; default minus the mean loss on the calibration batches, where they have one.
@@ -46,6 +47,8 @@ class Setting:
     forward: Callable[[nn.Module, Any], Any] | None = None
     token_mask: Callable[[Any], Tensor | None] | None = None
     compensate: bool = True
+    feed_forward: bool = False
+    trials: int = 0
     recover: Recover | None = None
     train: Any = None
     metric: Callable[[nn.Module], float] | None = None
@@ -97,7 +100,7 @@ class Setting:
 
     def to_json(self) -> dict[str, Any]:
         """What must be the same for a folder to be taken up; functions count by their names."""
-        plain = ("criterion", "normalize", "compensate", "seed", "planning", "recover")
+        plain = ("criterion", "normalize", "compensate", "feed_forward", "trials", "seed", "planning", "recover")
         content = {name: described(getattr(self, name)) for name in plain}
         shapes = {name: str(shape.head_map) for name, shape in shapes_of(self.dense).items()}
         return {"budget": self.budget.to_json(), "sites": shapes, "batches": len(self.batches), **content}

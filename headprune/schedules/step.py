@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from headprune.schedules.recovering import Round
 from headprune.schedules.result import Step
 from headprune.schedules.setting import Setting
 from headprune.scoring import HeadScores, get_criterion, score
-from headprune.surgery import prune
+from headprune.surgery import prune, search_plan
 
 
 @dataclass
@@ -56,27 +57,33 @@ def scored(setting: Setting, model: nn.Module, clock: Clock) -> HeadScores:
         )
 
 
-def planned(setting: Setting, scores: HeadScores, keep: Keep, target: float) -> PruningPlan:
-    """The plan for the model as it is, whose heads are `keep` of the original's."""
+def planned(setting: Setting, model: nn.Module, keep: Keep, target: float, clock: Clock) -> PruningPlan:
+    """The plan for `model` as it is, whose heads are `keep` of the original's, from its scores."""
+    scores = scored(setting, model, clock)
     original = shapes_of(setting.dense)
     options = dict(setting.planning)
     if "protect" in options:
         options["protect"] = protected_now(options["protect"], keep)
-    return plan(scores, relative_budget(setting.budget, target, original, scores.shapes), **options)
+    budget = relative_budget(setting.budget, target, original, scores.shapes)
+    if not setting.trials:
+        return plan(scores, budget, **options)
+    with clock.timed("try plans") as progress:
+        ways = {"forward": setting.forward, "token_mask": setting.token_mask, "trials": setting.trials, "seed": setting.seed}
+        return search_plan(model, scores, budget, setting.batches, progress=progress, **ways, **options).plan
 
 
 def pruned(setting: Setting, model: nn.Module, chosen: PruningPlan, clock: Clock) -> None:
     with clock.timed("prune") as progress:
         calibration = setting.batches if setting.compensate and setting.batches else None
-        options = {"forward": setting.forward, "token_mask": setting.token_mask}
+        options = {"forward": setting.forward, "token_mask": setting.token_mask, "feed_forward": setting.feed_forward}
         prune(model, chosen, calibration, progress=progress, **options)
 
 
-def recovered(setting: Setting, model: nn.Module, number: int, of: int, folder: Path | None, clock: Clock) -> Any:
+def recovered(setting: Setting, model: nn.Module, number: int, of: int, work: Path | None, clock: Clock) -> Any:
+    """work: the folder of this recovery."""
     if setting.recover is None:
         return None
     with clock.timed("recover") as progress:
-        work = None if folder is None else folder / f"recovery-{number:03d}"
         around = Round(number, of, setting.dense, setting.training_data, setting.loss_fn, setting.seed + number, work, progress)
         return setting.recover(model, around)
 
@@ -100,12 +107,12 @@ def plan_of(setting: Setting, keep: Keep, name: str | None = None) -> PruningPla
 
 
 def carry_out(
-    setting: Setting, model: nn.Module, keep: Keep, number: int, target: float, clock: Clock, folder: Path | None, of: int
+    setting: Setting, model: nn.Module, keep: Keep, number: int, target: float, clock: Clock, work: Path | None, of: int
 ) -> Step:
     """One whole step on `model`, in place; `keep` are the heads of the original that it has."""
-    chosen = planned(setting, scored(setting, model, clock), keep, target)
+    chosen = planned(setting, model, keep, target, clock)
     pruned(setting, model, chosen, clock)
-    report = recovered(setting, model, number, of, folder, clock)
+    report = recovered(setting, model, number, of, work, clock)
     quality = measured(setting, model, clock)
     return described_step(setting, number, target, composed(keep, chosen), quality, clock, recovery=summary(report))
 
@@ -113,4 +120,4 @@ def carry_out(
 def summary(report: Any) -> Any:
     """What a recovery says of itself, as JSON."""
     to_json = getattr(report, "to_json", None)
-    return to_json() if to_json else None
+    return json.loads(json.dumps(to_json())) if to_json else None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headprune.files import whole_file
+from headprune.files import read_json, whole_file, write_json
+
+CLAIM = "run.json"
 
 
 class LayerStates:
@@ -45,3 +48,14 @@ class LayerStates:
 
     def _path(self, kind: str, layer: int, batch: int) -> Path:
         return self.folder / kind / f"{layer:05d}" / f"{batch:06d}.safetensors"
+
+
+def claim(folder: Path, kind: str, content: dict[str, Any]) -> str | None:
+    """Marks `folder` as that of the run that `content` describes (plain JSON values). Where another run of this kind lies there,
+    the first key in which it differs."""
+    path = folder / CLAIM
+    if not path.exists():
+        write_json(path, kind, content)
+        return None
+    document = read_json(path, kind)
+    return next((key for key, value in content.items() if document.get(key) != value), None)

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from headprune.errors import InvalidInput
-from headprune.files import read_json, write_json
 from headprune.models.streamed import StreamedModel, streamed_of
 from headprune.models.trunk import Entry, enter, leaving
-from headprune.scoring.layer_states import LayerStates
+from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import Observer, Setting, observer_of
 from headprune.scoring.passes import checksum, differentiate, in_eval_mode, same_keys, snapshot
@@ -197,14 +196,9 @@ class StreamedPass:
         shards = self.streamed.shards
         now = {
             "needs": [need.value for need in wanted], "batches": list(self.seen), "folder": str(shards.folder.resolve()),
-            "files": {name: (shards.folder / name).stat().st_size for name in shards.files},
+            "files": shards.sizes(),
         }  # fmt: skip
-        path = self.folder / "pass.json"
-        if not path.exists():
-            write_json(path, WORK_KIND, now)
-            return
-        document = read_json(path, WORK_KIND)
-        other = next((key for key, value in now.items() if document.get(key) != value), None)
+        other = claim(self.folder, WORK_KIND, now)
         if other is not None:
             raise InvalidInput(f"{self.folder} holds a pass with other {other}; remove it or give another checkpoint folder.")
 

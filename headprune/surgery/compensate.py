@@ -28,6 +28,7 @@ from headprune.surgery.normal_equations import Layer, NormalEquations, Solver, g
 from headprune.surgery.walk import Keeping, Walk, keeping_for
 
 Part = AttentionSite | FeedForward  # what is re-solved: `output.module` is the linear layer
+Reached = tuple[Tensor, Tensor | None]  # the input of a linear layer, and the stream that its result is added to
 Weights = tuple[Tensor, Tensor | None]  # weight [hidden, features] and bias [hidden] of an output projection
 TYPICAL_LENGTH = 64.0  # tokens; a constant, which only keeps the sums of usual batches near sums over tokens
 FEED_FORWARD_TOKENS = 2  # as many tokens for each input, at least
@@ -99,13 +100,27 @@ def gather(passes: Passes, part: Part, keep, solved, walks) -> tuple[NormalEquat
     for index, (dense_walk, pruned_walk) in enumerate(walks):
         target = passes.target(part, dense_walk)
         with passes.pruned(keep, solved, part):
-            inputs, stream = pruned_walk.to(part, passes.streams.get(part.name))
-        kept_inputs = inputs[..., columns.to(inputs.device)]
-        residual = target.missing(stream) - kept_inputs.float() @ kept_weight.T.float()
-        valid = passes.valid(part, index, inputs)
-        for equations in sums_for(index, len(walks), train, held_out):
-            equations.add(kept_inputs[valid], residual[valid], passes.weights(valid))
+            reached = pruned_walk.to(part, passes.streams.get(part.name))
+        valid = passes.valid(part, index, reached[0])
+        add_tokens(sums_for(index, len(walks), train, held_out), columns, kept_weight, target, reached, valid)
     return train, held_out
+
+
+def add_tokens(
+    sums: Sequence[NormalEquations], columns: Tensor, kept_weight: Tensor, target: Target, reached: Reached, valid: Tensor
+) -> None:
+    """Adds one batch to `sums`: what the kept columns leave of `target`, against their inputs in the pruned model."""
+    inputs, stream = reached
+    kept_inputs = inputs[..., columns.to(inputs.device)]
+    residual = target.missing(stream) - kept_inputs.float() @ kept_weight.T.float()
+    for equations in sums:
+        equations.add(kept_inputs[valid], residual[valid], sample_weights(valid))
+
+
+def sample_weights(valid: Tensor) -> Tensor:
+    """[valid tokens] of valid [batch, tokens]: every sample counts alike, however long it is."""
+    counts = valid.sum(dim=1, keepdim=True).clamp(min=1)
+    return (TYPICAL_LENGTH / counts).expand(valid.shape)[valid]
 
 
 def columns_of(part: Part, keep: Mapping[str, Sequence[int]], weight: Tensor) -> Tensor:
@@ -129,6 +144,11 @@ class Target:
 
     projected: Tensor
     stream: Tensor | None
+
+    @classmethod
+    def of(cls, reached: Reached, weight: Tensor) -> Target:
+        inputs, stream = reached
+        return cls(inputs.float() @ weight.T.float(), None if stream is None else stream.float())
 
     def missing(self, stream: Tensor | None) -> Tensor:
         """What the pruned model's projection is to give where its stream is `stream`."""
@@ -171,8 +191,7 @@ class Passes:
 
     def target(self, part: Part, walk: Walk) -> Target:
         """What the dense model has behind `part`."""
-        inputs, stream = walk.to(part, self.streams.get(part.name))
-        return Target(inputs.float() @ self.dense[part.name][0].T.float(), None if stream is None else stream.float())
+        return Target.of(walk.to(part, self.streams.get(part.name)), self.dense[part.name][0])
 
     @contextmanager
     def pruned(self, keep: Mapping[str, Sequence[int]], solved: Mapping[str, Weights], but: Part | None) -> Iterator[None]:
@@ -186,11 +205,6 @@ class Passes:
     def valid(self, part: Part, index: int, states: Tensor) -> Tensor:
         """bool [batch, tokens]: the tokens of the batch `index` that count."""
         return valid_tokens(states, self.masks(part.name, self.batches[index]))
-
-    def weights(self, valid: Tensor) -> Tensor:
-        """[valid tokens]: every sample counts alike, however long it is."""
-        counts = valid.sum(dim=1, keepdim=True).clamp(min=1)
-        return (TYPICAL_LENGTH / counts).expand(valid.shape)[valid]
 
 
 def resolve(part: Part, keep, old, train, held_out, solver: Solver, join: bool = True) -> tuple[Resolved, Weights]:

@@ -7,12 +7,23 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from headprune.models.shards import open_shards
 from headprune.models.streamed import StreamedModel
 from headprune.surgery.checkpoint import class_of, load_config, pruned_class
 from headprune.surgery.record import SECTION
+
+
+class EmptyOnMeta(TorchFunctionMode):
+    """New weights take no memory from the start; buffers, which are computed, stay real."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def open_streamed(
@@ -31,7 +42,7 @@ def open_streamed(
     shards = open_shards(folder)
     config = load_config(folder)
     built = pruned_class(class_of(config), getattr(config, SECTION, None))
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), EmptyOnMeta():
         model = built._from_config(config, dtype=dtype or config.dtype or torch.float32)
     model.eval().requires_grad_(False)
     model.tie_weights()

@@ -6,39 +6,69 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headprune.errors import InvalidInput, UnsupportedModel
-from headprune.files import clear_disk_errors, read_json, replace_folder, write_json, write_text
-from headprune.models import attention_sites
-from headprune.models.shards import INDEX, SINGLE, Shards, open_shards
-from headprune.models.streamed import memory_names
+from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
+from headprune.files import clear_disk_errors, replace_folder, write_text
+from headprune.models import attention_sites, gated
+from headprune.models.shards import DTYPES, INDEX, SINGLE, Shards, Stored, open_shards, read_stored
+from headprune.models.site import AttentionSite
+from headprune.models.streamed import memory_names, streamed_of
+from headprune.models.tiny_inputs import tiny_inputs
 from headprune.planning.pruning_plan import PruningPlan
+from headprune.scoring.layer_states import CLAIM, claim
+from headprune.scoring.passes import checksum
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.companions import copy_companions
+from headprune.surgery.compensate import Resolved
 from headprune.surgery.cut import cut, cut_site
 from headprune.surgery.manifest import write_manifest
+from headprune.surgery.normal_equations import get_solver
+from headprune.surgery.open_streamed import open_streamed
 from headprune.surgery.prune import PruneReport
+from headprune.surgery.rehearse import TOLERANCE
 from headprune.surgery.remote_code import write_remote_code
 from headprune.surgery.savings import Savings
 from headprune.surgery.shard_writer import Entry, write_shard
+from headprune.surgery.streamed_compensation import resolve_streamed
 
 log = logging.getLogger("headprune")
-DRAFT, DRAFT_KIND = "draft.json", "folder_being_pruned"
+DRAFT_KIND = "folder_being_pruned"
 
 
 def prune_folder(
-    source: str | os.PathLike, plan: PruningPlan, target: str | os.PathLike, *, progress: Callable[[int, int], None] | None = None
+    source: str | os.PathLike,
+    plan: PruningPlan,
+    target: str | os.PathLike,
+    calibration: Iterable[Any] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    token_mask: Callable[[Any], Tensor | None] | None = None,
+    compensation: str = "least_squares",
+    feed_forward: bool = False,
+    verify: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PruneReport:
     """Writes the model of `source` without the heads that `plan` lets go to `target`, a folder as `hp.save` writes it.
 
     Weight files are written one by one; a killed run goes on behind the last whole one. Peak memory: the projections of the
-    attentions of one or two layers. progress: called with (files done, files).
+    attentions of one or two layers. With `calibration` the output projections are re-solved first, layer by layer
+    (`headprune.surgery.streamed_compensation`); that holds two layers, and a killed run goes on behind the last whole layer.
+    Half-done work lies in hidden folders beside `target`.
+
+    Args:
+        device: where the layers run, for compensation and the check.
+        forward, token_mask, compensation, feed_forward: as in `hp.prune`.
+        verify: run a few tokens through the new folder and compare with the old one, the heads gated.
+        progress: called with (layers and files done, layers and files).
 
     Raises InvalidPlan where the plan is for another model, CorruptCheckpoint naming a weight file that is missing or cut short,
     UnsupportedModel where the weights of an attention lie in the files in another form than in memory. `source` is only read,
@@ -47,30 +77,96 @@ def prune_folder(
     source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or target.resolve() == source.resolve()):
         raise InvalidInput(f"{target} is {'the source itself' if target.is_dir() else 'a file'}; give another folder to write to.")
-    shards = open_shards(source)
-    model = skeleton(source)
+    get_solver(compensation)
+    shards, model = open_shards(source), skeleton(source)
     plan.check_fits(model)
     sites = {site.name: site for site in attention_sites(model)}
     kept = {name: heads for name, heads in plan.items() if len(heads) < sites[name].head_map.query_heads}
     for name in kept:
-        if sites[name].head_modules:
-            raise UnsupportedModel(f"{name} numbers modules by head, and so their files; load the model whole to prune it.")
-    savings = Savings.of(model, sites, kept)
-    cutting = Cutting(source, shards, kept)
-    before = model.state_dict()
+        refuse_unsuited(sites[name], verify)
+    savings, before = Savings.of(model, sites, kept), model.state_dict()
     cut(model, kept, verify=False)
-    cutting.cuts_to(changed_shapes(before, model.state_dict()))
-    draft = target.with_name(f".{target.name}.part")
+    cutting = Cutting(source, shards, kept, changed_shapes(before, model.state_dict()))
+    steps = Steps(progress, len(shards.files))
+    draft, work = (target.with_name(f".{target.name}.{name}") for name in ("part", "work"))
     with clear_disk_errors(target):
-        take_up(draft, shards, plan)
+        resolved: list[Resolved] = []
+        batches = None if calibration is None else list(calibration)
+        if batches is not None and kept:
+            streamed = streamed_of(open_streamed(source, device=device))
+            resolved, solved = resolve_streamed(
+                streamed,
+                plan,
+                batches,
+                work,
+                forward=forward,
+                token_mask=token_mask,
+                method=compensation,
+                feed_forward=feed_forward,
+                progress=steps.layers,
+            )
+            cutting.solved = solved
+        take_up(draft, shards, plan, batches)
         for done, file in enumerate(shards.files):
             if not (draft / file).exists():
                 write_shard(draft / file, cutting.entries(file), shards.metadata[file])
-            if progress:
-                progress(done + 1, len(shards.files))
+            steps.files(done + 1)
         finish(draft, cutting, model)
+        if verify:
+            check_folder(source, draft, kept, cutting.solved, device)
         replace_folder(draft, target)
-    return PruneReport(savings, (), done=True)
+        shutil.rmtree(work, ignore_errors=True)
+    return PruneReport(savings, tuple(resolved), done=True)
+
+
+def refuse_unsuited(site: AttentionSite, verify: bool) -> None:
+    """UnsupportedModel where an attention cannot be cut in the files alone."""
+    if site.head_modules:
+        raise UnsupportedModel(f"{site.name} numbers modules by head, and so their files; load the model whole to prune it.")
+    if not site.proven and not verify:
+        raise UnsupportedModel(f"{site.name} is not a known attention: only the check can prove its cut right; leave it on.")
+
+
+class Steps:
+    """Progress over layers, where there are such, and files."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, files: int) -> None:
+        self.progress, self.total_files, self.total_layers = progress, files, 0
+
+    def layers(self, done: int, layers: int) -> None:
+        self.total_layers = layers
+        self._tell(done)
+
+    def files(self, done: int) -> None:
+        self._tell(self.total_layers + done)
+
+    def _tell(self, done: int) -> None:
+        if self.progress:
+            self.progress(done, self.total_layers + self.total_files)
+
+
+@torch.no_grad()
+def check_folder(source: Path, draft: Path, kept: Mapping[str, Sequence[int]], solved: Mapping[str, Stored], device) -> None:
+    """HeadpruneError unless `draft` gives what `source` gives with the removed heads gated and the solved weights in place."""
+    try:
+        gated_model, pruned = open_streamed(source, device=device), open_streamed(draft, device=device)
+    except UnsupportedModel as error:
+        log.warning("the pruned folder was not checked by a forward pass: %s", error)
+        return
+    inputs = tiny_inputs(gated_model)
+    if inputs is None:
+        log.warning("the pruned folder was not checked by a forward pass: nothing is known to run %s on", type(pruned).__name__)
+        return
+    placed = {name: value.to(device) for name, value in inputs.items()}
+    streamed_of(gated_model).instead = dict(solved)
+    with gated(gated_model, kept):
+        expected = gated_model(**placed)[0].double()
+    error = float((pruned(**placed)[0].double() - expected).norm() / expected.norm())
+    if not error <= max(TOLERANCE, 16 * torch.finfo(pruned.dtype).eps):
+        raise HeadpruneError(
+            f"the pruned folder failed its own check: its outputs are {error:.1e} off (relative) those of {source} with the same "
+            f"heads gated. {draft} was not moved to its place; please report the model's class, {type(pruned).__name__}."
+        )
 
 
 def changed_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, tuple[int, ...] | None]:
@@ -85,13 +181,19 @@ def changed_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) ->
 class Cutting:
     """Cuts one attention at a time, when the first of its tensors is asked for; their memory goes with the last one."""
 
-    def __init__(self, source: Path, shards: Shards, kept: Mapping[str, tuple[int, ...]]) -> None:
-        self.shards, self.kept = shards, kept
-        self.shapes: dict[str, tuple[int, ...] | None] = {}
+    def __init__(
+        self, source: Path, shards: Shards, kept: Mapping[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...] | None]
+    ) -> None:
+        """shapes: as `changed_shapes` gives them. UnsupportedModel where a tensor is in no file under a name of its own."""
+        self.shards, self.kept, self.shapes = shards, kept, shapes
+        self.solved: dict[str, Stored] = {}  # name in memory -> what takes the place of the model's own weights, before the cut
         self.model: PreTrainedModel = skeleton(source)
         self.sites = {site.name: site for site in attention_sites(self.model)}
         self.in_memory = memory_names(self.model, shards)
         self._ready: dict[str, Tensor] = {}
+        lacking = sorted(set(shapes) - set(self.in_memory.values()))
+        if lacking:
+            raise UnsupportedModel(f"{lacking[0]} is made from other tensors of the files when it is loaded; load the model whole.")
 
     def entries(self, file: str) -> list[Entry]:
         """What the file of this name is to hold."""
@@ -100,18 +202,14 @@ class Cutting:
             if stored.path.name != file:
                 continue
             inside = self.in_memory.get(name)
-            if inside not in self.shapes:
-                found.append(Entry(name, stored.dtype, stored.shape, stored))
-            elif self.shapes[inside] is not None:
-                found.append(Entry(name, stored.dtype, self.shapes[inside], partial(self._taken, inside)))
+            shape = self.shapes.get(inside, stored.shape)
+            if inside in self.shapes and shape is not None:
+                found.append(Entry(name, stored.dtype, shape, partial(self._taken, inside)))
+            elif inside in self.solved:
+                found.append(Entry(name, stored.dtype, shape, partial(read_as, self.solved[inside], stored.dtype)))
+            elif shape is not None:
+                found.append(Entry(name, stored.dtype, shape, stored))
         return found
-
-    def cuts_to(self, shapes: dict[str, tuple[int, ...] | None]) -> None:
-        """shapes: as `changed_shapes` gives them. UnsupportedModel where a tensor is in no file under a name of its own."""
-        self.shapes = shapes
-        lacking = sorted(set(shapes) - set(self.in_memory.values()))
-        if lacking:
-            raise UnsupportedModel(f"{lacking[0]} is made from other tensors of the files when it is loaded; load the model whole.")
 
     def _taken(self, name: str) -> Tensor:
         if name not in self._ready:
@@ -119,7 +217,8 @@ class Cutting:
             changed = {stored: memory for stored, memory in self.in_memory.items() if memory in self.shapes}
             inside = {stored: memory for stored, memory in changed.items() if self._site_of(memory) == site}
             for stored, memory in inside.items():
-                set_tensor(self.model, memory, self.shards.read(stored))
+                own = self.shards.read(stored)
+                set_tensor(self.model, memory, read_stored(self.solved[memory]).to(own) if memory in self.solved else own)
             cut_site(self.sites[site], self.kept[site])
             for memory in inside.values():
                 if self.shapes[memory] is not None:
@@ -136,25 +235,25 @@ class Cutting:
         raise UnsupportedModel(f"{name} changes with a cut but is no attention's own; load the model whole to prune it.")
 
 
+def read_as(stored: Stored, dtype: str) -> Tensor:
+    return read_stored(stored).to(DTYPES[dtype])
+
+
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
-def take_up(draft: Path, shards: Shards, plan: PruningPlan) -> None:
-    """Makes `draft`, or goes on with what a killed run left there for the same files and the same plan."""
-    found = {name: (shards.folder / name).stat() for name in shards.files}
+def take_up(draft: Path, shards: Shards, plan: PruningPlan, batches: Sequence[Any] | None) -> None:
+    """Makes `draft`, or goes on with what a killed run left there for the same files, plan and calibration."""
     now = {
         "source": str(shards.folder.resolve()), "keep": {name: list(heads) for name, heads in plan.items()},
-        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()},
+        "files": shards.sizes(), "batches": None if batches is None else [checksum(batch) for batch in batches],
     }  # fmt: skip
-    path = draft / DRAFT
-    if path.exists() and {key: value for key, value in read_json(path, DRAFT_KIND).items() if key in now} == now:
-        log.info("taking up %s", draft)
+    if claim(draft, DRAFT_KIND, now) is None:
         return
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write_json(path, DRAFT_KIND, now)
+    shutil.rmtree(draft)
+    claim(draft, DRAFT_KIND, now)
 
 
 def finish(draft: Path, cutting: Cutting, model: PreTrainedModel) -> None:
@@ -168,5 +267,5 @@ def finish(draft: Path, cutting: Cutting, model: PreTrainedModel) -> None:
         total = sum(nbytes for _, nbytes in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for name, (file, _) in entries.items()}}
         write_text(draft / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    (draft / DRAFT).unlink()
+    (draft / CLAIM).unlink()
     write_manifest(draft)

@@ -1,5 +1,6 @@
 """One-shot and iterative pruning: exact targets, stops, and going on after a kill."""
 
+import itertools
 import json
 import math
 import os
@@ -56,6 +57,15 @@ def test_protected_heads_are_those_of_the_original():
     site = attention_sites(model)[0].name
     found = schedules.iterative(model, batches(), hp.Budget(heads=0.6), loss_fn=loss, steps=3, protect={site: [1, 3]})
     assert {1, 3} <= set(found.plan[site])
+
+
+def test_plans_can_be_tried_and_feed_forwards_re_solved_at_every_cut():
+    options = {"steps": 2, "loss_fn": loss, "trials": 2, "feed_forward": True}
+    found = schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), **options)
+    assert found.plan.removed_heads == 4
+    assert "try plans" in found.history[1].seconds
+    plain = schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), steps=2, loss_fn=loss)
+    assert not torch.equal(hidden(found.model, input_ids=tokens()), hidden(plain.model, input_ids=tokens()))
 
 
 def test_steps_end_at_the_given_targets():
@@ -177,3 +187,24 @@ def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
     assert found.plan.keep == expected.plan.keep, marker
     assert found.quality == pytest.approx(expected.quality, rel=1e-5), marker
     assert len(found.history) == 4
+
+
+def test_recovery_by_the_trainer_follows_each_cut_and_leaves_only_its_report(tmp_path):
+    settings = hp.RecoverySettings(steps=3, lr=1e-3, teacher=True)
+    model, folder = tiny(), tmp_path / "run"
+    found = schedules.iterative(model, batches(), hp.Budget(heads=0.5), steps=2, loss_fn=loss, recover=settings, folder=folder)
+    assert [step.details["recovery"]["steps"] for step in found.history[1:]] == [3, 3]
+    assert {path.name for path in folder.iterdir()} == {"settings.json", "history.json", "step-002", "plan.json", "model"}
+    again = schedules.iterative(model, batches(), hp.Budget(heads=0.5), steps=2, loss_fn=loss, recover=settings, folder=folder)
+    assert again.history == found.history
+
+
+def test_a_recovery_whose_loss_becomes_nan_ends_the_schedule_before_it(tmp_path):
+    def loss_until(model, batch):
+        return loss(model, batch) * (math.nan if model.training and heads(model) < 5 and next(ran) > 1 else 1)
+
+    ran = itertools.count(1)
+    settings = hp.RecoverySettings(steps=3, lr=1e-3)
+    with pytest.raises(schedules.ScheduleFailed, match=r"step 2 of 2, recover.*NaN.*after step 1") as caught:
+        schedules.iterative(tiny(), batches(), hp.Budget(heads=0.75), steps=2, loss_fn=loss_until, recover=settings)
+    assert caught.value.last_good.plan.removed_heads == 3

@@ -111,22 +111,25 @@ def test_killed_between_files_it_goes_on_and_the_bytes_are_the_same(tmp_path):
 LIMITED = """
 import resource, sys
 import headprune as hp
-plan = hp.PruningPlan.load(sys.argv[2])
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[4]), resource.RLIM_INFINITY))
-hp.prune_folder(sys.argv[1], plan, sys.argv[3])
+from streamed_models import batches_of_tokens
+status = dict(line.split(":") for line in open("/proc/self/status"))
+used = 1024 * int(status["VmData"].split()[0])
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[3]), resource.RLIM_INFINITY))
+batches = [{**batch, "labels": batch["input_ids"]} for batch in batches_of_tokens()]
+scores = hp.score(hp.open_streamed(sys.argv[1]), batches, "fisher", loss_fn=hp.causal_losses)
+hp.prune_folder(sys.argv[1], hp.plan(scores, hp.Budget(heads=0.5)), sys.argv[2], batches, compensation="bias")
 """
 
 
-def test_a_folder_larger_than_the_memory_that_is_left(tmp_path):
-    options = {"hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 16}
+def test_a_model_larger_than_the_memory_that_is_left_is_scored_pruned_and_checked(tmp_path):
+    options = {"hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 8, "head_dim": 16}
     decoder("llama", **options).save_pretrained(tmp_path / "model", max_shard_size="20MB")
-    plan = random_plan(tmp_path / "model")
-    plan.save(tmp_path / "plan.json")
     total = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
-    limit = 64 << 20
-    assert total > limit
-    paths = [str(tmp_path / name) for name in ("model", "plan.json", "pruned")]
-    command = [sys.executable, "-c", LIMITED, *paths, str(limit)]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, check=True, timeout=120)
-    assert hp.load(tmp_path / "pruned").config.headprune["sites"]
+    limit = 128 << 20
+    assert total > 1.5 * limit
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "model"), str(tmp_path / "pruned"), str(limit)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    sites = hp.load(tmp_path / "pruned").config.headprune["sites"]
+    assert sum(len(site["kept"]) for site in sites.values()) == 32

@@ -24,7 +24,7 @@ LARGEST = 50.0
 
 @gate_method
 class HardConcrete(GateMethod):
-    """Gates that are exactly 0 or 1 with a probability of their own, and between them else."""
+    """L0: gates that are exactly 0 or 1 with a probability of their own, held to the budget by a Lagrangian."""
 
     name = "hard_concrete"
 

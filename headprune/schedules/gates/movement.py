@@ -15,7 +15,7 @@ from headprune.schedules.gates.layout import GateLayout
 
 @gate_method
 class Movement(GateMethod):
-    """Gates that are 0 or 1, by the movement of the heads' weights."""
+    """Movement pruning: open are the heads whose weights move away from 0."""
 
     name = "movement"
 

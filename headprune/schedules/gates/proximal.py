@@ -48,14 +48,14 @@ class Proximal(GateMethod):
 
 @gate_method
 class L1(Proximal):
-    """The same pull on every gate."""
+    """L1 on the gates: the same pull on every one."""
 
     name = "l1"
 
 
 @gate_method
 class GroupLasso(Proximal):
-    """A pull by the norm of what the gate opens."""
+    """A group lasso: each gate is pulled by the norm of what it opens."""
 
     name = "group_lasso"
 

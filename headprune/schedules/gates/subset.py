@@ -18,7 +18,7 @@ RELAXED = 0.9  # the share of the training in which gates are the relaxed ones f
 
 @gate_method
 class Subset(GateMethod):
-    """Gates that are 0 or 1, by a logit each."""
+    """Exactly as many open gates as the budget affords, by Gumbel noise on a logit each."""
 
     name = "subset"
 

@@ -1,0 +1,251 @@
+"""What a model will cost to score, prune and run, from its config alone: no weight is read or made."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
+
+from headprune.errors import unknown_name
+from headprune.evaluation.cost import count_parameters, kv_cache_bytes_per_token
+from headprune.models import attention_sites
+from headprune.models.trunk import trunk_of
+from headprune.planning import Budget, plan
+from headprune.scoring import score
+from headprune.scoring.causal_losses import TOKENS
+from headprune.surgery.checkpoint import skeleton
+from headprune.surgery.cut import cut
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """flops: dense matrix products per second at the peak, by dtype (the maker's data sheet, without sparsity; a CPU's is
+    measured). memory: bytes."""
+
+    flops: Mapping[str, float]
+    memory: int
+
+
+# NVIDIA's data sheets: dense tensor-core rates of bf16 (fp16 is the same) and tf32 for fp32.
+DEVICES = {
+    "a100-80gb": Device({"bfloat16": 312e12, "float16": 312e12, "float32": 156e12}, 80 * 10**9),
+    "h100": Device({"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}, 80 * 10**9),
+    "h200": Device({"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}, 141 * 10**9),
+    "l4": Device({"bfloat16": 121e12, "float16": 121e12, "float32": 60e12}, 24 * 10**9),
+    "l40s": Device({"bfloat16": 362e12, "float16": 362e12, "float32": 183e12}, 48 * 10**9),
+}
+UTILISATION = 0.4  # of the peak rate, where nobody says better: an assumption, not a measurement
+LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One model. parameters: distinct ones. weight_bytes, cache_bytes_per_token: in the dtype asked for. flops_per_token: of a
+    forward pass over a sequence of `length` tokens (2 per multiply-add; of experts only those that a token goes through)."""
+
+    query_heads: int
+    kv_heads: int
+    parameters: int
+    weight_bytes: int
+    flops_per_token: int
+    cache_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The model before and after, and what scoring it by gradients takes: `tokens` tokens, `batch` sequences of `length` at a
+    time, activation checkpointing, `hp.causal_losses`.
+
+    seconds: at `utilisation` of the device's peak rate. resident_bytes: peak memory with the whole model on the device;
+    streamed_bytes: with `hp.open_streamed`, which reads `read_bytes` from disk and keeps `state_bytes` of states beside it.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    dense: Cost
+    pruned: Cost
+    tokens: int
+    batch: int
+    length: int
+    flops: int
+    utilisation: float
+    seconds: float
+    device_memory: int
+    resident_bytes: int
+    streamed_bytes: int
+    state_bytes: int
+    read_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.resident_bytes <= self.device_memory
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "fits": self.fits}
+
+    def __rich__(self) -> Table:
+        table = Table("", "before", "after", "after / before", title=f"{self.model}, {self.dtype}", title_justify="left")
+        rows = {
+            "query heads": "query_heads",
+            "key/value heads": "kv_heads",
+            "parameters": "parameters",
+            "bytes of weights": "weight_bytes",
+            f"FLOPs per token (of {self.length})": "flops_per_token",
+            "cache bytes per token": "cache_bytes_per_token",
+        }
+        for label, field in rows.items():
+            before, after = getattr(self.dense, field), getattr(self.pruned, field)
+            table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.3f}" if before else "")
+        return table
+
+    def scoring(self) -> Table:
+        """What scoring takes."""
+        title = f"scoring by gradients: {self.tokens:,} tokens, {self.batch} x {self.length} at a time, {self.device}"
+        table = Table("", "", title=title, title_justify="left", show_header=False)
+        table.add_row("FLOPs", f"{self.flops:.3g}")
+        table.add_row("time", f"{self.seconds:,.0f} s at {self.utilisation:.0%} of the peak rate (an assumption)")
+        verdict = f"{'fits' if self.fits else 'does not fit'} into {self.device_memory / GIB:.0f} GiB"
+        table.add_row("memory, all of it resident", f"{self.resident_bytes / GIB:.1f} GiB: {verdict}")
+        table.add_row("memory, streamed", f"{self.streamed_bytes / GIB:.1f} GiB")
+        table.add_row("read from disk, streamed", f"{self.read_bytes / GIB:.1f} GiB")
+        table.add_row("states kept on the host or disk, streamed", f"{self.state_bytes / GIB:.1f} GiB")
+        return table
+
+
+def estimate(
+    folder: str | os.PathLike,
+    budget: Budget,
+    *,
+    device: str = "cpu",
+    tokens: int = 65536,
+    batch: int = 4,
+    length: int = LENGTH,
+    dtype: torch.dtype | None = None,
+    granularity: str = "query_head",
+    utilisation: float = UTILISATION,
+) -> Estimate:
+    """What the model of `folder` costs before and after, and what it takes to score it. Only its config.json is read.
+
+    Which heads would go is not known without scores: counts per layer are equal, the heads drawn at random.
+
+    Args:
+        device: a name in DEVICES, or "cpu": this machine, whose rate is measured in a second.
+        tokens: of calibration. batch, length: sequences at a time, and their length.
+        dtype: of the weights; default as the config says.
+
+    Raises InvalidInput for an unknown device or a folder without config, InfeasibleBudget, UnsupportedModel.
+    """
+    model = skeleton(folder)
+    dtype = dtype or model.config.dtype or torch.float32
+    kind = str(dtype).removeprefix("torch.")
+    found = this_cpu(dtype) if device == "cpu" else DEVICES.get(device)
+    if found is None:
+        raise unknown_name("device", device, ["cpu", *DEVICES])
+    chosen = plan(score(model, (), "random"), budget, allocation="uniform", granularity=granularity)
+    dense, memory = cost_of(model, length, dtype), Memory.of(model, batch * length, dtype)
+    pruned = skeleton(folder)
+    cut(pruned, chosen, verify=False)
+    flops = 3 * tokens * dense.flops_per_token  # forward, the same again in the backward pass, gradients of activations alone
+    return Estimate(
+        model=type(model).__name__,
+        dtype=kind,
+        device=device,
+        dense=dense,
+        pruned=cost_of(pruned, length, dtype),
+        tokens=tokens,
+        batch=batch,
+        length=length,
+        flops=flops,
+        utilisation=utilisation,
+        seconds=flops / (found.flops[kind] * utilisation),
+        device_memory=found.memory,
+        resident_bytes=memory.resident,
+        streamed_bytes=memory.streamed,
+        state_bytes=memory.state * -(-tokens // (batch * length)),
+        read_bytes=2 * dense.weight_bytes,
+    )
+
+
+def cost_of(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Cost:
+    sites, parameters = attention_sites(model), count_parameters(model)
+    maps = [site.head_map for site in sites]
+    inside = sum(
+        2 * length * site.head_map.query_heads * (site.head_dim + site.value_dim) for site in sites
+    )  # what a token does with the others
+    return Cost(
+        sum(head_map.query_heads for head_map in maps), sum(head_map.kv_heads for head_map in maps), parameters,
+        parameters * dtype.itemsize, 2 * active_weights(model) + inside, kv_cache_bytes_per_token(sites, dtype.itemsize),
+    )  # fmt: skip
+
+
+def active_weights(model: PreTrainedModel) -> int:
+    """Weights that one token is multiplied with: of all linear layers, and its share of the experts."""
+    total = 0
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() == 3 and "expert" in name:
+                total += parameter.numel() * chosen_experts(model.config) // parameter.shape[0]
+            elif parameter is not None and parameter.dim() == 2 and not isinstance(module, nn.Embedding):
+                total += parameter.numel()
+    return total
+
+
+def chosen_experts(config: Any) -> int:
+    return getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None) or 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: the peak with all weights resident, and streamed; the states of one batch in front of all layers."""
+
+    resident: int
+    streamed: int
+    state: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> Memory:
+        """For batches of `tokens` tokens."""
+        trunk, size = trunk_of(model), dtype.itemsize
+        layers = [sum(parameter.numel() for parameter in layer.parameters()) * size for layer in trunk.layers]
+        whole = count_parameters(model) * size
+        states = tokens * trunk.sites[0][0].hidden_size * size
+        working = max(2 * tokens * size * activations(layer, trunk.sites[0][0].hidden_size) for layer in trunk.layers)
+        vocabulary = getattr(model.config, "vocab_size", 0)
+        head = min(tokens, TOKENS) * vocabulary * (size + 8)  # logits, and their loss and gradient in fp32
+        running = states + max(working, head)
+        held = max(2 * max(layers), whole - sum(layers))
+        return cls(whole + len(layers) * states + running, held + running, (len(layers) + 1) * states)
+
+
+def activations(layer: nn.Module, hidden: int) -> int:
+    """Features per token that one layer keeps for its backward pass: what its linear layers give, twice where something is
+    multiplied with them, and its norms."""
+    given = sum(
+        module.weight.numel() // hidden if module.weight.shape[1] == hidden else hidden
+        for module in layer.modules()
+        if getattr(getattr(module, "weight", None), "dim", lambda: 0)() == 2
+    )
+    return given + 4 * hidden
+
+
+def this_cpu(dtype: torch.dtype, size: int = 1024) -> Device:
+    """The rate of a matrix product on this machine, the best of a few."""
+    import psutil
+
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - started)
+    return Device({str(dtype).removeprefix("torch."): 2 * size**3 / best}, psutil.virtual_memory().total)

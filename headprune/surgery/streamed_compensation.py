@@ -1,0 +1,181 @@
+"""Compensation of a model on disk: `headprune.surgery.compensate`, with all calibration batches in one layer at a time.
+
+Two streams of states go through the layers side by side, the dense model's and that of the model pruned so far. At a layer that
+loses heads its output projection is solved from both; then the batches go on. Each weight is read once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headprune.errors import InvalidInput
+from headprune.files import read_json, whole_file, write_json
+from headprune.models.feed_forward import feed_forwards
+from headprune.models.gating import output_input_hook
+from headprune.models.shards import Stored, header_of
+from headprune.models.site import AttentionSite
+from headprune.models.stream import residual_streams
+from headprune.models.streamed import StreamedModel
+from headprune.models.tokens import TokenMask, token_masks, valid_tokens
+from headprune.models.trunk import Entry, enter
+from headprune.scoring.layer_states import LayerStates, claim
+from headprune.scoring.passes import checksum, in_eval_mode
+from headprune.surgery.compensate import (
+    Part,
+    Reached,
+    Resolved,
+    Target,
+    Weights,
+    add_tokens,
+    columns_of,
+    masked_to,
+    resolve,
+    sums_for,
+    weight_and_bias,
+    weights_in_place,
+)
+from headprune.surgery.normal_equations import NormalEquations, get_solver
+from headprune.surgery.walk import Walk
+
+WORK_KIND, LAYER_KIND = "streamed_compensation", "streamed_compensation_layer"
+
+
+def resolve_streamed(
+    streamed: StreamedModel,
+    keep: Mapping[str, Sequence[int]],
+    batches: Sequence[Any],
+    folder: Path,
+    *,
+    forward: Callable[[Any, Any], Any] | None = None,
+    token_mask: TokenMask | None = None,
+    method: str = "least_squares",
+    feed_forward: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Resolved], dict[str, Stored]]:
+    """What became of each site, and where the new output weights and biases lie, by their names in memory; before the cut.
+
+    folder: for states between layers and what has been solved; a killed run goes on behind its last whole layer, another run
+    that lies there is thrown away. Other arguments and errors as in `headprune.surgery.compensate.resolve_outputs`.
+    """
+    if not batches:
+        raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
+    shards = streamed.shards
+    now = {
+        "keep": {name: list(heads) for name, heads in keep.items()}, "batches": [checksum(batch) for batch in batches],
+        "method": method, "feed_forward": feed_forward, "folder": str(shards.folder.resolve()), "files": shards.sizes(),
+    }  # fmt: skip
+    if claim(folder, WORK_KIND, now) is not None:
+        shutil.rmtree(folder)
+        claim(folder, WORK_KIND, now)
+    forward = forward or (lambda model, batch: model(**batch))
+    run = StreamedCompensation(streamed, keep, batches, LayerStates(folder), forward, token_mask, method, feed_forward)
+    with in_eval_mode(streamed.model), torch.no_grad():
+        return run.resolved(folder, progress)
+
+
+class StreamedCompensation:
+    def __init__(
+        self, streamed: StreamedModel, keep: Mapping[str, Sequence[int]], batches: Sequence[Any], states: LayerStates,
+        forward: Callable[[Any, Any], Any], token_mask: TokenMask | None, method: str, feed_forward: bool,
+    ) -> None:  # fmt: skip
+        self.streamed, self.trunk, self.keep, self.batches, self.states = streamed, streamed.trunk, keep, batches, states
+        self.forward, self.masks, self.solver = forward, token_masks(streamed.model, token_mask), get_solver(method)
+        self.feed_forward = feed_forward
+        self.entries: list[Entry] = []
+        named = [[site for site in inside if site.name in keep] for inside in self.trunk.sites]
+        # As in memory: from the first that loses heads on.
+        loses = [any(len(keep[site.name]) < site.head_map.query_heads for site in inside) for inside in named]
+        self.sites = [inside if any(loses[: layer + 1]) else [] for layer, inside in enumerate(named)]
+
+    def resolved(self, folder: Path, progress: Callable[[int, int], None] | None) -> tuple[list[Resolved], dict[str, Stored]]:
+        last = max(layer for layer, sites in enumerate(self.sites) if sites)
+        self._enter()
+        reports: list[Resolved] = []
+        found: dict[str, Stored] = {}
+        for layer in range(last + 1):
+            document, weights = folder / "solved" / f"{layer:05d}.json", folder / "solved" / f"{layer:05d}.safetensors"
+            if not document.exists():
+                ahead = () if layer == last else (layer + 1,)
+                with self.streamed.holding(layer, *ahead):
+                    report, solved = self._layer(layer, go_on=layer < last)
+                with whole_file(weights) as draft:
+                    save_file(solved, draft)
+                write_json(document, LAYER_KIND, {"resolved": [asdict(one) for one in report]})
+                self.states.drop("dense", layer)
+                self.states.drop("pruned", layer)
+            reports += [Resolved(**one) for one in read_json(document, LAYER_KIND)["resolved"]]
+            found |= header_of(weights)[0]
+            if progress:
+                progress(layer + 1, last + 1)
+        return reports, found
+
+    def _enter(self) -> None:
+        with self.streamed.holding(None), self.streamed.holding(0):
+            for index, batch in enumerate(self.batches):
+                entry = enter(self.trunk, partial(self.forward, self.streamed.model, batch))
+                self.states.put("dense", 0, index, entry.states)
+                self.entries.append(replace(entry, states=entry.states.new_empty(0)))
+
+    def _layer(self, layer: int, go_on: bool) -> tuple[list[Resolved], dict[str, Tensor]]:
+        sites, model, run = self.sites[layer], self.streamed.model, lambda: self._run(layer, 0, "dense")
+        behind = feed_forwards(model, sites, run) if self.feed_forward and sites else {}
+        streams = residual_streams(model, sites, run) if sites else {}
+        streams |= {part.name: part.stream for part in behind.values()}
+        parts = [part for site in sites for part in (site, behind.get(site.name)) if part is not None]
+        dense = {part.name: weight_and_bias(part) for part in parts}
+        solved, reports = dict(dense), []
+        for part in parts:
+            equations = self._gather(layer, part, streams.get(part.name), parts, solved)
+            report, solved[part.name] = resolve(part, self.keep.get(part.name), dense[part.name], *equations, self.solver)
+            reports.append(report)
+        for index in range(len(self.batches)) if go_on else ():
+            self.states.put("dense", layer + 1, index, self._run(layer, index, "dense"))
+            with weights_in_place(parts, solved), self._gates(sites):
+                self.states.put("pruned", layer + 1, index, self._run(layer, index, "pruned"))
+        names = {id(tensor): name for name, tensor in model.named_parameters()}
+        changed = {}
+        for part in parts:
+            tensors = (part.output.module.weight, part.output.module.bias)
+            with weights_in_place([part], solved):
+                changed |= {names[id(one)]: one.data.cpu().contiguous() for one in tensors if one is not None}
+        return reports, changed
+
+    def _gather(self, layer: int, part: Part, stream, parts: Sequence[Part], solved: Mapping[str, Weights]) -> tuple:
+        """Normal equations of `part`, for training and held out."""
+        weight, _ = weight_and_bias(part)
+        columns = columns_of(part, self.keep, weight)
+        train, held_out = (NormalEquations.empty(len(columns), weight.shape[0]) for _ in range(2))
+        others = [site for site in self.sites[layer] if site is not part]
+        for index, batch in enumerate(self.batches):
+            target = Target.of(self._reached(layer, index, "dense", part, stream), weight)
+            with weights_in_place(parts, solved), self._gates(others):
+                reached = self._reached(layer, index, "pruned", part, stream)
+            valid = valid_tokens(reached[0], self.masks(part.name, batch))
+            sums = sums_for(index, len(self.batches), train, held_out)
+            add_tokens(sums, columns, weight[:, columns.to(weight.device)], target, reached, valid)
+        return train, held_out
+
+    def _reached(self, layer: int, index: int, kind: str, part: Part, stream) -> Reached:
+        return Walk(self.trunk.layers[layer], lambda: self._run(layer, index, kind), "nothing").to(part, stream)
+
+    def _run(self, layer: int, index: int, kind: str) -> Tensor:
+        # Up to the first layer that loses heads both models are one.
+        there = kind if self.states.has(kind, layer, index) else "dense"
+        states = self.states.get(there, layer, index).to(self.streamed.device)
+        return self.trunk.run(layer, self.entries[index].calls[layer], states)
+
+    def _gates(self, sites: Sequence[AttentionSite]) -> ExitStack:
+        with ExitStack() as stack:
+            for site in sites:
+                stack.enter_context(output_input_hook(site, masked_to(site, self.keep[site.name])))
+            return stack.pop_all()

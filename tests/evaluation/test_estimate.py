@@ -1,0 +1,84 @@
+"""Costs from a config alone are those of the model itself."""
+
+import pytest
+import torch
+from tiny_decoders import decoder
+from torch.utils.flop_counter import FlopCounterMode
+
+import headprune as hp
+from headprune.errors import InvalidInput
+from headprune.evaluation.estimate import Memory
+
+MIDDLE = {
+    "vocab_size": 2000, "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a config and nothing else."""
+
+    def write(family: str, **options):
+        config = decoder(family, **options).config
+        config.architectures = [type(decoder(family, **options)).__name__]
+        config.save_pretrained(tmp_path)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2", "deepseek_v3"])
+def test_counts_are_those_of_the_model(family, folder):
+    found, model = hp.estimate(folder(family), hp.Budget(heads=0.5)), decoder(family)
+    sites = hp.attention_sites(model)
+    assert found.dense.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.dense.query_heads == sum(site.head_map.query_heads for site in sites)
+    assert found.pruned.query_heads <= found.dense.query_heads // 2
+    plan = hp.plan(hp.score(model, (), "random"), hp.Budget(heads=0.5), allocation="uniform")
+    hp.cut(model, plan)
+    assert found.pruned.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_whole_groups_shrink_the_cache(folder):
+    found = hp.estimate(folder("llama"), hp.Budget(kv_cache=0.5), granularity="kv_group")
+    assert found.pruned.cache_bytes_per_token == found.dense.cache_bytes_per_token // 2
+
+
+def test_flops_count_every_product_of_a_dense_model(folder):
+    length, options = 16, {"attention_bias": False}
+    found, model = hp.estimate(folder("llama", **options), hp.Budget(heads=0.5), length=length), decoder("llama", **options)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model.set_attn_implementation("eager")
+        model(input_ids=torch.ones(1, length, dtype=torch.long))
+    assert found.dense.flops_per_token == pytest.approx(counted.get_total_flops() / length, rel=0.02)
+
+
+def measured_peak(run) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize("options", [MIDDLE, {**MIDDLE, "num_hidden_layers": 2, "vocab_size": 32000}])
+def test_memory_is_not_underestimated_by_much_nor_overestimated_by_half(options, tmp_path):
+    model = decoder("llama", **options)
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(1, options["vocab_size"], (4, 256))
+    batch, estimated = {"input_ids": ids, "labels": ids}, Memory.of(model, ids.numel(), torch.float32)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    score = {"criterion": "fisher", "loss_fn": hp.causal_losses}
+    resident = weights + measured_peak(lambda: hp.score(model, [batch], checkpointing=True, **score))
+    streamed = measured_peak(lambda: hp.score(hp.open_streamed(tmp_path / "model"), [batch], checkpoint=tmp_path / "work", **score))
+    assert 0.95 * resident <= estimated.resident <= 1.5 * resident
+    assert 0.95 * streamed <= estimated.streamed <= 1.5 * streamed
+
+
+def test_an_unknown_device_is_refused(folder):
+    with pytest.raises(InvalidInput, match="h200"):
+        hp.estimate(folder("llama"), hp.Budget(heads=0.5), device="h2000")

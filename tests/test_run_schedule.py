@@ -1,0 +1,125 @@
+"""Recipes that name a schedule: carried out, taken up after a kill, and checked before anything starts."""
+
+import json
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import bert, hidden, tokens
+from typer.testing import CliRunner
+
+from headprune import run as run_module
+from headprune.cli import app
+from headprune.errors import InvalidInput
+from headprune.evaluation.tasks import Task, register_task
+from headprune.planning import PruningPlan
+from headprune.recipe import parse_recipe
+from headprune.report.progress import Stages
+from headprune.surgery import load
+
+
+@register_task
+class SmallStates(Task):
+    """Random tokens whose last states should be small."""
+
+    name = "small-states-for-tests"
+    headline = "norm"
+    higher_is_better = False
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = None
+        self.calibration = [{"input_ids": tokens(4, 8, seed)} for seed in range(6)]
+
+    def loss(self, model, batch):
+        return model(**batch).last_hidden_state[:, 0, :5].square().mean(dim=1)
+
+    def forward(self, model, batch):
+        return model(**batch)
+
+    def evaluate(self, model, progress=None):
+        return {"norm": float(self.outputs(model).norm())}
+
+    def outputs(self, model):
+        return hidden(model, input_ids=tokens(4, 8, 50))
+
+    def latency_inputs(self):
+        return {"input_ids": tokens(2, 8)}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "open_model", lambda name, progress: (bert(), object()))
+
+    def build(**schedule):
+        content = {"model": "bert", "task": {"name": SmallStates.name}, "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}}
+        return parse_recipe({**content, "schedule": schedule, "recover": {"steps": 2}}, "test")
+
+    return build
+
+
+def carried_out(recipe):
+    return run_module.run(recipe, Stages(Console(quiet=True)))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "one_shot"},
+        {"name": "iterative", "steps": 2, "spacing": "cubic", "max_drop": 50.0},
+        {"name": "lottery_ticket", "steps": 1, "rewind_step": 1},
+        {"name": "pruning_aware", "method": "subset", "steps": 4, "teacher": True},
+    ],
+    ids=lambda schedule: schedule["name"],
+)
+def test_a_run_by_a_schedule_leaves_plan_model_history_and_comparison(recipe, schedule):
+    result = carried_out(recipe(**schedule))
+    assert result.plan.removed_heads == 4
+    assert PruningPlan.load(result.folder / "plan.json").keep == result.plan.keep
+    assert result.checks == {"reload": 0.0}
+    history = json.loads((result.folder / "schedule" / "history.json").read_text())
+    assert sum(len(heads) for heads in history["steps"][-1]["keep"].values()) == 4
+    assert result.comparison.pruned.parameters < result.comparison.dense.parameters
+    stages = [stage.title for stage in result.stages.done]
+    assert any(title.endswith(": recover") for title in stages)
+    assert len(set(stages)) == len(stages)
+
+
+def test_a_killed_run_goes_on_in_its_schedule(recipe, monkeypatch):
+    schedule = recipe(name="iterative", steps=2)
+    expected = carried_out(schedule.model_copy(update={"output": schedule.output + "-whole"}))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["headprune.schedules.iterative"], "plan_of", killed)  # between the second recovery and its record
+        with pytest.raises(KeyboardInterrupt):
+            carried_out(schedule)
+    result = carried_out(schedule)
+    assert result.plan.keep == expected.plan.keep
+    states = [load(found.folder / "model").state_dict() for found in (result, expected)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_unknown_schedules_and_options_are_named_before_anything_runs(recipe):
+    for wrong, named in (
+        ({"name": "iterativ"}, "iterative"),
+        ({"name": "iterative", "step": 3}, "steps"),
+        ({"name": "iterative", "folder": "x"}, "folder"),
+        ({"steps": 3}, "schedule.name"),
+    ):
+        with pytest.raises(InvalidInput, match=named):
+            recipe(**wrong)
+    with pytest.raises(InvalidInput, match="min_heads"):
+        parse_recipe({"model": "m", "task": {"name": "t"}, "output": "o", "plan": {"min_head": 3}}, "test")
+    with pytest.raises(InvalidInput, match=r"plan\.file"):
+        parse_recipe(
+            {"model": "m", "task": {"name": "t"}, "output": "o", "plan": {"file": "p"}, "schedule": {"name": "one_shot"}}, "test"
+        )
+
+
+def test_the_command_lists_schedules_and_gate_methods():
+    shown = CliRunner().invoke(app, ["schedules"], env={"COLUMNS": "200"}).output
+    for name in ("one_shot", "iterative", "lottery_ticket", "pruning_aware", "max_drop", "rewind_step", "hard_concrete", "subset"):
+        assert name in shown
