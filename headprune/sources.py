@@ -65,8 +65,8 @@ def demo_recipe(name: str) -> dict[str, Any]:
     found = EMBEDDED[name]
     return {
         "model": name, "task": {"name": found.task}, "score": {"criterion": found.criterion, "batches": found.batches},
-        "plan": {"allocation": "global", "granularity": "query_head", "trials": TRIALS}, "prune": {"feed_forward": found.feed_forward},
-        "output": f"runs/{name}",
+        "plan": {"allocation": "global", "granularity": "query_head", "trials": TRIALS},
+        "prune": {"feed_forward": found.feed_forward}, "output": f"runs/{name}",
     }  # fmt: skip
 
 
