@@ -19,13 +19,14 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Embedded:
     """A model that needs no folder: what gives one (training it first, where need be), its task, the demo's criterion and on how
-    many calibration batches it scores (None: all)."""
+    many calibration batches it scores (None: all), and whether it re-solves feed-forwards."""
 
     folder: Callable[[Progress | None], Path]
     task: str
     criterion: str
     opening: Callable[[], str]  # what to tell someone who waits for it
     batches: int | None = None
+    feed_forward: bool = False
 
 
 def stdlib_lm_opening() -> str:
@@ -39,7 +40,7 @@ EMBEDDED = {
     "minilm": Embedded(
         lambda progress: demo.minilm_path(), "docstring-retrieval", "fisher_least_squares", lambda: "load minilm", 6
     ),
-    "stdlib-lm": Embedded(demo.stdlib_lm_path, "standard-library-text", "fisher", stdlib_lm_opening),
+    "stdlib-lm": Embedded(demo.stdlib_lm_path, "standard-library-text", "fisher", stdlib_lm_opening, feed_forward=True),
 }
 
 
@@ -64,8 +65,8 @@ def demo_recipe(name: str) -> dict[str, Any]:
     found = EMBEDDED[name]
     return {
         "model": name, "task": {"name": found.task}, "score": {"criterion": found.criterion, "batches": found.batches},
-        "plan": {"allocation": "global", "granularity": "query_head", "trials": TRIALS}, "prune": {"feed_forward": True},
-        "output": f"runs/{name}",
+        "plan": {"allocation": "global", "granularity": "query_head", "trials": TRIALS},
+        "prune": {"feed_forward": found.feed_forward}, "output": f"runs/{name}",
     }  # fmt: skip
 
 
