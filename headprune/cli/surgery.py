@@ -10,7 +10,7 @@ import typer
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, opened, opened_model
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, opened, opened_model
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
 
@@ -21,12 +21,17 @@ def prune_command(
     plan: Annotated[Path, typer.Argument(help="plan.json from `headprune plan`.")],
     output: OutputOption,
     task: Annotated[str | None, typer.Option(help="Re-solve the output projections on this task's calibration data.")] = None,
+    streamed: StreamedOption = False,
 ) -> None:
     """Cut the heads that a plan lets go and save the smaller model."""
     from headprune.planning import PruningPlan
     from headprune.surgery import prune, save
 
     chosen = PruningPlan.load(plan)
+    if streamed:
+        in_files(model, chosen, output, task)
+        terminal.console.print(f"written to {output}")
+        return
     if task is None:
         dense, tokenizer = opened_model(model)
         prune(dense, chosen)
@@ -39,6 +44,17 @@ def prune_command(
     save(dense, output, tokenizer=tokenizer)
     terminal.console.print(chosen)
     terminal.console.print(f"written to {output}")
+
+
+def in_files(model: str, plan, output: Path, task: str | None) -> None:
+    from headprune.sources import model_folder
+    from headprune.surgery import prune_folder
+
+    data = None if task is None else opened(model, task, streamed=True)[1]
+    terminal.console.print(with_bar("prune file by file", lambda progress: prune_folder(
+        model_folder(model), plan, output, None if data is None else data.calibration,
+        forward=None if data is None else data.forward, progress=progress,
+    ).savings))  # fmt: skip
 
 
 @app.command("export")
