@@ -45,6 +45,15 @@ class RunResult:
     report: Path
     stages: Stages
 
+    def to_json(self) -> dict[str, Any]:
+        """As result.json, with the folder, the report and the heads that the plan keeps."""
+        places = {
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "keep": {name: list(heads) for name, heads in self.plan.items()},
+        }
+        return {**places, "checks": self.checks, "comparison": self.comparison.to_json(), "stages": self.stages.to_json()}
+
 
 def run(recipe: Recipe, stages: Stages) -> RunResult:
     """Carries `recipe` out in `recipe.output`; what a killed run of the same recipe left there is taken up.

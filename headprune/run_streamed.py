@@ -25,8 +25,8 @@ COPIES = 3  # of the weights, in a run in memory: the dense model, the pruned on
 
 
 def reads_streamed(recipe: Recipe) -> bool:
-    """Whether the run reads its model layer by layer: as the recipe says, or ("auto") where the free memory of this machine does not
-    hold the weights as often as a run in memory does. Raises InvalidInput where the recipe asks for what takes the whole model."""
+    """Whether the run reads its model layer by layer: as the recipe says, or ("auto") where the free memory of this machine does
+    not hold the weights as often as a run in memory does. Raises InvalidInput where the recipe asks for what takes it whole."""
     if recipe.memory == "resident" or (recipe.memory == "auto" and fits(recipe.model)):
         return False
     asked = {
@@ -39,7 +39,7 @@ def reads_streamed(recipe: Recipe) -> bool:
     wrong = next((name for name, value in asked.items() if value), None)
     if wrong:
         raise InvalidInput(
-            f"{wrong} takes the whole model in memory, and with memory={recipe.memory} this run reads it layer by layer; leave it out."
+            f"{wrong} takes the whole model in memory, and with memory={recipe.memory} this run reads it by layers; leave it out."
         )
     return True
 

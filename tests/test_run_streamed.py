@@ -8,7 +8,7 @@ from rich.console import Console
 from streamed_models import batches_of_tokens, sharded_folder
 
 from headprune import run as run_module
-from headprune import run_streamed
+from headprune import run_streamed, sources
 from headprune.errors import InvalidInput
 from headprune.evaluation.tasks import Task, register_task
 from headprune.recipe import parse_recipe
@@ -48,7 +48,8 @@ class Tokens(Task):
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "tokenizer_of", lambda folder: object())
     content = {
         "model": str(sharded_folder("llama", tmp_path / "model")), "task": {"name": "tokens-for-tests"},
         "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}, "memory": "streamed",

@@ -9,12 +9,12 @@ import typer
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import ModelArgument, OutputOption, TaskOption, opened
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput, unknown_name
 
 
-@app.command("plan")
+@app.command("plan", epilog="Example: headprune plan scores.json --heads 0.5 --allocation uniform")
 def plan_command(
     scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
     heads: Annotated[float | None, typer.Option(help="Fraction of the query heads to remove.")] = None,
@@ -37,6 +37,7 @@ def plan_command(
     protect: Annotated[list[str] | None, typer.Option(help="Attention sites that lose nothing.")] = None,
     sensitivity: Annotated[Path | None, typer.Option(help="sensitivity.json; loss curves for --allocation optimal.")] = None,
     output: OutputOption = Path("plan.json"),
+    json: JsonOption = False,
 ) -> None:
     """Choose the heads to keep under a budget."""
     from headprune.evaluation import machines_here
@@ -53,27 +54,28 @@ def plan_command(
         target=target,
     )  # fmt: skip
     chosen.save(output)
-    terminal.console.print(chosen)
-    terminal.console.print(f"written to {output}")
+    terminal.show_file(json, output, chosen)
 
 
-@app.command("latency")
-def latency_command(model: ModelArgument, task: TaskOption = None, output: OutputOption = Path("latency.json")) -> None:
+@app.command("latency", epilog="Example: headprune latency minilm -o latency.json")
+def latency_command(
+    model: ModelArgument, task: TaskOption = None, output: OutputOption = Path("latency.json"), json: JsonOption = False
+) -> None:
     """Time every attention with every number of heads on this machine, for latency budgets."""
     from headprune.evaluation import measure_latency_table
 
     dense, data = opened(model, task)
     table = with_bar("time attentions", lambda progress: measure_latency_table(dense, data.latency_inputs(), progress=progress))
     table.save(output)
-    terminal.console.print(
-        f"{table.machine}: batch {table.batch}, {table.length} tokens; the rest of the model {table.rest / 1e6:.2f} ms"
+    head = f"{table.machine}: batch {table.batch}, {table.length} tokens; the rest of the model {table.rest / 1e6:.2f} ms"
+    lines = (
+        f"  {key}: {' '.join(f'{time / 1e6:.2f}' for time in times)} ms with 0, 1, 2, ... heads"
+        for key, times in table.attention.items()
     )
-    for key, times in table.attention.items():
-        terminal.console.print(f"  {key}: {' '.join(f'{time / 1e6:.2f}' for time in times)} ms with 0, 1, 2, ... heads")
-    terminal.console.print(f"written to {output}")
+    terminal.show_file(json, output, head, *lines)
 
 
-@app.command("sweep")
+@app.command("sweep", epilog="Example: headprune sweep minilm scores.json --budgets 0.25,0.5")
 def sweep_command(
     model: ModelArgument,
     scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
@@ -82,6 +84,7 @@ def sweep_command(
     allocation: Annotated[str, typer.Option(help="global, uniform or optimal.")] = "global",
     task: TaskOption = None,
     output: OutputOption = Path("sweep.json"),
+    json: JsonOption = False,
 ) -> None:
     """Quality and cost over many budgets, from one scoring pass."""
     from headprune.planning import Budget
@@ -93,8 +96,7 @@ def sweep_command(
     dense, data = opened(model, task)
     found = with_bar("sweep", lambda progress: sweep(dense, data, ranking, chosen, allocation=allocation, progress=progress))
     found.save(output)
-    terminal.console.print(found)
-    terminal.console.print(f"written to {output}")
+    terminal.show_file(json, output, found)
 
 
 def known_quantity(name: str) -> str:
