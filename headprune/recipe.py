@@ -35,6 +35,7 @@ class TaskSection(Section):
 class ScoreSection(Section):
     criterion: str = "fisher"
     normalize: str = "none"
+    batches: int | None = Field(default=None, ge=1, description="score on the first calibration batches alone; by default on all")
 
     @field_validator("criterion")
     @classmethod

@@ -139,11 +139,12 @@ def pruned_model(
         )
     for site in resolved:
         log.info("%s: output error %.3f -> %.3f (ridge %s)", site.site, site.error_before, site.error_after, site.ridge)
+    ends = [part.site for part in resolved if part.site not in chosen]
     with stages.stage("check, save and load back"):
-        checks: dict[str, Any] = {"cut_equals_gated": cut_error(dense, pruned, chosen, task.outputs)}
+        checks: dict[str, Any] = {"cut_equals_gated": cut_error(dense, pruned, chosen, task.outputs, ends)}
         prompt = task.prompt()
         if prompt is not None:
-            checks["generates_as_gated"] = same_tokens(dense, pruned, chosen, prompt)
+            checks["generates_as_gated"] = same_tokens(dense, pruned, chosen, prompt, resolved=ends)
         expected = task.outputs(pruned)
         save(pruned, target, tokenizer=task.tokenizer)
         loaded = load(target)

@@ -43,7 +43,7 @@ def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> Head
     portray = recipe.report.portraits and not (folder / "portraits.json").exists()
     needs = frozenset().union(*(get_criterion(name).needs for name in missing), portrait_needs(model) if portray else ())
     if missing or portray:
-        batches = task.calibration if needs else ()
+        batches = task.calibration[: recipe.score.batches] if needs else ()
         with stages.stage(f"score heads by {', '.join(missing)}" if missing else "portray heads") as progress:
             observed = observe(
                 model, batches, needs, loss_fn=task.loss, token_kinds=task.tokenizer if portray else None,

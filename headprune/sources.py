@@ -18,12 +18,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that needs no folder: what gives one (training it first, where need be), its task and the demo's criterion."""
+    """A model that needs no folder: what gives one (training it first, where need be), its task, the demo's criterion and on how
+    many calibration batches it scores (None: all)."""
 
     folder: Callable[[Progress | None], Path]
     task: str
     criterion: str
     opening: Callable[[], str]  # what to tell someone who waits for it
+    batches: int | None = None
 
 
 def stdlib_lm_opening() -> str:
@@ -31,8 +33,12 @@ def stdlib_lm_opening() -> str:
     return "load stdlib-lm" if folder.exists() else f"train stdlib-lm, once, for a few minutes (kept in {folder.parent})"
 
 
+TRIALS = 10  # plans that a demo tries
+
 EMBEDDED = {
-    "minilm": Embedded(lambda progress: demo.minilm_path(), "docstring-retrieval", "fisher_least_squares", lambda: "load minilm"),
+    "minilm": Embedded(
+        lambda progress: demo.minilm_path(), "docstring-retrieval", "fisher_least_squares", lambda: "load minilm", 6
+    ),
     "stdlib-lm": Embedded(demo.stdlib_lm_path, "standard-library-text", "fisher", stdlib_lm_opening),
 }
 
@@ -56,7 +62,11 @@ def demo_recipe(name: str) -> dict[str, Any]:
     if name not in EMBEDDED:
         raise unknown_name("demo model", name, EMBEDDED)
     found = EMBEDDED[name]
-    return {"model": name, "task": {"name": found.task}, "score": {"criterion": found.criterion}, "output": f"runs/{name}"}
+    return {
+        "model": name, "task": {"name": found.task}, "score": {"criterion": found.criterion, "batches": found.batches},
+        "plan": {"allocation": "global", "granularity": "query_head", "trials": TRIALS}, "prune": {"feed_forward": True},
+        "output": f"runs/{name}",
+    }  # fmt: skip
 
 
 def default_task(name: str, model: PreTrainedModel) -> str:

@@ -36,6 +36,9 @@ def plan_command(
     multiple_of: Annotated[int, typer.Option(help="Attentions that lose heads keep a multiple of this.")] = 1,
     protect: Annotated[list[str] | None, typer.Option(help="Attention sites that lose nothing.")] = None,
     sensitivity: Annotated[Path | None, typer.Option(help="sensitivity.json; loss curves for --allocation optimal.")] = None,
+    trials: Annotated[int, typer.Option(help="Plans to try on --model, pruned and compensated; 0: by scores alone.", min=0)] = 0,
+    model: Annotated[str | None, typer.Option(help="The model that was scored, for --trials.")] = None,
+    task: TaskOption = None,
     output: OutputOption = Path("plan.json"),
     json: JsonOption = False,
 ) -> None:
@@ -48,13 +51,28 @@ def plan_command(
     if measured and not other_machine:
         measured.refuse_other_machine(machines_here())
     budget = Budget(heads, params, kv_cache, flops, latency, length, measured)
-    chosen = plan(
-        HeadScores.load(scores), budget, allocation=allocation, granularity=granularity, min_heads=min_heads,
-        multiple_of=multiple_of, protect=protect or (), sensitivity=None if sensitivity is None else Sensitivity.load(sensitivity),
-        target=target,
-    )  # fmt: skip
+    ranking, options = HeadScores.load(scores), {
+        "allocation": allocation, "granularity": granularity, "min_heads": min_heads, "multiple_of": multiple_of,
+        "protect": protect or (), "sensitivity": None if sensitivity is None else Sensitivity.load(sensitivity), "target": target,
+    }  # fmt: skip
+    chosen = tried(model, task, ranking, budget, trials, options) if trials else plan(ranking, budget, **options)
     chosen.save(output)
     terminal.show_file(json, output, chosen)
+
+
+def tried(model: str | None, task: str | None, scores, budget, trials: int, options: dict):
+    """The best of the plans that are tried on the model."""
+    from headprune.surgery import search_plan
+
+    if model is None:
+        raise InvalidInput("--trials prunes and compensates the model that was scored; name it with --model.")
+    dense, data = opened(model, task)
+    return with_bar(
+        "try plans, pruned and compensated",
+        lambda progress: search_plan(
+            dense, scores, budget, data.calibration, trials=trials, forward=data.forward, progress=progress, **options
+        ),
+    ).plan
 
 
 @app.command("latency", epilog="Example: headprune latency minilm -o latency.json")
