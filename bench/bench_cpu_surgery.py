@@ -58,5 +58,5 @@ def test_surgery(versus, shape, dtype):
         f"CPU surgery, {shape} shape with random weights, 16 of 32 heads stay, {dtype}",
         lambda: cut(pool.pop(), keep, verify=False),
         {"clone of what stays": lambda: [weight.clone() for weight in kept]},
-        at_least=0.5, reads=lambda: [target.copy_(weight) for target, weight in zip(there, kept)], of_floor=0.5, rounds=ROUNDS,
+        at_least=0.5, reads=lambda: [target.copy_(weight) for target, weight in zip(there, kept)], rounds=ROUNDS,
     )  # fmt: skip

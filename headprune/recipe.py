@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -35,6 +35,7 @@ class TaskSection(Section):
 class ScoreSection(Section):
     criterion: str = "fisher"
     normalize: str = "none"
+    batches: int | None = Field(default=None, ge=1, description="score on the first calibration batches alone; by default on all")
 
     @field_validator("criterion")
     @classmethod
@@ -170,6 +171,9 @@ class Recipe(Section):
     schedule: ScheduleSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
+    memory: Literal["auto", "resident", "streamed"] = Field(
+        default="auto", description="streamed: read the weights layer by layer; auto: where they do not fit into memory"
+    )
     output: str
     seed: int = 0
 

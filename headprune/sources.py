@@ -11,19 +11,22 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from headprune import demo
 from headprune.errors import unknown_name
-from headprune.surgery import load
+from headprune.surgery import load, open_streamed
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that needs no folder: what gives one (training it first, where need be), its task and the demo's criterion."""
+    """A model that needs no folder: what gives one (training it first, where need be), its task, the demo's criterion and on how
+    many calibration batches it scores (None: all), and whether it re-solves feed-forwards."""
 
     folder: Callable[[Progress | None], Path]
     task: str
     criterion: str
     opening: Callable[[], str]  # what to tell someone who waits for it
+    batches: int | None = None
+    feed_forward: bool = False
 
 
 def stdlib_lm_opening() -> str:
@@ -31,9 +34,13 @@ def stdlib_lm_opening() -> str:
     return "load stdlib-lm" if folder.exists() else f"train stdlib-lm, once, for a few minutes (kept in {folder.parent})"
 
 
+TRIALS = 10  # plans that a demo tries
+
 EMBEDDED = {
-    "minilm": Embedded(lambda progress: demo.minilm_path(), "docstring-retrieval", "fisher_least_squares", lambda: "load minilm"),
-    "stdlib-lm": Embedded(demo.stdlib_lm_path, "standard-library-text", "fisher", stdlib_lm_opening),
+    "minilm": Embedded(
+        lambda progress: demo.minilm_path(), "docstring-retrieval", "fisher_least_squares", lambda: "load minilm", 6
+    ),
+    "stdlib-lm": Embedded(demo.stdlib_lm_path, "standard-library-text", "fisher", stdlib_lm_opening, feed_forward=True),
 }
 
 
@@ -56,7 +63,11 @@ def demo_recipe(name: str) -> dict[str, Any]:
     if name not in EMBEDDED:
         raise unknown_name("demo model", name, EMBEDDED)
     found = EMBEDDED[name]
-    return {"model": name, "task": {"name": found.task}, "score": {"criterion": found.criterion}, "output": f"runs/{name}"}
+    return {
+        "model": name, "task": {"name": found.task}, "score": {"criterion": found.criterion, "batches": found.batches},
+        "plan": {"allocation": "global", "granularity": "query_head", "trials": TRIALS},
+        "prune": {"feed_forward": found.feed_forward}, "output": f"runs/{name}",
+    }  # fmt: skip
 
 
 def default_task(name: str, model: PreTrainedModel) -> str:
@@ -69,6 +80,15 @@ def default_task(name: str, model: PreTrainedModel) -> str:
 def open_model(name: str, progress: Progress | None = None) -> tuple[PreTrainedModel, Any]:
     """(model in eval mode, tokenizer or None) of `name`, see `model_folder`."""
     folder = model_folder(name, progress)
-    model = load(folder).eval()
+    return load(folder).eval(), tokenizer_of(folder)
+
+
+def open_from_disk(name: str, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer or None) of `name`, whose weights are read layer by layer as it runs (`hp.open_streamed`)."""
+    folder = model_folder(name)
+    return open_streamed(folder, device=device), tokenizer_of(folder)
+
+
+def tokenizer_of(folder: Path) -> Any:
     has_tokenizer = (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists()
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None

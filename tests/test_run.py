@@ -15,7 +15,7 @@ from headprune.planning import PruningPlan
 from headprune.recipe import RecoverSection, ReportSection, parse_recipe
 from headprune.report.progress import Stages
 from headprune.report.run_folder import read_run
-from headprune.scoring import HeadScores
+from headprune.scoring import HeadScores, observe
 from headprune.surgery import load
 
 
@@ -165,6 +165,26 @@ def test_a_model_that_fails_its_checks_is_not_passed_on(recipe, monkeypatch):
     with pytest.raises(HeadpruneError, match=r"cut_equals_gated.*0\.5"):
         carried_out(recipe)
     assert not (run_module.Path(recipe.output) / "checks.json").exists()
+
+
+def test_a_run_that_resolves_feed_forwards_too_passes_its_checks(recipe):
+    result = carried_out(recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"feed_forward": True})}))
+    assert result.checks["cut_equals_gated"] < 1e-5
+    dense, pruned = bert(), load(result.folder / "model")
+    ends = zip(pruned.encoder.layer, dense.encoder.layer)
+    assert not all(torch.equal(one.output.dense.weight, other.output.dense.weight) for one, other in ends)
+
+
+def test_a_run_may_score_on_its_first_batches_alone(recipe, monkeypatch):
+    seen = []
+
+    def observing(model, batches, *args, **options):
+        seen.append(len(batches))
+        return observe(model, batches, *args, **options)
+
+    monkeypatch.setattr(run_values, "observe", observing)
+    carried_out(recipe.model_copy(update={"score": recipe.score.model_copy(update={"batches": 2})}))
+    assert seen == [2]
 
 
 def test_a_run_may_try_plans_on_its_calibration_data(recipe):

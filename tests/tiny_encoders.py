@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class Family:
 
     def make(self, implementation: str | None = None, seed: int = 0) -> transformers.PreTrainedModel:
         torch.manual_seed(seed)
-        config = getattr(transformers, self.config)(**self.options)
+        config = getattr(transformers, self.config)(**copy.deepcopy(self.options))  # some configs take theirs apart
         config._attn_implementation = implementation or self.implementations[0]
         return getattr(transformers, self.model)(config).eval()
 

@@ -101,13 +101,10 @@ register(
 )  # fmt: skip
 
 
-def our_needs(model: str) -> frozenset[Need]:
-    return hp.criteria()[recipe_of(model).score.criterion].needs
-
-
 def our_scores(setting: Setting, observed: Observations) -> hp.HeadScores:
-    wanted = recipe_of(setting.name).score
-    return score_observations(observed, wanted.criterion, wanted.normalize)
+    wanted, task = recipe_of(setting.name).score, setting.task
+    batches = task.calibration[: wanted.batches]
+    return hp.score(setting.model, batches, wanted.criterion, normalize=wanted.normalize, loss_fn=task.loss)
 
 
 def our_plan(setting: Setting, scores: hp.HeadScores, fraction: float) -> Planned:
@@ -129,7 +126,7 @@ def our_settings(model: str) -> dict[str, Any]:
 register(
     Method(
         "ours", "ours", "recipes/<model>.yaml: scores, plan and compensation",
-        our_scores, our_plan, our_cut, our_needs, our_settings,
+        our_scores, our_plan, our_cut, settings=our_settings,
     )
 )  # fmt: skip
 

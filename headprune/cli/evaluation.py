@@ -15,7 +15,7 @@ from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
 
 
-@app.command("evaluate")
+@app.command("evaluate", epilog="Example: headprune evaluate ./pruned --against ./dense --text wiki.txt --window 2048")
 def evaluate_command(
     model: ModelArgument,
     task: TaskOption = None,
@@ -31,22 +31,14 @@ def evaluate_command(
     trace: Annotated[Path | None, typer.Option(help="Also write a Chrome trace of forward passes to this file.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Quality and cost of a model, alone or beside its dense original (in turn, with intervals of the differences).
-
-    headprune evaluate runs/minilm/model --against minilm
-
-    headprune evaluate ./pruned --against ./dense --text wiki.txt --window 2048 --json
-    """
+    """Quality and cost of a model, alone or beside its dense original (in turn, with intervals of the differences)."""
     from headprune.evaluation import compare, evaluate, write_trace
 
     found, data = opened_for_evaluation(model, task, text, lm_eval, window=window, stride=stride, limit=limit)
     models = {"model": found} if against is None else {"dense": opened_model(against)[0], "pruned": found}
     measure = evaluate if against is None else compare
     result = with_bar("evaluate", lambda progress: measure(*models.values(), data, repeats=repeats, progress=progress))
-    if json:
-        terminal.console.print_json(data=asdict(result))
-    else:
-        terminal.console.print(result)
+    terminal.show(json, asdict(result), result)
     if trace is not None:
         write_trace(models, data.latency_inputs(), trace)
         terminal.progress_console.print(f"trace written to {trace}; open it in ui.perfetto.dev or chrome://tracing")
@@ -71,16 +63,16 @@ def opened_for_evaluation(model: str, task: str | None, text: Path | None, lm_ev
     return found, data
 
 
-@app.command()
-def doctor() -> None:
+@app.command(epilog="Example: headprune doctor")
+def doctor(json: JsonOption = False) -> None:
     """Versions, devices, and which backend runs each operator and why."""
     from headprune.report.doctor import doctor_tables
 
-    for table in doctor_tables():
-        terminal.console.print(table)
+    tables = doctor_tables()
+    terminal.show(json, {table.title: terminal.rows_of(table) for table in tables}, *tables)
 
 
-@app.command("estimate")
+@app.command("estimate", epilog="Example: headprune estimate ./llama --heads 0.5 --device h100")
 def estimate_command(
     model: Annotated[str, typer.Argument(help="A model folder; its config.json is enough.")],
     heads: Annotated[float | None, typer.Option(help="Fraction of the query heads to remove.")] = None,
@@ -101,8 +93,4 @@ def estimate_command(
 
     budget = Budget(heads, params, kv_cache, flops, sequence_length=length)
     found = estimate(model_folder(model), budget, device=device, tokens=tokens, batch=batch, length=length, granularity=granularity)
-    if json:
-        terminal.console.print_json(data=found.to_json())
-    else:
-        terminal.console.print(found)
-        terminal.console.print(found.scoring())
+    terminal.show(json, found.to_json(), found, found.scoring())

@@ -9,12 +9,12 @@ import typer
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import ModelArgument, OutputOption, TaskOption, opened
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput, unknown_name
 
 
-@app.command("plan")
+@app.command("plan", epilog="Example: headprune plan scores.json --heads 0.5 --allocation uniform")
 def plan_command(
     scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
     heads: Annotated[float | None, typer.Option(help="Fraction of the query heads to remove.")] = None,
@@ -36,7 +36,11 @@ def plan_command(
     multiple_of: Annotated[int, typer.Option(help="Attentions that lose heads keep a multiple of this.")] = 1,
     protect: Annotated[list[str] | None, typer.Option(help="Attention sites that lose nothing.")] = None,
     sensitivity: Annotated[Path | None, typer.Option(help="sensitivity.json; loss curves for --allocation optimal.")] = None,
+    trials: Annotated[int, typer.Option(help="Plans to try on --model, pruned and compensated; 0: by scores alone.", min=0)] = 0,
+    model: Annotated[str | None, typer.Option(help="The model that was scored, for --trials.")] = None,
+    task: TaskOption = None,
     output: OutputOption = Path("plan.json"),
+    json: JsonOption = False,
 ) -> None:
     """Choose the heads to keep under a budget."""
     from headprune.evaluation import machines_here
@@ -47,33 +51,49 @@ def plan_command(
     if measured and not other_machine:
         measured.refuse_other_machine(machines_here())
     budget = Budget(heads, params, kv_cache, flops, latency, length, measured)
-    chosen = plan(
-        HeadScores.load(scores), budget, allocation=allocation, granularity=granularity, min_heads=min_heads,
-        multiple_of=multiple_of, protect=protect or (), sensitivity=None if sensitivity is None else Sensitivity.load(sensitivity),
-        target=target,
-    )  # fmt: skip
+    ranking, options = HeadScores.load(scores), {
+        "allocation": allocation, "granularity": granularity, "min_heads": min_heads, "multiple_of": multiple_of,
+        "protect": protect or (), "sensitivity": None if sensitivity is None else Sensitivity.load(sensitivity), "target": target,
+    }  # fmt: skip
+    chosen = tried(model, task, ranking, budget, trials, options) if trials else plan(ranking, budget, **options)
     chosen.save(output)
-    terminal.console.print(chosen)
-    terminal.console.print(f"written to {output}")
+    terminal.show_file(json, output, chosen)
 
 
-@app.command("latency")
-def latency_command(model: ModelArgument, task: TaskOption = None, output: OutputOption = Path("latency.json")) -> None:
+def tried(model: str | None, task: str | None, scores, budget, trials: int, options: dict):
+    """The best of the plans that are tried on the model."""
+    from headprune.surgery import search_plan
+
+    if model is None:
+        raise InvalidInput("--trials prunes and compensates the model that was scored; name it with --model.")
+    dense, data = opened(model, task)
+    return with_bar(
+        "try plans, pruned and compensated",
+        lambda progress: search_plan(
+            dense, scores, budget, data.calibration, trials=trials, forward=data.forward, progress=progress, **options
+        ),
+    ).plan
+
+
+@app.command("latency", epilog="Example: headprune latency minilm -o latency.json")
+def latency_command(
+    model: ModelArgument, task: TaskOption = None, output: OutputOption = Path("latency.json"), json: JsonOption = False
+) -> None:
     """Time every attention with every number of heads on this machine, for latency budgets."""
     from headprune.evaluation import measure_latency_table
 
     dense, data = opened(model, task)
     table = with_bar("time attentions", lambda progress: measure_latency_table(dense, data.latency_inputs(), progress=progress))
     table.save(output)
-    terminal.console.print(
-        f"{table.machine}: batch {table.batch}, {table.length} tokens; the rest of the model {table.rest / 1e6:.2f} ms"
+    head = f"{table.machine}: batch {table.batch}, {table.length} tokens; the rest of the model {table.rest / 1e6:.2f} ms"
+    lines = (
+        f"  {key}: {' '.join(f'{time / 1e6:.2f}' for time in times)} ms with 0, 1, 2, ... heads"
+        for key, times in table.attention.items()
     )
-    for key, times in table.attention.items():
-        terminal.console.print(f"  {key}: {' '.join(f'{time / 1e6:.2f}' for time in times)} ms with 0, 1, 2, ... heads")
-    terminal.console.print(f"written to {output}")
+    terminal.show_file(json, output, head, *lines)
 
 
-@app.command("sweep")
+@app.command("sweep", epilog="Example: headprune sweep minilm scores.json --budgets 0.25,0.5")
 def sweep_command(
     model: ModelArgument,
     scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
@@ -82,6 +102,7 @@ def sweep_command(
     allocation: Annotated[str, typer.Option(help="global, uniform or optimal.")] = "global",
     task: TaskOption = None,
     output: OutputOption = Path("sweep.json"),
+    json: JsonOption = False,
 ) -> None:
     """Quality and cost over many budgets, from one scoring pass."""
     from headprune.planning import Budget
@@ -93,8 +114,7 @@ def sweep_command(
     dense, data = opened(model, task)
     found = with_bar("sweep", lambda progress: sweep(dense, data, ranking, chosen, allocation=allocation, progress=progress))
     found.save(output)
-    terminal.console.print(found)
-    terminal.console.print(f"written to {output}")
+    terminal.show_file(json, output, found)
 
 
 def known_quantity(name: str) -> str:

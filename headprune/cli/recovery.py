@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import ModelArgument, OutputOption, TaskOption, opened, opened_model
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened, opened_model
 from headprune.cli.terminal import with_bar
 
 
-@app.command("recover")
+@app.command("recover", epilog="Example: headprune recover ./pruned --teacher minilm --minutes 5 -o recovered")
 def recover_command(
     model: ModelArgument,
     output: OutputOption,
@@ -24,6 +25,7 @@ def recover_command(
     minutes: Annotated[float | None, typer.Option(help="How long to train, in place of steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
+    json: JsonOption = False,
 ) -> None:
     """Train a pruned model for a while on a task's training data, so that it is as good again. A killed one goes on."""
     from headprune.recovery import recover
@@ -38,5 +40,4 @@ def recover_command(
     ))  # fmt: skip
     save(pruned, output, tokenizer=data.tokenizer)
     shutil.rmtree(work)
-    terminal.console.print(str(result))
-    terminal.console.print(f"written to {output}")
+    terminal.show(json, {"model": str(output), **asdict(result)}, str(result), f"written to {output}")

@@ -11,25 +11,28 @@ import typer
 
 from headprune.cli import terminal
 from headprune.cli.app import app
+from headprune.cli.inputs import JsonOption
 
 
-@app.command()
+@app.command(epilog="Example: headprune run recipes/minilm.yaml plan.budget.heads=0.3 output=runs/third")
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), e.g. recipes/minilm.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. plan.budget.heads=0.3")] = None,
+    json: JsonOption = False,
 ) -> None:
     """Carry out a recipe: score, plan, cut, compensate, evaluate, save. A killed run goes on where it stopped."""
     from headprune.recipe import load_recipe
 
-    carry_out(load_recipe(recipe, overrides or ()))
+    carry_out(load_recipe(recipe, overrides or ()), json)
 
 
-@app.command("demo")
+@app.command("demo", epilog="Example: headprune demo --model stdlib-lm")
 def demo_command(
     model: Annotated[
         str, typer.Option(help="minilm: a pretrained sentence encoder; stdlib-lm: a decoder, trained first (two minutes, once).")
     ] = "minilm",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
+    json: JsonOption = False,
 ) -> None:
     """The main job on an embedded model: half of its heads go, the gain is measured."""
     from headprune.recipe import parse_recipe
@@ -38,35 +41,34 @@ def demo_command(
     content = demo_recipe(model)
     if output:
         content["output"] = str(output)
-    carry_out(parse_recipe(content, f"of the {model} demo"))
+    carry_out(parse_recipe(content, f"of the {model} demo"), json)
 
 
-@app.command("report")
+@app.command("report", epilog="Example: headprune report runs/minilm --figures plots")
 def report_command(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, or any with scores*.json or plan.json of one model.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; by default report.html in the folder.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Also write every plot as PNG and SVG to this folder.")] = None,
+    json: JsonOption = False,
 ) -> None:
-    """Write a run's report: one HTML file with heat maps, a slider over budgets, curves and tables. Heads can be kept or dropped in
-    it and the plan downloaded for `headprune prune`."""
+    """Write a run's report: one HTML file in which heads can be kept or dropped, and figures for papers."""
     from headprune.report.figures import figures as draw
     from headprune.report.web_page import report
 
-    terminal.console.print(f"written to {report(folder, output)}")
-    if figures is not None:
-        written = draw(folder, figures)
-        terminal.console.print(f"{len(written)} figures in {figures}")
+    page = report(folder, output)
+    drawn = [] if figures is None else draw(folder, figures)
+    shown = [f"written to {page}", *([f"{len(drawn)} figures in {figures}"] if drawn else [])]
+    terminal.show(json, {"report": str(page), "figures": [str(path) for path in drawn]}, *shown)
 
 
-def carry_out(recipe) -> None:
+def carry_out(recipe, json: bool) -> None:
     from headprune.report.progress import Stages
     from headprune.report.tables import run_tables
     from headprune.run import run as run_recipe
 
     with logged_to(Path(recipe.output)):
         result = run_recipe(recipe, Stages(terminal.progress_console))
-    for table in run_tables(result):
-        terminal.console.print(table)
+    terminal.show(json, result.to_json(), *run_tables(result))
 
 
 @contextlib.contextmanager

@@ -6,18 +6,18 @@ from rich.table import Table
 
 from headprune.cli import terminal
 from headprune.cli.app import app
+from headprune.cli.inputs import JsonOption
 
 
-@app.command("schedules")
-def schedules_command() -> None:
+@app.command("schedules", epilog="Example: headprune schedules")
+def schedules_command(json: JsonOption = False) -> None:
     """List the schedules that a recipe can name, with their options, and the ways to train gates."""
     from headprune import schedules
 
-    table = Table("schedule", "what it does", "options in a recipe")
+    listed = Table("schedule", "what it does", "options in a recipe")
     for name, found in schedules.schedules().items():
-        table.add_row(name, found.__doc__.split("\n")[0], ", ".join(schedules.recipe_options(name)))
-    terminal.console.print(table)
-    table = Table("pruning_aware method", "the gates")
+        listed.add_row(name, found.__doc__.split("\n")[0], ", ".join(schedules.recipe_options(name)))
+    gates = Table("pruning_aware method", "the gates")
     for name, found in schedules.gate_methods().items():
-        table.add_row(name, found.__doc__.split("\n")[0])
-    terminal.console.print(table)
+        gates.add_row(name, found.__doc__.split("\n")[0])
+    terminal.show(json, {"schedules": terminal.rows_of(listed), "gate_methods": terminal.rows_of(gates)}, listed, gates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +12,18 @@ from rich.table import Table
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, TaskOption, opened
 from headprune.cli.terminal import with_bar
 
 
-@app.command()
+@app.command(epilog="Example: headprune score minilm --criterion fisher,entropy --portraits")
 def score(
     model: ModelArgument,
     task: TaskOption = None,
     criterion: Annotated[str, typer.Option(help="One or several, with commas between; see `headprune criteria`.")] = "fisher",
     normalize: Annotated[str, typer.Option(help="none, layer_l2 or layer_sum.")] = "none",
     portraits: Annotated[bool, typer.Option("--portraits", help="Say what each head attends to.")] = False,
+    streamed: StreamedOption = False,
     json: JsonOption = False,
     output: OutputOption = Path("scores.json"),
 ) -> None:
@@ -32,39 +34,40 @@ def score(
     names = list(dict.fromkeys(name.strip() for name in criterion.split(",")))
     needs = frozenset().union(*(scoring.get_criterion(name).needs for name in names))
     scoring.check_normalization(normalize)
-    dense, data = opened(model, task)
+    dense, data = opened(model, task, streamed)
+    states = output.with_name(f".{output.name}.states") if streamed else None
     observed = with_bar(f"score heads by {', '.join(names)}", lambda progress: scoring.observe(
         dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,
-        token_kinds=data.tokenizer, progress=lambda done: progress(done, len(data.calibration)),
+        token_kinds=data.tokenizer, progress=lambda done: progress(done, len(data.calibration)), checkpoint=states,
     ))  # fmt: skip
     report = ScoreReport.of(observed, names, normalize, portraits)
     written = report.save(output)
-    if json:
-        terminal.console.print_json(data=report.to_json())
-    for shown in () if json else (*report.tables(), *(f"written to {path}" for path in written)):
-        terminal.console.print(shown)
+    if states is not None:
+        shutil.rmtree(states)
+    terminal.show(json, report.to_json(), *report.tables(), *(f"written to {path}" for path in written))
     for warning in report.warnings():
         terminal.progress_console.print(f"[yellow]{escape(warning)}[/]", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def criteria() -> None:
+@app.command(epilog="Example: headprune criteria --json")
+def criteria(json: JsonOption = False) -> None:
     """List the criteria: what each reads, what it costs, where it comes from."""
     from headprune import scoring
 
     table = Table("criterion", "needs", "cost", "what it is", "source")
     for name, found in scoring.criteria().items():
         table.add_row(name, ", ".join(need.value for need in found.needs) or "nothing", found.cost, found.summary, found.source)
-    terminal.console.print(table)
+    terminal.show(json, terminal.rows_of(table), table)
 
 
-@app.command("sensitivity")
+@app.command("sensitivity", epilog="Example: headprune sensitivity minilm scores.json")
 def sensitivity_command(
     model: ModelArgument,
     scores: Annotated[Path, typer.Argument(help="scores.json: the order in which the heads of a layer go.")],
     task: TaskOption = None,
     csv: Annotated[Path | None, typer.Option(help="Also the curves as a table, one point a line, for a plot.")] = None,
     output: OutputOption = Path("sensitivity.json"),
+    json: JsonOption = False,
 ) -> None:
     """Which layers tolerate pruning: the loss with 1, 2, 3, ... heads of each attention gone, and with each head alone gone."""
     from headprune.planning import sensitivity
@@ -78,5 +81,4 @@ def sensitivity_command(
     found.save(output)
     if csv is not None:
         found.save_csv(csv)
-    terminal.console.print(found)
-    terminal.console.print(f"written to {output}{'' if csv is None else f' and {csv}'}")
+    terminal.show_file(json, output, found, *([] if csv is None else [f"written to {csv}"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,43 +11,63 @@ import typer
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, opened, opened_model
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, opened, opened_model
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
 
 
-@app.command("prune")
+@app.command("prune", epilog="Example: headprune prune minilm plan.json -o pruned --task docstring-retrieval")
 def prune_command(
     model: ModelArgument,
     plan: Annotated[Path, typer.Argument(help="plan.json from `headprune plan`.")],
     output: OutputOption,
     task: Annotated[str | None, typer.Option(help="Re-solve the output projections on this task's calibration data.")] = None,
+    streamed: StreamedOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Cut the heads that a plan lets go and save the smaller model."""
     from headprune.planning import PruningPlan
     from headprune.surgery import prune, save
 
     chosen = PruningPlan.load(plan)
-    if task is None:
+    if streamed:
+        prune_in_files(model, chosen, output, task)
+    elif task is None:
         dense, tokenizer = opened_model(model)
         prune(dense, chosen)
+        save(dense, output, tokenizer=tokenizer)
     else:
         dense, data = opened(model, task)
-        tokenizer = data.tokenizer
         with_bar("re-solve output projections", lambda progress: prune(
             dense, chosen, data.calibration, forward=data.forward, progress=progress
         ))  # fmt: skip
-    save(dense, output, tokenizer=tokenizer)
-    terminal.console.print(chosen)
-    terminal.console.print(f"written to {output}")
+        save(dense, output, tokenizer=data.tokenizer)
+    kept = {
+        "model": str(output),
+        "removed_heads": chosen.removed_heads,
+        "keep": {name: list(heads) for name, heads in chosen.items()},
+    }
+    terminal.show(json, kept, chosen, f"written to {output}")
 
 
-@app.command("export")
+def prune_in_files(model: str, plan, output: Path, task: str | None) -> None:
+    from headprune.sources import model_folder
+    from headprune.surgery import prune_folder
+
+    data = None if task is None else opened(model, task, streamed=True)[1]
+    with_bar("prune file by file", lambda progress: prune_folder(
+        model_folder(model), plan, output, None if data is None else data.calibration,
+        forward=None if data is None else data.forward, progress=progress,
+    ))  # fmt: skip
+
+
+@app.command("export", epilog="Example: headprune export ./pruned --to gguf -o pruned.gguf")
 def export_command(
     model: ModelArgument,
     to: Annotated[str, typer.Option(help="stock, onnx, gguf, vllm or nemotron-nas.")],
     output: OutputOption,
     option: Annotated[list[str] | None, typer.Option(help="Of the target: dtype=q8_0 for gguf, opset=20 for onnx.")] = None,
+    json: JsonOption = False,
 ) -> None:
     """Write a pruned model for another engine; its outputs are checked to stay the same."""
     from headprune.surgery.export import export
@@ -54,7 +75,7 @@ def export_command(
     options = target_options(option or ())
     found, tokenizer = opened_model(model)
     written = with_bar(f"export to {to}", lambda progress: export(found, to, output, tokenizer=tokenizer, **options))
-    terminal.console.print(str(written))
+    terminal.show(json, {**asdict(written), "path": str(written.path)}, str(written))
 
 
 def target_options(given: Iterable[str]) -> dict[str, str | int]:
@@ -67,28 +88,22 @@ def target_options(given: Iterable[str]) -> dict[str, str | int]:
     return found
 
 
-@app.command()
+@app.command(epilog="Example: headprune inspect ./pruned")
 def inspect(model: ModelArgument, json: JsonOption = False) -> None:
     """The attentions of a model folder and the heads that each of them has."""
     from headprune.report.tables import site_rows, sites_table
 
     found = bones(model)
-    if json:
-        terminal.console.print_json(data={"model": type(found).__name__, "attentions": site_rows(found)})
-    else:
-        terminal.console.print(sites_table(found))
+    terminal.show(json, {"model": type(found).__name__, "attentions": site_rows(found)}, sites_table(found))
 
 
-@app.command("diff")
+@app.command("diff", epilog="Example: headprune diff minilm ./pruned")
 def diff_command(before: ModelArgument, after: ModelArgument, json: JsonOption = False) -> None:
     """What the second model has lost against the first: heads, parameters, FLOPs, cache bytes per token."""
     from headprune.surgery import diff
 
     found = diff(bones(before), bones(after))
-    if json:
-        terminal.console.print_json(data=found.to_json())
-    else:
-        terminal.console.print(found)
+    terminal.show(json, found.to_json(), found)
 
 
 def bones(model: str):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 console = Console()
 progress_console = Console(stderr=True)
@@ -13,3 +19,23 @@ def with_bar(title: str, work):
 
     with Stages(progress_console).stage(title) as progress:
         return work(progress)
+
+
+def show(as_json: bool, document: Any, *shown: RenderableType) -> None:
+    """Prints `document` as one JSON document, or else what is to be shown of it."""
+    if as_json:
+        console.print_json(data=document)
+    for one in () if as_json else shown:
+        console.print(one)
+
+
+def show_file(as_json: bool, path: Path, *shown: RenderableType) -> None:
+    """As `show`, of the JSON file that a command has written."""
+    show(as_json, json.loads(path.read_text(encoding="utf-8")), *shown, f"written to {path}")
+
+
+def rows_of(table: Table) -> list[dict[str, str]]:
+    """A table's rows by the heads of its columns, as plain text."""
+    plain = lambda cell: Text.from_markup(cell).plain if isinstance(cell, str) else str(cell)  # noqa: E731
+    heads = [plain(column.header) for column in table.columns]
+    return [dict(zip(heads, map(plain, row))) for row in zip(*(column.cells for column in table.columns))]

@@ -12,7 +12,6 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.models.adapters import attention_sites
@@ -117,12 +116,12 @@ def state_of(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tens
 
 
 def whole_model(model: PreTrainedModel) -> PreTrainedModel:
-    """An unpruned model of the same class and config, its weights not drawn."""
+    """An unpruned model of the same class and config, without weights (on the meta device)."""
     config = copy.deepcopy(model.config)
     if getattr(config, SECTION, None) is not None:
         delattr(config, SECTION)
-    with whole(config), no_init_weights():
-        return transformers_class(model)(config).to(next(model.parameters()).dtype)
+    with whole(config), torch.device("meta"):
+        return transformers_class(model)(config)
 
 
 def transformers_class(model: PreTrainedModel) -> type[PreTrainedModel]:

@@ -66,7 +66,13 @@ CHECKS = {
 
 def check_rows(checks: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what was checked, what was found) of a run's checks."""
-    return [(CHECKS.get(name, name), "yes" if found is True else f"{found:.1e}") for name, found in checks.items()]
+    return [(CHECKS.get(name, name), checked(found)) for name, found in checks.items()]
+
+
+def checked(found: Any) -> str:
+    if isinstance(found, bool):
+        return "yes" if found else "no"
+    return f"{found:.1e}" if isinstance(found, float) else str(found)
 
 
 def run_tables(result) -> list[RenderableType]:

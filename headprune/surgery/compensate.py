@@ -9,6 +9,7 @@ before it left wrong in the stream. Where a site adds to no stream that can be s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re
 
 @dataclass(frozen=True)
 class Resolved:
-    """What became of one site: relative squared error of the stream behind it on held-out batches, before and after."""
+    """What became of one site, or of the end of a feed-forward (by its own name): relative squared error of the stream behind it on
+    held-out batches, before and after."""
 
     site: str
     error_before: float
@@ -222,17 +224,20 @@ def resolve(part: Part, keep, old, train, held_out, solver: Solver, join: bool =
             return Resolved(part.name, 1.0, 1.0, None), old
     refuse_too_few(part.name, train.tokens, solver.unknowns(layer))
     before = held_out.error(torch.zeros_like(held_out.cross))
-    best, ridge, change = before, None, None
-    for candidate, solution in solver.solve(train, layer):
+    best, ridge, change, last = before, None, None, math.inf
+    for candidate, solution in solver.solve(train, layer, solver.settings):
         error = held_out.error(solution)
         if error < best:
             best, ridge, change = error, candidate, solution
+        if error > last:
+            break
+        last = error
     scale = max(before, torch.finfo(torch.float64).tiny)
     report = Resolved(part.name, 1.0 if before else 0.0, best / scale, ridge)
     if change is None:
         return report, old
     if join:
-        change = dict(solver.solve(train + held_out, layer)).get(ridge, change)
+        change = dict(solver.solve(train + held_out, layer, (ridge,))).get(ridge, change)
     new_weight = weight.clone()
     new_weight[:, columns] += change[:-1].T.to(weight)
     new_bias = None if bias is None else bias + change[-1].to(bias)

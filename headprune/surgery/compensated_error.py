@@ -15,7 +15,7 @@ from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.passes import in_eval_mode
-from headprune.surgery.compensate import Passes, Target, Weights, is_held_out, resolve
+from headprune.surgery.compensate import Passes, Target, Weights, is_held_out, resolve, sample_weights
 from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.walk import Walk
 
@@ -102,7 +102,7 @@ class CompensatedError:
             missing = self._targets[at][index].missing(stream)[valid]
             for equations, chosen in ((train, self._train), (held_out, self._held_out)):
                 if index in chosen:
-                    equations.add(inputs[valid], missing, passes.weights(valid))
+                    equations.add(inputs[valid], missing, sample_weights(valid))
         return Stand(walks, train, held_out, solved)
 
     def _solved(self, site: AttentionSite, kept: Mapping[str, Heads], stand: Stand) -> Weights:

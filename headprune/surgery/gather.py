@@ -1,7 +1,7 @@
 """The copy that surgery is: entries of a tensor along one dimension into new memory, in blocks as long as they come.
 
-Most of the time of such a copy goes into memory that the process touches for the first time, page by page; large results on
-Linux therefore ask for huge pages, as PyTorch's own CPU allocator does under THP_MEM_ALLOC_ENABLE=1.
+A large result lies in memory that the process touches for the first time, page by page, which takes longer than the copy; on
+Linux it therefore asks for huge pages, as PyTorch's own CPU allocator does under THP_MEM_ALLOC_ENABLE=1.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2**21
+LARGE = 2**25  # bytes; smaller blocks the C library takes out of memory that it has, once there is some
 MADV_HUGEPAGE = 14  # linux/mman.h
 
 
@@ -40,10 +41,11 @@ def block_of(entries: Tensor, length: int) -> int:
 
 
 def fresh(shape: list[int], dtype: torch.dtype) -> Tensor:
-    """Empty CPU memory, in huge pages where the system gives them on request."""
+    """Empty CPU memory, where it is large in huge pages if the system gives them on request."""
     out = torch.empty(shape, dtype=dtype)
+    if out.nbytes < LARGE or sys.platform != "linux":
+        return out
     start = -(-out.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     size = (out.data_ptr() + out.nbytes) // HUGE_PAGE * HUGE_PAGE - start
-    if size > 0 and sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)  # a refusal does no harm
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)  # a refusal does no harm
     return out

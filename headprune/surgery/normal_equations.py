@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from headprune.errors import InvalidInput, unknown_name
 
 log = logging.getLogger("headprune")
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # tried in this order while the held-out error falls
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # of the mean diagonal, tried in turn where a Gram matrix is singular
 
 
@@ -107,26 +107,27 @@ class Layer:
     bias: bool
 
 
-Solve = Callable[[NormalEquations, Layer], Iterator[tuple[float, Tensor]]]
+Solve = Callable[[NormalEquations, Layer, Sequence[float]], Iterator[tuple[float, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A way to compensate. solve: yields (setting, change [inputs + 1, outputs]), of which the one with the least held-out error
-    is taken, if that is less than without any. unknowns: how many numbers it finds for one output, at most."""
+    """A way to compensate. solve: yields (setting, change [inputs + 1, outputs]) for each of `settings`; the last one before the
+    held-out error rises is taken, if that is less than without any. unknowns: how many numbers it finds for one output, at most."""
 
     solve: Solve
     unknowns: Callable[[Layer], int]
+    settings: Sequence[float]
 
 
 _solvers: dict[str, Solver] = {}
 
 
-def solver(name: str, unknowns: Callable[[Layer], int]) -> Callable[[Solve], Solve]:
+def solver(name: str, unknowns: Callable[[Layer], int], settings: Sequence[float]) -> Callable[[Solve], Solve]:
     """Registers a `Solver`."""
 
     def register(function: Solve) -> Solve:
-        _solvers[name] = Solver(function, unknowns)
+        _solvers[name] = Solver(function, unknowns, settings)
         return function
 
     return register
@@ -138,15 +139,15 @@ def get_solver(name: str) -> Solver:
     return _solvers[name]
 
 
-@solver("least_squares", unknowns=lambda layer: layer.weight.shape[1] + int(layer.bias))
-def least_squares(equations: NormalEquations, layer: Layer) -> Iterator[tuple[float, Tensor]]:
+@solver("least_squares", unknowns=lambda layer: layer.weight.shape[1] + int(layer.bias), settings=RIDGES)
+def least_squares(equations: NormalEquations, layer: Layer, settings: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
     """Any change of weights and bias, ridge towards the old weights."""
-    for ridge in RIDGES:
+    for ridge in settings:
         yield ridge, equations.solve(ridge, layer.bias)
 
 
-@solver("mask_tuning", unknowns=lambda layer: layer.heads)
-def mask_tuning(equations: NormalEquations, layer: Layer) -> Iterator[tuple[float, Tensor]]:
+@solver("mask_tuning", unknowns=lambda layer: layer.heads, settings=(1.0,))
+def mask_tuning(equations: NormalEquations, layer: Layer, settings: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
     """One factor for each head, merged into its weights (Kwon et al. 2022, 4.3): damping 1, none taken outside [-10, 10]."""
     weight = layer.weight.double().cpu().T  # [inputs, outputs]
     inputs = len(weight)
@@ -161,8 +162,8 @@ def mask_tuning(equations: NormalEquations, layer: Layer) -> Iterator[tuple[floa
         yield 1.0, change
 
 
-@solver("bias", unknowns=lambda layer: int(layer.bias))
-def bias_alone(equations: NormalEquations, layer: Layer) -> Iterator[tuple[float, Tensor]]:
+@solver("bias", unknowns=lambda layer: int(layer.bias), settings=(0.0,))
+def bias_alone(equations: NormalEquations, layer: Layer, settings: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
     """The mean of what is missing goes into the bias (An et al. 2024, FLAP, eq. 7); nothing where there is none."""
     if layer.bias:
         change = torch.zeros_like(equations.cross)

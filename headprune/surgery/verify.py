@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from headprune.models.site import is_conv1d
 
 
 @torch.no_grad()
-def gated_twin(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
-    """A copy of `dense` that carries the output projections of `pruned` in the columns of the kept heads.
+def gated_twin(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[int]], resolved: Iterable[str] = ()) -> nn.Module:
+    """A copy of `dense` that carries the output projections of `pruned` in the columns of the kept heads, and its linear layers
+    `resolved` (names of feed-forward ends that compensation changed) as they are.
 
     Under `gated(twin, keep)` it must give exactly what `pruned` gives, compensated or not.
     """
@@ -27,21 +28,37 @@ def gated_twin(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[
         module.weight.data.index_copy_(0 if is_conv1d(module) else 1, columns, source.weight.data)
         if module.bias is not None:
             module.bias.data.copy_(source.bias.data)
+    for name in resolved:
+        twin.get_submodule(name).load_state_dict(pruned.get_submodule(name).state_dict())
     return twin
 
 
-def cut_error(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[int]], run: Callable[[nn.Module], Tensor]) -> float:
+def cut_error(
+    dense: nn.Module,
+    pruned: nn.Module,
+    keep: Mapping[str, Sequence[int]],
+    run: Callable[[nn.Module], Tensor],
+    resolved: Iterable[str] = (),
+) -> float:
     """Largest absolute difference between `run(pruned)` and the same model with its removed heads gated to zero instead,
-    relative to the largest absolute value."""
-    twin = gated_twin(dense, pruned, keep)
+    relative to the largest absolute value. resolved: as for `gated_twin`."""
+    twin = gated_twin(dense, pruned, keep, resolved)
     with gated(twin, keep):
         expected = run(twin)
     return relative_difference(run(pruned), expected)
 
 
-def same_tokens(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[int]], prompt: Any, tokens: int = 32) -> bool:
-    """Whether greedy generation with a cache gives the same tokens cut and gated; `prompt` is what `generate` takes."""
-    twin = gated_twin(dense, pruned, keep)
+def same_tokens(
+    dense: nn.Module,
+    pruned: nn.Module,
+    keep: Mapping[str, Sequence[int]],
+    prompt: Any,
+    tokens: int = 32,
+    resolved: Iterable[str] = (),
+) -> bool:
+    """Whether greedy generation with a cache gives the same tokens cut and gated; `prompt` is what `generate` takes. resolved: as
+    for `gated_twin`."""
+    twin = gated_twin(dense, pruned, keep, resolved)
     options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
     with gated(twin, keep):
         expected = twin.generate(**prompt, **options)

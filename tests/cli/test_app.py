@@ -1,15 +1,76 @@
 """Bad input from outside: exit codes, one-line errors, and that nothing is written."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
+import typer
 from command_line import only_error
 from tiny_models import bert
 
+from headprune.cli import app
 from headprune.scoring import score
+from headprune.surgery import save
+
+COMMANDS = {command.name or command.callback.__name__: command for command in app.registered_commands}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_json_and_has_an_example_of_options_that_it_takes(name):
+    command = typer.main.get_command(app).commands[name]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert "--json" in options
+    start, example = command.epilog.split(f"headprune {name}")
+    assert start == "Example: "
+    used = {word for word in example.split() if word.startswith("-")}
+    assert used <= options
+    assert command.help
+
+
+def test_the_help_tells_the_exit_codes_and_completion(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    assert "Exit codes: 0 done; 2" in out
+    assert "--install-completion" in out
+
+
+def test_ctrl_c_ends_with_130_and_says_so(call, monkeypatch, tmp_path):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("headprune.run.run", stopped)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    code, _, err = call("--quiet", "run", "recipe.yaml")
+    assert code == 130
+    assert err == "stopped; nothing is half-written, and a run goes on from here with the same command\n"
+
+
+def test_quiet_and_verbose_are_about_stderr(call):
+    score(bert(), criterion="random").save("scores.json")
+    code, out, err = call("--quiet", "plan", "scores.json", "--heads", "0.5", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["budget"] == {"heads": 0.5}
+    code, _, err = call("--quiet", "plan", "scores.json", "--heads", "2")
+    assert code == 2
+    assert "heads=2" in only_error(err)
+    assert not call("--verbose", "plan", "scores.json", "--heads", "0.5")[0]
+    assert not any(isinstance(one, logging.StreamHandler) for one in logging.getLogger("headprune").handlers)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["criteria"], ["doctor"], ["schedules"], ["report", "run"], ["prune", "./dense", "plan.json", "-o", "pruned"]]
+)
+def test_json_is_one_document(call, arguments):
+    save(bert(), "dense")
+    score(bert(), criterion="random").save("run/scores.json")
+    call("plan", "run/scores.json", "--heads", "0.5")
+    code, out, err = call(*arguments, "--json")
+    assert code == 0, err
+    assert json.loads(out)
+
 
 RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": "out"}
 

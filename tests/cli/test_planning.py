@@ -1,7 +1,10 @@
 """Commands that choose heads."""
 
-from tiny_models import bert, llama
+from types import SimpleNamespace
 
+from tiny_models import bert, llama, tokens
+
+from headprune.cli import planning
 from headprune.planning import LatencyTable, PruningPlan
 from headprune.planning.latency_table import key_of
 from headprune.scoring import score
@@ -30,3 +33,18 @@ def test_a_plan_for_an_engine_keeps_to_what_it_can_run(call):
     assert code == 0, err
     chosen = PruningPlan.load("plan.json")
     assert [str(chosen.head_map(name)) for name in chosen] == ["4q/4kv", "4q/4kv"]
+
+
+def test_plans_are_tried_on_the_model_that_was_scored(call, monkeypatch):
+    scores = score(bert(), criterion="magnitude_l1")
+    scores.save("scores.json")
+    code, _, err = call("plan", "scores.json", "--heads", "0.5", "--trials", "3")
+    assert code == 2
+    assert "name it with --model" in err
+    batches = [{"input_ids": tokens(6, 16, seed)} for seed in range(3)]
+    data = SimpleNamespace(calibration=batches, forward=lambda model, batch: model(**batch))
+    monkeypatch.setattr(planning, "opened", lambda model, task: (bert(), data))
+    code, out, err = call("plan", "scores.json", "--heads", "0.5", "--trials", "3", "--model", "bert")
+    assert code == 0, err
+    assert "4 of 8 query heads go" in out
+    assert PruningPlan.load("plan.json").removed_heads == 4

@@ -62,6 +62,14 @@ def test_a_model_that_was_loaded_is_rewound_too(source, tmp_path):
         assert torch.equal(tensor, expected.state_dict()[name]), name
 
 
+def test_tied_embeddings_are_rewound_once(tmp_path):
+    early, (_, model) = llama(seed=5, tie_word_embeddings=True), pruned_llama(tie_word_embeddings=True)
+    for source in (early.state_dict(), save_folder(early, tmp_path / "early")):
+        hp.recovery.rewind_weights(model, source)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, early.lm_head.weight)
+
+
 def test_a_checkpoint_cut_in_the_same_way_is_taken_as_it_is(tmp_path):
     _, early = pruned_llama(seed=5)
     folder = hp.save(early, tmp_path / "early")

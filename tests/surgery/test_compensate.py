@@ -154,7 +154,7 @@ def test_mask_tuning_is_the_damped_least_squares_of_one_factor_a_head():
     residual = inputs[:, :2] @ weight[:, :2].T * 0.5 + 0.1 * torch.randn(200, 5)
     equations = NormalEquations.empty(6, 5)
     equations.add(inputs.float(), residual.float())
-    ((_, change),) = get_solver("mask_tuning").solve(equations, Layer(weight.float(), 3, False))
+    ((_, change),) = get_solver("mask_tuning").solve(equations, Layer(weight.float(), 3, False), (1.0,))
     outputs = torch.stack([(inputs[:, 2 * h : 2 * h + 2] @ weight[:, 2 * h : 2 * h + 2].T).flatten() for h in range(3)], dim=1)
     factors = torch.linalg.solve(outputs.T @ outputs + torch.eye(3), outputs.T @ residual.flatten())
     assert factors[0] == pytest.approx(0.5, abs=0.05)
@@ -167,10 +167,10 @@ def test_the_bias_takes_the_mean_of_what_is_missing():
     inputs, residual = torch.randn(50, 4), torch.randn(50, 3) + 2.0
     equations = NormalEquations.empty(4, 3)
     equations.add(inputs, residual)
-    ((_, change),) = get_solver("bias").solve(equations, Layer(torch.randn(3, 4), 2, True))
+    ((_, change),) = get_solver("bias").solve(equations, Layer(torch.randn(3, 4), 2, True), (0.0,))
     assert torch.allclose(change[-1].float(), residual.mean(dim=0), atol=1e-5)
     assert (change[:-1] == 0).all()
-    assert list(get_solver("bias").solve(equations, Layer(torch.randn(3, 4), 2, False))) == []
+    assert list(get_solver("bias").solve(equations, Layer(torch.randn(3, 4), 2, False), (0.0,))) == []
 
 
 @pytest.mark.parametrize("method", ["mask_tuning", "bias"])

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from tiny_decoders import FAMILIES, decoder
+from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
 from tiny_models import hidden, llama, tokens
 
 from headprune.errors import UnsupportedModel
+from headprune.models import attention_sites
+from headprune.models.tiny_inputs import tiny_inputs
 from headprune.surgery import cut, save
 
 PLANS = {
@@ -51,6 +55,18 @@ def test_a_pruned_model_exports(pruned):
     exported = torch.export.export(pruned, (), {"input_ids": ids, "use_cache": False}, strict=False)
     found = exported.module()(input_ids=ids, use_cache=False).logits
     assert torch.allclose(found, hidden(pruned, input_ids=ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "vit", "bart"])
+def test_other_families_export_with_a_layer_that_has_no_heads(family):
+    model = decoder(family) if family in FAMILIES else {**ENCODERS, **SEQ2SEQ, **VISION}[family].make()
+    inputs = tiny_inputs(model) | ({"use_cache": False} if model.can_generate() else {})
+    names = [site.name for site in attention_sites(model)]
+    cut(model, {name: [] if index == 1 else [0, 2] for index, name in enumerate(names)})
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        exported = torch.export.export(model, (), inputs, strict=False)
+        assert torch.allclose(exported.module()(**inputs).logits, expected, atol=1e-5)
 
 
 def test_a_pruned_model_compiles_without_a_graph_break(pruned):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headprune.surgery.gather import HUGE_PAGE, block_of, fresh, gathered
+from headprune.surgery.gather import LARGE, block_of, fresh, gathered
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,5 +31,5 @@ def test_blocks_are_as_long_as_the_runs_allow(entries, length, block):
 
 
 def test_large_memory_is_ordinary_memory():
-    found = fresh([3, HUGE_PAGE], torch.float32).fill_(2.0)
-    assert found.sum() == 6 * HUGE_PAGE
+    found = fresh([3, LARGE], torch.uint8).fill_(2)
+    assert found.sum() == 6 * LARGE

@@ -30,7 +30,8 @@ for folder in sys.argv[1:]:
         config = json.load(file)
     kind = next(auto for auto, name in config["auto_map"].items() if name.endswith(".HeadPruned" + config["architectures"][0]))
     try:
-        model = getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True, local_files_only=True).eval()
+        options = {"trust_remote_code": True, "local_files_only": True, "attn_implementation": batch["attention"]}
+        model = getattr(transformers, kind).from_pretrained(folder, **options).eval()
     except ImportError as error:
         found[folder] = str(error)
         continue
@@ -48,6 +49,7 @@ def pruned_folder(name: str, folder: Path) -> None:
         model, inputs = tiny_decoders.decoder(name), padded(side="right")
     else:
         model, inputs = OTHERS[name].make("eager"), OTHERS[name].batch("right")
+    attention = model.config._attn_implementation
     hp.cut(model, {site.name: [0, 1, 3] if index % 2 else [2, 3] for index, site in enumerate(hp.attention_sites(model))})
     hp.save(model, folder)
     model.set_attn_implementation("eager") if model._can_set_attn_implementation() else None
@@ -57,7 +59,8 @@ def pruned_folder(name: str, folder: Path) -> None:
     counted = inputs.get("attention_mask", torch.ones(()))
     fits = counted.dim() == 2 and logits.dim() == 3 and logits.shape[:2] == counted.shape
     torch.save(
-        {"inputs": inputs, "expected": logits, "counted": counted[..., None] if fits else torch.ones(())}, folder / "batch.pt"
+        {"inputs": inputs, "expected": logits, "counted": counted[..., None] if fits else torch.ones(()), "attention": attention},
+        folder / "batch.pt",
     )
 
 
