@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -171,6 +171,9 @@ class Recipe(Section):
     schedule: ScheduleSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
+    memory: Literal["auto", "resident", "streamed"] = Field(
+        default="auto", description="streamed: read the weights layer by layer; auto: where they do not fit into memory"
+    )
     output: str
     seed: int = 0
 

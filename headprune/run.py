@@ -15,15 +15,17 @@ from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation import Comparison, compare
 from headprune.evaluation.tasks import Task, build_task, check_task
 from headprune.files import read_json, write_json, write_text
+from headprune.models.streamed import streamed_of
 from headprune.planning import PruningPlan
 from headprune.recipe import Recipe, load_recipe
 from headprune.report.progress import Stages
 from headprune.report.web_page import report
 from headprune.run_recovery import recovered_model
 from headprune.run_schedule import scheduled_model
+from headprune.run_streamed import pruned_in_files, reads_streamed, show_estimate
 from headprune.run_values import kept, measure_for_report, plan_of, scored
 from headprune.scoring import HeadScores
-from headprune.sources import open_model, opening
+from headprune.sources import open_from_disk, open_model, opening
 from headprune.surgery import load, prune, save
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
@@ -64,11 +66,14 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     if recipe.plan.file:
         PruningPlan.load(recipe.plan.file)  # refused before anything is measured
     torch.manual_seed(recipe.seed)
+    streamed = reads_streamed(recipe)
     with stages.stage(opening(recipe.model)) as progress:
-        dense, tokenizer = open_model(recipe.model, progress)
+        dense, tokenizer = open_from_disk(recipe.model) if streamed else open_model(recipe.model, progress)
     with stages.stage(f"prepare {recipe.task.name}"):
         task = build_task(recipe.task.name, tokenizer, **recipe.task.options)
         task.check_model(dense)
+    if streamed:
+        show_estimate(recipe, task, stages)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     scores = scored(dense, task, recipe, stages)
     chosen, pruned, checks = smaller_model(dense, task, scores, recipe, folder, stages)
@@ -90,6 +95,8 @@ def smaller_model(
         refuse_failed(checks)
         return chosen, pruned, checks
     chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(dense, task, scores, recipe, stages))
+    if streamed_of(dense):
+        return chosen, *pruned_in_files(task, chosen, recipe, folder, stages)
     pruned, checks = pruned_model(dense, task, chosen, recipe, folder, stages)
     return chosen, recovered_model(dense, pruned, task, recipe, folder, stages), checks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from headprune.evaluation.tasks import Task
+from headprune.models.streamed import streamed_of
 from headprune.planning import Budget, PruningPlan, Sensitivity, plan, sensitivity
 from headprune.recipe import Recipe
 from headprune.report.progress import Stages
@@ -18,6 +20,7 @@ from headprune.surgery import search_plan
 from headprune.sweep import Sweep, sweep
 
 Value = TypeVar("Value")
+STATES = "states"  # what a killed pass over a model on disk goes on from; large
 log = logging.getLogger("headprune")
 
 
@@ -44,12 +47,13 @@ def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> Head
         with stages.stage(f"score heads by {', '.join(missing)}" if missing else "portray heads") as progress:
             observed = observe(
                 model, batches, needs, loss_fn=task.loss, token_kinds=task.tokenizer if portray else None,
-                progress=lambda done: progress(done, len(batches)),
+                progress=lambda done: progress(done, len(batches)), checkpoint=folder / STATES if streamed_of(model) else None,
             )  # fmt: skip
         if portray:
             portraits(observed).save(folder / "portraits.json")
         for name in sorted(missing, key=lambda name: name == main):  # the run's own last: with it, this stage is done
             score_observations(observed, name, recipe.score.normalize).save(paths[name])
+    shutil.rmtree(folder / STATES, ignore_errors=True)
     return HeadScores.load(paths[main])
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from headprune import demo
 from headprune.errors import unknown_name
-from headprune.surgery import load
+from headprune.surgery import load, open_streamed
 
 Progress = Callable[[int, int], None]
 
@@ -80,6 +80,15 @@ def default_task(name: str, model: PreTrainedModel) -> str:
 def open_model(name: str, progress: Progress | None = None) -> tuple[PreTrainedModel, Any]:
     """(model in eval mode, tokenizer or None) of `name`, see `model_folder`."""
     folder = model_folder(name, progress)
-    model = load(folder).eval()
+    return load(folder).eval(), tokenizer_of(folder)
+
+
+def open_from_disk(name: str, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer or None) of `name`, whose weights are read layer by layer as it runs (`hp.open_streamed`)."""
+    folder = model_folder(name)
+    return open_streamed(folder, device=device), tokenizer_of(folder)
+
+
+def tokenizer_of(folder: Path) -> Any:
     has_tokenizer = (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists()
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None

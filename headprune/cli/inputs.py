@@ -20,20 +20,27 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
 
-def opened(model: str, task: str | None):
+StreamedOption = Annotated[
+    bool, typer.Option("--streamed", help="Read the weights layer by layer, for models that do not fit into memory.")
+]
+
+
+def opened(model: str, task: str | None, streamed: bool = False):
     """(model, task), the task by its name or the one for such models."""
     from headprune.evaluation.tasks import build_task, check_task
     from headprune.sources import default_task
 
     if task is not None:
         check_task(task)
-    found, tokenizer = opened_model(model)
+    found, tokenizer = opened_model(model, streamed)
     data = build_task(task or default_task(model, found), tokenizer)
     data.check_model(found)
     return found, data
 
 
-def opened_model(model: str):
-    from headprune.sources import open_model, opening
+def opened_model(model: str, streamed: bool = False):
+    from headprune.sources import open_from_disk, open_model, opening
 
+    if streamed:
+        return open_from_disk(model)
     return with_bar(opening(model), lambda progress: open_model(model, progress))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, TaskOption, opened
 from headprune.cli.terminal import with_bar
 
 
@@ -22,6 +23,7 @@ def score(
     criterion: Annotated[str, typer.Option(help="One or several, with commas between; see `headprune criteria`.")] = "fisher",
     normalize: Annotated[str, typer.Option(help="none, layer_l2 or layer_sum.")] = "none",
     portraits: Annotated[bool, typer.Option("--portraits", help="Say what each head attends to.")] = False,
+    streamed: StreamedOption = False,
     json: JsonOption = False,
     output: OutputOption = Path("scores.json"),
 ) -> None:
@@ -32,13 +34,16 @@ def score(
     names = list(dict.fromkeys(name.strip() for name in criterion.split(",")))
     needs = frozenset().union(*(scoring.get_criterion(name).needs for name in names))
     scoring.check_normalization(normalize)
-    dense, data = opened(model, task)
+    dense, data = opened(model, task, streamed)
+    states = output.with_name(f".{output.name}.states") if streamed else None
     observed = with_bar(f"score heads by {', '.join(names)}", lambda progress: scoring.observe(
         dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,
-        token_kinds=data.tokenizer, progress=lambda done: progress(done, len(data.calibration)),
+        token_kinds=data.tokenizer, progress=lambda done: progress(done, len(data.calibration)), checkpoint=states,
     ))  # fmt: skip
     report = ScoreReport.of(observed, names, normalize, portraits)
     written = report.save(output)
+    if states is not None:
+        shutil.rmtree(states)
     terminal.show(json, report.to_json(), *report.tables(), *(f"written to {path}" for path in written))
     for warning in report.warnings():
         terminal.progress_console.print(f"[yellow]{escape(warning)}[/]", highlight=False, soft_wrap=True)

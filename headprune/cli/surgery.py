@@ -11,7 +11,7 @@ import typer
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, opened, opened_model
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, opened, opened_model
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
 
@@ -22,6 +22,7 @@ def prune_command(
     plan: Annotated[Path, typer.Argument(help="plan.json from `headprune plan`.")],
     output: OutputOption,
     task: Annotated[str | None, typer.Option(help="Re-solve the output projections on this task's calibration data.")] = None,
+    streamed: StreamedOption = False,
     json: JsonOption = False,
 ) -> None:
     """Cut the heads that a plan lets go and save the smaller model."""
@@ -29,22 +30,35 @@ def prune_command(
     from headprune.surgery import prune, save
 
     chosen = PruningPlan.load(plan)
-    if task is None:
+    if streamed:
+        prune_in_files(model, chosen, output, task)
+    elif task is None:
         dense, tokenizer = opened_model(model)
         prune(dense, chosen)
+        save(dense, output, tokenizer=tokenizer)
     else:
         dense, data = opened(model, task)
-        tokenizer = data.tokenizer
         with_bar("re-solve output projections", lambda progress: prune(
             dense, chosen, data.calibration, forward=data.forward, progress=progress
         ))  # fmt: skip
-    save(dense, output, tokenizer=tokenizer)
+        save(dense, output, tokenizer=data.tokenizer)
     kept = {
         "model": str(output),
         "removed_heads": chosen.removed_heads,
         "keep": {name: list(heads) for name, heads in chosen.items()},
     }
     terminal.show(json, kept, chosen, f"written to {output}")
+
+
+def prune_in_files(model: str, plan, output: Path, task: str | None) -> None:
+    from headprune.sources import model_folder
+    from headprune.surgery import prune_folder
+
+    data = None if task is None else opened(model, task, streamed=True)[1]
+    with_bar("prune file by file", lambda progress: prune_folder(
+        model_folder(model), plan, output, None if data is None else data.calibration,
+        forward=None if data is None else data.forward, progress=progress,
+    ))  # fmt: skip
 
 
 @app.command("export", epilog="Example: headprune export ./pruned --to gguf -o pruned.gguf")

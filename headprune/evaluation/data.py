@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headprune.evaluation.metric import Metric
+from headprune.models.placement import device_of
 
 Progress = Callable[[int, int], None]
 
@@ -42,5 +43,5 @@ class EvaluationData(ABC):
 
 def placed(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`inputs` with their tensors on the model's device."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headprune.evaluation.data import placed
 from headprune.evaluation.latency import synchronize
+from headprune.models.placement import device_of
 
 SECONDS = 1.0  # of each model in each round: the counter is renewed some ten times a second
 ROUNDS = 3
@@ -40,7 +41,7 @@ def measure_energy(
 
     Other work on the GPU counts too.
     """
-    counters = {name: energy_counter(next(model.parameters()).device) for name, model in models.items()}
+    counters = {name: energy_counter(device_of(model)) for name, model in models.items()}
     rows = next(iter(inputs.values())).shape[0]
     joules, sequences = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0)
     for _ in range(rounds):
@@ -54,7 +55,7 @@ def measure_energy(
 
 def one_block(model: nn.Module, inputs: dict[str, Any], counter: Callable[[], float], seconds: float) -> tuple[float, int]:
     """(joules, forward passes) of `seconds` of work."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     synchronize(device)
     started, before, passes = time.perf_counter(), counter(), 0
     while passes == 0 or time.perf_counter() - started < seconds:

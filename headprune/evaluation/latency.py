@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.evaluation.data import placed
+from headprune.models.placement import device_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def measure_latency(
     rows = next(iter(inputs.values())).shape[0]
     for turn in range(warmup + repeats):
         for name, model in models.items():
-            device = next(model.parameters()).device
+            device = device_of(model)
             on_device = placed(model, inputs)
             synchronize(device)
             started = time.perf_counter()
@@ -54,7 +55,7 @@ def measure_generation(
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(1 + repeats):
         for name, model in models.items():
-            device, on_device = next(model.parameters()).device, placed(model, prompt)
+            device, on_device = device_of(model), placed(model, prompt)
             synchronize(device)
             started = time.perf_counter()
             model.generate(**on_device, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)

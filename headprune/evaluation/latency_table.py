@@ -20,6 +20,7 @@ from headprune.evaluation.data import placed
 from headprune.evaluation.latency import synchronize
 from headprune.models import attention_interface, attention_sites
 from headprune.models.adapters import find_site
+from headprune.models.placement import device_of
 from headprune.models.site import AttentionSite
 from headprune.planning.latency_table import LatencyTable, key_of
 from headprune.scoring.passes import in_eval_mode
@@ -72,7 +73,7 @@ def measure_latency_table(
     sites = attention_sites(model)
     shapes = {site.name: SiteShape.of(site) for site in sites}
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
-    setting = (machine_name(next(model.parameters()).device), str(next(model.parameters()).dtype), first.shape[0], first.shape[1])
+    setting = (machine_name(device_of(model)), str(next(model.parameters()).dtype), first.shape[0], first.shape[1])
     kinds = {key_of(shapes[site.name]): site for site in reversed(sites)}
     file = cached_file(cache, setting, sorted(kinds))
     if file is not None and file.exists():
@@ -84,7 +85,7 @@ def measure_latency_table(
             attention[key] = times_of(model, site, calls[site.name], repeats)
             if progress:
                 progress(done + 1, len(kinds))
-        whole = median_ns(lambda: model(**placed(model, inputs)), next(model.parameters()).device, max(repeats, 5))
+        whole = median_ns(lambda: model(**placed(model, inputs)), device_of(model), max(repeats, 5))
     everything = sum(attention[key_of(shape)][-1] for shape in shapes.values())
     table = LatencyTable(*setting, attention, max(0, whole - everything))
     if file is not None:
@@ -95,7 +96,7 @@ def measure_latency_table(
 def times_of(model: nn.Module, site: AttentionSite, call: tuple[tuple, dict], repeats: int) -> tuple[int, ...]:
     """Nanoseconds with 0, 1, ..., all query heads; the copies are run in turn."""
     args, kwargs = call
-    order, device = even_order(site), next(model.parameters()).device
+    order, device = even_order(site), device_of(model)
     copies = [cut_copy(site, order[:count]) for count in range(len(order) + 1)]
     taken: list[list[int]] = [[] for _ in copies]
     for turn in range(repeats + 1):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.evaluation.data import placed
+from headprune.models.placement import device_of
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -34,6 +35,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
 @torch.inference_mode()
 def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """That of one forward pass, `model(**inputs)`."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     on_device = placed(model, inputs)
     return peak_bytes(lambda: model(**on_device), device)

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from headprune.evaluation.data import placed
 from headprune.evaluation.latency import synchronize
 from headprune.files import whole_file
+from headprune.models.placement import device_of
 
 PASSES = 3
 
@@ -20,7 +21,7 @@ PASSES = 3
 def write_trace(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], target: str | Path, passes: int = PASSES) -> Path:
     """Writes a Chrome trace (JSON; chrome://tracing, ui.perfetto.dev) of `passes` forward passes of each model in turn, after one
     to warm up; each pass is a span with the model's name. Returns the path."""
-    devices = [next(model.parameters()).device for model in models.values()]
+    devices = [device_of(model) for model in models.values()]
     for model in models.values():
         model(**placed(model, inputs))
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if any(one.type == "cuda" for one in devices) else [])]
@@ -29,7 +30,7 @@ def write_trace(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], t
             for name, model in models.items():
                 with record_function(name):
                     model(**placed(model, inputs))
-                    synchronize(next(model.parameters()).device)
+                    synchronize(device_of(model))
     with whole_file(target) as draft:
         found.export_chrome_trace(str(draft))
     return Path(target)

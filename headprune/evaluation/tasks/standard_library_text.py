@@ -15,6 +15,7 @@ from headprune.evaluation.metric import Metric, mean, perplexity
 from headprune.evaluation.perplexity import negative_log_likelihood, refuse_other_models
 from headprune.evaluation.tasks.standard_library import Document, digest, standard_library_text
 from headprune.evaluation.tasks.task import Task, register_task
+from headprune.models.placement import device_of
 
 PROMPT_ROWS, PROMPT_TOKENS = 4, 32  # tokens: at most half a window
 LATENCY_ROWS = 4
@@ -79,7 +80,7 @@ class StandardLibraryText(Task):
         return negative_log_likelihood(*self.predictions(model, batch["input_ids"])).mean(dim=1)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
-        return model(input_ids=batch["input_ids"].to(next(model.parameters()).device), use_cache=False)
+        return model(input_ids=batch["input_ids"].to(device_of(model)), use_cache=False)
 
     @torch.inference_mode()
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:

@@ -1,0 +1,90 @@
+"""A run that reads its model layer by layer ends as one in memory."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from streamed_models import batches_of_tokens, sharded_folder
+
+from headprune import run as run_module
+from headprune import run_streamed, sources
+from headprune.errors import InvalidInput
+from headprune.evaluation.tasks import Task, register_task
+from headprune.recipe import parse_recipe
+from headprune.report.progress import Stages
+from headprune.surgery import load
+
+
+@register_task
+class Tokens(Task):
+    """The loss of a random decoder on random tokens."""
+
+    name = "tokens-for-tests"
+    headline = "loss"
+    higher_is_better = False
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = None
+        self.calibration = batches_of_tokens()
+
+    def loss(self, model, batch):
+        logits = self.forward(model, batch).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, batch["input_ids"][:, 1:].flatten(), reduction="none").view(4, -1).mean(1)
+
+    def forward(self, model, batch):
+        return model(**batch)
+
+    @torch.no_grad()
+    def evaluate(self, model, progress=None):
+        return {"loss": float(self.loss(model, self.calibration[0]).mean())}
+
+    @torch.no_grad()
+    def outputs(self, model):
+        return self.forward(model, self.calibration[1]).logits
+
+    def latency_inputs(self):
+        return self.calibration[0]
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "tokenizer_of", lambda folder: object())
+    content = {
+        "model": str(sharded_folder("llama", tmp_path / "model")), "task": {"name": "tokens-for-tests"},
+        "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}, "memory": "streamed",
+    }  # fmt: skip
+    return parse_recipe(content, "test")
+
+
+def carried_out(recipe, console=None):
+    return run_module.run(recipe, Stages(console or Console(quiet=True)))
+
+
+def test_streamed_and_resident_runs_leave_the_same_model(recipe, capsys):
+    console = Console(width=160, record=True)
+    found = carried_out(recipe, console)
+    expected = carried_out(recipe.model_copy(update={"output": recipe.output + "-resident", "memory": "resident"}))
+    assert found.plan.keep == expected.plan.keep
+    assert found.comparison.pruned.quality == expected.comparison.pruned.quality
+    assert found.comparison.pruned.parameters == expected.comparison.pruned.parameters
+    pruned, other = (load(result.folder / "model").state_dict() for result in (found, expected))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in pruned.items())
+    assert json.loads((found.folder / "checks.json").read_text())["checks"] == {"cut_equals_gated": True}
+    assert not (found.folder / "states").exists()
+    assert "memory, streamed" in console.export_text()
+
+
+def test_a_model_that_does_not_fit_is_streamed_by_itself(recipe, monkeypatch):
+    automatic = recipe.model_copy(update={"memory": "auto"})
+    assert not run_streamed.reads_streamed(automatic)
+    monkeypatch.setattr(run_streamed, "COPIES", 10**9)
+    assert run_streamed.reads_streamed(automatic)
+    assert not run_streamed.reads_streamed(recipe.model_copy(update={"memory": "resident"}))
+
+
+def test_what_takes_the_whole_model_is_refused_at_once(recipe, tmp_path):
+    wanting = recipe.model_copy(update={"report": recipe.report.model_copy(update={"sensitivity": True})})
+    with pytest.raises(InvalidInput, match=r"report\.sensitivity takes the whole model"):
+        carried_out(wanting)
+    assert not (tmp_path / "run").exists()
