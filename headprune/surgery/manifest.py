@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ WEIGHTS = "*.safetensors"
 SECTIONS = ("headprune", "per_layer_config")
 
 
-def write_manifest(folder: Path, **content: Any) -> None:
-    """Records the weight files of `folder` and the head sections of its config, beside `content`."""
+def write_manifest(folder: Path, digests: Mapping[str, str] | None = None, **content: Any) -> None:
+    """Records the weight files of `folder` and the head sections of its config, beside `content`. digests: file name -> its
+    `file_digest`, where that is known already."""
     files = sorted(folder.glob(WEIGHTS))
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(file_digest, files))
-    weights = {path.name: {"bytes": path.stat().st_size, "sha256": digest} for path, digest in zip(files, digests)}
+    if digests is None:
+        with ThreadPoolExecutor() as pool:
+            digests = dict(zip((path.name for path in files), pool.map(file_digest, files)))
+    weights = {path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]} for path in files}
     write_json(folder / FILE, KIND, {**content, "config_sha256": config_digest(folder), "weights": weights})
 
 

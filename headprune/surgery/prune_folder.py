@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.compensate import Resolved
 from headprune.surgery.cut import cut, cut_site
-from headprune.surgery.manifest import write_manifest
+from headprune.surgery.manifest import file_digest, write_manifest
 from headprune.surgery.normal_equations import get_solver
 from headprune.surgery.open_streamed import open_streamed
 from headprune.surgery.prune import PruneReport
@@ -107,11 +108,14 @@ def prune_folder(
             )
             cutting.solved = solved
         take_up(draft, shards, plan, batches)
-        for done, file in enumerate(shards.files):
-            if not (draft / file).exists():
-                write_shard(draft / file, cutting.entries(file), shards.metadata[file])
-            steps.files(done + 1)
-        finish(draft, cutting, model)
+        with ThreadPoolExecutor() as hashing:  # while the next file is written
+            digests = {}
+            for done, file in enumerate(shards.files):
+                if not (draft / file).exists():
+                    write_shard(draft / file, cutting.entries(file), shards.metadata[file])
+                digests[file] = hashing.submit(file_digest, draft / file)
+                steps.files(done + 1)
+        finish(draft, cutting, model, {file: digest.result() for file, digest in digests.items()})
         if verify:
             check_folder(source, draft, kept, cutting.solved, device)
         replace_folder(draft, target)
@@ -256,7 +260,7 @@ def take_up(draft: Path, shards: Shards, plan: PruningPlan, batches: Sequence[An
     claim(draft, DRAFT_KIND, now)
 
 
-def finish(draft: Path, cutting: Cutting, model: PreTrainedModel) -> None:
+def finish(draft: Path, cutting: Cutting, model: PreTrainedModel, digests: Mapping[str, str]) -> None:
     """What a folder has beside its weights."""
     shards = cutting.shards
     model.config.save_pretrained(draft)
@@ -268,4 +272,4 @@ def finish(draft: Path, cutting: Cutting, model: PreTrainedModel) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for name, (file, _) in entries.items()}}
         write_text(draft / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     (draft / CLAIM).unlink()
-    write_manifest(draft)
+    write_manifest(draft, digests)
