@@ -6,9 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+QUALITY = ("recovery-", "schedules-")  # rows of bench/quality, which have a form of their own
+
 
 def main(arguments: list[str]) -> int:
-    results = sorted((Path(__file__).parent / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in (Path(__file__).parent / "results").glob("*.json") if not path.name.startswith(QUALITY)]
+    results = sorted(found, key=lambda path: path.stat().st_mtime)
     if not arguments and not results:
         print("no result file in bench/results; run `make bench` or `make gpu` first", file=sys.stderr)
         return 2
