@@ -119,14 +119,25 @@ def our_cut(setting: Setting, scores: hp.HeadScores, planned: Planned, model: nn
     return model
 
 
+def cut_with_feed_forwards(setting: Setting, scores: hp.HeadScores, planned: Planned, model: nn.Module) -> nn.Module:
+    hp.prune(model, planned.keep, setting.task.calibration, forward=setting.task.forward, feed_forward=True)
+    return model
+
+
 def our_settings(model: str) -> dict[str, Any]:
     return recipe_of(model).model_dump(include={"score", "plan", "prune"})
 
 
-register(
+OURS = register(
     Method(
         "ours", "ours", "recipes/<model>.yaml: scores, plan and compensation",
         our_scores, our_plan, our_cut, settings=our_settings,
+    )
+)  # fmt: skip
+register(
+    replace(
+        OURS, name="ours+ff", label="ours, feed-forwards re-solved too", form="the same, whatever the recipe says of them",
+        cut=cut_with_feed_forwards,
     )
 )  # fmt: skip
 

@@ -74,7 +74,7 @@ def table(model: str, dense: dict[str, Any], by_fraction: dict[float, dict[str, 
         f"| --- |{' ---: |' * (len(by_fraction) + 2)}",
     ]
     reasons = []
-    for name, method in sorted(methods().items(), key=lambda item: item[0] == "ours"):
+    for name, method in sorted(methods().items(), key=lambda item: item[0].startswith("ours")):
         row = {fraction: found[name] for fraction, found in by_fraction.items() if name in found}
         if not row:
             continue
