@@ -119,7 +119,7 @@ def test_the_first_demo_trains_before_its_folder_exists_and_logs_once_it_does(mo
     content = sources.demo_recipe("stdlib-lm")
     content["task"]["options"] = {"window": 32, "batch": 4, "calibration_windows": 24, "test_windows": 12}
     content |= {"output": str(tmp_path / "run"), "evaluate": {"repeats": 1}}
-    carry_out(parse_recipe(content, "test"))
+    carry_out(parse_recipe(content, "test"), json=False)
     assert "output error" in (tmp_path / "run" / "log.txt").read_text()
 
 
