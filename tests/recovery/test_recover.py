@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from child_process import environment
 from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
 from tiny_models import hidden
 
@@ -149,7 +150,9 @@ hp.recover(model, text_batches(), text_batches(2), teacher=dense, steps=16, lr=2
 
 
 def test_a_killed_recovery_goes_on_and_ends_the_same(tmp_path):
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run")], capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "run")], capture_output=True, text=True, env=environment()
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
     options = {"steps": 16, "lr": 2e-3, "save_steps": 3, "eval_steps": 4}

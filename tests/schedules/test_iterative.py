@@ -12,6 +12,7 @@ import textwrap
 
 import pytest
 import torch
+from child_process import environment
 from schedule_cases import batches, loss, short_training, tiny
 from tiny_models import hidden, tokens
 
@@ -178,7 +179,7 @@ def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
     step, stage = random.choice((1, 2, 3)), random.choice(("score", "prune", "recover", "measure"))
     marker = f"step {step} of 3: {stage} {random.choice((0, 1))}"
     command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "run")]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
     met = any(line.strip() == marker for line in child.stdout)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from child_process import environment
 from schedule_cases import Rates, StopAt, batches, loss, short_training, tiny
 from tiny_models import hidden, tokens
 from torch import nn
@@ -162,7 +163,7 @@ def test_a_killed_search_goes_on_and_ends_the_same(tmp_path):
     place = random.choice(["step 0", "step 1 of 2", "step 2 of 2", "control"])
     marker = f"{place}: {random.choice(['recover 2', 'measure 0'])}"
     command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "run")]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
     met = any(line.strip() == marker for line in child.stdout)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

@@ -10,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+from child_process import environment
 from schedule_cases import PLANTED, batches, loss, planted, short_training, tiny
 from tiny_models import hidden, llama, tokens
 
@@ -173,7 +174,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(tmp_path):
     expected = schedules.pruning_aware(tiny(), batches(), hp.Budget(heads=0.5), **options)
     marker = random.choice([f"train gates {random.randrange(1, 40)}", "prune 0", "recover 2", "measure 0"])
     command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "run"), method]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
     met = any(line.strip() == f"step 1 of 1: {marker}" for line in child.stdout)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

@@ -1,6 +1,5 @@
 """Scoring layer by layer measures what a pass over the whole model measures."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from child_process import environment
 from streamed_models import labelled, sharded_folder
 
 import headprune as hp
@@ -97,8 +97,7 @@ hp.observe(model, [labelled("left"), labelled("right", 2)], ["gram", "gate_gradi
 def test_killed_in_the_backward_pass_it_goes_on_with_the_same_result(tmp_path):
     folder, batches = sharded_folder("llama", tmp_path / "model", num_hidden_layers=4), [labelled("left"), labelled("right", 2)]
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "work"), "5"]
-    path = os.pathsep.join(path for path in sys.path if path)
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120)
+    ended = subprocess.run(command, env=environment(), capture_output=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
     found = hp.observe(hp.open_streamed(folder), batches, ["gram", "gate_gradient"], checkpoint=tmp_path / "work")
     assert_same(found, hp.observe(hp.load(folder), batches, ["gram", "gate_gradient"]))

@@ -1,7 +1,6 @@
 """Pruning a model on disk gives, file by file, what pruning it in memory gives."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from child_process import environment
 from streamed_models import sharded_folder
 from tiny_decoders import FAMILIES, decoder
 
@@ -95,7 +95,7 @@ def test_killed_between_files_it_goes_on_and_the_bytes_are_the_same(tmp_path):
     plan = random_plan(folder)
     plan.save(tmp_path / "plan.json")
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "plan.json"), str(tmp_path / "pruned"), "2"]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, timeout=120)
+    ended = subprocess.run(command, env=environment(), timeout=120)
     assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "pruned").exists()
     finished = {path.name: path.stat().st_ino for path in (tmp_path / ".pruned.part").glob("*.safetensors")}
@@ -128,8 +128,7 @@ def test_a_model_larger_than_the_memory_that_is_left_is_scored_pruned_and_checke
     limit = 128 << 20
     assert total > 1.5 * limit
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "model"), str(tmp_path / "pruned"), str(limit)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-2000:]
     sites = hp.load(tmp_path / "pruned").config.headprune["sites"]
     assert sum(len(site["kept"]) for site in sites.values()) == 32

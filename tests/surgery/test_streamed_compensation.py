@@ -1,12 +1,12 @@
 """Compensation layer by layer from disk gives what compensation in memory gives."""
 
-import os
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from child_process import environment
 from streamed_models import batches_of_tokens, sharded_folder
 from tiny_decoders import FAMILIES
 
@@ -98,7 +98,7 @@ def test_killed_between_layers_it_goes_on_and_the_weights_are_the_same(tmp_path)
     plan, model = plan_for(folder), hp.load(folder)
     plan.save(tmp_path / "plan.json")
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "plan.json"), str(tmp_path / "pruned")]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, timeout=240)
+    ended = subprocess.run(command, env=environment(), timeout=240)
     assert ended.returncode == -signal.SIGKILL
     solved = {path.name: path.stat().st_ino for path in (tmp_path / ".pruned.work" / "solved").iterdir()}
     assert len(solved) == 6
