@@ -1,6 +1,6 @@
 # make demo   the main job on the packaged pretrained model      make test   everything that CI runs
 # make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
-# make quality   every one-shot method on the same models, data and budgets, without training (an hour or two; goes on where it was cut off)
+# make quality   every one-shot method on the same models, data and budgets, without training (some hours; goes on where it was cut off)
 # make engines   pruned models in llama.cpp, which is built from source (minutes), against ours      make engines-vllm   in vLLM
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -67,6 +67,6 @@ gpu: export PYTHONPATH := $(CURDIR)
 gpu:
 	ln -sfn ../kernels/triton headprune/kernels
 	-$(PYTHON) setup.py --quiet build_ext --inplace
-	-timeout 150 $(PYTHON) -m pytest -q -m gpu -n 6 tests/ops tests/kernels
+	-timeout 150 $(PYTHON) -m pytest -q -m gpu -n 6 tests/ops tests/kernels tests/models/test_streamed.py
 	-timeout 270 $(PYTHON) -m pytest -q -m gpu bench --benchmark-quiet
 	$(PYTHON) bench/table.py

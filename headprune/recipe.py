@@ -65,7 +65,11 @@ class PlanSection(Section):
         known = [name for name in Budget.__dataclass_fields__ if name != "table"]
         for name in budget:
             one_of("budget", name, known)
-        Budget(**budget)
+        if Budget(**budget).quantity == "latency":
+            raise InvalidInput(
+                "budget latency: a recipe has no latency table. Make the plan with `headprune plan --latency 0.2 --table "
+                "latency.json` and name it as plan.file."
+            )
         return budget
 
     @field_validator("allocation")

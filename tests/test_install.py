@@ -62,3 +62,30 @@ print([hp.ops.attention(x, x, x).sum().item() for _ in range(2)])
     assert done.stdout.strip() == "[0.0, 0.0]"
     assert done.stderr.count("runs through the PyTorch reference") == 1
     assert "not built" in done.stderr
+
+
+WITHOUT = """
+import importlib.metadata, importlib.util, sys
+hidden = set("accelerate gguf lm_eval matplotlib onnx onnxruntime onnxscript peft playwright pydantic pynvml timm torchao".split())
+find, version = importlib.util.find_spec, importlib.metadata.version
+def found(name, package=None):
+    return None if name.split(".")[0] in hidden else find(name, package)
+def versioned(name):
+    if name in hidden:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+class Hidden:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in hidden:
+            raise ModuleNotFoundError(name)
+importlib.util.find_spec, importlib.metadata.version = found, versioned
+sys.meta_path.insert(0, Hidden)
+import headprune
+print("imported")
+"""
+
+
+def test_the_package_is_imported_without_any_extra_and_without_what_recipes_need():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "imported\n", done.stderr

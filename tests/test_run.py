@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from small_states import SmallStates
 from tiny_models import bert, hidden, tokens
 
 from headprune import run as run_module
 from headprune import run_values
 from headprune.errors import HeadpruneError, InvalidInput
-from headprune.evaluation.tasks import Task, register_task
 from headprune.planning import PruningPlan
 from headprune.recipe import RecoverSection, ReportSection, parse_recipe
 from headprune.report.progress import Stages
@@ -19,39 +19,11 @@ from headprune.scoring import HeadScores, observe
 from headprune.surgery import load
 
 
-@register_task
-class Norms(Task):
-    """Random tokens whose last states should be small: a task for a random encoder."""
-
-    name = "norms-for-tests"
-    headline = "norm"
-    higher_is_better = False
-
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = None
-        self.calibration = [{"input_ids": tokens(4, 8, seed)} for seed in range(6)]
-
-    def loss(self, model, batch):
-        return model(**batch).last_hidden_state[:, 0, :5].square().mean(dim=1)
-
-    def forward(self, model, batch):
-        return model(**batch)
-
-    def evaluate(self, model, progress=None):
-        return {"norm": float(self.outputs(model).norm())}
-
-    def outputs(self, model):
-        return hidden(model, input_ids=tokens(4, 8, 50))
-
-    def latency_inputs(self):
-        return {"input_ids": tokens(2, 8)}
-
-
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "open_model", lambda name, progress: (bert(), object()))
     return parse_recipe(
-        {"model": "bert", "task": {"name": "norms-for-tests"}, "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}}, "test"
+        {"model": "bert", "task": {"name": SmallStates.name}, "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}}, "test"
     )
 
 
@@ -92,7 +64,7 @@ def test_a_run_recovers_where_it_is_asked_to(recipe, tmp_path):
 
 
 def test_a_recovery_needs_one_budget():
-    content = {"model": "bert", "task": {"name": "norms-for-tests"}, "output": "out"}
+    content = {"model": "bert", "task": {"name": SmallStates.name}, "output": "out"}
     with pytest.raises(InvalidInput, match="steps=None, minutes=None: expected one of them"):
         parse_recipe({**content, "recover": {}}, "test")
     with pytest.raises(InvalidInput, match="unknown recovery method 'lore'"):

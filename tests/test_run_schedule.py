@@ -6,45 +6,17 @@ import sys
 import pytest
 import torch
 from rich.console import Console
-from tiny_models import bert, hidden, tokens
+from small_states import SmallStates
+from tiny_models import bert
 from typer.testing import CliRunner
 
 from headprune import run as run_module
 from headprune.cli import app
 from headprune.errors import InvalidInput
-from headprune.evaluation.tasks import Task, register_task
 from headprune.planning import PruningPlan
 from headprune.recipe import parse_recipe
 from headprune.report.progress import Stages
 from headprune.surgery import load
-
-
-@register_task
-class SmallStates(Task):
-    """Random tokens whose last states should be small."""
-
-    name = "small-states-for-tests"
-    headline = "norm"
-    higher_is_better = False
-
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = None
-        self.calibration = [{"input_ids": tokens(4, 8, seed)} for seed in range(6)]
-
-    def loss(self, model, batch):
-        return model(**batch).last_hidden_state[:, 0, :5].square().mean(dim=1)
-
-    def forward(self, model, batch):
-        return model(**batch)
-
-    def evaluate(self, model, progress=None):
-        return {"norm": float(self.outputs(model).norm())}
-
-    def outputs(self, model):
-        return hidden(model, input_ids=tokens(4, 8, 50))
-
-    def latency_inputs(self):
-        return {"input_ids": tokens(2, 8)}
 
 
 @pytest.fixture
@@ -93,7 +65,9 @@ def test_a_killed_run_goes_on_in_its_schedule(recipe, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["headprune.schedules.iterative"], "plan_of", killed)  # between the second recovery and its record
+        patch.setattr(
+            sys.modules["headprune.schedules.iterative"], "plan_of", killed
+        )  # behind the first step's recovery, before its record
         with pytest.raises(KeyboardInterrupt):
             carried_out(schedule)
     result = carried_out(schedule)

@@ -1,6 +1,6 @@
 """Quality without any training of every one-shot method, on the same model, data and number of heads.
 
-    python bench/quality/compare.py                                        # everything; about an hour on two cores
+    python bench/quality/compare.py                                        # everything; some hours on two cores
     python bench/quality/compare.py --models minilm --heads 0.5 --seeds 0 --methods fisher ours
     python bench/quality/compare.py --table                                # only writes the table of what is there
 
@@ -132,6 +132,12 @@ def line(row: dict[str, Any]) -> str:
     return f"{start}  {row['of_dense']:7.3f} of dense  {seconds:6.1f} s  {row['peak_mb']:6.0f} MB  kept {row['kept']}"
 
 
+def result_file(machine: str) -> Path:
+    """The newest of this machine, so that a run goes on over midnight."""
+    earlier = sorted(path for path in RESULTS.glob(f"quality-{machine}-*.json") if not path.name.endswith(".summary.json"))
+    return earlier[-1] if earlier else RESULTS / f"quality-{machine}-{datetime.date.today():%Y-%m-%d}.json"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(EMBEDDED), choices=list(EMBEDDED))
@@ -140,10 +146,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--again", nargs="+", default=[], metavar="METHOD", help="methods whose rows are measured anew")
     parser.add_argument("--table", action="store_true", help="only write the table of the rows that are there")
-    parser.add_argument("-o", "--output", type=Path, help="default bench/results/quality-<machine>-<date>.json, and .md beside it")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="default the newest bench/results/quality-<machine>-<date>.json, else a new one; .md beside it",
+    )
     arguments = parser.parse_args()
     found = machine("cpu")
-    arguments.output = arguments.output or RESULTS / f"quality-{found['slug']}-{datetime.date.today():%Y-%m-%d}.json"
+    arguments.output = arguments.output or result_file(found["slug"])
     rows = Rows(arguments.output, found)
     if not arguments.table:
         torch.manual_seed(0)

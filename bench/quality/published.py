@@ -128,6 +128,11 @@ def our_settings(model: str) -> dict[str, Any]:
     return recipe_of(model).model_dump(include={"score", "plan", "prune"})
 
 
+def settings_with_feed_forwards(model: str) -> dict[str, Any]:
+    found = our_settings(model)
+    return found | {"prune": found["prune"] | {"feed_forward": True}}
+
+
 OURS = register(
     Method(
         "ours", "ours", "recipes/<model>.yaml: scores, plan and compensation",
@@ -137,7 +142,7 @@ OURS = register(
 register(
     replace(
         OURS, name="ours+ff", label="ours, feed-forwards re-solved too", form="the same, whatever the recipe says of them",
-        cut=cut_with_feed_forwards,
+        cut=cut_with_feed_forwards, settings=settings_with_feed_forwards,
     )
 )  # fmt: skip
 

@@ -26,7 +26,8 @@ def show(as_json: bool, document: Any, *shown: RenderableType) -> None:
     if as_json:
         console.print_json(data=document)
     for one in () if as_json else shown:
-        console.print(one)
+        # A path is neither markup nor to be broken.
+        console.print(one, **({"markup": False, "soft_wrap": True} if isinstance(one, str) else {}))
 
 
 def show_file(as_json: bool, path: Path, *shown: RenderableType) -> None:

@@ -20,11 +20,6 @@ ATTENTION_OPERATORS = (
 )  # fmt: skip
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Distinct parameters of the whole model."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the model's distinct parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headprune.errors import unknown_name
-from headprune.evaluation.cost import count_parameters, kv_cache_bytes_per_token
+from headprune.evaluation.cost import kv_cache_bytes_per_token
 from headprune.models import attention_sites
 from headprune.models.trunk import trunk_of
 from headprune.planning import Budget, plan
@@ -22,6 +22,7 @@ from headprune.scoring import score
 from headprune.scoring.causal_losses import TOKENS
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.cut import cut
+from headprune.surgery.savings import count_parameters
 
 GIB = 2**30
 
@@ -179,9 +180,8 @@ def estimate(
 def cost_of(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Cost:
     sites, parameters = attention_sites(model), count_parameters(model)
     maps = [site.head_map for site in sites]
-    inside = sum(
-        2 * length * site.head_map.query_heads * (site.head_dim + site.value_dim) for site in sites
-    )  # what a token does with the others
+    # What a token does with the others: its scores and their sum over values.
+    inside = sum(2 * length * site.head_map.query_heads * (site.head_dim + site.value_dim) for site in sites)
     return Cost(
         sum(head_map.query_heads for head_map in maps), sum(head_map.kv_heads for head_map in maps), parameters,
         parameters * dtype.itemsize, 2 * active_weights(model) + inside, kv_cache_bytes_per_token(sites, dtype.itemsize),
@@ -218,8 +218,9 @@ class Memory:
         trunk, size = trunk_of(model), dtype.itemsize
         layers = [sum(parameter.numel() for parameter in layer.parameters()) * size for layer in trunk.layers]
         whole = count_parameters(model) * size
-        states = tokens * trunk.sites[0][0].hidden_size * size
-        working = max(2 * tokens * size * activations(layer, trunk.sites[0][0].hidden_size) for layer in trunk.layers)
+        hidden = next(site for inside in trunk.sites for site in inside).hidden_size
+        states = tokens * hidden * size
+        working = max(2 * tokens * size * activations(layer, hidden) for layer in trunk.layers)
         vocabulary = getattr(model.config, "vocab_size", 0)
         head = min(tokens, TOKENS) * vocabulary * (size + 8)  # logits, and their loss and gradient in fp32
         running = states + max(working, head)

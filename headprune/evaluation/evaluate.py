@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,20 +14,15 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.evaluation.bootstrap import Interval, paired_bootstrap
 from headprune.evaluation.callable_metric import CallableMetric
-from headprune.evaluation.cost import (
-    attention_flops,
-    count_parameters,
-    kv_cache_bytes_per_token,
-    model_flops,
-    sequence_length,
-    weight_bytes,
-)
+from headprune.evaluation.cost import attention_flops, kv_cache_bytes_per_token, model_flops, sequence_length, weight_bytes
 from headprune.evaluation.data import EvaluationData, Progress
 from headprune.evaluation.energy import measure_energy
 from headprune.evaluation.latency import measure_generation, measure_latency
 from headprune.evaluation.memory import peak_activation_bytes
 from headprune.evaluation.metric import Metric
 from headprune.models import attention_sites
+from headprune.scoring.passes import in_eval_mode
+from headprune.surgery.savings import count_parameters
 
 
 @dataclass(frozen=True)
@@ -171,9 +167,15 @@ def evaluations(
     models: dict[str, nn.Module], data: EvaluationData, repeats: int, progress: Progress | None
 ) -> tuple[dict[str, Evaluation], dict[str, dict[str, Metric] | None]]:
     """Each model's evaluation, and the examples that its metrics are of."""
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(in_eval_mode(model))
+        return evaluations_in_eval_mode(models, data, repeats, progress)
+
+
+def evaluations_in_eval_mode(models, data, repeats, progress):
+    """As `evaluations`."""
     inputs, prompt = data.latency_inputs(), data.prompt()
-    for model in models.values():
-        model.eval()
     latency = measure_latency(models, inputs, repeats)
     generation = dict.fromkeys(models) if prompt is None else measure_generation(models, prompt)
     energy = measure_energy(models, inputs)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from headprune.models.shards import Shards, Stored, read_stored
 from headprune.models.trunk import Trunk, trunk_of
 
 MMAP_THRESHOLD, LARGE = -3, 1 << 20  # M_MMAP_THRESHOLD of malloc.h
+# Older releases of transformers ask for the tensor-parallel plan.
+NO_PLAN = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 Part = int | None  # the number of a layer, or None for all that is outside of the stack
 
 
@@ -53,10 +57,6 @@ class StreamedModel:
         for index, layer in enumerate(self.trunk.layers):
             layer.forward = self._reading(index, layer.forward)
         model.forward = self._reading(None, model.forward)
-
-    def nbytes(self, part: Part) -> int:
-        """How much of the files is read for `part`."""
-        return sum(self.shards[name].nbytes for name in self._stored[part])
 
     @contextmanager
     def holding(self, part: Part, then: Part | None = ...) -> Iterator[None]:
@@ -87,10 +87,8 @@ class StreamedModel:
         waiting = self._ahead.pop(part, None)
         state = self._read(part) if waiting is None else waiting.result()
         with quiet_loading():
-            convert_and_load_state_dict_in_model(
-                self.model, state,
-                LoadStateDictConfig(weight_mapping=copy.deepcopy(self._transforms), device_map={"": str(self.device)}),
-            )  # fmt: skip
+            config = LoadStateDictConfig(weight_mapping=copy.deepcopy(self._transforms), device_map={"": str(self.device)})
+            convert_and_load_state_dict_in_model(self.model, state, config, **NO_PLAN)
         if part is None:
             self.model.tie_weights()
         missing = next((name for name, tensor in self._parameters(part) if tensor.is_meta), None)
@@ -137,9 +135,8 @@ class StreamedModel:
 def give_memory_back() -> None:
     """From now on this process hands large freed blocks back to the system. glibc would raise the size from which it does so with
     every block that is freed, up to 32 MiB, keep the pieces, and grow layer after layer. Other C libraries are left alone."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(MMAP_THRESHOLD, LARGE)
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
 
 
 def stored_by_part(model: PreTrainedModel, trunk: Trunk, shards: Shards) -> dict[Part, list[str]]:

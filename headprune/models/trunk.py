@@ -19,12 +19,7 @@ from headprune.models.checkpointing import without_cache
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 
-
-@dataclass(frozen=True)
-class LayerCall:
-    """How the model calls one layer, beside the states that go through all of them. Tensors lie on the CPU."""
-
-    kwargs: dict[str, Any]
+LayerCall = dict[str, Any]  # the arguments of one layer beside the states that go through all of them; tensors on the CPU
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Trunk:
 
     def run(self, index: int, call: LayerCall, states: Tensor) -> Tensor:
         """What layer `index` makes of `states`, on their device."""
-        kwargs = tree_map(lambda leaf: leaf.to(states.device) if isinstance(leaf, Tensor) else leaf, call.kwargs)
+        kwargs = tree_map(lambda leaf: leaf.to(states.device) if isinstance(leaf, Tensor) else leaf, call)
         return states_of(self.layers[index](states, **kwargs))[0]
 
 
@@ -87,7 +82,7 @@ def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
     def noted(index: int, forward: Callable) -> Callable:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             states, kwargs = taken_apart(forward, args, kwargs)
-            calls.append(LayerCall(tree_map(on_cpu, kwargs)))
+            calls.append(tree_map(on_cpu, kwargs))
             if index == 0:
                 first.append(states)
                 alone.append(states_of(forward(states, **kwargs))[1])

@@ -16,6 +16,7 @@ from typing import Any
 
 from headprune.errors import InvalidInput
 from headprune.planning.budget import Budget
+from headprune.planning.engine import get_engine
 from headprune.planning.planner import plan
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.scoring.scores import HeadScores
@@ -67,10 +68,12 @@ def search_layer_weights(
         trials: how many different plans are tried at most.
         options: of `hp.plan`.
 
-    Raises what `hp.plan` raises, InvalidInput where trials is below 1.
+    Raises what `hp.plan` raises, InvalidInput where trials is below 1 or the allocation is "uniform".
     """
     if trials < 1:
         raise InvalidInput(f"trials is {trials}; give 1 or more.")
+    if (options.get("allocation") or get_engine(options.get("target", "headprune")).allocation) == "uniform":
+        raise InvalidInput("weights of layers change nothing where every layer loses the same share; take another allocation.")
     space = Space(replace(scores, spread=None), budget, options, error, trials, progress)
     weights = space.tried((0.0,) * len(scores))
     weights = steepest(space, weights)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from headprune.errors import InvalidInput, unknown_name
 from headprune.planning.allocation import Selection, get_allocation
 from headprune.planning.budget import Budget
-from headprune.planning.engine import get_engine, refuse_conflicts
+from headprune.planning.engine import Engine, get_engine, refuse_conflicts
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.planning.sensitivity import Sensitivity
 from headprune.planning.units import GRANULARITIES, removable_units
@@ -52,9 +52,7 @@ def plan(
     """
     engine = get_engine(target)
     allocation = allocation or engine.allocation
-    granularity = granularity or ("kv_group" if engine.even_groups and budget.quantity == "kv_cache" else "query_head")
-    if granularity not in GRANULARITIES:
-        raise unknown_name("granularity", granularity, GRANULARITIES)
+    granularity = granularity_for(granularity, engine, budget)
     if min_heads < 0:
         raise InvalidInput(f"min_heads is {min_heads}; give 0 (whole attentions may go) or more.")
     if multiple_of < 1:
@@ -75,6 +73,14 @@ def plan(
     keep = {name: tuple(sorted(heads)) for name, heads in selection.kept.items()}
     warn_of_unsettled(scores, keep)
     return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores)
+
+
+def granularity_for(granularity: str | None, engine: Engine, budget: Budget) -> str:
+    """The one that is asked for, or what suits the engine and the budget."""
+    found = granularity or ("kv_group" if engine.even_groups and budget.quantity == "kv_cache" else "query_head")
+    if found not in GRANULARITIES:
+        raise unknown_name("granularity", found, GRANULARITIES)
+    return found
 
 
 def warn_of_unsettled(scores: HeadScores, keep: Mapping[str, Iterable[int]]) -> None:

@@ -36,14 +36,18 @@ class Sensitivity:
     heads: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def costs(self, scores: HeadScores) -> dict[str, tuple[float, ...]]:
-        """Site -> loss increase with 0, 1, 2, ... heads gone; never falling, as a dip is noise that a plan would chase.
+        """Site -> loss increase with 0, 1, 2, ... heads gone; never falling, as a dip is noise that a plan would chase. A site
+        that no data reached, where nothing goes, has none.
 
         Raises InvalidInput where the curves are of another ranking than `scores`.
         """
         for name, found in scores.items():
+            if name in scores.unreached:
+                continue
             if self.order.get(name) != removal_order(found.tolist()):
                 raise InvalidInput(f"the sensitivity is of another order of heads at {name}; measure it with these scores.")
-        return {name: tuple(accumulate((loss - self.dense for loss in curve), max)) for name, curve in self.curves.items()}
+        rises = {name: tuple(accumulate((loss - self.dense for loss in curve), max)) for name, curve in self.curves.items()}
+        return rises | dict.fromkeys(scores.unreached, (0.0,))
 
     def save(self, path: str | Path) -> None:
         """Writes sensitivity.json, through a temporary name: also the data of a plot."""

@@ -47,44 +47,30 @@ def catching(model: nn.Module, sites: Iterable[AttentionSite], wanted: Mapping[s
         stack.callback(model.register_forward_hook(lambda _m, _a, output: found.outputs.append(output)).remove)
         for kind, names in wanted.items():
             for name in names:
-                module, pick = CATCH[kind](model, by_name[name])
-                stack.callback(module.register_forward_hook(appending(getattr(found, kind), name, pick)).remove)
+                module = model.get_submodule(PLACE[kind](by_name[name]))
+                stack.callback(module.register_forward_hook(appending(getattr(found, kind), name)).remove)
         yield found
+    # Behind the pass, not in it: a checkpointed layer that runs again in the backward pass does so without hooks, and must save as
+    # many tensors as the first time.
+    for role in ("query", "key", "value"):
+        caught = getattr(found, role)
+        for name, outputs in caught.items():
+            features = by_name[name].projection(role).features.flatten()
+            caught[name] = [output.index_select(-1, features.to(output.device)) for output in outputs]
 
 
-def appending(caught: Caught, name: str, pick: Callable[[Any], Tensor]) -> Callable:
+def appending(caught: Caught, name: str) -> Callable:
     def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-        caught.setdefault(name, []).append(pick(output))
+        caught.setdefault(name, []).append(first_tensor(output if isinstance(output, tuple) else (output,)))
 
     return hook
 
 
-def block(model: nn.Module, site: AttentionSite) -> tuple[nn.Module, Callable[[Any], Tensor]]:
-    """The module around the attention, which is a layer in every family that transformers has."""
-    return model.get_submodule(site.name.rpartition(".")[0]), tensor_of
-
-
-def output_projection(model: nn.Module, site: AttentionSite) -> tuple[nn.Module, Callable[[Any], Tensor]]:
-    return model.get_submodule(site.output.name), tensor_of
-
-
-def input_projection(role: str) -> Callable:
-    def found(model: nn.Module, site: AttentionSite) -> tuple[nn.Module, Callable[[Any], Tensor]]:
-        projection = site.projection(role)
-        features = projection.features.flatten()
-        return model.get_submodule(projection.name), lambda output: tensor_of(output).index_select(-1, features.to(output.device))
-
-    return found
-
-
-CATCH = {
-    "hidden": block,
-    "attention": output_projection,
-    "query": input_projection("query"),
-    "key": input_projection("key"),
-    "value": input_projection("value"),
+# Field of Features -> path of the module whose output it is.
+PLACE: dict[str, Callable[[AttentionSite], str]] = {
+    "hidden": lambda site: site.name.rpartition(".")[0],  # around the attention: a layer, in every family of transformers
+    "attention": lambda site: site.output.name,
+    "query": lambda site: site.projection("query").name,
+    "key": lambda site: site.projection("key").name,
+    "value": lambda site: site.projection("value").name,
 }
-
-
-def tensor_of(output: Any) -> Tensor:
-    return first_tensor(output if isinstance(output, tuple) else (output,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from headprune.errors import InvalidInput, unknown_name
 from headprune.evaluation.latency import measure_latency
 from headprune.evaluation.tasks import Task
 from headprune.recovery.methods import linear_layers
+from headprune.scoring.passes import in_eval_mode
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -88,17 +90,20 @@ def compare_quantised(
     """Each of `models` (say dense, pruned, recovered) as it is and in every form, on one task: what pruning and quantisation give
     together. The models stay as they are; latencies are measured in turn."""
     made: dict[tuple[str, str], nn.Module] = {}
-    for name, model in models.items():
-        made[name, "as it is"] = model.eval()
-        for form in forms:
-            made[name, form] = copy.deepcopy(model).eval()
-            quantise(made[name, form], form)
-    latency = measure_latency({f"{name} {form}": model for (name, form), model in made.items()}, task.latency_inputs(), repeats)
     found = []
-    for (name, form), model in made.items():
-        found.append(QuantisedQuality(name, form, task.evaluate(model), stored_bytes(model), latency[f"{name} {form}"].p50_ms))
-        if progress:
-            progress(len(found), len(made))
+    with ExitStack() as stack:
+        for name, model in models.items():
+            stack.enter_context(in_eval_mode(model))
+            made[name, "as it is"] = model
+            for form in forms:
+                made[name, form] = copy.deepcopy(model)
+                quantise(made[name, form], form)
+        latency = measure_latency({f"{name} {form}": model for (name, form), model in made.items()}, task.latency_inputs(), repeats)
+        for (name, form), model in made.items():
+            quality, p50 = task.evaluate(model), latency[f"{name} {form}"].p50_ms
+            found.append(QuantisedQuality(name, form, quality, stored_bytes(model), p50))
+            if progress:
+                progress(len(found), len(made))
     return found
 
 

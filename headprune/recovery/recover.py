@@ -88,16 +88,18 @@ def recover(
     chosen = get_method(method)
     if isinstance(rewind, RateRewind):
         lr, steps, warmup = rewind if lr is None else lr, steps or (None if minutes else rewind.steps), warmup or 0
-    elif rewind is not None:
-        rewind_weights(model, rewind)
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
     batches = len(data) if hasattr(data, "__len__") else None
     budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, batches)
     objective = Objective(model, loss_fn=loss_fn, teacher=teacher, distil=distil, token_mask=token_mask)
     folder = None if output_dir is None else Path(output_dir)
+    if rewind is not None and not isinstance(rewind, RateRewind):
+        rewind_weights(model, rewind)
     settings = {
         "method": method, **budget.to_json(), "seed": seed, "batches": batches, "teacher": teacher is not None,
-        "distil": None if distil is None else distil.to_json(), **told_apart(model),
+        "distil": None if distil is None else distil.to_json(), "patience": patience, "dropout": dropout,
+        "method_options": repr(sorted((method_options or {}).items())),
+        "training_arguments": repr(sorted(training_arguments.items())), **told_apart(model),
     }  # fmt: skip
     finished = taken_up(model, folder, settings)
     if finished is not None:
@@ -116,7 +118,8 @@ def recover(
         stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), device)))
         with chosen.prepare(model, **(method_options or {})), objective.sharing(), session.checkpointing(model):
             result = trained(model, session)
-    keep_result(model, folder, result)
+    if not result.diverged:  # what went wrong may be put right, and then the training goes on
+        keep_result(model, folder, result)
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,9 @@ from headprune.models.adapters import attention_sites
 from headprune.nn.replace import own_attention
 from headprune.recovery.distillation import logits_of
 from headprune.recovery.features import Features, catching
+from headprune.scoring.passes import in_eval_mode
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
-
-
-class Teacher(Protocol):
-    """Anything that tells what the dense model makes of a batch."""
-
-    def features(self, batch: Any) -> Features: ...
-
-    def check(self, student: nn.Module) -> None:
-        """InvalidInput where it cannot teach `student`."""
 
 
 class ModelTeacher:
@@ -56,19 +48,14 @@ class ModelTeacher:
         """Inside the block the teacher is frozen, in eval mode, on `device`; then as it was."""
         model = self.model
         place = next(model.parameters()).device
-        training = {module: module.training for module in model.modules()}
         with ExitStack() as stack:
             stack.enter_context(own_attention(model))
             if place != device:
                 model.to(device)
                 stack.callback(model.to, place)
             self.sites = attention_sites(model) if any(self.wanted.values()) else ()
-            model.eval()
-            try:
-                yield
-            finally:
-                for module, was in training.items():
-                    module.training = was
+            stack.enter_context(in_eval_mode(model))
+            yield
 
 
 def run(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Any:

@@ -18,6 +18,7 @@ from headprune.errors import InvalidInput
 from headprune.files import write_text
 from headprune.recovery.budget import Clock, TrainingBudget, of_first_rank
 from headprune.recovery.good_state import GoodState
+from headprune.scoring.passes import in_eval_mode
 
 log = logging.getLogger("headprune")
 COMPLETE = "complete"  # the file that a checkpoint gets last
@@ -80,13 +81,8 @@ class RecoveryTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """{"eval_quality": higher is better}: what `measure` gives, else minus the mean loss over the evaluation batches."""
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
+        with in_eval_mode(self.model):
             quality = self.mean_quality() if self.measure is None else of_first_rank(float(self.measure(self.model)))
-        finally:
-            for module, was in training.items():
-                module.training = was
         if not self.everywhere(math.isfinite(quality)):
             raise NotFinite(f"the evaluation gave {quality} at step {self.state.global_step}")
         found = {f"{metric_key_prefix}_quality": quality}
@@ -148,7 +144,7 @@ class Watch(TrainerCallback):
         if due and self.evaluations:
             control.should_evaluate = True
         elif due:
-            self.trainer.good.keep(step)
+            self.keep(step)
         if self.saves and (step % self.save_every == 0 if self.save_every else seconds - self.saved > SAVE_SECONDS):
             control.should_save, self.saved = True, seconds
         if ends:
@@ -156,6 +152,10 @@ class Watch(TrainerCallback):
             self.reason = self.reason or "the budget is used up"
         if self.progress:
             self.progress(*((step, args.max_steps) if self.trainer.budget.steps else (int(1000 * fraction), 1000)))
+
+    def keep(self, step: int, value: float | None = None) -> None:
+        if not self.trainer.everywhere(self.trainer.good.keep(step, value)):
+            raise NotFinite(f"weights are NaN or infinite after step {step}")
 
     def due(self, step: int, fraction: float) -> bool:
         if self.every is not None:
@@ -167,7 +167,7 @@ class Watch(TrainerCallback):
         qualities = [entry["eval_quality"] for entry in state.log_history if "eval_quality" in entry]
         best, good = max(qualities), self.trainer.good
         if qualities[-1] == best and (good.value is None or best > good.value):
-            good.keep(state.global_step, best)
+            self.keep(state.global_step, best)
         since = len(qualities) - 1 - qualities.index(best)
         if since >= self.patience:
             control.should_training_stop = True

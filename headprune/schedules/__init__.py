@@ -6,7 +6,7 @@ from headprune.schedules.lottery_ticket import lottery_ticket
 from headprune.schedules.pruning_aware import pruning_aware
 from headprune.schedules.recovering import RecoverySettings, Round
 from headprune.schedules.result import ScheduleResult, Step
-from headprune.schedules.schedule import ScheduleFailed, get_schedule, options_of, recipe_options, schedule, schedules
+from headprune.schedules.schedule import ScheduleFailed, get_schedule, recipe_options, schedule, schedules
 from headprune.schedules.spacing import spacing
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "iterative",
     "lottery_ticket",
     "one_shot",
-    "options_of",
     "pruning_aware",
     "recipe_options",
     "schedule",

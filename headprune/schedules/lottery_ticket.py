@@ -97,6 +97,11 @@ def check_rewind(recover: Recover | None, rewind: str, rewind_step: int, early: 
         raise InvalidInput(f"early and rewind_step={rewind_step} both say where to go back to; give one of them.")
     if rewind_step:
         check_rewindable(recover, rewind_step)
+        if rewind == "weights" and recover.method == "lora":
+            raise InvalidInput(
+                f"rewind_step={rewind_step} goes back to the weights of that step, and method='lora' trains adapters beside them; "
+                "give early=, rewind='learning_rate' or another method."
+            )
 
 
 def named(early: Source | None) -> str | None:

@@ -14,7 +14,8 @@ from headprune.errors import InvalidInput
 from headprune.models.gating import sites_by_name
 from headprune.nn.replace import replace_multihead_attention
 from headprune.planning import Budget, plan
-from headprune.planning.planner import protected_heads
+from headprune.planning.engine import get_engine
+from headprune.planning.planner import granularity_for, protected_heads
 from headprune.recovery import Distillation, Objective
 from headprune.schedules.composition import shapes_of
 from headprune.schedules.gate_training import GateTrainer, GateTraining
@@ -122,7 +123,8 @@ def layout_for(setting: Setting) -> GateLayout:
     shapes = shapes_of(setting.dense)
     equal = HeadScores("equal", {name: torch.zeros(shape.head_map.query_heads) for name, shape in shapes.items()}, shapes)
     protected = protected_heads(equal, setting.planning.get("protect", ()))
-    granularity = setting.planning.get("granularity") or "query_head"
+    engine = get_engine(setting.planning.get("target", "headprune"))
+    granularity = granularity_for(setting.planning.get("granularity"), engine, setting.budget)
     return GateLayout.of(shapes, setting.budget, granularity, {name: sorted(heads) for name, heads in protected.items()})
 
 

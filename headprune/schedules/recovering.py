@@ -62,5 +62,6 @@ class RecoverySettings:
             **self.options,
         )
         if found.diverged:
-            raise HeadpruneError(f"{found.stopped_because}. Lower lr{'' if self.lr is None else f' (now {self.lr:g})'}.")
+            now = "" if self.lr is None else f" (now {self.lr:g})"
+            raise HeadpruneError(f"{found.stopped_because}. Lower lr{now}, in another folder.")
         return found

@@ -14,7 +14,7 @@ from headprune.planning import Budget
 from headprune.schedules.composition import whole
 from headprune.schedules.record import Record
 from headprune.schedules.result import ScheduleResult
-from headprune.schedules.setting import OPTIONS, PLANNING, Setting
+from headprune.schedules.setting import Setting
 from headprune.schedules.step import Clock, described_step, measured, plan_of
 from headprune.surgery import save
 
@@ -50,14 +50,8 @@ def schedules() -> dict[str, Schedule]:
     return dict(_schedules)
 
 
-def options_of(name: str) -> list[str]:
-    """The names that `get_schedule(name)` takes beside model, batches and budget."""
-    own = [key for key, found in inspect.signature(get_schedule(name)).parameters.items() if found.kind is found.KEYWORD_ONLY]
-    return [*own, *OPTIONS, *PLANNING]
-
-
 def recipe_options(name: str) -> list[str]:
-    """Those of them that belong to the schedule alone and can stand in a file."""
+    """The options of the schedule `name` that belong to it alone and can stand in a file."""
     parameters = inspect.signature(get_schedule(name)).parameters.items()
     own = [key for key, found in parameters if found.kind is found.KEYWORD_ONLY]
     return [key for key in own if key not in NOT_IN_RECIPES]
@@ -80,10 +74,9 @@ def failing(setting: Setting, record: Record, name: str, clock: Clock) -> Iterat
         raise
     except HeadpruneError as error:
         good = 0 if record.last is None else record.last.number
-        place = "in last_good of this error" if record.folder is None else f"in {record.folder}"
+        kept = "in last_good of this error" if record.folder is None else f"in {record.folder}, where the same call goes on"
         raise ScheduleFailed(
-            f"{name} failed in {clock.label}, {clock.stage or 'start'}: {error} The state after step {good} is kept {place}; "
-            "the same call goes on from there.",
+            f"{name} failed in {clock.label}, {clock.stage or 'start'}: {error} The state after step {good} is kept {kept}.",
             result_of(setting, record, name, record.restore()),
         ) from error
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.planning import Budget, plan
+from headprune.recovery.result import told_apart
 from headprune.schedules.composition import shapes_of
 from headprune.schedules.quality import LossFunction, has_loss, mean_loss, refuse_not_finite
 from headprune.schedules.recovering import Recover
 from headprune.scoring import HeadScores, get_criterion
-from headprune.scoring.observe import in_eval_mode
+from headprune.scoring.passes import checksum, in_eval_mode
 from headprune.scoring.site_shape import SiteShape
 
 ShowProgress = Callable[[str, int, int], None]
@@ -100,10 +101,14 @@ class Setting:
 
     def to_json(self) -> dict[str, Any]:
         """What must be the same for a folder to be taken up; functions count by their names."""
-        plain = ("criterion", "normalize", "compensate", "feed_forward", "trials", "seed", "planning", "recover")
+        plain = (
+            "criterion", "normalize", "loss_fn", "forward", "token_mask", "compensate", "feed_forward", "trials", "seed",
+            "planning", "recover", "metric", "higher_is_better",
+        )  # fmt: skip
         content = {name: described(getattr(self, name)) for name in plain}
         shapes = {name: str(shape.head_map) for name, shape in shapes_of(self.dense).items()}
-        return {"budget": self.budget.to_json(), "sites": shapes, "batches": len(self.batches), **content}
+        model = {**told_apart(self.dense), "sites": shapes}
+        return {"budget": self.budget.to_json(), "model": model, "batches": [checksum(batch) for batch in self.batches], **content}
 
 
 OPTIONS = [entry.name for entry in fields(Setting) if entry.name not in ("dense", "batches", "budget", "planning")]

@@ -28,7 +28,7 @@ def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKE
         batch: "labels" [n, length] beside what the model reads; -100 counts for nothing. They are shifted here, as in transformers.
         tokens: how many tokens of the batch go through the head together.
 
-    Raises InvalidInput where the batch has no labels, UnsupportedModel where the layers do not form one stack.
+    Raises InvalidInput where the batch has no labels or the model no head, UnsupportedModel where the layers do not form one stack.
     """
     labels = batch.get("labels")
     if labels is None:
@@ -45,7 +45,10 @@ def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKE
 
     def of_part(part: Tensor, targets: Tensor, start: int) -> Tensor:
         with leaving(trunk, part, alone):
-            logits = model(**{name: tokens_of(value, labels, start, part.shape[1]) for name, value in inputs.items()}).logits
+            output = model(**{name: tokens_of(value, labels, start, part.shape[1]) for name, value in inputs.items()})
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise InvalidInput(f"{type(model).__name__} gives no logits; a causal loss needs a language model with its head.")
         found = functional.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )

@@ -59,13 +59,9 @@ def observe_streamed(
     work = StreamedPass(setting, batches, wanted, None if checkpoint is None else Path(checkpoint), progress)
     with in_eval_mode(setting.model):
         found = work.measured()
-    headless = snapshot(replace(setting, sites=()), (), ())
-    return Observations({name: ({**headless.sites, **found})[name] for name in order_of(setting)}, work.seen if reads_data else ())
-
-
-def order_of(setting: Setting) -> list[str]:
-    """Sites with heads first and those without behind, as a pass over the whole model leaves them."""
-    return [site.name for site in (*setting.sites, *setting.headless)]
+    # In the order in which a pass over the whole model leaves them.
+    in_order = {site.name: found[site.name] for site in setting.sites}
+    return Observations(in_order | snapshot(replace(setting, sites=()), (), ()).sites, work.seen if reads_data else ())
 
 
 class StreamedPass:

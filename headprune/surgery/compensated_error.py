@@ -77,6 +77,7 @@ class CompensatedError:
 
     def _error(self, keep: tuple[Heads, ...]) -> float:
         shared = next((at for at, (heads, _) in enumerate(self._path) if heads != keep[at]), len(self._path))
+        shared = min(shared, max(len(self._path) - 1, 0))  # behind the last stand there may be nothing: a call that was broken off
         # The stand at a site depends on the heads of those before it alone.
         stand = self._path[shared][1] if shared < len(self._path) else self._stand(None, {}, {}, 0)
         del self._path[shared:]

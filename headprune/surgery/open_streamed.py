@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -16,8 +18,26 @@ from headprune.surgery.checkpoint import class_of, load_config, pruned_class
 from headprune.surgery.record import SECTION
 
 
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Inside the block every parameter of a new module is on the meta device; buffers, which are computed, are real."""
+    register = nn.Module.register_parameter
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = registered
+    try:
+        with EmptyOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = register
+
+
 class EmptyOnMeta(TorchFunctionMode):
-    """New weights take no memory from the start; buffers, which are computed, stay real."""
+    """Large weights take no memory from the start."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -42,7 +62,7 @@ def open_streamed(
     shards = open_shards(folder)
     config = load_config(folder)
     built = pruned_class(class_of(config), getattr(config, SECTION, None))
-    with init_empty_weights(include_buffers=False), EmptyOnMeta():
+    with empty_weights():
         model = built._from_config(config, dtype=dtype or config.dtype or torch.float32)
     model.eval().requires_grad_(False)
     model.tie_weights()

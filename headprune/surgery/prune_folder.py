@@ -84,7 +84,7 @@ def prune_folder(
     sites = {site.name: site for site in attention_sites(model)}
     kept = {name: heads for name, heads in plan.items() if len(heads) < sites[name].head_map.query_heads}
     for name in kept:
-        refuse_unsuited(sites[name], verify)
+        refuse_unsuited(sites[name])
     savings, before = Savings.of(model, sites, kept), model.state_dict()
     cut(model, kept, verify=False)
     cutting = Cutting(source, shards, kept, changed_shapes(before, model.state_dict()))
@@ -107,7 +107,7 @@ def prune_folder(
                 progress=steps.layers,
             )
             cutting.solved = solved
-        take_up(draft, shards, plan, batches)
+        take_up(draft, shards, plan, None if batches is None else (compensation, feed_forward, batches))
         with ThreadPoolExecutor() as hashing:  # while the next file is written
             digests = {}
             for done, file in enumerate(shards.files):
@@ -118,17 +118,20 @@ def prune_folder(
         finish(draft, cutting, model, {file: digest.result() for file, digest in digests.items()})
         if verify:
             check_folder(source, draft, kept, cutting.solved, device)
+        (draft / CLAIM).unlink()  # last: a draft without it is nobody's
         replace_folder(draft, target)
         shutil.rmtree(work, ignore_errors=True)
     return PruneReport(savings, tuple(resolved), done=True)
 
 
-def refuse_unsuited(site: AttentionSite, verify: bool) -> None:
+def refuse_unsuited(site: AttentionSite) -> None:
     """UnsupportedModel where an attention cannot be cut in the files alone."""
     if site.head_modules:
         raise UnsupportedModel(f"{site.name} numbers modules by head, and so their files; load the model whole to prune it.")
-    if not site.proven and not verify:
-        raise UnsupportedModel(f"{site.name} is not a known attention: only the check can prove its cut right; leave it on.")
+    if not site.proven:
+        raise UnsupportedModel(
+            f"{site.name} is not a known attention, and must be tried in memory; load the model whole to prune it."
+        )
 
 
 class Steps:
@@ -167,9 +170,10 @@ def check_folder(source: Path, draft: Path, kept: Mapping[str, Sequence[int]], s
         expected = gated_model(**placed)[0].double()
     error = float((pruned(**placed)[0].double() - expected).norm() / expected.norm())
     if not error <= max(TOLERANCE, 16 * torch.finfo(pruned.dtype).eps):
+        shutil.rmtree(draft)
         raise HeadpruneError(
             f"the pruned folder failed its own check: its outputs are {error:.1e} off (relative) those of {source} with the same "
-            f"heads gated. {draft} was not moved to its place; please report the model's class, {type(pruned).__name__}."
+            f"heads gated. Nothing was written; please report the model's class, {type(pruned).__name__}."
         )
 
 
@@ -248,15 +252,18 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
-def take_up(draft: Path, shards: Shards, plan: PruningPlan, batches: Sequence[Any] | None) -> None:
-    """Makes `draft`, or goes on with what a killed run left there for the same files, plan and calibration."""
+def take_up(draft: Path, shards: Shards, plan: PruningPlan, compensated: tuple[str, bool, Sequence[Any]] | None) -> None:
+    """Makes `draft`, or goes on with what a killed run left there for the same files, plan and compensation (its method, whether of
+    feed-forwards too, and the batches; what forward and token_mask do cannot be told apart)."""
+    method, feed_forward, batches = compensated or (None, False, ())
     now = {
         "source": str(shards.folder.resolve()), "keep": {name: list(heads) for name, heads in plan.items()},
-        "files": shards.sizes(), "batches": None if batches is None else [checksum(batch) for batch in batches],
+        "files": shards.sizes(), "compensation": method, "feed_forward": feed_forward,
+        "batches": [checksum(batch) for batch in batches],
     }  # fmt: skip
-    if claim(draft, DRAFT_KIND, now) is None:
+    if (draft / CLAIM).exists() and claim(draft, DRAFT_KIND, now) is None:
         return
-    shutil.rmtree(draft)
+    shutil.rmtree(draft, ignore_errors=True)
     claim(draft, DRAFT_KIND, now)
 
 
@@ -271,5 +278,4 @@ def finish(draft: Path, cutting: Cutting, model: PreTrainedModel, digests: Mappi
         total = sum(nbytes for _, nbytes in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for name, (file, _) in entries.items()}}
         write_text(draft / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    (draft / CLAIM).unlink()
     write_manifest(draft, digests)

@@ -3,44 +3,16 @@
 import pytest
 from command_line import only_error
 from pruned_pairs import pruned_bert
+from small_states import SmallStates
 from tiny_models import hidden, tokens
 
-from headprune.evaluation.tasks import Task, register_task
 from headprune.surgery import load, save
-
-
-@register_task
-class States(Task):
-    """Random tokens, for a random encoder."""
-
-    name = "states-for-recovery-tests"
-    headline = "norm"
-    higher_is_better = False
-
-    def __init__(self, tokenizer):
-        self.tokenizer = None
-        self.calibration = [{"input_ids": tokens(4, 8, seed)} for seed in range(4)]
-
-    def loss(self, model, batch):
-        return model(**batch).last_hidden_state[:, 0].square().mean(dim=1)
-
-    def forward(self, model, batch):
-        return model(**batch)
-
-    def evaluate(self, model, progress=None):
-        return {"norm": float(self.outputs(model).norm())}
-
-    def outputs(self, model):
-        return hidden(model, input_ids=tokens(4, 8, 50))
-
-    def latency_inputs(self):
-        return {"input_ids": tokens(2, 8)}
 
 
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
-    monkeypatch.setattr("headprune.evaluation.tasks.task.build_task", lambda name, tokenizer, **_: States(tokenizer))
-    monkeypatch.setattr("headprune.evaluation.tasks.build_task", lambda name, tokenizer, **_: States(tokenizer))
+    monkeypatch.setattr("headprune.evaluation.tasks.task.build_task", lambda name, tokenizer, **_: SmallStates(tokenizer))
+    monkeypatch.setattr("headprune.evaluation.tasks.build_task", lambda name, tokenizer, **_: SmallStates(tokenizer))
     dense, pruned = pruned_bert()
     save(dense, tmp_path / "dense")
     save(pruned, tmp_path / "pruned")

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.evaluation.estimate import Memory
+from headprune.evaluation.memory import peak_bytes
 
 MIDDLE = {
     "vocab_size": 2000, "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -54,17 +55,6 @@ def test_flops_count_every_product_of_a_dense_model(folder):
     assert found.dense.flops_per_token == pytest.approx(counted.get_total_flops() / length, rel=0.02)
 
 
-def measured_peak(run) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
-
 @pytest.mark.parametrize("options", [MIDDLE, {**MIDDLE, "num_hidden_layers": 2, "vocab_size": 32000}])
 def test_memory_is_not_underestimated_by_much_nor_overestimated_by_half(options, tmp_path):
     model = decoder("llama", **options)
@@ -73,8 +63,8 @@ def test_memory_is_not_underestimated_by_much_nor_overestimated_by_half(options,
     batch, estimated = {"input_ids": ids, "labels": ids}, Memory.of(model, ids.numel(), torch.float32)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     score = {"criterion": "fisher", "loss_fn": hp.causal_losses}
-    resident = weights + measured_peak(lambda: hp.score(model, [batch], checkpointing=True, **score))
-    streamed = measured_peak(lambda: hp.score(hp.open_streamed(tmp_path / "model"), [batch], checkpoint=tmp_path / "work", **score))
+    resident = weights + peak_bytes(lambda: hp.score(model, [batch], checkpointing=True, **score))
+    streamed = peak_bytes(lambda: hp.score(hp.open_streamed(tmp_path / "model"), [batch], checkpoint=tmp_path / "work", **score))
     assert 0.95 * resident <= estimated.resident <= 1.5 * resident
     assert 0.95 * streamed <= estimated.streamed <= 1.5 * streamed
 

@@ -91,3 +91,9 @@ def test_what_cannot_be_evaluated_on_is_refused():
         evaluate(bert(), lambda model: 1.0)
     with pytest.raises(InvalidInput, match="gave nothing"):
         evaluate(bert(), lambda model: {}, inputs=INPUTS)
+
+
+def test_a_model_is_left_in_the_mode_it_came_in():
+    model = llama().train()
+    evaluate(model, lambda model: 1.0, inputs=INPUTS, repeats=1)
+    assert model.training

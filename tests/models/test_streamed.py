@@ -58,3 +58,15 @@ def test_layers_that_hand_on_a_position_bias_are_refused(tmp_path):
     batch = {"input_ids": labelled()["input_ids"]}
     with pytest.raises(UnsupportedModel, match="position bias"):
         hp.observe(hp.open_streamed(tmp_path / "model"), [batch], ["gram"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_layers_run_there_and_score_as_in_its_memory(tmp_path):
+    folder, batch = sharded_folder("llama", tmp_path / "model"), {name: value.cuda() for name, value in labelled().items()}
+    model, whole = hp.open_streamed(folder, device="cuda"), hp.load(folder).cuda()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, whole(**batch).logits)
+    found, expected = (hp.score(one, [batch], "fisher", loss_fn=hp.causal_losses) for one in (model, whole))
+    for name, heads in expected.items():
+        torch.testing.assert_close(found[name], heads, rtol=1e-5, atol=0)
+    assert torch.cuda.memory_allocated() < 2 * sum(parameter.nbytes for parameter in whole.parameters()) + (64 << 20)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import llama, tokens
@@ -87,3 +89,14 @@ def test_plain_torch_models_have_curves_too():
     with gated(model, {name: []}), torch.no_grad():
         assert found.curves[name][4] == pytest.approx(float(loss(model, batches[0]).mean()), rel=1e-5)
     assert type(model.layers[0].self_attn) is torch.nn.MultiheadAttention
+
+
+def test_an_attention_that_no_data_reached_keeps_its_heads():
+    scores = score(llama(), criterion="random")
+    found = sensitivity(llama(), BATCHES, scores)
+    name = "model.layers.0.self_attn"
+    scores = replace(scores, unreached=frozenset({name}))
+    curves = {other: curve for other, curve in found.curves.items() if other != name}
+    chosen = plan(scores, Budget(heads=0.25), allocation="optimal", sensitivity=replace(found, curves=curves))
+    assert len(chosen[name]) == 8
+    assert len(chosen["model.layers.1.self_attn"]) == 4

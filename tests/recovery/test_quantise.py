@@ -5,32 +5,13 @@ import copy
 import pytest
 import torch
 from pruned_pairs import pruned_bert, pruned_llama, text_batches
+from small_states import SmallStates
 from tiny_models import hidden, tokens
 
 import headprune as hp
 from headprune.errors import InvalidInput, UnsupportedModel
-from headprune.evaluation.tasks import Task
 
 pytest.importorskip("torchao")
-
-
-class Norms(Task):
-    name, headline, higher_is_better = "norms-when-quantised", "norm", False
-    tokenizer, calibration = None, []
-
-    def loss(self, model, batch):
-        raise NotImplementedError
-
-    forward = loss
-
-    def evaluate(self, model, progress=None):
-        return {"norm": float(self.outputs(model).norm())}
-
-    def outputs(self, model):
-        return hidden(model, input_ids=tokens(4, 8, 50))
-
-    def latency_inputs(self):
-        return {"input_ids": tokens(2, 8)}
 
 
 def test_int8_weights_are_each_row_over_its_largest():
@@ -68,12 +49,12 @@ def test_the_output_head_stays():
 
 def test_pruned_and_quantised_are_measured_together():
     dense, pruned = pruned_bert()
-    rows = hp.recovery.compare_quantised({"dense": dense, "pruned": pruned}, Norms(), ("int8",), repeats=2)
+    rows = hp.recovery.compare_quantised({"dense": dense, "pruned": pruned}, SmallStates(), ("int8",), repeats=2)
     assert [(row.model, row.form) for row in rows] == [
         ("dense", "as it is"), ("dense", "int8"), ("pruned", "as it is"), ("pruned", "int8"),
     ]  # fmt: skip
     assert rows[3].bytes < rows[1].bytes < rows[0].bytes
-    assert rows[2].quality["norm"] == Norms().evaluate(pruned)["norm"]
+    assert rows[2].quality["norm"] == SmallStates().evaluate(pruned)["norm"]
     assert type(pruned.encoder.layer[0].intermediate.dense.weight) is torch.nn.Parameter
 
 

@@ -271,3 +271,68 @@ def test_no_batches_are_an_error():
     _, model = pruned_llama()
     with pytest.raises(InvalidInput, match="train is empty"):
         hp.recover(model, [])
+
+
+class Breaks(torch.autograd.Function):
+    """A finite loss with a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("nan")
+
+
+def test_weights_that_become_nan_in_the_last_step_are_not_kept():
+    _, model = pruned_llama()
+    before, calls = copy.deepcopy(model), []
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        loss = model(**batch).loss
+        return Breaks.apply(loss) if len(calls) == 3 else loss
+
+    result = hp.recover(model, text_batches(), loss_fn=loss_fn, steps=3, lr=1e-3)
+    assert result.diverged
+    assert "weights are NaN or infinite after step 3" in result.stopped_because
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+
+
+def test_a_recovery_that_broke_is_not_read_back_as_finished(tmp_path):
+    _, model = pruned_llama()
+    broken = [True]
+
+    def loss_fn(model, batch):
+        loss = model(**batch).loss
+        return loss * float("nan") if broken[0] and loss_fn.calls.append(1) is None and len(loss_fn.calls) > 3 else loss
+
+    loss_fn.calls = []
+    options = {"loss_fn": loss_fn, "steps": 6, "lr": 1e-3, "output_dir": tmp_path / "run"}
+    assert hp.recover(copy.deepcopy(model), text_batches(), **options).diverged
+    broken[0] = False
+    result = hp.recover(model, text_batches(), **options)
+    assert not result.diverged
+    assert result.steps == 6
+
+
+def test_relations_are_learnt_with_checkpointing_as_without():
+    dense, model = pruned_llama()
+    other = copy.deepcopy(model)
+    options = {"teacher": dense, "distil": hp.Distillation(relations=1.0), "steps": 2, "lr": 1e-3}
+    hp.recover(model, text_batches(), gradient_checkpointing=True, **options)
+    hp.recover(other, text_batches(), **options)
+    same_state(model, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bad_argument_leaves_a_model_that_was_to_be_rewound_alone():
+    dense, model = pruned_llama()
+    before = copy.deepcopy(model)
+    earlier = copy.deepcopy(dense)
+    for parameter in earlier.parameters():
+        parameter.data.mul_(2)
+    with pytest.raises(InvalidInput, match=r"lr is -1\.0"):
+        hp.recover(model, text_batches(), lr=-1.0, rewind=earlier)
+    same_state(model, before)

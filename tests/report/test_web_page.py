@@ -115,3 +115,15 @@ def test_labels_are_what_differs(names, labels):
 
 def test_what_json_does_not_have_becomes_null():
     assert finite({"a": [float("nan"), 1.0, (float("inf"),)]}) == {"a": [None, 1.0, [None]]}
+
+
+def test_a_quality_or_a_loss_that_is_no_number_is_a_dash(tmp_path):
+    write_run(tmp_path)
+    for name in ("sweep.json", "sensitivity.json"):
+        path = tmp_path / name
+        text = path.read_text()
+        number = re.search(r'"(?:perplexity|dense)": ([0-9.]+)', text)
+        path.write_text(text.replace(number.group(0), number.group(0).replace(number.group(1), "Infinity"), 1))
+    page = hp.report(tmp_path).read_text(encoding="utf-8")
+    assert "<td>–</td>" in page
+    assert "dense loss –," in page

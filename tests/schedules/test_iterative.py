@@ -3,16 +3,12 @@
 import itertools
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
-from child_process import environment
+from child_process import killed_at
 from schedule_cases import batches, loss, short_training, tiny
 from tiny_models import hidden, tokens
 
@@ -178,12 +174,7 @@ def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
     expected = schedules.iterative(tiny(), batches(), hp.Budget(heads=0.75), **options)
     step, stage = random.choice((1, 2, 3)), random.choice(("score", "prune", "recover", "measure"))
     marker = f"step {step} of 3: {stage} {random.choice((0, 1))}"
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "run")]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
-    met = any(line.strip() == marker for line in child.stdout)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert met, marker
+    killed_at(marker, "-c", textwrap.dedent(CHILD), str(tmp_path / "run"))
     found = schedules.iterative(tiny(), batches(), hp.Budget(heads=0.75), folder=tmp_path / "run", **options)
     assert found.plan.keep == expected.plan.keep, marker
     assert found.quality == pytest.approx(expected.quality, rel=1e-5), marker

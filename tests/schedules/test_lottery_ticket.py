@@ -1,15 +1,11 @@
 """Lottery tickets: early weights come back exactly, sliced; learning rates repeat; the control has the same heads."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
-from child_process import environment
+from child_process import killed_at
 from schedule_cases import Rates, StopAt, batches, loss, short_training, tiny
 from tiny_models import hidden, tokens
 from torch import nn
@@ -162,12 +158,7 @@ def test_a_killed_search_goes_on_and_ends_the_same(tmp_path):
     expected = schedules.lottery_ticket(tiny(), batches(), HALF, **options)
     place = random.choice(["step 0", "step 1 of 2", "step 2 of 2", "control"])
     marker = f"{place}: {random.choice(['recover 2', 'measure 0'])}"
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "run")]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
-    met = any(line.strip() == marker for line in child.stdout)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert met, marker
+    killed_at(marker, "-c", textwrap.dedent(CHILD), str(tmp_path / "run"))
     found = schedules.lottery_ticket(tiny(), batches(), HALF, folder=tmp_path / "run", **options)
     assert found.plan.keep == expected.plan.keep, marker
     for name in ("quality", "control_quality"):
@@ -175,3 +166,9 @@ def test_a_killed_search_goes_on_and_ends_the_same(tmp_path):
         assert one == pytest.approx(other, rel=1e-5), marker
     ids = tokens()
     assert torch.allclose(hidden(found.model, input_ids=ids), hidden(expected.model, input_ids=ids), atol=1e-5)
+
+
+def test_weights_of_a_step_of_adapters_cannot_be_gone_back_to():
+    training = hp.RecoverySettings(steps=4, lr=1e-3, method="lora")
+    with pytest.raises(InvalidInput, match="method='lora' trains adapters"):
+        schedules.lottery_ticket(tiny(), batches(), HALF, recover=training, rewind_step=2, steps=2, loss_fn=loss)

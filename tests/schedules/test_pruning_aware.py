@@ -1,16 +1,12 @@
 """Gates that are trained with the model: exact targets, useless heads found, surgery equal to the gates, going on after a kill."""
 
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
-from child_process import environment
+from child_process import killed_at
 from schedule_cases import PLANTED, batches, loss, planted, short_training, tiny
 from tiny_models import hidden, llama, tokens
 
@@ -173,12 +169,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(tmp_path):
     options = {"method": method, "steps": 40, "lr": 1e-3, "loss_fn": loss, "recover": short_training}
     expected = schedules.pruning_aware(tiny(), batches(), hp.Budget(heads=0.5), **options)
     marker = random.choice([f"train gates {random.randrange(1, 40)}", "prune 0", "recover 2", "measure 0"])
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "run"), method]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
-    met = any(line.strip() == f"step 1 of 1: {marker}" for line in child.stdout)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert met, marker
+    killed_at(f"step 1 of 1: {marker}", "-c", textwrap.dedent(CHILD), str(tmp_path / "run"), method)
     found = schedules.pruning_aware(tiny(), batches(), hp.Budget(heads=0.5), folder=tmp_path / "run", **options)
     assert found.plan.keep == expected.plan.keep, (method, marker)
     assert found.quality == pytest.approx(expected.quality, rel=1e-5), (method, marker)

@@ -95,3 +95,19 @@ def test_a_search_reads_no_more_batches_than_its_tokens_ask_for():
     assert first_batches(batches, 1) == batches[:2]
     assert first_batches(batches, None) == batches
     assert first_batches(iter(batches[:1]), 1) == batches[:1]
+
+
+def test_a_call_that_was_broken_off_leaves_no_wrong_number_behind(monkeypatch):
+    model, batches = llama(layers=3), batches_for(5)
+    keep = plan_of(model, [0, 1, 2, 3], [1, 4, 5], [0, 6])
+    measured, fresh = (CompensatedError(model, attention_sites(model), batches) for _ in range(2))
+    [expected] = fresh([keep])
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompensatedError, "_solved", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            measured([keep])
+    assert measured([keep]) == [expected]

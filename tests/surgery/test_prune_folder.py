@@ -5,11 +5,12 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from child_process import environment
-from streamed_models import sharded_folder
+from streamed_models import batches_of_tokens, sharded_folder
 from tiny_decoders import FAMILIES, decoder
 
 import headprune as hp
@@ -19,7 +20,7 @@ from headprune.errors import CorruptCheckpoint, InvalidInput, InvalidPlan, Unsup
 def random_plan(folder, seed: int = 0, emptied: bool = False):
     model, drawn = hp.load(folder), random.Random(seed)
     counts = {site.name: site.head_map.query_heads for site in hp.attention_sites(model)}
-    keep = {name: sorted(drawn.sample(range(heads), drawn.randint(1, heads))) for name, heads in counts.items()}
+    keep = {name: sorted(drawn.sample(range(heads), drawn.randint(1, heads - 1))) for name, heads in counts.items()}
     return hp.PruningPlan.from_keep(model, keep | ({next(iter(keep)): []} if emptied else {}))
 
 
@@ -132,3 +133,34 @@ def test_a_model_larger_than_the_memory_that_is_left_is_scored_pruned_and_checke
     assert ended.returncode == 0, ended.stderr[-2000:]
     sites = hp.load(tmp_path / "pruned").config.headprune["sites"]
     assert sum(len(site["kept"]) for site in sites.values()) == 32
+
+
+def test_half_done_work_of_another_compensation_or_of_nobody_is_thrown_away(tmp_path, monkeypatch):
+    folder, batches = sharded_folder("llama", tmp_path / "model"), batches_of_tokens()
+    plan = random_plan(folder)
+    hp.prune_folder(folder, plan, tmp_path / "expected", batches, compensation="bias", verify=False)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    for claimed in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["headprune.surgery.prune_folder"], "finish", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                hp.prune_folder(folder, plan, tmp_path / "pruned", batches, verify=False)
+        if not claimed:
+            (tmp_path / ".pruned.part" / "run.json").unlink()
+        hp.prune_folder(folder, plan, tmp_path / "pruned", batches, compensation="bias", verify=False)
+        assert all(
+            path.read_bytes() == (tmp_path / "expected" / path.name).read_bytes() for path in (tmp_path / "pruned").iterdir()
+        )
+
+
+def test_attentions_that_are_only_guessed_are_refused(tmp_path, monkeypatch):
+    folder = sharded_folder("llama", tmp_path / "model")
+    plan, module = random_plan(folder), sys.modules["headprune.surgery.prune_folder"]
+    guessed = [replace(site, proven=False) for site in hp.attention_sites(hp.load(folder))]
+    monkeypatch.setattr(module, "attention_sites", lambda model: guessed)
+    with pytest.raises(UnsupportedModel, match="not a known attention"):
+        hp.prune_folder(folder, plan, tmp_path / "pruned")
+    assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]

@@ -17,7 +17,6 @@ from headprune.schedules.gates.layout import GateLayout
 
 ASCENT = 0.5  # of lambda per step and unit of the open share that is too much
 LARGEST = 1.5
-SLOWER = 0.3  # gates start at 1 and close at 0: a shorter way than a logit's
 
 
 class Proximal(GateMethod):

@@ -72,7 +72,7 @@ def does_nothing(site: AttentionSite) -> bool:
 
 
 def cache_values(sites: list[AttentionSite]) -> int:
-    return sum(site.head_map.kv_heads * (site.head_dim + site.value_dim) for site in sites)
+    return sum(site.cache.of(site.head_map) for site in sites)
 
 
 def check(site: AttentionSite) -> None:
