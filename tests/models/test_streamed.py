@@ -61,6 +61,7 @@ def test_layers_that_hand_on_a_position_bias_are_refused(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_layers_run_there_and_score_as_in_its_memory(tmp_path):
     folder, batch = sharded_folder("llama", tmp_path / "model"), {name: value.cuda() for name, value in labelled().items()}
     model, whole = hp.open_streamed(folder, device="cuda"), hp.load(folder).cuda()
