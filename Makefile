@@ -1,4 +1,5 @@
 # make demo   the main job on the packaged pretrained model      make test   everything that CI runs
+# make docs   the documentation site, in build/site
 # make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
 # make quality   every one-shot method on the same models, data and budgets, without training (some hours; goes on where it was cut off)
 # make engines   pruned models in llama.cpp, which is built from source (minutes), against ours      make engines-vllm   in vLLM
@@ -7,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint aot bench quality engines engines-vllm gpu
+.PHONY: venv demo test lint docs aot bench quality engines engines-vllm gpu
 
 venv: $(VENV)/.ready
 
@@ -31,6 +32,11 @@ test: venv lint
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: venv
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 aot: venv
 	$(BIN)/python bench/aot.py
