@@ -1,5 +1,5 @@
-"""Measures what the pictures of docs/how-it-works.md show, on MiniLM: `python docs/pictures.py` writes docs/pictures/*.json, from which
-the site draws them (docs/generators/figures.py). A few minutes of one core."""
+"""Measures what the pictures of docs/how-it-works.md show, on MiniLM: `python docs/pictures.py` writes docs/pictures/*.json, from
+which the site draws them (docs/generators/figures.py). A few minutes of one core."""
 
 from pathlib import Path
 
