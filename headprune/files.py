@@ -55,9 +55,11 @@ def replace_folder(draft: Path, target: Path) -> None:
 
 
 @contextmanager
-def whole_file(target: str | os.PathLike) -> Iterator[Path]:
+def whole_file(target: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]:
     """An empty file beside `target` to write into, which takes `target`'s place when the block ends well: a killed run
-    leaves the old one or the new one. A failure leaves `target` as it was; HeadpruneError says what happened."""
+    leaves the old one or the new one. A failure leaves `target` as it was; HeadpruneError says what happened.
+
+    sync: wait until the disk has it, so that a machine that goes down leaves the old or the new one too."""
     target = Path(target)
     with clear_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +68,9 @@ def whole_file(target: str | os.PathLike) -> Iterator[Path]:
         draft = Path(name)
         try:
             yield draft
-            with draft.open("rb+") as file:
-                os.fsync(file.fileno())
+            if sync:
+                with draft.open("rb+") as file:
+                    os.fsync(file.fileno())
             draft.chmod(0o644)
             os.replace(draft, target)
         finally:

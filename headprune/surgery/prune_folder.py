@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
-from headprune.files import clear_disk_errors, replace_folder, write_text
+from headprune.files import clear_disk_errors, read_json, replace_folder, write_json, write_text
 from headprune.models import attention_sites, gated
 from headprune.models.shards import DTYPES, INDEX, SINGLE, Shards, Stored, open_shards, read_stored
 from headprune.models.site import AttentionSite
@@ -42,6 +42,7 @@ from headprune.surgery.streamed_compensation import resolve_streamed
 
 log = logging.getLogger("headprune")
 DRAFT_KIND = "folder_being_pruned"
+DIGESTS, DIGESTS_KIND = "digests.json", "digests_of_a_folder_being_pruned"
 
 
 def prune_folder(
@@ -60,9 +61,9 @@ def prune_folder(
 ) -> PruneReport:
     """Writes the model of `source` without the heads that `plan` lets go to `target`, a folder as `hp.save` writes it.
 
-    Weight files are written one by one; a killed run goes on behind the last whole one. Peak memory: the projections of the
-    attentions of one or two layers. With `calibration` the output projections are re-solved first, layer by layer
-    (`headprune.surgery.streamed_compensation`); that holds two layers, and a killed run goes on behind the last whole layer.
+    Weight files are written one by one; a killed run keeps those whose digests were recorded, all but the last. Peak memory: the
+    projections of the attentions of one or two layers. With `calibration` the output projections are re-solved first, layer by
+    layer (`headprune.surgery.streamed_compensation`); that holds two layers, and a killed run goes on behind the last whole layer.
     Half-done work lies in hidden folders beside `target`.
 
     Args:
@@ -108,20 +109,38 @@ def prune_folder(
             )
             cutting.solved = solved
         take_up(draft, shards, plan, None if batches is None else (compensation, feed_forward, batches))
-        with ThreadPoolExecutor() as hashing:  # while the next file is written
-            digests = {}
-            for done, file in enumerate(shards.files):
-                if not (draft / file).exists():
-                    write_shard(draft / file, cutting.entries(file), shards.metadata[file])
-                digests[file] = hashing.submit(file_digest, draft / file)
-                steps.files(done + 1)
-        finish(draft, cutting, model, {file: digest.result() for file, digest in digests.items()})
+        digests = write_shards(draft, cutting, steps)
+        finish(draft, cutting, model, digests)
         if verify:
             check_folder(source, draft, kept, cutting.solved, device)
+        (draft / DIGESTS).unlink()
         (draft / CLAIM).unlink()  # last: a draft without it is nobody's
         replace_folder(draft, target)
         shutil.rmtree(work, ignore_errors=True)
     return PruneReport(savings, tuple(resolved), done=True)
+
+
+def write_shards(draft: Path, cutting: Cutting, steps: Steps) -> dict[str, str]:
+    """File -> its digest, made while the next file is written. A file of an earlier try stays where it has the digest that was
+    recorded for it: after a machine went down its bytes may not be those that were written."""
+    recorded = read_json(draft / DIGESTS, DIGESTS_KIND)["digests"] if (draft / DIGESTS).exists() else {}
+    pending: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(max_workers=1) as hashing:
+        for done, file in enumerate(cutting.shards.files):
+            path = draft / file
+            if not (file in recorded and path.exists() and file_digest(path) == recorded[file]):
+                write_shard(path, cutting.entries(file), cutting.shards.metadata[file])
+                record(draft, recorded, pending)
+                pending = {file: hashing.submit(file_digest, path)}
+            steps.files(done + 1)
+        record(draft, recorded, pending)
+    return recorded
+
+
+def record(draft: Path, recorded: dict[str, str], pending: Mapping[str, Future[str]]) -> None:
+    if pending:
+        recorded.update((file, digest.result()) for file, digest in pending.items())
+        write_json(draft / DIGESTS, DIGESTS_KIND, {"digests": recorded})
 
 
 def refuse_unsuited(site: AttentionSite) -> None:

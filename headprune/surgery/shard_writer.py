@@ -34,9 +34,11 @@ class Entry:
 
 
 def write_shard(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
-    """All of the file or nothing. Raises HeadpruneError where the disk refuses, or a tensor is not as its entry says."""
+    """All of the file or nothing, unless the machine itself goes down: whoever goes on after that compares digests. Raises
+    HeadpruneError where the disk refuses, or a tensor is not as its entry says."""
     entries = list(entries)
-    with whole_file(path) as draft, draft.open("wb", buffering=0) as file:
+    # "r+b": ext4 writes a file that was opened with truncation to the disk when it is closed.
+    with whole_file(path, sync=False) as draft, draft.open("r+b", buffering=0) as file:
         file.write(header(entries, metadata))
         for entry in entries:
             if isinstance(entry.content, Stored):

@@ -91,16 +91,24 @@ hp.prune_folder(sys.argv[1], hp.PruningPlan.load(sys.argv[2]), sys.argv[3], prog
 """
 
 
-def test_killed_between_files_it_goes_on_and_the_bytes_are_the_same(tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_killed_between_files_it_goes_on_and_the_bytes_are_the_same(damaged, tmp_path):
+    """damaged: as where the machine went down, and a file on the disk is not what was written."""
     folder = sharded_folder("llama", tmp_path / "model")
     plan = random_plan(folder)
     plan.save(tmp_path / "plan.json")
-    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "plan.json"), str(tmp_path / "pruned"), "2"]
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "plan.json"), str(tmp_path / "pruned"), "3"]
     ended = subprocess.run(command, env=environment(), timeout=120)
     assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "pruned").exists()
-    finished = {path.name: path.stat().st_ino for path in (tmp_path / ".pruned.part").glob("*.safetensors")}
+    draft = tmp_path / ".pruned.part"
+    assert len(list(draft.glob("*.safetensors"))) == 3
+    finished = {name: (draft / name).stat().st_ino for name in json.loads((draft / "digests.json").read_text())["digests"]}
     assert len(finished) == 2
+    if damaged:
+        name = min(finished)
+        del finished[name]
+        (draft / name).write_bytes(bytes((draft / name).stat().st_size))
     hp.prune_folder(folder, plan, tmp_path / "pruned")
     assert all((tmp_path / "pruned" / name).stat().st_ino == inode for name, inode in finished.items())
     hp.prune_folder(folder, plan, tmp_path / "at_once")
