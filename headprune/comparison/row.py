@@ -22,6 +22,7 @@ class MethodRow:
 
     parameters, nonzero: of the whole model, distinct ones; nonzero is None for quantised weights. file_bytes: of its safetensors
     file with all zeros in it, None where none can be written. compact_bytes: of the smallest form, which `compact` names.
+    flops_share: FLOPs of a forward pass with dense kernels over the dense model's; None where they cannot be counted.
     quality, loss: on test data, and on training batches that no method saw. tuned_...: after the same fine-tune. difference: of
     the headline from the dense model's, on the same examples. latency_share: median time of a forward pass over the dense
     model's, both timed in turn with dense kernels.
@@ -40,6 +41,7 @@ class MethodRow:
     file_bytes: int | None = None
     compact_bytes: int | None = None
     compact: str = ""
+    flops_share: float | None = None
     quality: dict[str, float] = field(default_factory=dict)
     difference: Interval | None = None
     loss: float | None = None
@@ -104,14 +106,20 @@ class MethodComparison:
 
     def cost_columns(self) -> tuple[str, ...]:
         timed = ("latency, of dense",) if any(row.latency_share is not None for row in self.rows) else ()
-        return ("parameters", "not 0", "MB as a file", "MB at the least", *timed, "special kernels")
+        return ("parameters", "not 0", "MB as a file", "MB at the least", "FLOPs, of dense", *timed, "special kernels")
 
     def cost_cells(self, row: MethodRow) -> tuple[str, ...]:
         if row.refused is not None:
             return ("not possible", *[NOTHING] * (len(self.cost_columns()) - 1))
         least = row.file_bytes if row.compact_bytes is None else row.compact_bytes
         timed = (shown(row.latency_share, ".2f"),) if "latency, of dense" in self.cost_columns() else ()
-        sizes = (f"{row.parameters:,}", shown(row.nonzero, ","), megabytes(row.file_bytes), megabytes(least))
+        sizes = (
+            f"{row.parameters:,}",
+            shown(row.nonzero, ","),
+            megabytes(row.file_bytes),
+            megabytes(least),
+            shown(row.flops_share, ".3f"),
+        )
         return (*sizes, *timed, "needed" if row.kernels else "none")
 
     def notes(self) -> list[str]:
