@@ -105,22 +105,18 @@ class MethodComparison:
         return (f"{row.quality[self.headline]:.4f}", self.ratio(row.quality), f"{row.loss:.3f}", *tuned)
 
     def cost_columns(self) -> tuple[str, ...]:
-        timed = ("latency, of dense",) if any(row.latency_share is not None for row in self.rows) else ()
-        return ("parameters", "not 0", "MB as a file", "MB at the least", "FLOPs, of dense", *timed, "special kernels")
+        ratios = {"FLOPs, of dense": "flops_share", "latency, of dense": "latency_share"}
+        measured = (name for name, field in ratios.items() if any(getattr(row, field) is not None for row in self.rows))
+        return ("parameters", "not 0", "MB as a file", "MB at the least", *measured, "special kernels")
 
     def cost_cells(self, row: MethodRow) -> tuple[str, ...]:
         if row.refused is not None:
             return ("not possible", *[NOTHING] * (len(self.cost_columns()) - 1))
         least = row.file_bytes if row.compact_bytes is None else row.compact_bytes
-        timed = (shown(row.latency_share, ".2f"),) if "latency, of dense" in self.cost_columns() else ()
-        sizes = (
-            f"{row.parameters:,}",
-            shown(row.nonzero, ","),
-            megabytes(row.file_bytes),
-            megabytes(least),
-            shown(row.flops_share, ".3f"),
-        )
-        return (*sizes, *timed, "needed" if row.kernels else "none")
+        ratios = {"FLOPs, of dense": shown(row.flops_share, ".3f"), "latency, of dense": shown(row.latency_share, ".2f")}
+        sizes = (f"{row.parameters:,}", shown(row.nonzero, ","), megabytes(row.file_bytes), megabytes(least))
+        measured = (value for name, value in ratios.items() if name in self.cost_columns())
+        return (*sizes, *measured, "needed" if row.kernels else "none")
 
     def notes(self) -> list[str]:
         """What does not fit into the table, a line for each method."""
