@@ -1,7 +1,7 @@
 """What a peer's own Python runs: it prunes by the peer's means, and hands back what came of it. Needs torch and transformers alone.
 
-A script gives two functions: score(model, request) -> anything, and cut(model, scored, request) -> the pruned model, which may be the
-same object; and where the peer has its own way to keep a model, save(model, folder) and load(folder, model).
+A script gives two functions: score(model, request) -> anything, and cut(model, scored, request) -> the pruned model (or the
+same, changed); and where the peer has its own way to keep a model, save(model, folder) and load(folder, model).
 """
 
 from __future__ import annotations

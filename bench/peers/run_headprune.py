@@ -1,4 +1,4 @@
-"""headprune by the repository's recipe: heads ranked and cut alone, as the peers do; or the plan searched and the outputs re-solved."""
+"""headprune by the repository's recipe: heads ranked and merely cut, as peers do, or the plan searched and outputs re-solved."""
 
 from child import Request, main
 

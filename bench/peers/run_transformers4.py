@@ -1,4 +1,4 @@
-"""transformers 4: heads ranked as its example did (Michel 2019: |gradient| of head_mask over each layer's norm), cut by prune_heads."""
+"""transformers 4: heads ranked as its example did (Michel 2019: |gradient| of head_mask over each layer's norm)."""
 
 import torch
 from child import Request, main

@@ -39,7 +39,8 @@ def table(rows: list[dict[str, Any]], peers: Mapping[str, Peer]) -> str:
         seconds = f"{row['scoring']['seconds'] + row['cutting']['seconds']:.0f}" if "scoring" in row else NOTHING
         cells = [
             label(row, peers), f"{sum(row['query_heads'])}", f"{row['quality'] / dense['quality']:.3f}",
-            *([seconds] if timed else []), f"{row['peak_mb']:.0f}", row["kept"], *([row["generates"] or NOTHING] if decoder else []),
+            *([seconds] if timed else []),
+            f"{row['peak_mb']:.0f}", row["kept"], *([row["generates"] or NOTHING] if decoder else []),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     failed = [row for name in peers for row in rows if row["peer"] == name and "failed" in row]
