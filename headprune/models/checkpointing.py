@@ -59,7 +59,7 @@ def run_twice(forward, *args, **kwargs):
     return checkpoint(forward, use_reentrant=False, preserve_rng_state=False, **without_cache(forward, args, kwargs))
 
 
-def without_cache(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_cache(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a layer's call by name, in the order of its signature, and no cache among them."""
     known = [
         parameter.name for parameter in signature(forward).parameters.values() if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD

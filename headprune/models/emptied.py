@@ -42,7 +42,7 @@ class Emptied:
         output = nothing if self.headprune_output is None else getattr(self, self.headprune_output)(nothing)
         return self.result(output, args, kwargs)
 
-    def result(self, output: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns for this output [batch, tokens, features]."""
         return output, None
 

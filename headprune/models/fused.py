@@ -97,7 +97,7 @@ class GroupedFalcon(OwnPositions):
 class EmptiedBloom(Emptied):
     """BLOOM's attention adds the residual itself."""
 
-    def result(self, output: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         residual = kwargs["residual"] if "residual" in kwargs else args[1]
         return residual + F.dropout(output, self.hidden_dropout, self.training), None
 

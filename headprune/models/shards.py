@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def fill(file, view: memoryview, path: Path) -> None:
         done += got
 
 
-def open_shards(folder: str | os.PathLike) -> Shards:
+def open_shards(folder: str | os.PathLike[str]) -> Shards:
     """Reads the headers of all weight files of `folder`, and nothing else.
 
     Raises InvalidInput where there are none, CorruptCheckpoint, naming the file, where one is missing, cut short, not in the
@@ -139,7 +140,7 @@ def header_of(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return dict(sorted(found.items(), key=lambda item: item[1].start)), metadata
 
 
-def stored_at(path: Path, base: int, entry: Mapping) -> Stored:
+def stored_at(path: Path, base: int, entry: Mapping[str, Any]) -> Stored:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     expected = torch.Size(shape).numel() * DTYPES[entry["dtype"]].itemsize

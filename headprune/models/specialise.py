@@ -7,6 +7,7 @@ work, because the class can be made again from the two it consists of.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -36,7 +37,7 @@ def combined(behaviour: type, original: type) -> type:
     return type(original.__name__, (behaviour, original), namespace | {"headprune_behaviour": behaviour})
 
 
-def reduce_combined(module: nn.Module) -> tuple:
+def reduce_combined(module: nn.Module) -> tuple[Any, ...]:
     kind = type(module)
     return rebuild, (kind.headprune_behaviour, kind.headprune_original), module.__dict__
 

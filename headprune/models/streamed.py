@@ -123,7 +123,7 @@ class StreamedModel:
             if parameter is not None
         ]
 
-    def _reading(self, part: Part, forward: Callable) -> Callable:
+    def _reading(self, part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.holding(part):

@@ -64,7 +64,7 @@ class SharedPositions:
         position_bias: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple:
+    ) -> tuple[Any, ...]:
         own = None if position_bias is None else own_part(position_bias, self.position_heads, self.all_position_heads)
         output, used, *rest = super().forward(hidden_states, mask, key_value_states, own, *args, **kwargs)
         if position_bias is None:
@@ -85,7 +85,7 @@ class EmptiedT5(Emptied):
         position_bias: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple:
+    ) -> tuple[Any, ...]:
         seen = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
         seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts on in place
         cross = key_value_states is not None

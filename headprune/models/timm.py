@@ -48,7 +48,7 @@ class Timm:
 
 
 class EmptiedTimm(Emptied):
-    def result(self, output: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return self.proj_drop(output)
 
 

@@ -55,13 +55,13 @@ def reads_tokens(model: nn.Module, site: str) -> bool:
     return True
 
 
-def target_mask(batch: Mapping) -> Tensor | None:
+def target_mask(batch: Mapping[str, Any]) -> Tensor | None:
     """A decoder reads its labels shifted by one, so a position without a label is padding in what it gives."""
     labels = plane(batch, "labels")
     return None if labels is None else labels != IGNORED_LABEL
 
 
-def plane(batch: Mapping, key: str, default: Tensor | None = None) -> Tensor | None:
+def plane(batch: Mapping[str, Any], key: str, default: Tensor | None = None) -> Tensor | None:
     """The 2-D tensor that `batch` has at `key`."""
     found = batch.get(key)
     return found if isinstance(found, Tensor) and found.dim() == 2 else default

@@ -98,7 +98,7 @@ class Space:
         self.least = 1.1 * min(0.0, *(float(found) for found in reached)) if reached else 0.0
         self.trials: list[Trial] = []
         self.plans: dict[tuple[float, ...], PruningPlan] = {}
-        self.errors: dict[tuple, float] = {}
+        self.errors: dict[tuple[Any, ...], float] = {}
 
     @property
     def spent(self) -> bool:
@@ -130,12 +130,12 @@ class Space:
         self.tried(weights)
         return self.errors[key_of(self.plan(weights))] < self.errors[key_of(self.plan(than))]
 
-    def summary(self) -> tuple:
+    def summary(self) -> tuple[Any, ...]:
         best = min(self.trials, key=lambda trial: trial.error)
         return len(self.trials), best.kept, self.trials[0].error, best.error
 
 
-def key_of(chosen: Mapping[str, Sequence[int]]) -> tuple:
+def key_of(chosen: Mapping[str, Sequence[int]]) -> tuple[Any, ...]:
     return tuple(tuple(heads) for heads in chosen.values())
 
 

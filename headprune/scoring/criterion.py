@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 from torch import Tensor
 
@@ -50,13 +51,13 @@ class Criterion:
 _criteria: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, needs: Iterable[Need], source: str, cost: str, whole_model: bool = False) -> Callable:
+def criterion(name: str, *, needs: Iterable[Need], source: str, cost: str, whole_model: bool = False) -> Callable[..., Any]:
     """Registers the decorated function as a criterion; a later one of the same name takes the earlier one's place.
 
     A package that is installed beside headprune names its module in the entry point group "headprune.criteria".
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _criteria[name] = Criterion(name, frozenset(needs), source, cost, function, whole_model)
         return function
 

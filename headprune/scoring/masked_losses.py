@@ -61,7 +61,7 @@ class DensePass:
     the order reached; results of calls that replays take from it."""
 
     losses: Tensor = field(default_factory=lambda: torch.zeros(0))
-    calls: list[tuple[tuple, dict]] = field(default_factory=list)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     reached: dict[str, None] = field(default_factory=dict)
     stored: dict[int, Any] = field(default_factory=dict)

@@ -63,15 +63,15 @@ class Observer:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
-    def watching_pass(self) -> AbstractContextManager:
+    def watching_pass(self) -> AbstractContextManager[object]:
         """Around all batches."""
         return nullcontext()
 
-    def watching_batch(self, batch: Any) -> AbstractContextManager:
+    def watching_batch(self, batch: Any) -> AbstractContextManager[object]:
         """Around the forward and backward pass of one batch."""
         return nullcontext()
 
-    def watching_forward(self, batch: Any) -> AbstractContextManager:
+    def watching_forward(self, batch: Any) -> AbstractContextManager[object]:
         """Around its forward pass alone: what activation checkpointing runs again in the backward pass is not seen twice."""
         return nullcontext()
 

@@ -19,7 +19,7 @@ from headprune.models.site import AttentionSite
 from headprune.scoring.folding import Dims, alike, argument_dims, batch_dims, first_sample, folded
 from headprune.scoring.replay import Call, Plan, plan_until, recording, replaying, tracing
 
-Arguments = tuple[tuple, dict]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # How a model refuses shapes that it was not made for, or a replay that lacks what earlier layers leave outside of their results.
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 

@@ -47,7 +47,7 @@ class OwnLoss:
         return losses
 
 
-def recognised(output: Any, batch: Mapping, loss: Tensor, model: str, known: str | None) -> str:
+def recognised(output: Any, batch: Mapping[str, Any], loss: Tensor, model: str, known: str | None) -> str:
     """The name of the form whose weighted mean is `loss`: `known` where that still fits, else the one that comes nearest."""
     expected = float(loss.detach())
     allowed = SAME_LOGITS.get(loss.dtype, SAME_LOGITS_LOW_PRECISION) * (1 + abs(expected))
@@ -81,28 +81,28 @@ def tolerance_of(model: nn.Module) -> float:
     return TOLERANCE.get(next((parameter.dtype for parameter in model.parameters()), torch.float32), LOW_PRECISION)
 
 
-def next_token(output: Any, batch: Mapping) -> Rows | None:
+def next_token(output: Any, batch: Mapping[str, Any]) -> Rows | None:
     logits, labels = logits_and_labels(output, batch)
     if logits is None or labels.shape != logits.shape[:-1] or labels.dim() != 2 or labels.shape[1] < 2:
         return None
     return cross_entropy(logits[:, :-1], labels[:, 1:])
 
 
-def token(output: Any, batch: Mapping) -> Rows | None:
+def token(output: Any, batch: Mapping[str, Any]) -> Rows | None:
     logits, labels = logits_and_labels(output, batch)
     if logits is None or labels.shape != logits.shape[:-1] or labels.dim() != 2:
         return None
     return cross_entropy(logits, labels)
 
 
-def one_class(output: Any, batch: Mapping) -> Rows | None:
+def one_class(output: Any, batch: Mapping[str, Any]) -> Rows | None:
     logits, labels = logits_and_labels(output, batch)
     if logits is None or logits.dim() != 2 or labels.numel() != len(logits):
         return None
     return cross_entropy(logits[:, None], labels.view(-1, 1))
 
 
-def several_classes(output: Any, batch: Mapping) -> Rows | None:
+def several_classes(output: Any, batch: Mapping[str, Any]) -> Rows | None:
     logits, labels = logits_and_labels(output, batch, whole=False)
     if logits is None or labels.shape != logits.shape:
         return None
@@ -110,7 +110,7 @@ def several_classes(output: Any, batch: Mapping) -> Rows | None:
     return losses, torch.ones_like(losses)
 
 
-def regression(output: Any, batch: Mapping) -> Rows | None:
+def regression(output: Any, batch: Mapping[str, Any]) -> Rows | None:
     logits, labels = logits_and_labels(output, batch, whole=False)
     if logits is None or labels.numel() != logits.numel() or len(labels) != len(logits):
         return None
@@ -118,7 +118,7 @@ def regression(output: Any, batch: Mapping) -> Rows | None:
     return losses, torch.ones_like(losses)
 
 
-def answer_span(output: Any, batch: Mapping) -> Rows | None:
+def answer_span(output: Any, batch: Mapping[str, Any]) -> Rows | None:
     if not all(hasattr(output, name) for name in ("start_logits", "end_logits")) or "end_positions" not in batch:
         return None
     parts = []
@@ -132,7 +132,7 @@ def answer_span(output: Any, batch: Mapping) -> Rows | None:
     return losses, torch.ones_like(losses)
 
 
-FORMS: dict[str, Callable[[Any, Mapping], Rows | None]] = {
+FORMS: dict[str, Callable[[Any, Mapping[str, Any]], Rows | None]] = {
     "next_token": next_token,
     "token": token,
     "one_class": one_class,
@@ -142,7 +142,7 @@ FORMS: dict[str, Callable[[Any, Mapping], Rows | None]] = {
 }
 
 
-def logits_and_labels(output: Any, batch: Mapping, whole: bool = True) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def logits_and_labels(output: Any, batch: Mapping[str, Any], whole: bool = True) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """fp32 logits and labels on their device; nothing where one is missing, or labels are no whole numbers though `whole`."""
     logits, labels = getattr(output, "logits", None), batch.get("labels")
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or (whole and labels.is_floating_point()):

@@ -68,7 +68,12 @@ class StreamedPass:
     """One run over all layers, forward and, where something needs gradients, backward."""
 
     def __init__(
-        self, setting: Setting, batches: list, wanted: Sequence[Need], folder: Path | None, progress: Callable[[int], None] | None
+        self,
+        setting: Setting,
+        batches: list[Any],
+        wanted: Sequence[Need],
+        folder: Path | None,
+        progress: Callable[[int], None] | None,
     ) -> None:
         self.setting, self.batches, self.folder, self.progress = setting, batches, folder, progress
         self.streamed: StreamedModel = streamed_of(setting.model)
@@ -173,7 +178,7 @@ class StreamedPass:
         states = self.states.get("states", layer, index).to(self.device)
         return self.trunk.run(layer, self.entries[index].calls[layer], states)
 
-    def _observers(self, sites: Sequence, needs: Sequence[Need]) -> list[Observer]:
+    def _observers(self, sites: Sequence[Any], needs: Sequence[Need]) -> list[Observer]:
         setting = replace(self.setting, sites=tuple(sites), headless=())
         return [observer_of(need)(setting) for need in needs]
 

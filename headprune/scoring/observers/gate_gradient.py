@@ -62,7 +62,7 @@ class GateGradients(Observer):
         self._batch: dict[str, Tensor] = {}
         self._reached: set[str] = set()
 
-    def watching_batch(self, batch: Any) -> AbstractContextManager:
+    def watching_batch(self, batch: Any) -> AbstractContextManager[object]:
         self._batch.clear()
         return output_input_hooks(self.setting.sites, self._tap)
 

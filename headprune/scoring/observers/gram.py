@@ -37,7 +37,7 @@ class Grams(Observer):
             for (name, columns), place in zip(self._columns.items(), places)
         }
 
-    def watching_forward(self, batch: Any) -> AbstractContextManager:
+    def watching_forward(self, batch: Any) -> AbstractContextManager[object]:
         return output_input_hooks(self.setting.sites, lambda site: self._adder(site, self.setting.token_mask(site.name, batch)))
 
     def found(self) -> dict[str, dict[str, Tensor]]:

@@ -27,7 +27,7 @@ class OutputNorms(Observer):
         self._rows = SampleRows(setting, ("projected_norm",))
         self._seen: set[str] = set()
 
-    def watching_forward(self, batch: Any) -> AbstractContextManager:
+    def watching_forward(self, batch: Any) -> AbstractContextManager[object]:
         return output_input_hooks(self.setting.sites, lambda site: self._adder(site, self.setting.token_mask(site.name, batch)))
 
     def found(self) -> dict[str, dict[str, Tensor]]:

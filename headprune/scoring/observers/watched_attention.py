@@ -36,7 +36,7 @@ class WatchedAttention(Observer):
     def reached(self) -> set[str]:
         return set(self._seen)
 
-    def watching_pass(self) -> AbstractContextManager:
+    def watching_pass(self) -> AbstractContextManager[object]:
         return through_headprune(self.setting.model)
 
     @contextmanager
