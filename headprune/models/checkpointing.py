@@ -52,7 +52,7 @@ def outermost(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def run_twice(forward, *args, **kwargs):
+def run_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`forward(...)`, again in the backward pass; without a graph just once."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)

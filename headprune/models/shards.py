@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -73,11 +74,11 @@ def read_stored(stored: Stored, pinned: bool = False) -> Tensor:
     raw = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.start)
-        fill(file, memoryview(raw.numpy()), stored.path)
+        fill(file, raw.numpy().data, stored.path)
     return raw.view(DTYPES[stored.dtype]).view(stored.shape)
 
 
-def fill(file, view: memoryview, path: Path) -> None:
+def fill(file: io.RawIOBase, view: memoryview, path: Path) -> None:
     done = 0
     while done < len(view):
         got = file.readinto(view[done:])

@@ -38,9 +38,10 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
 
 def decoder_of(model: nn.Module) -> str | None:
     """The path of the decoder in an encoder-decoder; None in every other model."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+    decoder_in = getattr(model, "get_decoder", None)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or decoder_in is None:
         return None
-    decoder = model.get_decoder()
+    decoder = decoder_in()
     return next((name for name, module in model.named_modules() if module is decoder and name), None)
 
 

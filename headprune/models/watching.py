@@ -43,7 +43,7 @@ def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
 
 def configs(models: Iterable[PreTrainedModel]) -> list[Any]:
     """The configs of all their parts, with what is nested in them."""
-    left = [module.config for model in models for module in model.modules() if hasattr(module, "config")]
+    left: list[Any] = [module.config for model in models for module in model.modules() if hasattr(module, "config")]
     found: dict[int, object] = {}
     while left:
         config = left.pop()
