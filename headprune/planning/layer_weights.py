@@ -90,7 +90,15 @@ def search_layer_weights(
 class Space:
     """What has been tried so far, by weights and by plan."""
 
-    def __init__(self, scores, budget, options, error, most, progress) -> None:
+    def __init__(
+        self,
+        scores: HeadScores,
+        budget: Budget,
+        options: dict[str, Any],
+        error: Fitness,
+        most: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
         self.scores, self.budget, self.options, self.error, self.most = scores, budget, options, error, most
         self.progress = progress
         # Weights multiply what a head is above a number below the least, so that negative scores are weighed the right way round.

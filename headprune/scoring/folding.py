@@ -6,6 +6,7 @@ the other. Which dimension of a tensor is the batch is seen, not guessed: it is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def argument_dims(args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int)
 
 
 def batch_size(tree: Any, dims: Dims) -> int:
-    return next(leaf.shape[dim] for leaf, dim in zip(tree_flatten(tree)[0], dims) if dim is not None)
+    sizes: Iterator[int] = (leaf.shape[dim] for leaf, dim in zip(tree_flatten(tree)[0], dims) if dim is not None)
+    return next(sizes)
 
 
 def folded(tree: Any, dims: Dims, times: int) -> Any:

@@ -38,7 +38,7 @@ class Setting:
             return self.loss_fn(self.model, batch)
         if not isinstance(batch, dict):
             raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give loss_fn.")
-        loss = getattr(self.model(**batch), "loss", None)
+        loss: Tensor | None = getattr(self.model(**batch), "loss", None)
         if loss is None:
             raise InvalidInput(f"{type(self.model).__name__} returned no loss: put labels into the batches, or give loss_fn.")
         return loss

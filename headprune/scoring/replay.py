@@ -86,7 +86,7 @@ def recording(calls: Sequence[Call], plans: Sequence[Plan], stored: dict[int, An
     for index, call in enumerate(calls):
         of_module[call.module].append(index)
     watched = {calls[index].module for index in wanted}
-    seen: Counter = Counter()
+    seen: Counter[nn.Module] = Counter()
 
     def keep(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         number = seen[module]
@@ -112,7 +112,8 @@ def replaying(plan: Plan, stored: Mapping[int, Any], dims: Sequence[Dims | None]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             index = next(queue, None)
-            return forward(*args, **kwargs) if index is None else folded(stored[index], dims[index], times)
+            dim = None if index is None else dims[index]
+            return forward(*args, **kwargs) if index is None or dim is None else folded(stored[index], dim, times)
 
         return run
 

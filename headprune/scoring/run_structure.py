@@ -6,7 +6,7 @@ It is found on the first sample of a batch: one pass of it, one of it taken twic
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +117,11 @@ def run(model: nn.Module, call: Arguments) -> Any:
     return model(*args, **kwargs)
 
 
-def closed(site: AttentionSite):
+def closed(site: AttentionSite) -> AbstractContextManager[None]:
     return output_input_hook(site, gate_columns(torch.zeros(site.output.features.numel())))
 
 
-def closed_in_second(site: AttentionSite, traced: Sequence[Call]):
+def closed_in_second(site: AttentionSite, traced: Sequence[Call]) -> AbstractContextManager[None]:
     """Closes the site in the second half of a doubled batch, along the dimension in which its input has doubled."""
     single = next(call.received[0] for call in traced if call.module is site.output.module)
     gates = torch.stack([torch.ones(site.head_map.query_heads), torch.zeros(site.head_map.query_heads)])

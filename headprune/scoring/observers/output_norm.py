@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,7 +37,7 @@ class OutputNorms(Observer):
     def reached(self) -> set[str]:
         return set(self._seen)
 
-    def _adder(self, site: AttentionSite, mask: Tensor | None):
+    def _adder(self, site: AttentionSite, mask: Tensor | None) -> Callable[[Tensor], None]:
         gram, features = self._grams[site.name], site.output.features
 
         @torch.no_grad()
