@@ -1,4 +1,5 @@
 # make demo   the main job on the packaged pretrained model      make test   everything that CI runs
+# make docs   the documentation site, in build/site
 # make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
 # make quality   every one-shot method on the same models, data and budgets, without training (some hours; goes on where it was cut off)
 # make release-check   source archive and wheels into dist/, installed in an empty environment and tried (builds the extension: minutes)
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint release-check aot bench quality engines engines-vllm gpu
+.PHONY: venv demo test lint docs release-check aot bench quality engines engines-vllm gpu
 
 venv: $(VENV)/.ready
 
@@ -32,6 +33,11 @@ test: venv lint
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: venv
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 # Wheels are built from the source archive, which is thereby complete; then an environment with nothing but what the wheel asks for.
 # Torch comes first, so that it is the one the extension was built with. The compiled wheel takes the place of the pure one.
