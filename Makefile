@@ -1,13 +1,15 @@
 # make demo   the main job on the packaged pretrained model      make test   everything that CI runs
+# make docs   the documentation site, in build/site
 # make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
 # make quality   every one-shot method on the same models, data and budgets, without training (some hours; goes on where it was cut off)
+# make release-check   source archive and wheels into dist/, installed in an empty environment and tried (builds the extension: minutes)
 # make engines   pruned models in llama.cpp, which is built from source (minutes), against ours      make engines-vllm   in vLLM
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint aot bench quality engines engines-vllm gpu
+.PHONY: venv demo test lint docs release-check aot bench quality engines engines-vllm gpu
 
 venv: $(VENV)/.ready
 
@@ -31,6 +33,32 @@ test: venv lint
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: venv
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
+# Wheels are built from the source archive, which is thereby complete; then an environment with nothing but what the wheel asks for.
+# Torch comes first, so that it is the one the extension was built with. The compiled wheel takes the place of the pure one.
+RELEASE := dist/environment
+release-check: export MAX_JOBS = 2
+release-check: export PYTHONPATH =
+release-check: venv
+	rm -rf dist headprune.egg-info
+	HEADPRUNE_NO_EXT=1 $(BIN)/python -m build --quiet --no-isolation --outdir dist
+	rm -rf headprune.egg-info
+	nice $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/headprune-*.tar.gz
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install --quiet "$(TORCH)"
+	$(RELEASE)/bin/pip install --quiet -c constraints.txt dist/headprune-*-none-any.whl
+	$(RELEASE)/bin/pip check
+	cd / && $(CURDIR)/$(RELEASE)/bin/python -I $(CURDIR)/tests/release/smoke.py reference
+	$(RELEASE)/bin/pip install --quiet --no-deps --force-reinstall dist/headprune-*-cp*.whl
+	$(RELEASE)/bin/pip check
+	cd / && $(CURDIR)/$(RELEASE)/bin/python -I $(CURDIR)/tests/release/smoke.py cpp
+	rm -rf $(RELEASE)
+	ls -l dist
 
 aot: venv
 	$(BIN)/python bench/aot.py

@@ -12,6 +12,7 @@ Importing headprune also registers attn_implementation="headprune" with transfor
 """
 
 from headprune import compat, nn, ops, recovery, schedules
+from headprune.comparison import MethodComparison, compare_methods
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InfeasibleBudget, InvalidInput, InvalidPlan, UnsupportedModel
 from headprune.evaluation import Estimate, Evaluation, estimate, evaluate
 from headprune.head_map import HeadMap
@@ -49,6 +50,7 @@ __all__ = [
     "InfeasibleBudget",
     "InvalidInput",
     "InvalidPlan",
+    "MethodComparison",
     "Need",
     "Observations",
     "PruningPlan",
@@ -60,6 +62,7 @@ __all__ = [
     "__version__",
     "attention_sites",
     "causal_losses",
+    "compare_methods",
     "compat",
     "criteria",
     "criterion",

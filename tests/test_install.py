@@ -1,9 +1,14 @@
-"""Installed either way, headprune must not look like the Hugging Face package `kernels` to transformers."""
+"""What the source archive and the wheel hold, and how the package installs.
+
+However it is installed, headprune must not look like the Hugging Face package `kernels` to transformers.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,16 +33,51 @@ def printed(folder: Path, **environment: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def regular_install(tmp_path_factory) -> Path:
-    """A folder with a regular install of the package, without its extension."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("headprune", "kernels", "csrc"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target, source]
+def distributions(tmp_path_factory) -> Path:
+    """A folder with the source archive and the wheel that is built from it, without its extension. The tree had a library in it."""
+    tree, built = tmp_path_factory.mktemp("work") / "tree", tmp_path_factory.mktemp("dist")
+    leave = shutil.ignore_patterns(".*", "*.so", "__pycache__", "*.egg-info", "build", "dist", "runs")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=leave)
+    (tree / "headprune" / "_cpu_default.so").write_text("built in place, for another Python")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", built, tree]
     subprocess.run(command, check=True, env=os.environ | {"HEADPRUNE_NO_EXT": "1"}, capture_output=True)
+    return built
+
+
+@pytest.fixture(scope="module")
+def regular_install(tmp_path_factory, distributions) -> Path:
+    """A folder with the wheel's contents installed."""
+    target, (wheel,) = tmp_path_factory.mktemp("site"), distributions.glob("*.whl")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel]
+    subprocess.run(command, check=True, capture_output=True)
     return target
+
+
+def package_files() -> set[str]:
+    """What a wheel without the extension consists of: path in the wheel."""
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "headprune").rglob("*.py")}
+    kernels = {f"headprune/kernels/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}
+    page = {f"headprune/report/page/{path.name}" for path in (ROOT / "headprune" / "report" / "page").iterdir()}
+    return code | kernels | page | {"headprune/py.typed"}
+
+
+def test_the_wheel_is_the_package_the_kernels_the_page_and_the_licence_and_nothing_built_in_place(distributions):
+    (wheel,) = distributions.glob("headprune-*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if not name.endswith("/")}
+        metadata = {name.partition("/")[2]: name for name in files if ".dist-info/" in name}
+        assert archive.read(metadata["licenses/LICENSE"]) == (ROOT / "LICENSE").read_bytes()
+    assert files - set(metadata.values()) == package_files()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the tree is no checkout: what belongs to it is not known")
+def test_the_source_archive_is_everything_that_is_under_version_control(distributions):
+    (path,) = distributions.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        files = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert {name for name in tracked if not name.startswith(".")} - files == set()
+    assert not [name for name in files if name.endswith((".so", ".pyc"))]
 
 
 def test_an_editable_install_leaves_transformers_kernels_check_alone_also_from_the_root():

@@ -13,6 +13,7 @@ LAYERS = [
     {"run", "run_recovery", "run_schedule", "run_streamed", "run_values", "sources", "demo", "sweep"},
     {"report"},
     {"recipe"},
+    {"comparison"},
     {"schedules"},
     {"recovery"},
     {"evaluation", "compat"},

@@ -1,40 +1,11 @@
-from typing import ClassVar
-
 import pytest
-import torch
-from tiny_models import llama, tokens
+from next_token import NextToken
+from tiny_models import llama
 
 from headprune.errors import InfeasibleBudget, InvalidInput
-from headprune.evaluation.tasks import Task
 from headprune.planning import Budget
 from headprune.scoring import score
 from headprune.sweep import Sweep, sweep
-
-
-class NextToken(Task):
-    name: ClassVar[str] = "next-token"
-    headline: ClassVar[str] = "loss"
-    higher_is_better: ClassVar[bool] = False
-    tokenizer = None
-
-    def __init__(self) -> None:
-        self.calibration = [{"input_ids": tokens(4, 10, seed), "labels": tokens(4, 10, seed)} for seed in range(5)]
-
-    def loss(self, model, batch):
-        return model(**batch).loss
-
-    def forward(self, model, batch):
-        return model(**batch)
-
-    def evaluate(self, model, progress=None):
-        with torch.no_grad():
-            return {"loss": float(model(input_ids=tokens(4, 10, 99), labels=tokens(4, 10, 99)).loss)}
-
-    def outputs(self, model):
-        return model(input_ids=tokens()).logits
-
-    def latency_inputs(self):
-        return {"input_ids": tokens()}
 
 
 def test_a_sweep_leaves_the_model_dense_and_marks_the_pareto_front(tmp_path):

@@ -30,6 +30,11 @@ class Extension:
         return f"{self.path}{notes}" if self.path else f"{self.reason}"
 
 
+def _way_out(folder: Path) -> str:
+    in_tree = (folder.parent / "setup.py").exists()
+    return "run `python setup.py build_ext --inplace`" if in_tree else "install from the source archive, with a C++ compiler"
+
+
 @cache
 def cpu_extension(folder: Path = Path(__file__).parents[1]) -> Extension:
     """Loads the library for this processor on the first call and says what was loaded, or why none was."""
@@ -46,9 +51,7 @@ def cpu_extension(folder: Path = Path(__file__).parents[1]) -> Extension:
             failures.append(f"{path.name} does not load: {str(error).splitlines()[0]}")
             continue
         return Extension(name, path, None, tuple(failures))
-    reason = (
-        "; ".join(failures) or f"not built: no _cpu_*.so for {capability} in {folder} (run `python setup.py build_ext --inplace`)"
-    )
+    reason = "; ".join(failures) or f"not built: no _cpu_*.so for {capability} in {folder} ({_way_out(folder)})"
     return Extension(None, None, reason)
 
 
@@ -59,7 +62,7 @@ def cuda_extension(folder: Path = Path(__file__).parents[1]) -> Extension:
     if torch.version.cuda is None:
         return Extension(None, None, "this PyTorch is built without CUDA")
     if not path.exists():
-        return Extension(None, None, f"not built: no {path.name} in {folder} (run `python setup.py build_ext --inplace` with nvcc)")
+        return Extension(None, None, f"not built: no {path.name} in {folder} ({_way_out(folder)}, with nvcc)")
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:

@@ -1,0 +1,57 @@
+"""The command that compares head pruning with other ways to make a model smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headprune.cli import terminal
+from headprune.cli.app import app
+from headprune.cli.inputs import JsonOption, ModelArgument, TaskOption, opened
+from headprune.cli.terminal import with_bar
+
+
+@app.command("compare", epilog="Example: headprune compare minilm --heads 0.5 --methods heads,unstructured,channels -o table.md")
+def compare_command(
+    model: ModelArgument,
+    task: TaskOption = None,
+    heads: Annotated[
+        float, typer.Option(help="Fraction of the query heads to remove; the others remove as many parameters.")
+    ] = 0.5,
+    plan: Annotated[Path | None, typer.Option(help="plan.json: the heads to keep, in place of --heads.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names with commas between; by default all; an unknown one lists them.")
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="Of head pruning; by default the embedded model's own, or fisher.")] = None,
+    trials: Annotated[int, typer.Option(min=0, help="Plans to try, pruned and compensated; 0: by scores alone.")] = 10,
+    steps: Annotated[int, typer.Option(help="Of the fine-tune that all go through; 0: none.")] = 50,
+    lr: Annotated[float | None, typer.Option(help="Its peak learning rate.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed forward passes of each, dense and compressed in turn; 0: none.")] = 10,
+    seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table, as Markdown.")] = Path("comparison.md"),
+    folder: Annotated[
+        Path | None, typer.Option(help="Keeps each method's row as it is done; by default beside the table, named as it.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Head pruning against other pruning, sparsity, distillation and quantisation, measured on the model. A killed one goes on."""
+    from headprune.comparison import compare_methods
+    from headprune.comparison.method import chosen_methods
+    from headprune.files import write_text
+    from headprune.planning import PruningPlan
+    from headprune.sources import EMBEDDED
+
+    names = None if methods is None else [name.strip() for name in methods.split(",")]
+    chosen_methods(names)
+    chosen = None if plan is None else PruningPlan.load(plan)
+    own = EMBEDDED.get(model)
+    dense, data = opened(model, task)
+    found = with_bar("compare methods", lambda progress: compare_methods(
+        dense, data, heads=heads, plan=chosen, methods=names, criterion=criterion or (own.criterion if own else "fisher"),
+        trials=trials, feed_forward=bool(own and own.feed_forward), steps=steps, lr=lr, repeats=repeats, seed=seed,
+        folder=folder or output.with_suffix(""), progress=progress,
+    ))  # fmt: skip
+    write_text(output, found.to_markdown())
+    terminal.show(json, found.to_json(), found, f"written to {output}")

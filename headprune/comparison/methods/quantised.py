@@ -1,0 +1,42 @@
+"""Quantised weights, of the whole dense model, through torchao."""
+
+from headprune.comparison.method import Compressed, Refused, Subject, comparison_method
+from headprune.errors import InvalidInput
+from headprune.recovery import quantise
+from headprune.recovery.quantise import stored_bytes
+
+KERNELS = "products of {form} weights with floating-point activations"
+
+
+@comparison_method(
+    "int8", label="int8", kind="quantisation", granularity="bits of a weight", library="torchao",
+    kernels=KERNELS.format(form="int8"),
+)  # fmt: skip
+def int8(subject: Subject) -> Compressed:
+    """One scale for each row of a linear layer."""
+    return quantised(subject, "int8")
+
+
+@comparison_method(
+    "int4", label="int4", kind="quantisation", granularity="bits of a weight", library="torchao",
+    kernels=KERNELS.format(form="int4"),
+)  # fmt: skip
+def int4(subject: Subject) -> Compressed:
+    """One scale for each 32 inputs of a row."""
+    return quantised(subject, "int4")
+
+
+def quantised(subject: Subject, form: str) -> Compressed:
+    model = subject.copy()
+    try:
+        done = quantise(model, form)
+    except InvalidInput as error:
+        raise Refused(str(error)) from None
+    note = f"{form} weights in {len(done.layers)} linear layers; nothing is removed, whatever the fraction"
+    return Compressed(
+        model,
+        note,
+        compact="as torchao holds it in memory (on a CPU int4 takes a byte)",
+        compact_bytes=stored_bytes(model),
+        trainable=False,
+    )

@@ -1,0 +1,70 @@
+"""2:4 sparsity by magnitude (Mishra et al. 2021) through torch.ao.pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from headprune.comparison.masks import WEIGHT
+from headprune.comparison.method import Compressed, Refused, Subject, comparison_method
+from headprune.comparison.sizes import two_of_four_bits
+from headprune.models.site import is_conv1d
+from headprune.recovery.methods import linear_layers
+
+KEPT, OF = 2, 4
+
+
+@comparison_method(
+    "semi-structured", label="2:4 weights", kind="sparsity", granularity="weights, in fours", library="torch",
+    kernels="2:4 sparse matrix products (sparse tensor cores, sm_80 and later)",
+)  # fmt: skip
+def semi_structured(subject: Subject) -> Compressed:
+    """Zeroes two of every four weights along the inputs, in as many linear layers as it takes to zero what head pruning removes:
+    those that lose the smallest share of their energy."""
+    model = subject.copy()
+    modules = {name: model.get_submodule(name) for name in linear_layers(model)}
+    fitting = {name: module for name, module in modules.items() if not is_conv1d(module) and module.in_features % OF == 0}
+    chosen = affordable({name: module.weight.detach() for name, module in fitting.items()}, subject.removed)
+    masks = sparsified(model, chosen)
+    zeroed = sum(int((~mask).sum()) for mask in masks.values())
+    note = f"{len(masks)} of {len(modules)} linear layers; {zeroed:,} weights of the {subject.removed:,} asked for"
+    return Compressed(model, note, masks, two_of_four_bits, "computed: the values that stay and 2 bits for the place of each")
+
+
+def affordable(weights: Mapping[str, Tensor], budget: int) -> list[str]:
+    """Whole layers, in order of the share of their energy that 2:4 takes, as long as they fit into `budget` zeros."""
+    halves = {name: weight.numel() * (OF - KEPT) // OF for name, weight in weights.items()}
+    if budget > sum(halves.values()):
+        raise Refused(
+            f"{budget:,} weights are to go; 2:4 can take {sum(halves.values()):,}, half of the {len(halves)} layers it fits"
+        )
+    chosen, left = [], budget
+    for name in sorted(weights, key=lambda name: lost_energy(weights[name])):
+        if halves[name] <= left:
+            chosen.append(name)
+            left -= halves[name]
+    if not chosen:
+        raise Refused(f"{budget:,} weights are to go; 2:4 takes half of a layer, at least {min(halves.values()):,}")
+    return chosen
+
+
+def lost_energy(weight: Tensor) -> float:
+    """Share of the sum of squares in the smaller two of every four neighbours."""
+    squares = weight.double().square().view(-1, OF)
+    return float(squares.topk(OF - KEPT, dim=1, largest=False).values.sum() / squares.sum().clamp_min(1e-300))
+
+
+def sparsified(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Zeroes the weights of these layers in place; the masks of what stays."""
+    from torch.ao.pruning import WeightNormSparsifier
+
+    sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, OF), zeros_per_block=OF - KEPT)
+    sparsifier.prepare(model, config=[{"tensor_fqn": f"{name}.{WEIGHT}"} for name in names])
+    sparsifier.step()
+    masks = {name: model.get_submodule(name).parametrizations.weight[0].mask.bool().clone() for name in names}
+    sparsifier.squash_mask()
+    for mask in masks.values():
+        assert bool(torch.all(mask.view(-1, OF).sum(dim=1) == KEPT))
+    return masks
