@@ -29,8 +29,8 @@ def limits() -> str:
     tensor_cores = f"head dim {', '.join(map(str, cuda._HEAD_DIMS))}, values as wide, rows of the caches 16-byte aligned"
     hopper = "compute capability 9.0, head dim 64 and 128, values as wide; causal, scale and gate, no other option"
     rows = [
-        ["`cpp`", "CPU", f"{dtypes(*cpp._DTYPES)}; attentions also fp64", "all operators: every option, any head dim and group size"],
-        ["`triton`", "CUDA", dtypes(*triton.DTYPES), f"all operators: {any_shape}"],
+        ["`cpp`", "CPU", f"{dtypes(*cpp._DTYPES)}; attentions also fp64", "every option, any head dim and group size"],
+        ["`triton`", "CUDA", dtypes(*triton.DTYPES), any_shape],
         ["`triton-decode`", "CUDA", dtypes(*triton.DTYPES), f"`attention`: {decoding}"],
         ["`cuda`", "CUDA", dtypes(*cuda._DTYPES), f"`attention_decode`: {tensor_cores}; {asked_first(decode_table.FASTER)}"],
         ["`cuda`", "CUDA", dtypes(*cuda_weights._DTYPES), f"`head_weight_stats`; {asked_first(weight_table.FASTER)}"],

@@ -11,7 +11,7 @@ from headprune.report.figures import HIGH, QUIET, REMOVED, blank, figures, neede
 from .quality import measured
 
 MEASURED = Path(__file__).parents[1] / "pictures"
-TAKEN = {"heads-fisher_least_squares": "plan", "agreement": "agreement"}  # of the run with its plan
+TAKEN = {"heads-fisher_least_squares": "plan", "agreement": "agreement", "sensitivity": "sensitivity"}  # of the run with its plan
 LABELLED = {"ours": REMOVED, "kwon": HIGH, "fisher": "black"}  # the others are grey
 
 
