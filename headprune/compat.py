@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -36,7 +37,7 @@ def prune_heads(model: nn.Module, heads_to_prune: Mapping[int, Iterable[int]], *
     cut(model, keep)
 
 
-def kept_after(site: AttentionSite, record: Mapping | None, removed: set[int]) -> list[int]:
+def kept_after(site: AttentionSite, record: Mapping[str, Any] | None, removed: set[int]) -> list[int]:
     """The heads of `site`, as they are numbered now, that are left without those `removed`, numbered as in the original."""
     original = head_map_of_json(record["original"]) if record else site.head_map
     present = record["kept"] if record else range(site.head_map.query_heads)

@@ -19,7 +19,7 @@ _DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used
 
 
 @contextmanager
-def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
+def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder beside `target` to write into, which takes `target`'s place when the block ends well.
 
     A failure (a full disk too) leaves `target` as it was and nothing else behind; HeadpruneError says what happened.
@@ -55,7 +55,7 @@ def replace_folder(draft: Path, target: Path) -> None:
 
 
 @contextmanager
-def whole_file(target: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]:
+def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
     """An empty file beside `target` to write into, which takes `target`'s place when the block ends well: a killed run
     leaves the old one or the new one. A failure leaves `target` as it was; HeadpruneError says what happened.
 
@@ -77,39 +77,40 @@ def whole_file(target: str | os.PathLike, *, sync: bool = True) -> Iterator[Path
             draft.unlink(missing_ok=True)
 
 
-def write_text(target: str | os.PathLike, text: str) -> None:
+def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Writes a file as `whole_file` does."""
     with whole_file(target) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
-def write_json(target: str | os.PathLike, kind: str, content: dict[str, Any]) -> None:
+def write_json(target: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
     """Writes {"kind", "schema_version", **content}; floats are kept to the last bit."""
     document = {"kind": kind, "schema_version": SCHEMA_VERSION, **content}
     write_text(target, json.dumps(document, indent=1) + "\n")
 
 
-def read_json(source: str | os.PathLike, kind: str) -> dict[str, Any]:
+def read_json(source: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """What `write_json` wrote. Raises InvalidInput where the file is missing or not JSON of this kind, CorruptCheckpoint
     where it was written by a newer schema."""
     source = Path(source)
     try:
-        document = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        document: Any = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error}") from None
     except FileNotFoundError:
         raise InvalidInput(f"{source} does not exist; expected a {kind} file (JSON).") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InvalidInput(f"{source} cannot be read as a {kind} file (JSON): {error}.") from None
-    found = document.get("kind") if isinstance(document, dict) else None
+    content: dict[str, Any] = document if isinstance(document, dict) else {}
+    found = content.get("kind")
     if found != kind:
         raise InvalidInput(f"{source} holds {found or 'something else'}; expected a {kind} file.")
-    version = document.get("schema_version")
+    version = content.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise CorruptCheckpoint(
             f"{source} has schema version {version}; this headprune reads up to {SCHEMA_VERSION}. Update headprune to read it."
         )
-    return document
+    return content
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def clear_disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _DISK.get(error.errno) or os.strerror(error.errno or errno.EIO)
+        reason = _DISK.get(error.errno or errno.EIO) or os.strerror(error.errno or errno.EIO)
         raise HeadpruneError(f"cannot write {target}: {reason}. Nothing was changed there.") from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":

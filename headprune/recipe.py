@@ -249,7 +249,7 @@ def explain(problem: dict[str, Any]) -> str:
     return f"{location}: {problem['msg']} (got {problem['input']!r})."
 
 
-def fields_at(location: tuple) -> list[str]:
+def fields_at(location: tuple[Any, ...]) -> list[str]:
     section: Any = Recipe
     for part in location:
         annotation = section.model_fields[part].annotation

@@ -65,7 +65,7 @@ def sequence_length(model: nn.Module, sites: Sequence[AttentionSite], inputs: Ma
         return inputs["input_ids"].shape[1]
     seen: list[int] = []
 
-    def note(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() == 3)
         seen.extend(state.shape[1] for state in states)
 

@@ -124,7 +124,7 @@ class Estimate:
 
 
 def estimate(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     budget: Budget,
     *,
     device: str = "cpu",

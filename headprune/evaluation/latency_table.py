@@ -93,7 +93,7 @@ def measure_latency_table(
     return table
 
 
-def times_of(model: nn.Module, site: AttentionSite, call: tuple[tuple, dict], repeats: int) -> tuple[int, ...]:
+def times_of(model: nn.Module, site: AttentionSite, call: tuple[tuple[Any, ...], dict[str, Any]], repeats: int) -> tuple[int, ...]:
     """Nanoseconds with 0, 1, ..., all query heads; the copies are run in turn."""
     args, kwargs = call
     order, device = even_order(site), device_of(model)
@@ -125,12 +125,14 @@ def even_order(site: AttentionSite) -> list[int]:
     return sorted(rank, key=lambda head: (rank[head], head))
 
 
-def received(model: nn.Module, sites: list[AttentionSite], inputs: Mapping[str, Tensor]) -> dict[str, tuple[tuple, dict]]:
+def received(
+    model: nn.Module, sites: list[AttentionSite], inputs: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     """What each site's module receives in one forward pass, without a cache that would grow from run to run."""
-    calls: dict[str, tuple[tuple, dict]] = {}
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def note(name: str) -> Callable:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def note(name: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.setdefault(name, (args, {key: value for key, value in kwargs.items() if "past_key_value" not in key}))
 
         return hook
@@ -158,7 +160,7 @@ def elapsed_ns(run: Callable[[], Any], device: torch.device) -> int:
     return time.perf_counter_ns() - started
 
 
-def cached_file(cache: str | Path | None, setting: tuple, kinds: list[str]) -> Path | None:
+def cached_file(cache: str | Path | None, setting: tuple[Any, ...], kinds: list[str]) -> Path | None:
     if cache is None:
         return None
     return Path(cache) / f"latency-{hashlib.sha256(repr((setting, kinds, os.name)).encode()).hexdigest()[:16]}.json"

@@ -22,7 +22,9 @@ class Adapter(Protocol):
     `site` is asked again after a cut, so it must recognise what `after_cut` leaves, without heads too.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is known by."""
 
     def site(self, name: str, module: nn.Module) -> AttentionSite | None:
         """The site of `module`, which stands at `name` in its model; None where it is not of this kind."""

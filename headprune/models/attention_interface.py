@@ -7,7 +7,8 @@ it would pass no padding mask at all, so both are registered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,12 @@ HARMLESS = {
 
 
 def headprune_mask(
-    *, mask_function=None, attention_mask: Tensor | None = None, allow_is_bidirectional_skip: bool = False, **options
-):
+    *,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    **options: Any,
+) -> Tensor | None:
     """What `headprune_attention` gets as its mask.
 
     A plain padded encoder keeps its 2-D padding mask [batch, kv_len] (nothing of size query_len x kv_len is formed); all
@@ -61,7 +66,7 @@ def headprune_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **arguments: object,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: returns ([batch, query_len, query_heads, value_dim], None).
 
@@ -92,12 +97,14 @@ def headprune_attention(
         gate = gate_of(module)
         output = output if gate is None else output * gate.to(output)[:, None, None]
     else:
-        options = {"causal": causal, "scale": scaling, "softcap": softcap, "sinks": s_aux, "key_mask": key_mask, "bias": bias}
-        output = attention_of(module, query, key, value, head_map, **options)
+        output = attention_of(
+            module, query, key, value, head_map, causal=causal, scale=scaling, softcap=softcap, sinks=s_aux, key_mask=key_mask,
+            bias=bias,
+        )  # fmt: skip
     return output.transpose(1, 2), None
 
 
-def check_arguments(arguments: Mapping[str, object]) -> None:
+def check_arguments(arguments: Mapping[str, Any]) -> None:
     """InvalidInput for a set argument that may change what attention means."""
     if arguments.get("cache") is not None:
         raise InvalidInput("continuous batching (a paged cache) is not supported by attn_implementation='headprune'.")
@@ -138,7 +145,18 @@ def check_packed(module: nn.Module, mask: Tensor | None, position_bias: Tensor |
             raise InvalidInput(f"packed sequences (cu_seq_lens_q) together with {name} are not supported; leave one of them out.")
 
 
-def packed_attention(query, key, value, head_map, causal, scale, softcap, sinks, gate, arguments: Mapping[str, object]) -> Tensor:
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: HeadMap,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    gate: Tensor | None,
+    arguments: Mapping[str, Any],
+) -> Tensor:
     """transformers' padding-free batches, as its flash attention reads them: each sequence sees itself, causally where the
     module is causal, within its sliding window. The 4-D mask that the model forms out of position_ids says the same."""
     batch, _, length, _ = query.shape
@@ -147,8 +165,11 @@ def packed_attention(query, key, value, head_map, causal, scale, softcap, sinks,
         raise InvalidInput("cu_seq_lens_q is given without cu_seq_lens_k.")
     longest = [arguments.get("max_length_q"), arguments.get("max_length_k")]
     output = attention_varlen(
-        *(tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)),
-        *(tensor.to(query.device, torch.int32) for tensor in starts),
+        query.transpose(1, 2).flatten(0, 1),
+        key.transpose(1, 2).flatten(0, 1),
+        value.transpose(1, 2).flatten(0, 1),
+        starts[0].to(query.device, torch.int32),
+        starts[1].to(query.device, torch.int32),
         head_map,
         max_seqlen_q=None if longest[0] is None else int(longest[0]),
         max_seqlen_k=None if longest[1] is None else int(longest[1]),
@@ -159,7 +180,8 @@ def packed_attention(query, key, value, head_map, causal, scale, softcap, sinks,
         sinks=sinks,
         gate=gate,
     )
-    return output.unflatten(0, (batch, length))
+    sequences: Tensor = output.unflatten(0, (batch, length))
+    return sequences
 
 
 def merged_bias(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
@@ -171,7 +193,19 @@ def merged_bias(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | N
     return mask + position_bias
 
 
-def dropped_attention(query, key, value, head_map, causal, scale, softcap, sinks, key_mask, bias, dropout) -> Tensor:
+def dropped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: HeadMap,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+) -> Tensor:
     if softcap or sinks is not None:
         raise InvalidInput("attention dropout together with softcap or sinks is not supported; set the dropout to 0.")
     if key_mask is not None:

@@ -11,7 +11,7 @@ from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.emptied import empty
 from headprune.models.head_counts import set_head_counts
-from headprune.models.site import AttentionSite, Role, contiguous_heads
+from headprune.models.site import AttentionSite, Foreign, Kind, Role, contiguous_heads
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 
@@ -29,7 +29,7 @@ class Named:
     inner: str = ""
     more: tuple[tuple[Role, str], ...] = ()
 
-    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
         parts = [*zip(ROLES, self.projections), *((role, path) for role, path in self.more if at(module, path) is not None)]
         dispatcher = at(module, self.inner) if self.inner else module
         if not all(isinstance(at(module, path), nn.Module) for _, path in parts) or not hasattr(dispatcher, "attention_head_size"):
@@ -39,7 +39,7 @@ class Named:
         head_map = head_map_of(dispatcher, features, features, head_dim, name)
         heads = head_map.query_heads
         projections = tuple(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, head_dim) for role, path in parts)
-        kind = "cross" if "Cross" in type(dispatcher).__name__ else "self"
+        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ else "self"
         return AttentionSite(name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -48,7 +48,8 @@ class Named:
             empty(site.dispatcher, None if self.inner else self.projections[3])
 
 
-def at(module: nn.Module, path: str) -> nn.Module | None:
+def at(module: Foreign, path: str) -> Foreign:
+    """What stands at `path` below `module`; None where there is nothing."""
     return reduce(lambda found, name: getattr(found, name, None), path.split("."), module)
 
 

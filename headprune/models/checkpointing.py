@@ -52,14 +52,14 @@ def outermost(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def run_twice(forward, *args, **kwargs):
+def run_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`forward(...)`, again in the backward pass; without a graph just once."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, use_reentrant=False, preserve_rng_state=False, **without_cache(forward, args, kwargs))
 
 
-def without_cache(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_cache(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a layer's call by name, in the order of its signature, and no cache among them."""
     known = [
         parameter.name for parameter in signature(forward).parameters.values() if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from headprune.models.site import is_conv1d
-from headprune.models.specialise import specialise
+from headprune.models.site import Foreign, is_conv1d
+from headprune.models.specialise import Behaviour, specialise
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 SOURCES = ("encoder_hidden_states", "key_value_states")
 
 
-def empty(module: nn.Module, output: str | None, behaviour: type | None = None) -> None:
+def empty(module: Foreign, output: str | None, behaviour: type | None = None) -> None:
     """Makes `module`, whose projections hold no head any more, a no-op.
 
     output: the attribute of its output projection; None where `module` returns what a sibling then projects.
@@ -30,8 +30,10 @@ def empty(module: nn.Module, output: str | None, behaviour: type | None = None) 
     specialise(module, behaviour or Emptied)
 
 
-class Emptied:
+class Emptied(Behaviour):
     """The forward of an attention module without heads. What the module would return beside its output is None."""
+
+    headprune_output: str | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -42,19 +44,22 @@ class Emptied:
         output = nothing if self.headprune_output is None else getattr(self, self.headprune_output)(nothing)
         return self.result(output, args, kwargs)
 
-    def result(self, output: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns for this output [batch, tokens, features]."""
         return output, None
 
 
-class EmptiedConv1D:
+class EmptiedConv1D(Behaviour):
     """transformers' Conv1D refuses to view inputs of no features."""
+
+    nf: int
+    bias: Tensor
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs.new_zeros(*inputs.shape[:-1], self.nf) + self.bias
 
 
-def count_tokens(module: nn.Module, states: Tensor, cross: bool, kwargs: dict[str, Any]) -> None:
+def count_tokens(module: Foreign, states: Tensor, cross: bool, kwargs: dict[str, Any]) -> None:
     """Puts a placeholder for each token of `states` [batch, tokens, features] into the layer's cache, where there is one."""
     cache = next((kwargs[name] for name in CACHES if isinstance(kwargs.get(name), Cache)), None)
     if cache is None or module.layer_idx is None:

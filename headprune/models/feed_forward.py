@@ -60,14 +60,14 @@ class Watch:
         self.found: tuple[nn.Module, nn.Module] | None = None
         self.behind = False
 
-    def entered(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         received = first_tensor((*args, *kwargs.values()))
         if not self.behind or received is None:
             return
         self.compare(received)
         self.streams.append((module, received))
 
-    def left(self, module: nn.Module, _args: tuple, output: Any) -> None:
+    def left(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         returned = first_tensor(output if isinstance(output, tuple) else (output,))
         if module is self.site.output.module:
             self.behind = True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
@@ -20,10 +20,10 @@ from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.selection import select_heads
-from headprune.models.site import AttentionSite, ProjectionHeads, check_projection, contiguous_heads, is_conv1d
+from headprune.models.site import AttentionSite, Foreign, Kind, ProjectionHeads, check_projection, contiguous_heads, is_conv1d
 from headprune.models.specialise import specialise
 
-Layout = Callable[[str, nn.Module, HeadMap, int], tuple[ProjectionHeads, ...]]
+Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Fused:
     fused: str
     output: str
     head_dim: str
-    is_kind: Callable[[nn.Module], bool]
-    layout: Callable[[nn.Module], Layout]
-    kv_heads: Callable[[nn.Module], int] | None = None
+    is_kind: Callable[[Foreign], bool]
+    layout: Callable[[Foreign], Layout]
+    kv_heads: Callable[[Foreign], int] | None = None
     after: Callable[[AttentionSite, HeadMap, tuple[int, ...]], None] = lambda site, head_map, kept: None
     emptied: type = Emptied
     runs_ragged: bool = False
-    cached: Callable[[nn.Module], CachedFeatures | None] = lambda module: None
+    cached: Callable[[Foreign], CachedFeatures | None] = lambda module: None
 
-    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
         if not all(hasattr(module, part) for part in (self.fused, self.output, self.head_dim)) or not self.is_kind(module):
             return None
         head_dim, output = getattr(module, self.head_dim), getattr(module, self.output)
@@ -58,7 +58,8 @@ class Fused:
         head_map = head_map_of(module, features, kv_features, head_dim, name)
         inputs = self.layout(module)(f"{name}.{self.fused}", getattr(module, self.fused), head_map, head_dim)
         out = contiguous_heads("output", f"{name}.{self.output}", output, head_map.query_heads, head_dim)
-        parts, kind = (*inputs, out), "cross" if getattr(module, "is_cross_attention", False) else "self"
+        parts = (*inputs, out)
+        kind: Kind = "cross" if getattr(module, "is_cross_attention", False) else "self"
         return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, kind, parts, cached=self.cached(module))
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -86,23 +87,28 @@ def falcon_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) 
 class GroupedFalcon(OwnPositions):
     """Falcon with groups, equal or ragged. The stock module too hands the cache one key/value head per query head."""
 
+    head_dim: int
+    head_map: HeadMap
+
     def _split_heads(self, fused_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = fused_qkv.unflatten(-1, (-1, self.head_dim))
         query, key = places_in_groups(self.head_map)
         key_of_query = [key[kv] for kv in self.head_map.kv_of_query]
-        chosen = (query, key_of_query, [place + 1 for place in key_of_query])
-        return tuple(select_heads(heads, places, 2) for places in chosen)
+        value_of_query = [place + 1 for place in key_of_query]
+        return select_heads(heads, query, 2), select_heads(heads, key_of_query, 2), select_heads(heads, value_of_query, 2)
 
 
 class EmptiedBloom(Emptied):
     """BLOOM's attention adds the residual itself."""
 
-    def result(self, output: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    hidden_dropout: float
+
+    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         residual = kwargs["residual"] if "residual" in kwargs else args[1]
         return residual + F.dropout(output, self.hidden_dropout, self.training), None
 
 
-def is_bloom(module: nn.Module) -> bool:
+def is_bloom(module: Foreign) -> bool:
     if not hasattr(module, "slow_but_exact"):
         return False
     if module.pretraining_tp > 1 and module.slow_but_exact:
@@ -110,34 +116,34 @@ def is_bloom(module: nn.Module) -> bool:
     return True
 
 
-def is_gpt2(module: nn.Module) -> bool:
+def is_gpt2(module: Foreign) -> bool:
     return is_conv1d(module.c_attn) and hasattr(module, "split_size")
 
 
-def gpt2_layout(module: nn.Module) -> Layout:
+def gpt2_layout(module: Foreign) -> Layout:
     """Cross attention has its queries in a layer of their own."""
     if not hasattr(module, "q_attn"):
         return blocks
 
-    def cross(name: str, fused: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+    def cross(name: str, fused: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
         query = contiguous_heads("query", f"{name.rpartition('.')[0]}.q_attn", module.q_attn, head_map.query_heads, head_dim)
         return query, *key_value_blocks(name, fused, head_map, head_dim)
 
     return cross
 
 
-def falcon_layout(module: nn.Module) -> Layout:
+def falcon_layout(module: Foreign) -> Layout:
     return per_group if module.new_decoder_architecture else blocks if module.multi_query else per_head
 
 
-def falcon_cached(module: nn.Module) -> CachedFeatures | None:
+def falcon_cached(module: Foreign) -> CachedFeatures | None:
     """With groups it hands the cache a key and a value for every query head."""
     return CachedFeatures(query_head=2 * module.head_dim) if module.new_decoder_architecture else None
 
 
-def falcon_kv_heads(module: nn.Module) -> int:
-    many = module.new_decoder_architecture or not module.multi_query
-    return module.num_kv_heads if many else 1
+def falcon_kv_heads(module: Foreign) -> int:
+    many: int = module.num_kv_heads
+    return many if module.new_decoder_architecture or not module.multi_query else 1
 
 
 register_adapter(Fused("gpt2", "c_attn", "c_proj", "head_dim", is_gpt2, gpt2_layout))

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from headprune.head_map import HeadMap
-from headprune.models.site import ProjectionHeads, check_filled, check_projection, heads_at
+from headprune.models.site import Foreign, ProjectionHeads, Role, check_filled, check_projection, heads_at
 
 
-def blocks(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+def blocks(name: str, module: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
     """All query heads, then all key heads, then all value heads."""
     q, kv = head_map.query_heads, head_map.kv_heads
-    starts = (("query", q, 0), ("key", kv, q * head_dim), ("value", kv, (q + kv) * head_dim))
+    starts: tuple[tuple[Role, int, int], ...] = (("query", q, 0), ("key", kv, q * head_dim), ("value", kv, (q + kv) * head_dim))
     return filled(*(heads_at(role, name, module, heads, head_dim, start) for role, heads, start in starts))
 
 
-def key_value_blocks(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+def key_value_blocks(name: str, module: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
     """All key heads, then all value heads."""
     heads = head_map.kv_heads
-    starts = (("key", 0), ("value", heads * head_dim))
+    starts: tuple[tuple[Role, int], ...] = (("key", 0), ("value", heads * head_dim))
     return filled(*(heads_at(role, name, module, heads, head_dim, start) for role, start in starts))
 
 
-def per_head(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+def per_head(name: str, module: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
     """Query, key and value of head 0, then of head 1, ..."""
     heads = head_map.query_heads
-    roles = enumerate(("query", "key", "value"))
-    return filled(*(heads_at(role, name, module, heads, head_dim, index * head_dim, 3 * head_dim) for index, role in roles))
+    roles: tuple[Role, ...] = ("query", "key", "value")
+    places = ((role, index * head_dim) for index, role in enumerate(roles))
+    return filled(*(heads_at(role, name, module, heads, head_dim, start, 3 * head_dim) for role, start in places))
 
 
-def per_group(name: str, module: nn.Module, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+def per_group(name: str, module: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
     """The query heads of group 0, its key head, its value head, then group 1, ..."""
     check_projection(name, module)
     query, key = places_in_groups(head_map)
-    places = {"query": query, "key": key, "value": [place + 1 for place in key]}
+    places: dict[Role, list[int]] = {"query": query, "key": key, "value": [place + 1 for place in key]}
     features = torch.arange((head_map.query_heads + 2 * head_map.kv_heads) * head_dim, device="cpu").view(-1, head_dim)
     return filled(*(ProjectionHeads(role, name, module, features[list(found)]) for role, found in places.items()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ def gate_columns(columns: Tensor) -> Callable[[Tensor], Tensor]:
 def output_input_hook(site: AttentionSite, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Inside the block `change` sees the output projection's input [batch, tokens, features], and may return another."""
 
-    def hook(_module: nn.Module, args: tuple) -> tuple | None:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = change(args[0])
         return None if changed is None else (changed, *args[1:])
 
@@ -55,7 +56,7 @@ def output_input_hook(site: AttentionSite, change: Callable[[Tensor], Tensor | N
 
 
 @contextmanager
-def output_input_hooks(sites: Iterable[AttentionSite], change_of: Callable[[AttentionSite], Callable]) -> Iterator[None]:
+def output_input_hooks(sites: Iterable[AttentionSite], change_of: Callable[[AttentionSite], Callable[..., Any]]) -> Iterator[None]:
     """`output_input_hook` at every site, with the `change` that `change_of(site)` gives."""
     with ExitStack() as stack:
         for site in sites:

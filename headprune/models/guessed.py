@@ -10,9 +10,9 @@ from headprune.models.adapters import head_map_of, named_as_attention, register_
 from headprune.models.emptied import empty
 from headprune.models.head_counts import QUERY_HEADS, set_head_counts
 from headprune.models.layer_config import follow_groups
-from headprune.models.site import AttentionSite, contiguous_heads
+from headprune.models.site import AttentionSite, Foreign, Role, contiguous_heads
 
-NAMES = {
+NAMES: dict[Role, tuple[str, ...]] = {
     "query": ("q_proj", "query", "q", "wq", "w_q", "q_lin", "query_proj", "to_q"),
     "key": ("k_proj", "key", "k", "wk", "w_k", "k_lin", "key_proj", "to_k"),
     "value": ("v_proj", "value", "v", "wv", "w_v", "v_lin", "value_proj", "to_v"),
@@ -24,7 +24,7 @@ class Guessed:
     name = "guessed"
     guesses = True
 
-    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
         parts = parts_of(module) if named_as_attention(module) else None
         if parts is None:
             return None
@@ -38,7 +38,8 @@ class Guessed:
             head_dim = module.headprune_head_dim
         rows = {role: layer.weight.shape[int(role == "output")] for role, layer in linear.items()}
         head_map = head_map_of(module, rows["output"], rows["value"], head_dim, name)
-        many = {"query": head_map.query_heads, "key": head_map.kv_heads, "value": head_map.kv_heads, "output": head_map.query_heads}
+        queries, keys = head_map.query_heads, head_map.kv_heads
+        many: dict[Role, int] = {"query": queries, "key": keys, "value": keys, "output": queries}
         projections = tuple(
             contiguous_heads(role, f"{name}.{parts[role]}", layer, many[role], head_dim) for role, layer in linear.items()
         )
@@ -46,7 +47,7 @@ class Guessed:
         return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, "self", projections, proven=False)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        module = site.module
+        module: Foreign = site.module
         module.headprune_head_dim = site.head_dim
         set_head_counts(module, head_map, site.head_dim)
         if hasattr(module, "config"):
@@ -55,7 +56,7 @@ class Guessed:
             empty(module, site.output.name.rpartition(".")[2])
 
 
-def parts_of(module: nn.Module) -> dict[str, str] | None:
+def parts_of(module: Foreign) -> dict[Role, str] | None:
     """Role -> child; None unless the plain linear children are exactly one of each role and the module has no parameter of
     its own."""
     linear = [name for name, child in module.named_children() if getattr(child, "weight", None) is not None]

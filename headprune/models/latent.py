@@ -3,15 +3,13 @@ o_proj; the compressed latents that the cache holds belong to no head and stay."
 
 from __future__ import annotations
 
-from torch import nn
-
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.cached import CachedFeatures
 from headprune.models.emptied import empty
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
-from headprune.models.site import AttentionSite, check_filled, check_projection, contiguous_heads, heads_at
+from headprune.models.site import AttentionSite, Foreign, check_filled, check_projection, contiguous_heads, heads_at
 
 SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MARKS = ("kv_b_proj", "o_proj", "kv_lora_rank", "expand_kv", *SIZES)  # expand_kv: after the cache, so that it holds latents
@@ -22,7 +20,7 @@ class Latent:
 
     name = "latent"
 
-    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
         if not all(hasattr(module, part) for part in MARKS):
             return None
         nope, rope, value = (getattr(module, size) for size in SIZES)
@@ -31,8 +29,9 @@ class Latent:
         head_map = head_map_of(module, features, features, value, name)
         heads, query = head_map.query_heads, "q_proj" if getattr(module, "q_b_proj", None) is None else "q_b_proj"
         q = contiguous_heads("query", f"{name}.{query}", getattr(module, query), heads, nope + rope)
-        kv = (f"{name}.kv_b_proj", module.kv_b_proj, heads)
-        k, v = heads_at("key", *kv, nope, 0, nope + value), heads_at("value", *kv, value, nope, nope + value)
+        path, both = f"{name}.kv_b_proj", module.kv_b_proj
+        k = heads_at("key", path, both, heads, nope, 0, nope + value)
+        v = heads_at("value", path, both, heads, value, nope, nope + value)
         check_filled(k, v)
         o = contiguous_heads("output", f"{name}.o_proj", module.o_proj, heads, value)
         cached = CachedFeatures(shared=module.kv_lora_rank + rope)

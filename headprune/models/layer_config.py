@@ -7,15 +7,17 @@ are. A copy of the config would no longer follow `model.set_attn_implementation`
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.models.attention_interface import NAME, headprune_attention
+from headprune.models.site import Foreign
 from headprune.ops.sdpa import repeated_heads
 
 EXPANDED = "headprune_expanded"
@@ -36,7 +38,7 @@ class LayerConfig:
         setattr(self.shared, name, value)
 
 
-def own_config(module: nn.Module, head_map: HeadMap, **own: Any) -> None:
+def own_config(module: Foreign, head_map: HeadMap, **own: Any) -> None:
     """Gives `module` a config view with `own` values, and where groups are ragged with an attention function that expands
     keys and values for those that know equal groups alone; the plain config where neither is needed."""
     shared = getattr(module.config, "shared", module.config)
@@ -45,25 +47,27 @@ def own_config(module: nn.Module, head_map: HeadMap, **own: Any) -> None:
     module.config = LayerConfig(shared, own) if own else shared
 
 
-def follow_groups(module: nn.Module, head_map: HeadMap, **own: Any) -> None:
+def follow_groups(module: Foreign, head_map: HeadMap, **own: Any) -> None:
     """`own_config`, and the group size that stock attention functions repeat key/value heads by."""
     module.num_key_value_groups = head_map.group_sizes[0] if head_map.kv_heads and head_map.is_uniform else 1
     own_config(module, head_map, **own)
 
 
 def expanded_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
+    module: Foreign, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention function on one key/value head per query head; under "headprune" nothing is expanded."""
     implementation = module.config.shared._attn_implementation
     if implementation == NAME:
         return headprune_attention(module, query, key, value, attention_mask, **arguments)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    function: Callable[..., tuple[Tensor, Tensor | None]] | None
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)  # type: ignore[arg-type]  # takes None as well
     if function is None:
         raise InvalidInput(f"{type(module).__name__} has no {implementation} attention for ragged groups; use {NAME!r}.")
     key, value = repeated_heads(key, module.head_map), repeated_heads(value, module.head_map)
-    return function(module, query, key, value, attention_mask, **arguments)
+    output, weights = function(module, query, key, value, attention_mask, **arguments)
+    return output, weights
 
 
 AttentionInterface.register(EXPANDED, expanded_attention)

@@ -5,15 +5,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from headprune.models.selection import select_heads
+from headprune.models.site import Foreign
+from headprune.models.specialise import Behaviour
 
 BIASES = ("alibi", "position_bias", "attention_mask")
 
 
-class OwnPositions:
+class OwnPositions(Behaviour):
     """Forward of an attention module whose `position_heads` (of `all_position_heads`) are left."""
+
+    position_heads: tuple[int, ...]
+    all_position_heads: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for name in BIASES:
@@ -32,7 +37,7 @@ def own_part(bias: Tensor, heads: tuple[int, ...], all_heads: int) -> Tensor:
     return bias
 
 
-def remember_positions(module: nn.Module, heads_before: int, kept: tuple[int, ...]) -> None:
+def remember_positions(module: Foreign, heads_before: int, kept: tuple[int, ...]) -> None:
     """Sets `position_heads` and `all_position_heads` after a cut of `module`, which may have been cut before."""
     earlier = getattr(module, "position_heads", tuple(range(heads_before)))
     module.all_position_heads = getattr(module, "all_position_heads", heads_before)

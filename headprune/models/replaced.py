@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module(...)` runs `forward` inside the block; its hooks still run."""
     own = module.__dict__.get("forward")
     module.forward = forward

@@ -14,16 +14,19 @@ from headprune.models.layer_config import follow_groups
 from headprune.models.selection import select_heads
 from headprune.models.site import (
     AttentionSite,
+    Foreign,
     HeadModules,
     HeadTensor,
+    Kind,
     ProjectionHeads,
+    Role,
     check_projection,
     contiguous_heads,
     heads_at,
 )
-from headprune.models.specialise import specialise
+from headprune.models.specialise import Behaviour, specialise
 
-ROLES = ("query", "key", "value", "output")
+ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 OUTPUTS = ("o_proj", "out_proj", "dense")
 
 
@@ -37,10 +40,12 @@ class Separate:
 
     name = "separate"
 
-    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
         output = next((output for output in OUTPUTS if hasattr(module, output)), None)
+        if output is None:
+            return None
         linear = ("q_proj", "k_proj", "v_proj", output)
-        if output is None or not all(isinstance(getattr(module, part, None), nn.Module) for part in linear):
+        if not all(isinstance(getattr(module, part, None), nn.Module) for part in linear):
             return None
         if not (isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "config")):
             return None
@@ -57,29 +62,30 @@ class Separate:
             extras += norm_of_each_head(f"{name}.{part[0]}_norm", norm, heads[role], head_dim, role == "key")
         if isinstance(getattr(module, "sinks", None), Tensor):
             extras.append(HeadTensor(f"{name}.sinks", module, "sinks"))
-        table = getattr(module, "relative_position_bias", None)  # of a Swin window
+        table: Foreign = getattr(module, "relative_position_bias", None)  # of a Swin window
         windowed = isinstance(getattr(table, "relative_position_bias_table", None), Tensor)
         if windowed:
             extras.append(HeadTensor(f"{name}.relative_position_bias", table, "relative_position_bias_table", dim=1))
         last = name.rpartition(".")[2]
-        kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
+        kind: Kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
             name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
             windowed, head_modules=tuple(modules),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        module = site.module
+        module: Foreign = site.module
         set_head_counts(module, head_map, site.head_dim)
         follow_groups(module, head_map)
-        for role, heads in (("query", kept), ("key", site.head_map.kept_kv_heads(kept))):
+        picked: tuple[tuple[Role, tuple[int, ...]], ...] = (("query", kept), ("key", site.head_map.kept_kv_heads(kept)))
+        for role, heads in picked:
             if site.projection(role).whole:
                 pick_behind_norm(getattr(module, f"{role[0]}_norm"), heads, site.head_dim)
         if not head_map.query_heads:
             empty(module, site.output.name.rpartition(".")[2])
 
 
-def projection(role, name: str, module: nn.Module, norm: nn.Module | None, heads: int, head_dim: int) -> ProjectionHeads:
+def projection(role: Role, name: str, module: Foreign, norm: Foreign, heads: int, head_dim: int) -> ProjectionHeads:
     weight = getattr(norm, "weight", None)
     if not heads or weight is None or weight.dim() != 1 or weight.numel() == head_dim:
         return contiguous_heads(role, name, module, heads, head_dim)
@@ -90,7 +96,7 @@ def projection(role, name: str, module: nn.Module, norm: nn.Module | None, heads
     return ProjectionHeads(role, name, module, whole.features[list(picked)], whole=True)
 
 
-def norm_of_each_head(name: str, norm: nn.Module | None, heads: int, head_dim: int, per_kv_head: bool) -> list[HeadTensor]:
+def norm_of_each_head(name: str, norm: Foreign, heads: int, head_dim: int, per_kv_head: bool) -> list[HeadTensor]:
     """A norm with weights [heads, head_dim] (Cohere)."""
     weight = getattr(norm, "weight", None)
     if weight is None or weight.dim() != 2:
@@ -100,9 +106,9 @@ def norm_of_each_head(name: str, norm: nn.Module | None, heads: int, head_dim: i
     return [HeadTensor(name, norm, "weight", per_kv_head=per_kv_head)]
 
 
-def norms_in_a_list(name: str, module: nn.Module, letter: str, heads: int, per_kv_head: bool) -> list[HeadModules]:
+def norms_in_a_list(name: str, module: Foreign, letter: str, heads: int, per_kv_head: bool) -> list[HeadModules]:
     """A norm of its own for each head (StableLM)."""
-    holder = getattr(module, f"{letter}_layernorm", None)
+    holder: Foreign = getattr(module, f"{letter}_layernorm", None)
     if not isinstance(getattr(holder, "norms", None), nn.ModuleList):
         return []
     if len(holder.norms) != heads:
@@ -110,14 +116,17 @@ def norms_in_a_list(name: str, module: nn.Module, letter: str, heads: int, per_k
     return [HeadModules(name, holder, "norms", per_kv_head)]
 
 
-class PicksHeads:
+class PicksHeads(Behaviour):
     """A norm over all heads that hands on `picked_heads` (of the original) alone."""
+
+    picked_heads: tuple[int, ...]
+    picked_width: int
 
     def forward(self, states: Tensor) -> Tensor:
         return select_heads(super().forward(states), self.picked_heads, -1, self.picked_width)
 
 
-def pick_behind_norm(norm: nn.Module, kept: tuple[int, ...], head_dim: int) -> None:
+def pick_behind_norm(norm: Foreign, kept: tuple[int, ...], head_dim: int) -> None:
     earlier = getattr(norm, "picked_heads", None)
     norm.picked_heads = tuple(kept) if earlier is None else tuple(earlier[head] for head in kept)
     norm.picked_width = head_dim

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,11 +74,11 @@ def read_stored(stored: Stored, pinned: bool = False) -> Tensor:
     raw = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.start)
-        fill(file, memoryview(raw.numpy()), stored.path)
+        fill(file, raw.numpy().data, stored.path)
     return raw.view(DTYPES[stored.dtype]).view(stored.shape)
 
 
-def fill(file, view: memoryview, path: Path) -> None:
+def fill(file: io.RawIOBase, view: memoryview, path: Path) -> None:
     done = 0
     while done < len(view):
         got = file.readinto(view[done:])
@@ -85,7 +87,7 @@ def fill(file, view: memoryview, path: Path) -> None:
         done += got
 
 
-def open_shards(folder: str | os.PathLike) -> Shards:
+def open_shards(folder: str | os.PathLike[str]) -> Shards:
     """Reads the headers of all weight files of `folder`, and nothing else.
 
     Raises InvalidInput where there are none, CorruptCheckpoint, naming the file, where one is missing, cut short, not in the
@@ -139,7 +141,7 @@ def header_of(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return dict(sorted(found.items(), key=lambda item: item[1].start)), metadata
 
 
-def stored_at(path: Path, base: int, entry: Mapping) -> Stored:
+def stored_at(path: Path, base: int, entry: Mapping[str, Any]) -> Stored:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     expected = torch.Size(shape).numel() * DTYPES[entry["dtype"]].itemsize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from headprune.head_map import HeadMap
 from headprune.models.cached import CachedFeatures
 
 Role = Literal["query", "key", "value", "output"]
+Kind = Literal["self", "cross"]
+# A module as its family wrote it: which attributes it has no type tells; an adapter finds out by asking.
+Foreign: TypeAlias = Any
 # Linear layers that hold nothing but a weight and a bias, under another name.
 PLAIN_LINEAR = {"Conv1D", "FalconLinear"}
 
@@ -29,7 +32,7 @@ class ProjectionHeads:
 
     role: Role
     name: str
-    module: nn.Module
+    module: Foreign
     features: Tensor
     whole: bool = False
 
@@ -48,7 +51,7 @@ class ProjectionHeads:
 
     def head_weights(self) -> Tensor:
         """Each head's slice of the weight, [heads, width, other]; a copy."""
-        weight = self.module.weight.detach()
+        weight: Tensor = self.module.weight.detach()
         rows = weight if self.weight_dim == 0 else weight.t()
         return rows[self.features.to(weight.device)]
 
@@ -56,7 +59,8 @@ class ProjectionHeads:
         """Number of parameters that go with one head."""
         if self.whole:
             return 0
-        return self.features.shape[1] * (self.module.weight.shape[1 - self.weight_dim] + int(self.bias_per_head))
+        others: int = self.module.weight.shape[1 - self.weight_dim]
+        return self.features.shape[1] * (others + int(self.bias_per_head))
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class HeadTensor:
 
     @property
     def tensor(self) -> Tensor:
-        return getattr(self.module, self.attribute)
+        found: Tensor = getattr(self.module, self.attribute)
+        return found
 
     def features(self, heads: Sequence[int]) -> Tensor:
         """The entries of these heads along `dim`, int64."""
@@ -118,7 +123,7 @@ class AttentionSite:
     head_dim: int
     value_dim: int
     hidden_size: int
-    kind: Literal["self", "cross"]
+    kind: Kind
     projections: tuple[ProjectionHeads, ...]
     extras: tuple[HeadTensor, ...] = ()
     windowed: bool = False
@@ -150,7 +155,7 @@ class AttentionSite:
 
     def parameters_per_head(self, per_kv_head: bool) -> int:
         """Parameters that go with one query head, or with one key/value head."""
-        owned = (*self.projections, *self.extras, *self.head_modules)
+        owned: list[ProjectionHeads | HeadTensor | HeadModules] = [*self.projections, *self.extras, *self.head_modules]
         return sum(part.parameters_per_head() for part in owned if part.per_kv_head == per_kv_head)
 
     def parameters(self, head_map: HeadMap | None = None) -> int:
@@ -188,7 +193,7 @@ def check_filled(*projections: ProjectionHeads) -> None:
         raise UnsupportedModel(f"{first.name} has {have} features; expected {roles} = {owned.numel()}.")
 
 
-def check_projection(name: str, module: nn.Module) -> None:
+def check_projection(name: str, module: Foreign) -> None:
     """UnsupportedModel unless `module` is a plain linear layer whose weight can be sliced by head."""
     kind = type(module).__name__
     if not (type(module) is nn.Linear or kind in PLAIN_LINEAR):

@@ -7,10 +7,17 @@ work, because the class can be made again from the two it consists of.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from headprune.errors import UnsupportedModel
+
+# A behaviour is mixed into a module, and types shall know it; at run time it has no base of its own.
+if TYPE_CHECKING:
+    Behaviour = nn.Module
+else:
+    Behaviour = object
 
 
 def specialise(module: nn.Module, behaviour: type) -> None:
@@ -27,7 +34,8 @@ def specialise(module: nn.Module, behaviour: type) -> None:
 
 
 def original_class(module: nn.Module) -> type:
-    return getattr(type(module), "headprune_original", type(module))
+    original: type = getattr(type(module), "headprune_original", type(module))
+    return original
 
 
 @cache
@@ -36,11 +44,12 @@ def combined(behaviour: type, original: type) -> type:
     return type(original.__name__, (behaviour, original), namespace | {"headprune_behaviour": behaviour})
 
 
-def reduce_combined(module: nn.Module) -> tuple:
+def reduce_combined(module: nn.Module) -> tuple[Any, ...]:
     kind = type(module)
-    return rebuild, (kind.headprune_behaviour, kind.headprune_original), module.__dict__
+    return rebuild, (vars(kind)["headprune_behaviour"], vars(kind)["headprune_original"]), module.__dict__
 
 
 def rebuild(behaviour: type, original: type) -> nn.Module:
     kind = combined(behaviour, original)
-    return kind.__new__(kind)
+    made: nn.Module = object.__new__(kind)
+    return made

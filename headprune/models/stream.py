@@ -51,10 +51,10 @@ class Watch:
         if module in self.around:
             self.inputs[module] = received
 
-    def projected(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
+    def projected(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         self.output = output
 
-    def left(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+    def left(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self.compare(first_tensor(output if isinstance(output, tuple) else (output,)))
         self.output = None
         self.inputs.clear()
@@ -69,8 +69,8 @@ class Watch:
                 return
 
 
-def entering(watched: Sequence[Watch]) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def entering(watched: Sequence[Watch]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         received = first_tensor((*args, *kwargs.values()))
         if received is not None:
             for watch in watched:

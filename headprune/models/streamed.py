@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -44,11 +45,11 @@ class StreamedModel:
         give_memory_back()
         self.model, self.shards, self.device = model, shards, torch.device(device)
         self.trunk: Trunk = trunk_of(model)
-        self._transforms = get_model_conversion_mapping(model)
+        self._transforms: list[Any] = get_model_conversion_mapping(model)
         self._stored = stored_by_part(model, self.trunk, shards)
         self.instead: dict[str, Stored] = {}  # name in memory -> what is read in place of the model's own
         self._held: set[Part] = set()
-        self._ahead: dict[Part, Future] = {}
+        self._ahead: dict[Part, Future[dict[str, Tensor]]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="headprune-reader")
         for buffer_owner in model.modules():
             for name, buffer in buffer_owner._buffers.items():
@@ -59,7 +60,7 @@ class StreamedModel:
         model.forward = self._reading(None, model.forward)
 
     @contextmanager
-    def holding(self, part: Part, then: Part | None = ...) -> Iterator[None]:
+    def holding(self, part: Part, then: Part | EllipsisType = ...) -> Iterator[None]:
         """The weights of `part` are there inside the block; meanwhile those of `then` are read already."""
         mine = part not in self._held
         if mine:
@@ -123,7 +124,7 @@ class StreamedModel:
             if parameter is not None
         ]
 
-    def _reading(self, part: Part, forward: Callable) -> Callable:
+    def _reading(self, part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.holding(part):
@@ -171,7 +172,8 @@ def known_names(model: PreTrainedModel, shards: Shards) -> dict[str, tuple[str, 
 
 def streamed_of(model: nn.Module) -> StreamedModel | None:
     """The reader of a model that `open_streamed` gave; None of any other."""
-    return getattr(model, "headprune_streamed", None)
+    reader: StreamedModel | None = getattr(model, "headprune_streamed", None)
+    return reader
 
 
 @contextmanager

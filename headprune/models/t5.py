@@ -7,6 +7,7 @@ layer picks the part of its own heads, and hands on what it received.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,16 +19,16 @@ from headprune.models.emptied import Emptied, count_tokens, empty
 from headprune.models.head_counts import set_head_counts
 from headprune.models.own_positions import own_part, remember_positions
 from headprune.models.selection import select_heads
-from headprune.models.site import AttentionSite, contiguous_heads
-from headprune.models.specialise import specialise
+from headprune.models.site import AttentionSite, Foreign, Kind, Role, contiguous_heads
+from headprune.models.specialise import Behaviour, specialise
 
-PARTS = {"query": "q", "key": "k", "value": "v", "output": "o"}
+PARTS: dict[Role, str] = {"query": "q", "key": "k", "value": "v", "output": "o"}
 
 
 class T5Like:
     name = "t5"
 
-    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
         marks = (*PARTS.values(), "key_value_proj_dim", "has_relative_attention_bias", "compute_bias")
         if not all(hasattr(module, mark) for mark in marks) or "position_bias" not in inspect.signature(module.forward).parameters:
             return None
@@ -37,7 +38,7 @@ class T5Like:
             contiguous_heads(role, f"{name}.{part}", getattr(module, part), head_map.query_heads, head_dim)
             for role, part in PARTS.items()
         )
-        kind = "cross" if name.endswith("EncDecAttention") else "self"
+        kind: Kind = "cross" if name.endswith("EncDecAttention") else "self"
         return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, kind, projections)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -49,12 +50,18 @@ class T5Like:
             empty(site.module, "o", EmptiedT5)
 
 
-class SharedPositions:
+class SharedPositions(Behaviour):
     """Forward of an attention whose `position_heads` (of `all_position_heads`) are left."""
 
+    position_heads: tuple[int, ...]
+    all_position_heads: int
+    has_relative_attention_bias: bool
+    bias_of_all_heads: Tensor | None
+
     def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.bias_of_all_heads = super().compute_bias(*args, **kwargs)
-        return select_heads(self.bias_of_all_heads, self.position_heads, 1)
+        stock: Any = super()
+        self.bias_of_all_heads = bias = stock.compute_bias(*args, **kwargs)
+        return select_heads(bias, self.position_heads, 1)
 
     def forward(
         self,
@@ -64,7 +71,7 @@ class SharedPositions:
         position_bias: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple:
+    ) -> tuple[Any, ...]:
         own = None if position_bias is None else own_part(position_bias, self.position_heads, self.all_position_heads)
         output, used, *rest = super().forward(hidden_states, mask, key_value_states, own, *args, **kwargs)
         if position_bias is None:
@@ -77,6 +84,11 @@ class SharedPositions:
 class EmptiedT5(Emptied):
     """The first layer's positions are still wanted by the others."""
 
+    layer_idx: int
+    o: nn.Module
+    has_relative_attention_bias: bool
+    compute_bias: Callable[..., Tensor]
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -85,25 +97,30 @@ class EmptiedT5(Emptied):
         position_bias: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple:
+    ) -> tuple[Any, ...]:
         seen = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
         seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts on in place
         cross = key_value_states is not None
-        count_tokens(self, key_value_states if cross else hidden_states, cross, {"past_key_values": past_key_values})
+        source = hidden_states if key_value_states is None else key_value_states
+        count_tokens(self, source, cross, {"past_key_values": past_key_values})
         output = self.o(hidden_states.new_zeros(*hidden_states.shape[:-1], 0))
         if position_bias is None:
-            length = key_length(self, key_value_states if cross else hidden_states, cross, past_key_values)
+            length = key_length(self, source, cross, past_key_values)
             position_bias = hidden_states.new_zeros(1, 1, hidden_states.shape[1], length)
             if self.has_relative_attention_bias:
                 position_bias = self.compute_bias(hidden_states.shape[1], length, hidden_states.device, seen)
         return output, position_bias, None
 
 
-def key_length(module: nn.Module, states: Tensor, cross: bool, cache: Cache | None) -> int:
+def key_length(module: Foreign, states: Tensor, cross: bool, cache: Cache | None) -> int:
     """Keys that a layer with heads would have at this point."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if cross else cache.self_attention_cache
-    return states.shape[1] if cache is None else cache.layers[module.layer_idx].keys.shape[-2]
+    if cache is None:
+        return states.shape[1]
+    layer: Foreign = cache.layers[module.layer_idx]
+    length: int = layer.keys.shape[-2]
+    return length
 
 
 register_adapter(T5Like())

@@ -12,7 +12,7 @@ from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.emptied import Emptied, empty
 from headprune.models.fused_layout import blocks
 from headprune.models.head_counts import set_head_counts
-from headprune.models.site import AttentionSite, HeadTensor, check_projection, contiguous_heads
+from headprune.models.site import AttentionSite, Foreign, HeadTensor, check_projection, contiguous_heads
 
 TABLE = "relative_position_bias_table"
 PARTS = ("qkv", "proj", "proj_drop", "num_heads", "scale", "fused_attn")
@@ -23,7 +23,7 @@ class Timm:
 
     name = "timm"
 
-    def site(self, name: str, module: nn.Module) -> AttentionSite | None:
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
         windowed = hasattr(module, TABLE)
         if not all(getattr(module, part, None) is not None for part in PARTS) or not (windowed or hasattr(module, "attn_dim")):
             return None
@@ -48,18 +48,21 @@ class Timm:
 
 
 class EmptiedTimm(Emptied):
-    def result(self, output: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        return self.proj_drop(output)
+    proj_drop: nn.Module
+
+    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        dropped: Tensor = self.proj_drop(output)
+        return dropped
 
 
-def refuse_mixing_of_heads(name: str, module: nn.Module) -> None:
+def refuse_mixing_of_heads(name: str, module: Foreign) -> None:
     """A norm over all heads divides each by a statistic of all; a gate behind the heads acts in the place of pruning's."""
     for part, fact in (("norm", "a norm over all heads"), ("gate", "a gate behind its heads")):
         if any(True for _ in getattr(getattr(module, part, None), "parameters", tuple)()):
             raise UnsupportedModel(f"{name} has {fact} ({part}): cutting heads would differ from gating them.")
 
 
-def refuse_other_weights(name: str, module: nn.Module, projections: set[int], tables: set[str], head_dim: int) -> None:
+def refuse_other_weights(name: str, module: Foreign, projections: set[int], tables: set[str], head_dim: int) -> None:
     """Whatever is not as long as one head (a norm that all share) may belong to single heads: BEiT's biases do."""
     for path, part in module.named_modules():
         for attribute, parameter in () if id(part) in projections else part.named_parameters(path, recurse=False):

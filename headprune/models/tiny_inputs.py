@@ -20,7 +20,7 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     taken = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
     main = getattr(model, "main_input_name", "input_ids")
-    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
+    vocabulary: Any = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     if "input_ids" in taken and main in ("input_ids", "pixel_values") and isinstance(vocabulary, int):
         inputs |= tokens(vocabulary)
     if "pixel_values" in taken:
@@ -38,7 +38,7 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
 
 def picture_for_patches(model: nn.Module) -> dict[str, Tensor] | None:
     """timm's vision transformers keep the size of their pictures with the patch embedding."""
-    patches = getattr(model, "patch_embed", None)
+    patches: Any = getattr(model, "patch_embed", None)
     size, place = getattr(patches, "img_size", None), next(model.parameters(), None)
     if (
         size is None

@@ -38,9 +38,10 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
 
 def decoder_of(model: nn.Module) -> str | None:
     """The path of the decoder in an encoder-decoder; None in every other model."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+    decoder_in = getattr(model, "get_decoder", None)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or decoder_in is None:
         return None
-    decoder = model.get_decoder()
+    decoder = decoder_in()
     return next((name for name, module in model.named_modules() if module is decoder and name), None)
 
 
@@ -55,13 +56,13 @@ def reads_tokens(model: nn.Module, site: str) -> bool:
     return True
 
 
-def target_mask(batch: Mapping) -> Tensor | None:
+def target_mask(batch: Mapping[str, Any]) -> Tensor | None:
     """A decoder reads its labels shifted by one, so a position without a label is padding in what it gives."""
     labels = plane(batch, "labels")
     return None if labels is None else labels != IGNORED_LABEL
 
 
-def plane(batch: Mapping, key: str, default: Tensor | None = None) -> Tensor | None:
+def plane(batch: Mapping[str, Any], key: str, default: Tensor | None = None) -> Tensor | None:
     """The 2-D tensor that `batch` has at `key`."""
     found = batch.get(key)
     return found if isinstance(found, Tensor) and found.dim() == 2 else default

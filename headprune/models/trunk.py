@@ -79,7 +79,7 @@ def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
         # Masks and rotary tables are the same tensors for all layers: one copy, and the original stays alive with its id.
         return kept.setdefault(id(leaf), (leaf, leaf.detach().cpu()))[1] if isinstance(leaf, Tensor) else leaf
 
-    def noted(index: int, forward: Callable) -> Callable:
+    def noted(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             states, kwargs = taken_apart(forward, args, kwargs)
             calls.append(tree_map(on_cpu, kwargs))
@@ -122,7 +122,7 @@ def leaving(trunk: Trunk, states: Tensor, alone: bool) -> Iterator[None]:
         yield
 
 
-def taken_apart(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def taken_apart(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """(states, other arguments by name) of a layer's call. A cache is left out: each layer may run more than once."""
     given = without_cache(forward, args, kwargs)
     return given.pop(next(iter(signature(forward).parameters))), given

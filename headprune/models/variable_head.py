@@ -7,7 +7,7 @@ from torch import nn
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import register_adapter
-from headprune.models.site import AttentionSite, contiguous_heads
+from headprune.models.site import AttentionSite, Foreign, Role, contiguous_heads
 from headprune.nn import VariableHeadAttention
 
 
@@ -23,10 +23,12 @@ class VariableHead:
             )
         if not isinstance(module, VariableHeadAttention):
             return None
-        heads = {"q": module.num_heads, "k": module.num_kv_heads, "v": module.num_kv_heads, "out": module.num_heads}
+        queries, keys = module.num_heads, module.num_kv_heads
+        parts: tuple[tuple[Role, str, int], ...] = (
+            ("query", "q_proj", queries), ("key", "k_proj", keys), ("value", "v_proj", keys), ("output", "out_proj", queries),
+        )  # fmt: skip
         projections = tuple(
-            contiguous_heads(role, f"{name}.{short}_proj", getattr(module, f"{short}_proj"), heads[short], module.head_dim)
-            for role, short in zip(("query", "key", "value", "output"), heads)
+            contiguous_heads(role, f"{name}.{part}", getattr(module, part), heads, module.head_dim) for role, part, heads in parts
         )
         # Nothing in the layer tells; torch.nn.TransformerDecoderLayer calls its cross attention so.
         cross = name.endswith("multihead_attn") or not module.embed_dim == module.kdim == module.vdim
@@ -36,7 +38,8 @@ class VariableHead:
         )
 
     def cut(self, site: AttentionSite, kept: tuple[int, ...]) -> None:
-        site.module.prune(kept)
+        layer: Foreign = site.module
+        layer.prune(kept)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         """Nothing is left to do: `prune` keeps the layer in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,9 +41,9 @@ def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
     return found
 
 
-def configs(models: Iterable[PreTrainedModel]) -> list:
+def configs(models: Iterable[PreTrainedModel]) -> list[Any]:
     """The configs of all their parts, with what is nested in them."""
-    left = [module.config for model in models for module in model.modules() if hasattr(module, "config")]
+    left: list[Any] = [module.config for model in models for module in model.modules() if hasattr(module, "config")]
     found: dict[int, object] = {}
     while left:
         config = left.pop()

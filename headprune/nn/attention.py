@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class VariableHeadAttention(nn.Module):
 
     # torch.nn.TransformerEncoderLayer reads this before it runs its own fused kernel, which knows packed equal heads only.
     _qkv_same_embed_dim = False
+    kv_of_query: Tensor
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class VariableHeadAttention(nn.Module):
         self.head_dim = head_dim or embed_dim // num_heads
         self.embed_dim, self.kdim, self.vdim = embed_dim, kdim or embed_dim, vdim or embed_dim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         query_width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.out_proj = nn.Linear(query_width, embed_dim, bias=bias, **place)
         self.q_proj = undrawn_linear(embed_dim, query_width, bias, **place)
@@ -150,7 +152,7 @@ class VariableHeadAttention(nn.Module):
         q, k, v = self._heads(query, key, value)
         extra = int(self.bias_k is not None) + int(self.add_zero_attn)
         masks = read_masks(q, k.shape[2], extra, attn_mask, key_padding_mask, is_causal, need_weights)
-        options = {"causal": masks.causal, "bias": masks.bias, "key_mask": masks.key_mask, "gate": self.gate}
+        options: dict[str, Any] = {"causal": masks.causal, "bias": masks.bias, "key_mask": masks.key_mask, "gate": self.gate}
         weights = None
         if need_weights:
             if is_watched(self):
@@ -212,7 +214,7 @@ class VariableHeadAttention(nn.Module):
             )
         if self.gate is not None:
             raise InvalidInput("the layer has gates, torch's has not; multiply them into out_proj.weight and set gate to None.")
-        place = {"device": self.out_proj.weight.device, "dtype": self.out_proj.weight.dtype}
+        place: dict[str, Any] = {"device": self.out_proj.weight.device, "dtype": self.out_proj.weight.dtype}
         options = (self.q_proj.bias is not None, self.bias_k is not None, self.add_zero_attn, self.kdim, self.vdim)
         new = nn.MultiheadAttention(self.embed_dim, self.num_heads, self.dropout, *options, self.batch_first, **place)
         state = {"in_proj_weight": self.in_proj_weight, "in_proj_bias": self.in_proj_bias}
@@ -247,7 +249,7 @@ class VariableHeadAttention(nn.Module):
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projected, [batch, heads, length, head_dim], with the learned and the zero key behind the others."""
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             batch = key.shape[0]
             k, v = torch.cat([k, self.bias_k.expand(batch, -1, -1)], 1), torch.cat([v, self.bias_v.expand(batch, -1, -1)], 1)
         if self.add_zero_attn:
@@ -285,7 +287,7 @@ class VariableHeadAttention(nn.Module):
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             projection.out_features, projection.in_features = projection.weight.shape
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         groups, key = state_dict.get(f"{prefix}kv_of_query"), state_dict.get(f"{prefix}k_proj.weight")
         if groups is not None and key is not None and not groups.is_meta:
             head_map = HeadMap(tuple(groups.tolist()), key.shape[0] // self.head_dim)

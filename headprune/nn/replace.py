@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import ParamSpec, TypeGuard, TypeVar, cast
 
 from torch import nn
 
 from headprune.nn.attention import VariableHeadAttention
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def replace_multihead_attention(model: nn.Module) -> nn.Module:
@@ -40,13 +43,14 @@ def own_attention(model: nn.Module, keep: bool = False) -> Iterator[nn.Module]:
         undo()
 
 
-def on_own_attention(change: Callable) -> Callable:
+def on_own_attention(change: Callable[P, R]) -> Callable[P, R]:
     """`change(model, ...)` run with `own_attention(model)`, which stays; with dry_run=True it does not."""
 
     @wraps(change)
-    def run(model: nn.Module, *args: Any, **options: Any) -> Any:
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        model = cast(nn.Module, args[0] if args else options["model"])
         with own_attention(model, keep=not options.get("dry_run", False)):
-            return change(model, *args, **options)
+            return change(*args, **options)
 
     return run
 
@@ -76,7 +80,7 @@ def swap(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def takes_nested_tensors(module: nn.Module) -> bool:
+def takes_nested_tensors(module: nn.Module) -> TypeGuard[nn.TransformerEncoder]:
     """A torch.nn.TransformerEncoder that would, and has swapped layers."""
     if not isinstance(module, nn.TransformerEncoder) or not module.use_nested_tensor:
         return False

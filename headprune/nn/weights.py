@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,15 @@ def _pop_parts(state: dict[str, Tensor], packed: str, separate: list[str]) -> tu
     return None
 
 
-def kept(parameter: nn.Parameter | None, dim: int, features: Tensor) -> nn.Parameter | None:
+@overload
+def kept(parameter: Tensor, dim: int, features: Tensor) -> nn.Parameter: ...
+
+
+@overload
+def kept(parameter: None, dim: int, features: Tensor) -> None: ...
+
+
+def kept(parameter: Tensor | None, dim: int, features: Tensor) -> nn.Parameter | None:
     """These `features` of `parameter` along `dim`, a copy; requires_grad stays."""
     if parameter is None:
         return None
@@ -42,7 +51,15 @@ def kept(parameter: nn.Parameter | None, dim: int, features: Tensor) -> nn.Param
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def resized(parameter: nn.Parameter | None, dim: int, size: int) -> nn.Parameter | None:
+@overload
+def resized(parameter: Tensor, dim: int, size: int) -> nn.Parameter: ...
+
+
+@overload
+def resized(parameter: None, dim: int, size: int) -> None: ...
+
+
+def resized(parameter: Tensor | None, dim: int, size: int) -> nn.Parameter | None:
     """An uninitialised parameter like `parameter`, with `size` features along `dim`."""
     if parameter is None:
         return None
@@ -50,7 +67,9 @@ def resized(parameter: nn.Parameter | None, dim: int, size: int) -> nn.Parameter
     return nn.Parameter(parameter.detach().new_empty(shape), requires_grad=parameter.requires_grad)
 
 
-def undrawn_linear(inputs: int, outputs: int, bias: bool, device, dtype) -> nn.Linear:
+def undrawn_linear(
+    inputs: int, outputs: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Linear:
     """A linear layer that has drawn no random numbers; its weights are uninitialised."""
     return nn.Linear(inputs, outputs, bias, device="meta", dtype=dtype).to_empty(device=device or torch.get_default_device())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,51 @@ library.define(
     f"attention_backward(Tensor grad_output, Tensor output, Tensor lse, bool[] needs, Tensor query, Tensor key, Tensor value, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The options of `attention` that its return type does not depend on."""
+
+    causal: bool
+    window: int | None
+    scale: float | None
+    softcap: float | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    key_mask: Tensor | None
+    query_mask: Tensor | None
+    gate: Tensor | None
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: HeadMap | None = None,
+    *,
+    stats: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: HeadMap | None = None,
+    *,
+    stats: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, HeadStats]: ...
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, head_map: HeadMap | None = None, *, stats: bool, **options: Unpack[AttentionOptions]
+) -> Tensor | tuple[Tensor, HeadStats]: ...
 
 
 def attention(
@@ -47,7 +93,7 @@ def attention(
     """Softmax attention with any number of query heads per key/value head.
 
     Args:
-        query: [batch, query_heads, query_len, head_dim]; fp16, bf16, fp32 (fp64 through the reference); any strides.
+        query: [batch, query_heads, query_len, head_dim]; fp16, bf16, fp32, fp64 (on a GPU through the reference); any strides.
         key: [batch, kv_heads, kv_len, head_dim].
         value: [batch, kv_heads, kv_len, value_dim].
         head_map: which key/value head each query head reads; None for equal groups.
@@ -89,31 +135,33 @@ def attention(
             stats,
         )
     )
-    return attend(call)
+    output, statistics = attend(call)
+    return output if statistics is None else (output, statistics)
 
 
-def attend(call: AttentionCall) -> Tensor | tuple[Tensor, HeadStats]:
-    """`attention` of a checked call."""
+def attend(call: AttentionCall) -> tuple[Tensor, HeadStats | None]:
+    """`attention` of a checked call: its output and, where it asks for them, its statistics."""
     output, _, packed = torch.ops.headprune.attention(*operands(call))
-    return (output, HeadStats.from_packed(packed)) if call.stats else output
+    return output, HeadStats.from_packed(packed) if call.stats else None
 
 
-def operands(call: AttentionCall) -> tuple:
+def operands(call: AttentionCall) -> tuple[Any, ...]:
     values = dict(vars(call))
     values["head_map"] = list(call.head_map.kv_of_query)
     return tuple(values.values())
 
 
-def as_call(query: Tensor, key: Tensor, value: Tensor, kv_of_query: Sequence[int], *options) -> AttentionCall:
+def as_call(query: Tensor, key: Tensor, value: Tensor, kv_of_query: Sequence[int], *options: Any) -> AttentionCall:
     return AttentionCall(query, key, value, HeadMap(tuple(kv_of_query), key.shape[1]), *options)
 
 
-def _run(*args) -> tuple[Tensor, Tensor, Tensor]:
+def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = as_call(*args)
-    return choose("attention", call).run(call)
+    found: tuple[Tensor, Tensor, Tensor] = choose("attention", call).run(call)
+    return found
 
 
-def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, value, stats = args[0], args[2], args[-1]
     batch, heads, length, _ = query.shape
     output = query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
@@ -121,11 +169,16 @@ def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
     return output, lse, query.new_empty((6, batch, heads) if stats else (0,), dtype=torch.float32)
 
 
-def _run_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
+def _run_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args: Any) -> tuple[Tensor, ...]:
     call = as_call(*args)
     grads = choose("attention_backward", call).run(call, grad_output, output, lse, tuple(needs))
     inputs = (call.query, call.key, call.value, call.bias, call.sinks, call.gate)
-    return tuple(call.query.new_empty(0) if grad is None else laid_out_like(grad, tensor) for grad, tensor in zip(grads, inputs))
+    return tuple(whole_gradient(call.query, grad, tensor) for grad, tensor in zip(grads, inputs))
+
+
+def whole_gradient(query: Tensor, grad: Tensor | None, tensor: Tensor | None) -> Tensor:
+    """What the operator returns for `tensor`: its gradient, or a tensor without elements where none was asked for."""
+    return query.new_empty(0) if grad is None or tensor is None else laid_out_like(grad, tensor)
 
 
 def laid_out_like(grad: Tensor, tensor: Tensor) -> Tensor:
@@ -136,19 +189,19 @@ def laid_out_like(grad: Tensor, tensor: Tensor) -> Tensor:
     return grad if grad.stride() == promised.stride() else promised.copy_(grad)
 
 
-def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
+def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args: Any) -> tuple[Tensor, ...]:
     tensors = (args[0], args[1], args[2], args[8], args[10], args[13])
     return tuple(torch.empty_like(tensor) if need else args[0].new_empty(0) for tensor, need in zip(tensors, needs))
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.mark_non_differentiable(output[1], output[2])
     query, key, value, kv_of_query, causal, window, scale, softcap, *tensors, _ = inputs
     ctx.options = (kv_of_query, causal, window, scale, softcap)
     ctx.save_for_backward(query, key, value, *tensors, output[0], output[1])
 
 
-def _backward(ctx, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple:
+def _backward(ctx: Any, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple[Any, ...]:
     query, key, value, bias, alibi_slopes, sinks, key_mask, query_mask, gate, output, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[index] for index in (0, 1, 2, 8, 10, 13)]

@@ -7,8 +7,10 @@ torch.library.register_autocast knows one fixed dtype; here it is the one that i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from headprune.ops.call import dtype_under_autocast
 
@@ -23,8 +25,8 @@ def register_autocast(library: torch.library.Library) -> None:
             library.impl(name, _casting(operator, count, getattr(torch._C.DispatchKey, key)), key)
 
 
-def _casting(operator: torch._ops.OpOverload, count: int, key: torch._C.DispatchKey):
-    def run(*args) -> Tensor | tuple[Tensor, ...]:
+def _casting(operator: torch._ops.OpOverload, count: int, key: torch._C.DispatchKey) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
         cast = [tensor.to(dtype_under_autocast(tensor)) for tensor in args[:count]]
         # The backends' own products must not be cast again.
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):

@@ -66,7 +66,7 @@ def forced() -> str | None:
 def choose(operator: str, call: Any) -> Implementation:
     """The implementation that will run `call`."""
     only = forced()
-    reasons = []
+    reasons: list[str] = []
     for implementation in _implementations[operator]:
         if only not in (None, implementation.backend):
             continue

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,19 +34,20 @@ def refuses(call: AttentionCall | VarlenCall | DecodeCall) -> str | None:
     return None
 
 
-def kernels(query: Tensor):
+def kernels(query: Tensor) -> Any:
     """The operators that compute in fp64, or those that compute in fp32."""
     return torch.ops.headprune_cpu_fp64 if query.dtype == torch.float64 else torch.ops.headprune_cpu
 
 
 def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels(call.query).attention.default(*operands(call))
+    found: tuple[Tensor, Tensor, Tensor] = kernels(call.query).attention.default(*operands(call))
+    return found
 
 
 def attention_backward(
     call: AttentionCall, grad_output: Tensor, output: Tensor, lse: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    return kernels(call.query).attention_backward.default(
+    grads: tuple[Tensor | None, ...] = kernels(call.query).attention_backward.default(
         grad_output,
         output,
         lse,
@@ -62,9 +66,10 @@ def attention_backward(
         call.key_mask,
         call.gate,
     )
+    return grads
 
 
-def varlen_options(call: VarlenCall) -> tuple:
+def varlen_options(call: VarlenCall) -> tuple[Any, ...]:
     return (
         call.query,
         call.key,
@@ -83,17 +88,21 @@ def varlen_options(call: VarlenCall) -> tuple:
 
 
 def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels(call.query).attention_varlen.default(*varlen_options(call), call.stats)
+    found: tuple[Tensor, Tensor, Tensor] = kernels(call.query).attention_varlen.default(*varlen_options(call), call.stats)
+    return found
 
 
 def attention_varlen_backward(
     call: VarlenCall, grad_output: Tensor, output: Tensor, lse: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    return kernels(call.query).attention_varlen_backward.default(grad_output, output, lse, needs, *varlen_options(call))
+    backward = kernels(call.query).attention_varlen_backward.default
+    grads: tuple[Tensor | None, ...] = backward(grad_output, output, lse, needs, *varlen_options(call))
+    return grads
 
 
 def attention_decode(call: DecodeCall) -> Tensor:
-    return kernels(call.query).attention_decode.default(*decode_operands(call))
+    output: Tensor = kernels(call.query).attention_decode.default(*decode_operands(call))
+    return output
 
 
 def missing_weights() -> str | None:
@@ -111,11 +120,12 @@ def refuses_weights(call: WeightCall) -> str | None:
 
 
 def head_weight_stats(call: WeightCall) -> Tensor:
-    return torch.ops.headprune_cpu.head_weight_stats.default(*weight_operands(call.readable()))
+    packed: Tensor = torch.ops.headprune_cpu.head_weight_stats.default(*weight_operands(call.readable()))
+    return packed
 
 
 def register_cpp() -> None:
-    runs = {
+    runs: dict[str, Callable[..., Any]] = {
         "attention": attention_forward,
         "attention_backward": attention_backward,
         "attention_varlen": attention_varlen_forward,

@@ -53,7 +53,7 @@ def attention_decode(call: DecodeCall, splits: int | None = None) -> Tensor:
     tiles = tile_table(call.head_map.group_offsets, call.new, _TILE_ROWS, call.query.device)
     if splits is None:
         splits = split_count(call.batch * tiles.shape[0], call.capacity, 2 * multiprocessors(call.query.device))
-    return torch.ops.headprune_cuda.attention_decode.default(
+    output: Tensor = torch.ops.headprune_cuda.attention_decode.default(
         call.query,
         call.key_cache,
         call.value_cache,
@@ -69,6 +69,7 @@ def attention_decode(call: DecodeCall, splits: int | None = None) -> Tensor:
         call.key_mask,
         call.gate,
     )
+    return output
 
 
 def register_where_faster() -> None:

@@ -34,7 +34,7 @@ def head_weight_stats(call: WeightCall) -> Tensor:
     plan = chunk_plan(matrices, call.spans, call.heads, row_length(matrices, call.spans), call.device)
     places, grad_places = addresses_of(call.weights), addresses_of(call.grads)
     whole = plan.whole if all(place % 16 == 0 for place in places + grad_places) else 1
-    return torch.ops.headprune_cuda.head_weight_stats.default(
+    packed: Tensor = torch.ops.headprune_cuda.head_weight_stats.default(
         address_table(places, call.device),
         address_table(grad_places, call.device) if call.grads else None,
         call.dtype,
@@ -42,6 +42,7 @@ def head_weight_stats(call: WeightCall) -> Tensor:
         plan.offsets,
         whole,
     )
+    return packed
 
 
 def register_where_faster() -> None:

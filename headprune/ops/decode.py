@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,29 +73,31 @@ def attention_decode(
             gate,
         )
     )
-    return torch.ops.headprune.attention_decode(*decode_operands(call))
+    output: Tensor = torch.ops.headprune.attention_decode(*decode_operands(call))
+    return output
 
 
-def decode_operands(call: DecodeCall) -> tuple:
+def decode_operands(call: DecodeCall) -> tuple[Any, ...]:
     values = dict(vars(call))
     values["head_map"] = list(call.head_map.kv_of_query)
     return tuple(values.values())
 
 
-def as_decode_call(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest) -> DecodeCall:
+def as_decode_call(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> DecodeCall:
     lengths, page_table, kv_of_query, *options = rest
     return DecodeCall(query, key_cache, value_cache, lengths, page_table, HeadMap(tuple(kv_of_query), key_cache.shape[1]), *options)
 
 
-def _run(*args) -> Tensor:
+def _run(*args: Any) -> Tensor:
     call = as_decode_call(*args)
-    return choose("attention_decode", call).run(call)
+    output: Tensor = choose("attention_decode", call).run(call)
+    return output
 
 
-def _fake(*args) -> Tensor:
-    query, value_cache = args[0], args[2]
+def _fake(*args: Any) -> Tensor:
+    query: Tensor = args[0]
     batch, heads, new, _ = query.shape
-    return query.new_empty((batch, new, heads, value_cache.shape[3])).transpose(1, 2)
+    return query.new_empty((batch, new, heads, args[2].shape[3])).transpose(1, 2)
 
 
 for _device in ("CPU", "CUDA"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from headprune.ops import reference
 from headprune.ops.backend import Implementation, register
@@ -14,7 +16,7 @@ _AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.Autogra
 
 
 def register_reference() -> None:
-    runs = {
+    runs: dict[str, Callable[..., Any]] = {
         "attention": reference.attention_forward,
         "attention_backward": by_autograd(reference.attention_backward),
         "attention_varlen": reference.attention_varlen_forward,
@@ -26,12 +28,12 @@ def register_reference() -> None:
         register(operator, Implementation("reference", run, refuses=lambda call: None))
 
 
-def by_autograd(backward: Callable) -> Callable:
+def by_autograd(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A reference backward as an operator calls it. It differentiates the forward, and a compiled graph switches autograd's
     dispatch keys off around its operators: without them every gradient would be 0."""
 
     @wraps(backward)
-    def run(call, grad_output, output, lse, needs):
+    def run(call: Any, grad_output: Tensor, output: Tensor, lse: Tensor, needs: tuple[bool, ...]) -> Any:
         excluded = torch._C._dispatch_tls_local_exclude_set()
         for key in _AUTOGRAD_KEYS:
             excluded = excluded.remove(key)

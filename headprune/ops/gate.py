@@ -27,7 +27,7 @@ def gated_attention(module: nn.Module, gate: Tensor) -> Iterator[None]:
 
 def gate_of(module: nn.Module, own: Tensor | None = None) -> Tensor | None:
     """The gate on `module`, times its `own`; None where there is neither."""
-    gate = getattr(module, GATE, None)
+    gate: Tensor | None = getattr(module, GATE, None)
     if gate is None or own is None:
         return own if gate is None else gate
     return gate * own

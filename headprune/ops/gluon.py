@@ -20,7 +20,7 @@ VERIFIED: frozenset[tuple[int, bool]] = frozenset()
 @lru_cache(maxsize=1)
 def missing() -> str | None:
     found = importlib.util.find_spec("triton")
-    if found is None:
+    if found is None or found.origin is None:
         return "triton is not installed"
     hopper = Path(found.origin).parent / "experimental" / "gluon" / "language" / "nvidia" / "hopper"
     return None if hopper.is_dir() else "this Triton has no Gluon for Hopper"

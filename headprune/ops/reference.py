@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,11 @@ def attention_backward(
 
 
 def differentiate(
-    forward: Callable, call: AttentionCall | VarlenCall, names: tuple[str, ...], needs: tuple[bool, ...], grad_output: Tensor
+    forward: Callable[..., Any],
+    call: AttentionCall | VarlenCall,
+    names: tuple[str, ...],
+    needs: tuple[bool, ...],
+    grad_output: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """Gradients, by autograd, of those arguments `names` of `forward(call)`'s output for which `needs` says yes."""
     inputs = {name: getattr(call, name) for name in names}

@@ -68,7 +68,9 @@ def repeated_heads(tensor: Tensor, head_map: HeadMap) -> Tensor:
     return tensor.index_select(1, torch.tensor(head_map.kv_of_query, device=tensor.device))
 
 
-def _attend(query, key, value, head_map: HeadMap, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, head_map: HeadMap, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
     length, kv_len = query.shape[2], key.shape[2]
     if is_causal and kv_len > length:
         key, value = key[:, :, :length], value[:, :, :length]
@@ -77,7 +79,7 @@ def _attend(query, key, value, head_map: HeadMap, mask: Tensor | None, is_causal
     key_mask = None
     if mask is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, 1, kv_len):
         # A padding mask: the kernels then form nothing of size query_len x kv_len.
-        mask, key_mask = None, mask[:, 0, 0].expand(query.shape[0], kv_len)
+        key_mask, mask = mask[:, 0, 0].expand(query.shape[0], kv_len), None
     return attention(query, key, value, head_map, causal=is_causal, scale=scale, bias=mask, key_mask=key_mask)
 
 

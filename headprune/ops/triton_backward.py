@@ -24,7 +24,8 @@ def attention_backward(
         call.head_map.kv_of_query, causal=call.causal, window=call.window, scale=call.scale, softcap=call.softcap, bias=call.bias,
         alibi_slopes=call.alibi_slopes, sinks=call.sinks, key_mask=call.key_mask, gate=call.gate,
     )  # fmt: skip
-    return attention_backward(problem, Needs(*needs))
+    grads: tuple[Tensor | None, ...] = attention_backward(problem, Needs(*needs))
+    return grads
 
 
 def attention_varlen_backward(
@@ -52,7 +53,7 @@ def attention_varlen_backward(
 
 
 def zeros(inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needs))
+    return tuple(None if tensor is None or not need else torch.zeros_like(tensor) for tensor, need in zip(inputs, needs))
 
 
 def register_triton_backward() -> None:

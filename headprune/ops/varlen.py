@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from headprune.head_map import HeadMap
-from headprune.ops.attention import laid_out_like, library
+from headprune.ops.attention import library, whole_gradient
 from headprune.ops.backend import choose
 from headprune.ops.call import VarlenCall, check_varlen
 from headprune.ops.stats import HeadStats
@@ -23,6 +24,62 @@ library.define(
     f"attention_varlen_backward(Tensor grad_output, Tensor output, Tensor lse, bool[] needs, Tensor query, Tensor key, "
     f"Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+class VarlenOptions(TypedDict, total=False):
+    """The options of `attention_varlen` that its return type does not depend on."""
+
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    causal: bool
+    window: int | None
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    gate: Tensor | None
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    head_map: HeadMap | None = None,
+    *,
+    stats: Literal[False] = False,
+    **options: Unpack[VarlenOptions],
+) -> Tensor: ...
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    head_map: HeadMap | None = None,
+    *,
+    stats: Literal[True],
+    **options: Unpack[VarlenOptions],
+) -> tuple[Tensor, HeadStats]: ...
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    head_map: HeadMap | None = None,
+    *,
+    stats: bool,
+    **options: Unpack[VarlenOptions],
+) -> Tensor | tuple[Tensor, HeadStats]: ...
 
 
 def attention_varlen(
@@ -53,7 +110,8 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], from 0 up: where each sequence starts and the last one ends.
         max_seqlen_q, max_seqlen_k: the longest lengths; None reads them from the device (which waits for it).
         gate: [query_heads] or [sequences, query_heads].
-        The rest as in `headprune.ops.attention`; causal is bottom-right aligned in each sequence.
+
+    The rest as in `headprune.ops.attention`; causal is bottom-right aligned in each sequence.
 
     Returns: [tokens, query_heads, value_dim]; with stats also HeadStats, each field [sequences, query_heads].
 
@@ -88,23 +146,24 @@ def longest(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
-def varlen_operands(call: VarlenCall) -> tuple:
+def varlen_operands(call: VarlenCall) -> tuple[Any, ...]:
     values = dict(vars(call))
     values["head_map"] = list(call.head_map.kv_of_query)
     return tuple(values.values())
 
 
-def as_varlen_call(query: Tensor, key: Tensor, value: Tensor, *rest) -> VarlenCall:
-    head_map = HeadMap(tuple(rest[4]), key.shape[1])
-    return VarlenCall(query, key, value, *rest[:4], head_map, *rest[5:])
+def as_varlen_call(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> VarlenCall:
+    cu_q, cu_k, max_q, max_k, kv_of_query, *options = rest
+    return VarlenCall(query, key, value, cu_q, cu_k, max_q, max_k, HeadMap(tuple(kv_of_query), key.shape[1]), *options)
 
 
-def _run(*args) -> tuple[Tensor, Tensor, Tensor]:
+def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = as_varlen_call(*args)
-    return choose("attention_varlen", call).run(call)
+    found: tuple[Tensor, Tensor, Tensor] = choose("attention_varlen", call).run(call)
+    return found
 
 
-def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, value, sequences, stats = args[0], args[2], args[3].shape[0] - 1, args[-1]
     tokens, heads, _ = query.shape
     lse = query.new_empty((heads, tokens), dtype=torch.promote_types(query.dtype, torch.float32))
@@ -112,26 +171,26 @@ def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty((tokens, heads, value.shape[2])), lse, packed
 
 
-def _run_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
+def _run_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args: Any) -> tuple[Tensor, ...]:
     call = as_varlen_call(*args)
     grads = choose("attention_varlen_backward", call).run(call, grad_output, output, lse, tuple(needs))
     inputs = (call.query, call.key, call.value, call.sinks, call.gate)
-    return tuple(call.query.new_empty(0) if grad is None else laid_out_like(grad, tensor) for grad, tensor in zip(grads, inputs))
+    return tuple(whole_gradient(call.query, grad, tensor) for grad, tensor in zip(grads, inputs))
 
 
-def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args) -> tuple[Tensor, ...]:
+def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool], *args: Any) -> tuple[Tensor, ...]:
     tensors = (args[0], args[1], args[2], args[13], args[14])
     return tuple(torch.empty_like(tensor) if need else args[0].new_empty(0) for tensor, need in zip(tensors, needs))
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.mark_non_differentiable(output[1], output[2])
     query, key, value, cu_q, cu_k, *options, alibi_slopes, sinks, gate, _ = inputs
     ctx.options = tuple(options)
     ctx.save_for_backward(query, key, value, cu_q, cu_k, alibi_slopes, sinks, gate, output[0], output[1])
 
 
-def _backward(ctx, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple:
+def _backward(ctx: Any, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple[Any, ...]:
     query, key, value, cu_q, cu_k, alibi_slopes, sinks, gate, output, lse = ctx.saved_tensors
     needs = [ctx.needs_input_grad[index] for index in (0, 1, 2, 13, 14)]
     grads = torch.ops.headprune.attention_varlen_backward(

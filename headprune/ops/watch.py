@@ -80,8 +80,7 @@ def attention_of(
             counting is not None,
         )
     )  # fmt: skip
-    found = attend(call)
-    output, statistics = found if call.stats else (found, None)
+    output, statistics = attend(call)
     for watcher in watchers:
         watcher.seen(call, statistics if watcher.stats else None)
     return output

@@ -162,7 +162,9 @@ class WeightCall:
 
 
 @lru_cache(maxsize=32)
-def weight_counts(shapes: tuple, dims: tuple, spans: tuple[Span, ...], heads: int, device: torch.device) -> Tensor:
+def weight_counts(
+    shapes: tuple[tuple[int, ...], ...], dims: tuple[int, ...], spans: tuple[Span, ...], heads: int, device: torch.device
+) -> Tensor:
     counts = torch.zeros(heads, dtype=torch.float64, device="cpu")
     for projection, head, count, _, _, width in spans:
         counts[head : head + count] += width * shapes[projection][1 - dims[projection]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,34 +31,36 @@ def head_weight_stats(weights: Sequence[HeadSlices], grads: Sequence[Tensor] | N
     Raises InvalidInput where a span lies outside its weight or a gradient is not like its weight.
     """
     check_slices(weights, grads)
-    alike: dict[tuple, list[int]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, slices in enumerate(weights):
         alike.setdefault((slices.weight.device, slices.weight.dtype), []).append(index)
-    found: list[WeightStats | None] = [None] * len(weights)
+    found: dict[int, WeightStats] = {}
     for indices in alike.values():
         call = WeightCall.of([weights[i] for i in indices], [grads[i] for i in indices] if grads is not None else [])
         packed = torch.ops.headprune.head_weight_stats(*weight_operands(call))
         sizes = [weights[i].heads for i in indices]
         for i, columns, counts in zip(indices, packed.split(sizes, dim=1), call.counts().split(sizes)):
-            rows = columns.unbind(0)
-            found[i] = WeightStats(*rows[:STATISTICS], counts, *rows[STATISTICS:])
-    return found
+            norm, square, largest, *products = columns.unbind(0)
+            found[i] = WeightStats(norm, square, largest, counts, *products)
+    return [found[i] for i in range(len(weights))]
 
 
-def weight_operands(call: WeightCall) -> tuple:
+def weight_operands(call: WeightCall) -> tuple[Any, ...]:
     return list(call.weights), list(call.grads), list(call.dims), call.flat_spans(), call.heads
 
 
 def as_weight_call(weights: list[Tensor], grads: list[Tensor], dims: list[int], spans: list[int], heads: int) -> WeightCall:
-    rows = tuple(tuple(spans[at : at + 6]) for at in range(0, len(spans), 6))
-    return WeightCall(tuple(weights), tuple(grads), tuple(dims), rows, heads)
+    rows = (spans[at : at + 6] for at in range(0, len(spans), 6))
+    whole = tuple((weight, head, count, start, stride, width) for weight, head, count, start, stride, width in rows)
+    return WeightCall(tuple(weights), tuple(grads), tuple(dims), whole, heads)
 
 
-def _run(*args) -> Tensor:
+def _run(*args: Any) -> Tensor:
     call = as_weight_call(*args)
     if not call.heads or not call.spans:
         return call.weights[0].new_zeros((call.statistics, call.heads), dtype=torch.float32)
-    return choose("head_weight_stats", call).run(call)
+    packed: Tensor = choose("head_weight_stats", call).run(call)
+    return packed
 
 
 def _fake(weights: list[Tensor], grads: list[Tensor], dims: list[int], spans: list[int], heads: int) -> Tensor:

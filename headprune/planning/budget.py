@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from headprune.errors import InvalidInput
@@ -79,7 +80,7 @@ def flops(budget: Budget, shape: SiteShape, head_map: HeadMap) -> int:
     return 2 * length * (shape.hidden_size * projected + length * head_map.query_heads * width)
 
 
-COSTS = {
+COSTS: dict[str, Callable[[Budget, SiteShape, HeadMap], int]] = {
     "heads": lambda budget, shape, head_map: head_map.query_heads,
     "params": lambda budget, shape, head_map: shape.parameters(head_map),
     "kv_cache": lambda budget, shape, head_map: shape.cache.of(head_map),

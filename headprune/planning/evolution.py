@@ -16,6 +16,7 @@ from torch import nn
 
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
+from headprune.planning.budget import Budget
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.planning.sensitivity import removal_order
 from headprune.scoring.masked_losses import MaskedLosses
@@ -55,8 +56,6 @@ def evolve(
 
     Raises InvalidInput for a plan without scores or budget.
     """
-    if plan.scores is None or plan.budget is None:
-        raise InvalidInput("evolution starts from a plan with scores and a budget, as hp.plan makes it.")
     space = Space.of(plan, min_heads)
     source, best = random.Random(seed), space.start
     (start,) = fitness([space.plan(best)])
@@ -77,21 +76,26 @@ def evolve(
 
 @dataclass(frozen=True)
 class Space:
-    """All plans in which each site loses its first heads in the order of the scores, within what `origin` costs."""
+    """All plans in which each site loses its first heads in the order of the scores, within what `origin` costs by `budget`."""
 
     origin: PruningPlan
+    budget: Budget
     order: dict[str, tuple[int, ...]]
     most: Counts  # heads that each site may lose
     limit: int
 
     @classmethod
     def of(cls, plan: PruningPlan, min_heads: int) -> Space:
-        order, most = {}, []
+        scores, budget = plan.scores, plan.budget
+        if scores is None or budget is None:
+            raise InvalidInput("evolution starts from a plan with scores and a budget, as hp.plan makes it.")
+        order: dict[str, tuple[int, ...]] = {}
+        most = []
         for name in plan:
-            order[name] = () if name in plan.scores.unreached else removal_order(plan.scores[name].tolist())
+            order[name] = () if name in scores.unreached else removal_order(scores[name].tolist())
             most.append(max(0, len(order[name]) - min_heads))
-        limit = sum(plan.budget.cost(plan.shapes[name], plan.head_map(name)) for name in plan)
-        return cls(plan, order, tuple(most), limit)
+        limit = sum(budget.cost(plan.shapes[name], plan.head_map(name)) for name in plan)
+        return cls(plan, budget, order, tuple(most), limit)
 
     @property
     def start(self) -> Counts:
@@ -104,8 +108,8 @@ class Space:
         return kept
 
     def cost(self, counts: Counts) -> int:
-        shapes, budget = self.origin.shapes, self.origin.budget
-        return sum(budget.cost(shapes[name], shapes[name].head_map.keep(kept)) for name, kept in self.keep(counts).items())
+        shapes = self.origin.shapes
+        return sum(self.budget.cost(shapes[name], shapes[name].head_map.keep(kept)) for name, kept in self.keep(counts).items())
 
     def plan(self, counts: Counts) -> PruningPlan:
         return replace(self.origin, keep=self.keep(counts))

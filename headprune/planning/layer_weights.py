@@ -90,7 +90,15 @@ def search_layer_weights(
 class Space:
     """What has been tried so far, by weights and by plan."""
 
-    def __init__(self, scores, budget, options, error, most, progress) -> None:
+    def __init__(
+        self,
+        scores: HeadScores,
+        budget: Budget,
+        options: dict[str, Any],
+        error: Fitness,
+        most: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
         self.scores, self.budget, self.options, self.error, self.most = scores, budget, options, error, most
         self.progress = progress
         # Weights multiply what a head is above a number below the least, so that negative scores are weighed the right way round.
@@ -98,7 +106,7 @@ class Space:
         self.least = 1.1 * min(0.0, *(float(found) for found in reached)) if reached else 0.0
         self.trials: list[Trial] = []
         self.plans: dict[tuple[float, ...], PruningPlan] = {}
-        self.errors: dict[tuple, float] = {}
+        self.errors: dict[tuple[Any, ...], float] = {}
 
     @property
     def spent(self) -> bool:
@@ -130,12 +138,12 @@ class Space:
         self.tried(weights)
         return self.errors[key_of(self.plan(weights))] < self.errors[key_of(self.plan(than))]
 
-    def summary(self) -> tuple:
+    def summary(self) -> tuple[Any, ...]:
         best = min(self.trials, key=lambda trial: trial.error)
         return len(self.trials), best.kept, self.trials[0].error, best.error
 
 
-def key_of(chosen: Mapping[str, Sequence[int]]) -> tuple:
+def key_of(chosen: Mapping[str, Sequence[int]]) -> tuple[Any, ...]:
     return tuple(tuple(heads) for heads in chosen.values())
 
 

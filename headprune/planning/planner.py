@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.planning.allocation import Selection, get_allocation
@@ -83,7 +83,7 @@ def granularity_for(granularity: str | None, engine: Engine, budget: Budget) -> 
     return found
 
 
-def warn_of_unsettled(scores: HeadScores, keep: Mapping[str, Iterable[int]]) -> None:
+def warn_of_unsettled(scores: HeadScores, keep: Mapping[str, Sequence[int]]) -> None:
     count = sum(len(heads) for heads in unsettled_heads(scores, keep).values())
     total = sum(shape.head_map.query_heads for shape in scores.shapes.values())
     if count > UNSETTLED * total:

@@ -136,8 +136,8 @@ def sensitivity(
         raise InvalidInput("the calibration set is empty; a sensitivity needs at least one batch.")
     means = {name: (total / samples).tolist() for name, total in totals.items()}
     curves = {name: (dense / samples, *losses[: len(losses) // 2]) for name, losses in means.items()}
-    heads = {name: tuple(losses[len(losses) // 2 :]) for name, losses in means.items()}
-    return Sensitivity(scores.criterion, samples, dense / samples, order, curves, heads)
+    singly = {name: tuple(losses[len(losses) // 2 :]) for name, losses in means.items()}
+    return Sensitivity(scores.criterion, samples, dense / samples, order, curves, singly)
 
 
 def ablations(heads: tuple[int, ...]) -> torch.Tensor:

@@ -51,10 +51,12 @@ def even_steps(
 
     while left:
         slices = [[group[0] for group in left]] if len(left[0]) > 1 else []
-        choices = [heads for heads in [*(left if whole_groups else ()), *slices] if not protected & set(heads)]
+        steps = [*left, *slices] if whole_groups else slices
+        choices = [heads for heads in steps if not protected & set(heads)]
         if not choices:
             break
-        gone = set(min(choices, key=mean))
+        cheapest = min(choices, key=mean)
+        gone = set(cheapest)
         found.append(tuple(sorted(gone)))
         left = [rest for group in left if (rest := [head for head in group if head not in gone])]
     return found
@@ -64,7 +66,8 @@ def in_order(shape: SiteShape, units: Sequence[Unit], least: int, allowed: Calla
     """The units of one site joined so that what each leaves is `allowed`, and that their mean scores do not fall: sorted by
     those, none then goes before the one that it counts on."""
     found: list[Unit] = []
-    left, heads, score = set(range(shape.head_map.query_heads)), (), 0.0
+    left, score = set(range(shape.head_map.query_heads)), 0.0
+    heads: tuple[int, ...] = ()
     for unit in units:
         left -= set(unit.heads)
         heads, score = (*heads, *unit.heads), score + unit.score

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from headprune.errors import InvalidInput
 
 
-class Batches(Dataset):
+class Batches(Dataset[Any]):
     """A list whose items are whole batches, each one item of a loader of batch size 1."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -39,12 +39,12 @@ def only_item(items: list[Any]) -> Any:
     return items[0]
 
 
-def collator_of(dataset: Any, collator: Callable | None) -> Callable | None:
+def collator_of(dataset: Any, collator: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """What makes a batch out of a loader's items; None leaves it to transformers."""
     return only_item if isinstance(dataset, Batches) else collator
 
 
-def first_batch(dataset: Any, collator: Callable | None) -> Any:
+def first_batch(dataset: Any, collator: Callable[..., Any] | None) -> Any:
     if isinstance(dataset, Batches):
         return dataset[0]
     from transformers import default_data_collator

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,7 @@ class TrainingBudget:
             return self.lr(step)
         return min(1.0, (step + 1) / (self.warmup + 1)) * (1 - self.fraction(step, seconds))
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         lr = "a function of the step" if callable(self.lr) else self.lr
         return {"steps": self.steps, "minutes": self.minutes, "warmup": self.warmup, "lr": lr}
 

@@ -59,8 +59,8 @@ def catching(model: nn.Module, sites: Iterable[AttentionSite], wanted: Mapping[s
             caught[name] = [output.index_select(-1, features.to(output.device)) for output in outputs]
 
 
-def appending(caught: Caught, name: str) -> Callable:
-    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+def appending(caught: Caught, name: str) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         caught.setdefault(name, []).append(first_tensor(output if isinstance(output, tuple) else (output,)))
 
     return hook

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,10 +27,10 @@ class Method:
 _methods: dict[str, Method] = {}
 
 
-def recovery_method(name: str, lr: float) -> Callable[[Callable], Callable]:
+def recovery_method(name: str, lr: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated generator `prepare(model, **options)` as recover(method=name)."""
 
-    def register(prepare: Callable) -> Callable:
+    def register(prepare: Callable[..., Any]) -> Callable[..., Any]:
         _methods[name] = Method(name, lr, contextmanager(prepare))
         return prepare
 

@@ -45,7 +45,7 @@ def recover(
     dropout: bool | None = None,
     clock: Callable[[], float] = time.monotonic,
     token_mask: TokenMask | None = None,
-    data_collator: Callable | None = None,
+    data_collator: Callable[..., Any] | None = None,
     callbacks: Sequence[Any] = (),
     method_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,

@@ -44,7 +44,7 @@ class Session:
     patience: int
     seed: int
     dropout: bool
-    collator: Callable | None
+    collator: Callable[..., Any] | None
     callbacks: Sequence[Any]
     progress: Callable[[int, int], None] | None
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -68,8 +69,8 @@ def backends_table() -> Table:
 def example_call(operator: str, device: str, dtype: torch.dtype) -> AttentionCall | VarlenCall | DecodeCall | WeightCall:
     """A small ragged causal attention: what a pruned decoder asks for."""
     head_map = HeadMap((0, 0, 0, 1, 2, 2), 3)
-    tensor: Callable = lambda *size: torch.zeros(*size, 64, device=device, dtype=dtype)  # noqa: E731
-    integers: Callable = lambda *values: torch.tensor(values, device=device, dtype=torch.int32)  # noqa: E731
+    tensor: Callable[..., Any] = lambda *size: torch.zeros(*size, 64, device=device, dtype=dtype)  # noqa: E731
+    integers: Callable[..., Any] = lambda *values: torch.tensor(values, device=device, dtype=torch.int32)  # noqa: E731
     if operator.startswith("attention_varlen"):
         starts = integers(0, 16)
         return VarlenCall(

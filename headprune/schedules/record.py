@@ -42,7 +42,7 @@ class Record:
         self.shapes = shapes_of(dense)
         self.steps: list[Step] = []
         self.stopped: str | None = None
-        self._state: tuple[dict, dict[str, Tensor]] | None = None
+        self._state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         if self.folder is not None:
             self._take_up({"schedule": schedule, **json.loads(json.dumps(settings))})
 

@@ -48,4 +48,5 @@ def mean_ranks(values: Tensor) -> Tensor:
     """[n], fp64: the place of each value in ascending order; equal values share the mean of their places."""
     _, place, count = values.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0)
-    return (last - (count - 1) / 2).double()[place]
+    ranks: Tensor = (last - (count - 1) / 2).double()
+    return ranks[place]

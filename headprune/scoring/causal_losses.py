@@ -11,7 +11,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from headprune.errors import InvalidInput
-from headprune.models.stream import first_tensor
 from headprune.models.tokens import IGNORED_LABEL
 from headprune.models.trunk import leaving, trunk_of
 
@@ -34,14 +33,16 @@ def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKE
     if labels is None:
         raise InvalidInput("the batch has no labels; a causal loss needs them (the input_ids, with -100 where padded).")
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    trunk, behind = trunk_of(model), []
+    trunk = trunk_of(model)
+    behind: list[Any] = []
+    headless = getattr(model, "base_model", model)
     handle = trunk.layers[-1].register_forward_hook(lambda _module, _args, output: behind.append(output))
     try:
-        model.base_model(**inputs)
+        headless(**inputs)
     finally:
         handle.remove()
     alone = isinstance(behind[0], Tensor)
-    states = behind[0] if alone else first_tensor(behind[0])
+    states: Tensor = behind[0] if alone else behind[0][0]
 
     def of_part(part: Tensor, targets: Tensor, start: int) -> Tensor:
         with leaving(trunk, part, alone):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from headprune.scoring.observations import Need, Observations, SiteObservations
 
 log = logging.getLogger("headprune")
 ENTRY_POINTS = "headprune.criteria"
+OfSite = Callable[[SiteObservations], Tensor]
+OfModel = Callable[[Observations], Mapping[str, Tensor]]
+Function = TypeVar("Function", bound=OfSite | OfModel)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Criterion:
     needs: frozenset[Need]
     source: str
     cost: str
-    function: Callable[[SiteObservations], Tensor] | Callable[[Observations], Mapping[str, Tensor]]
+    function: OfSite | OfModel
     whole_model: bool = False
 
     @property
@@ -42,21 +46,24 @@ class Criterion:
                     f"{self.name} needs {need.value}, which was not observed at {missing[0]}; observe with needs={{{need}}}."
                 )
         if self.whole_model:
-            found = self.function(observed)
+            found = cast(OfModel, self.function)(observed)
             return {name: found[name].float() for name in observed}
-        return {name: self.function(site).float() for name, site in observed.items()}
+        of_site = cast(OfSite, self.function)
+        return {name: of_site(site).float() for name, site in observed.items()}
 
 
 _criteria: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, needs: Iterable[Need], source: str, cost: str, whole_model: bool = False) -> Callable:
+def criterion(
+    name: str, *, needs: Iterable[Need], source: str, cost: str, whole_model: bool = False
+) -> Callable[[Function], Function]:
     """Registers the decorated function as a criterion; a later one of the same name takes the earlier one's place.
 
     A package that is installed beside headprune names its module in the entry point group "headprune.criteria".
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Function) -> Function:
         _criteria[name] = Criterion(name, frozenset(needs), source, cost, function, whole_model)
         return function
 

@@ -6,6 +6,7 @@ the other. Which dimension of a tensor is the batch is seen, not guessed: it is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ FOREIGN = "foreign"  # stands for a leaf that is neither a tensor nor plain: wha
 NOT_OF_A_BATCH = ("cache_position",)  # arguments as long as the sequence, which may be as long as the batch by chance
 
 
-def shapes(tree: Any) -> tuple:
+def shapes(tree: Any) -> tuple[Any, ...]:
     """Of each leaf: its shape, None where it is plain, or FOREIGN."""
     leaves = tree_flatten(tree)[0]
     return tuple(leaf.shape if isinstance(leaf, Tensor) else None if isinstance(leaf, PLAIN) else FOREIGN for leaf in leaves)
 
 
-def batch_dims(single: tuple, doubled: tuple) -> Dims | None:
+def batch_dims(single: tuple[Any, ...], doubled: tuple[Any, ...]) -> Dims | None:
     """From the `shapes` of a tree and of the same one for the doubled batch; None where they do not differ so."""
     if len(single) != len(doubled):
         return None
@@ -43,7 +44,7 @@ def batch_dims(single: tuple, doubled: tuple) -> Dims | None:
     return tuple(dims)
 
 
-def argument_dims(args: tuple, kwargs: dict, batch_dim: int) -> Dims | None:
+def argument_dims(args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int) -> Dims | None:
     """The batch dimensions of a call's tensors, if the first tensor's is `batch_dim`; to be confirmed by a doubled call."""
     outside = {id(kwargs[name]) for name in NOT_OF_A_BATCH if name in kwargs}
     leaves = tree_flatten((args, kwargs))[0]
@@ -61,7 +62,8 @@ def argument_dims(args: tuple, kwargs: dict, batch_dim: int) -> Dims | None:
 
 
 def batch_size(tree: Any, dims: Dims) -> int:
-    return next(leaf.shape[dim] for leaf, dim in zip(tree_flatten(tree)[0], dims) if dim is not None)
+    sizes: Iterator[int] = (leaf.shape[dim] for leaf, dim in zip(tree_flatten(tree)[0], dims) if dim is not None)
+    return next(sizes)
 
 
 def folded(tree: Any, dims: Dims, times: int) -> Any:

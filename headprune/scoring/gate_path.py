@@ -37,7 +37,7 @@ def of_all_samples(found: MaskedBatch, gates: dict[str, Tensor]) -> dict[str, Te
 
 
 def differentiated(losses: list[Tensor], leaves: dict[str, Tensor], samples: int) -> dict[str, Tensor]:
-    total = sum(loss.sum() if loss.dim() else loss * samples for loss in losses)
+    total = torch.stack([loss.sum() if loss.dim() else loss * samples for loss in losses]).sum()
     if not torch.isfinite(total):
         raise InvalidInput("the loss is NaN or infinite on a batch; look for empty labels or overflow in low precision.")
     if not total.requires_grad:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from headprune.models.site import AttentionSite
+from headprune.models.site import AttentionSite, Role
 from headprune.ops import HeadSlices
 
-ROLES = ("query", "key", "value", "output")
+ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 
 
 def head_slices(sites: Iterable[AttentionSite]) -> list[HeadSlices]:
@@ -19,7 +19,7 @@ def head_slices(sites: Iterable[AttentionSite]) -> list[HeadSlices]:
     return [HeadSlices.indexed(one.module.weight, one.features, one.weight_dim) for one in projections]
 
 
-def weights_of(slices: Iterable[HeadSlices]) -> list[nn.Parameter]:
+def weights_of(slices: Iterable[HeadSlices]) -> list[Tensor]:
     """The weights behind them, a fused one once."""
     return list({id(one.weight): one.weight for one in slices}.values())
 

@@ -47,6 +47,7 @@ class LayerStates:
             shutil.rmtree(self.folder / kind / f"{layer:05d}", ignore_errors=True)
 
     def _path(self, kind: str, layer: int, batch: int) -> Path:
+        assert self.folder is not None  # else the states are kept in memory
         return self.folder / kind / f"{layer:05d}" / f"{batch:06d}.safetensors"
 
 

@@ -9,7 +9,7 @@ with the model's output for that mask.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +61,7 @@ class DensePass:
     the order reached; results of calls that replays take from it."""
 
     losses: Tensor = field(default_factory=lambda: torch.zeros(0))
-    calls: list[tuple[tuple, dict]] = field(default_factory=list)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     reached: dict[str, None] = field(default_factory=dict)
     stored: dict[int, Any] = field(default_factory=dict)
@@ -95,9 +95,13 @@ class MaskedLosses:
 
     def dense_pass(self, batch: Any) -> DensePass:
         found = DensePass()
+
+        def noting(name: str) -> Callable[[Tensor], None]:
+            return lambda _inputs: found.reached.setdefault(name)
+
         with ExitStack() as stack:
             for name, site in self.sites.items():
-                stack.enter_context(output_input_hook(site, lambda _inputs, name=name: found.reached.setdefault(name)))
+                stack.enter_context(output_input_hook(site, noting(name)))
             if self.structure:
                 stack.enter_context(recording(self.structure.calls, list(self.structure.plans.values()), found.stored))
             found.losses = self.sample_losses(batch, found)
@@ -151,9 +155,11 @@ class MaskedLosses:
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             kwargs |= {"use_cache": False} if kwargs.get("use_cache") else {}
-            found.calls.append((args, kwargs))
-            found.outputs.append(forward(*args, **kwargs))
-            return found.outputs[-1]
+            output = forward(*args, **kwargs)
+            if found is not None:
+                found.calls.append((args, kwargs))
+                found.outputs.append(output)
+            return output
 
         with ExitStack() as stack:
             if found is not None:
@@ -258,10 +264,11 @@ class MaskedBatch:
 
     def folded_pass(self, gates: dict[str, Tensor], times: int, start: str | None = None) -> list[Any]:
         """The output for each mask, from one pass."""
-        owner, found = self.owner, self._pass
+        owner, found, structure = self.owner, self._pass, self.owner.structure
+        assert structure is not None  # else each mask is run by itself
         gates = {name: rows.to(owner.place) for name, rows in gates.items()}
-        output = folded_pass(owner.model, owner.sites, owner.structure, found.calls[0], gates, times, start, found.stored)
-        return [fold(output, owner.structure.output, times, index) for index in range(times)]
+        output = folded_pass(owner.model, owner.sites, structure, found.calls[0], gates, times, start, found.stored)
+        return [fold(output, structure.output, times, index) for index in range(times)]
 
     def run(self, gates: dict[str, Tensor], start: str | None) -> Tensor:
         """[masks, samples] by one pass; by several smaller ones where memory does not hold it."""
@@ -281,7 +288,7 @@ class MaskedBatch:
 def without_caches(model: nn.Module) -> Iterator[None]:
     """No transformers module keeps keys and values inside the block."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    cached: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", False)]
     for config in cached:
         config.use_cache = False
     try:

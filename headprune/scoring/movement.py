@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,9 @@ class MovementRecorder:
 
     def __call__(self, scale: float = 1.0) -> None:
         """Records one step. scale: factor on the gradients, 1 / its scale where a GradScaler has not unscaled them yet."""
-        moved = [index for index, one in enumerate(self._slices) if one.weight.grad is not None]
-        stats = head_weight_stats([self._slices[i] for i in moved], [self._slices[i].weight.grad for i in moved])
-        dots = dict(zip(moved, (one.dot for one in stats)))
+        grads = {index: one.weight.grad for index, one in enumerate(self._slices) if one.weight.grad is not None}
+        stats = head_weight_stats([self._slices[i] for i in grads], list(grads.values()))
+        dots = {index: one.dot for index, one in zip(grads, stats) if one.dot is not None}
         for index, site in enumerate(self._sites):
             first = index * len(ROLES)
             own = [dots.get(i, torch.zeros(self._slices[i].heads)) for i in range(first, first + len(ROLES))]
@@ -70,7 +71,7 @@ class MovementRecorder:
     def state_dict(self) -> dict[str, Tensor | int]:
         return {"steps": self.steps, **{name: sums.clone() for name, sums in self._sums.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises InvalidInput where the state is of another model."""
         shapes = {name: tuple(sums.shape) for name, sums in self._sums.items()}
         found = {name: tuple(value.shape) for name, value in state.items() if name != "steps"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,7 +49,7 @@ class Need(Enum):
             raise unknown_name("observation", need, [known.value for known in cls]) from None
 
 
-def measured(need: Need, merge: Literal["samples", "sum", "same", "max"]):
+def measured(need: Need, merge: Literal["samples", "sum", "same", "max"]) -> Any:
     """A field of SiteObservations that `need` fills. Two sets of data combine by joining the rows of their samples, by
     adding, by the larger one, or not at all: values of the model alone are the same in both."""
     return field(default=None, metadata={"need": need, "merge": merge})
@@ -102,46 +102,47 @@ class SiteObservations:
     name: str
     shape: SiteShape
     reached: bool = True
-    weight_l1: Tensor | None = measured(Need.WEIGHTS, "same")
-    weight_l2: Tensor | None = measured(Need.WEIGHTS, "same")
-    weight_max: Tensor | None = measured(Need.WEIGHTS, "same")
-    weight_count: Tensor | None = measured(Need.WEIGHTS, "same")
-    weight_gradient_dot: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
-    weight_gradient_abs: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
-    weight_gradient_square: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
-    movement: Tensor | None = measured(Need.MOVEMENT, "sum")
-    gate_gradient: Tensor | None = measured(Need.GATE_GRADIENT, "samples")
-    input_gram: Tensor | None = measured(Need.GRAM, "sum")
-    input_sum: Tensor | None = measured(Need.GRAM, "sum")
-    tokens: Tensor | None = measured(Need.GRAM, "sum")
-    output_gram: Tensor | None = measured(Need.GRAM, "same")
-    output_l1: Tensor | None = measured(Need.GRAM, "same")
-    entropy: Tensor | None = measured(Need.ATTENTION, "samples")
-    max_prob: Tensor | None = measured(Need.ATTENTION, "samples")
-    max_logit: Tensor | None = measured(Need.ATTENTION, "samples")
-    first_mass: Tensor | None = measured(Need.ATTENTION, "samples")
-    distance: Tensor | None = measured(Need.ATTENTION, "samples")
-    output_norm: Tensor | None = measured(Need.ATTENTION, "samples")
-    previous_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
-    self_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
-    local_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
-    evenness: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
+    # Typed as tensors: a criterion reads what its needs name, and those were observed.
+    weight_l1: Tensor = measured(Need.WEIGHTS, "same")
+    weight_l2: Tensor = measured(Need.WEIGHTS, "same")
+    weight_max: Tensor = measured(Need.WEIGHTS, "same")
+    weight_count: Tensor = measured(Need.WEIGHTS, "same")
+    weight_gradient_dot: Tensor = measured(Need.WEIGHT_GRADIENT, "samples")
+    weight_gradient_abs: Tensor = measured(Need.WEIGHT_GRADIENT, "samples")
+    weight_gradient_square: Tensor = measured(Need.WEIGHT_GRADIENT, "samples")
+    movement: Tensor = measured(Need.MOVEMENT, "sum")
+    gate_gradient: Tensor = measured(Need.GATE_GRADIENT, "samples")
+    input_gram: Tensor = measured(Need.GRAM, "sum")
+    input_sum: Tensor = measured(Need.GRAM, "sum")
+    tokens: Tensor = measured(Need.GRAM, "sum")
+    output_gram: Tensor = measured(Need.GRAM, "same")
+    output_l1: Tensor = measured(Need.GRAM, "same")
+    entropy: Tensor = measured(Need.ATTENTION, "samples")
+    max_prob: Tensor = measured(Need.ATTENTION, "samples")
+    max_logit: Tensor = measured(Need.ATTENTION, "samples")
+    first_mass: Tensor = measured(Need.ATTENTION, "samples")
+    distance: Tensor = measured(Need.ATTENTION, "samples")
+    output_norm: Tensor = measured(Need.ATTENTION, "samples")
+    previous_mass: Tensor = measured(Need.ATTENTION_PATTERN, "samples")
+    self_mass: Tensor = measured(Need.ATTENTION_PATTERN, "samples")
+    local_mass: Tensor = measured(Need.ATTENTION_PATTERN, "samples")
+    evenness: Tensor = measured(Need.ATTENTION_PATTERN, "samples")
     special_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     punctuation_mass: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
     ordinary_max_prob: Tensor | None = measured(Need.ATTENTION_PATTERN, "samples")
-    projected_norm: Tensor | None = measured(Need.OUTPUT_NORM, "samples")
-    distance_sum: Tensor | None = measured(Need.ATTENTION_DISTANCE, "sum")
-    distance_rows: Tensor | None = measured(Need.ATTENTION_DISTANCE, "sum")
-    probe_induction: Tensor | None = measured(Need.PROBE, "same")
-    probe_previous: Tensor | None = measured(Need.PROBE, "same")
-    probe_retrieval: Tensor | None = measured(Need.PROBE, "same")
-    ablation: Tensor | None = measured(Need.ABLATION, "samples")
-    shapley: Tensor | None = measured(Need.SHAPLEY, "samples")
-    shapley_samples: Tensor | None = measured(Need.SHAPLEY, "samples")
-    trial_masks: Tensor | None = measured(Need.MASK_TRIALS, "samples")
-    trial_changes: Tensor | None = measured(Need.MASK_TRIALS, "samples")
-    trial_samples: Tensor | None = measured(Need.MASK_TRIALS, "samples")
-    integrated_gradient: Tensor | None = measured(Need.INTEGRATED_GRADIENT, "samples")
+    projected_norm: Tensor = measured(Need.OUTPUT_NORM, "samples")
+    distance_sum: Tensor = measured(Need.ATTENTION_DISTANCE, "sum")
+    distance_rows: Tensor = measured(Need.ATTENTION_DISTANCE, "sum")
+    probe_induction: Tensor = measured(Need.PROBE, "same")
+    probe_previous: Tensor = measured(Need.PROBE, "same")
+    probe_retrieval: Tensor = measured(Need.PROBE, "same")
+    ablation: Tensor = measured(Need.ABLATION, "samples")
+    shapley: Tensor = measured(Need.SHAPLEY, "samples")
+    shapley_samples: Tensor = measured(Need.SHAPLEY, "samples")
+    trial_masks: Tensor = measured(Need.MASK_TRIALS, "samples")
+    trial_changes: Tensor = measured(Need.MASK_TRIALS, "samples")
+    trial_samples: Tensor = measured(Need.MASK_TRIALS, "samples")
+    integrated_gradient: Tensor = measured(Need.INTEGRATED_GRADIENT, "samples")
 
     def has(self, need: Need) -> bool:
         """Whether what `need` names was observed here."""
@@ -151,7 +152,8 @@ class SiteObservations:
         """Both sets of samples; statistics of weights are those of one model and must be the same."""
         if (self.name, self.shape) != (other.name, other.shape):
             raise InvalidInput("observations of different models cannot be merged.")
-        merged = {name: combined(merge, getattr(self, name), getattr(other, name)) for name, merge in MERGES.items()}
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in MERGES}
+        merged: dict[str, Any] = {name: combined(MERGES[name], *pair) for name, pair in pairs.items()}
         return replace(self, reached=self.reached or other.reached, **merged)
 
 
@@ -237,13 +239,8 @@ class Observations(Mapping[str, SiteObservations]):
             raise InvalidInput(f"{path} cannot be read as observations: {error}.") from None
         if metadata.get("kind") != "observations" or int(metadata["schema_version"]) > SCHEMA_VERSION:
             raise InvalidInput(f"{path} holds no observations that this headprune reads.")
-        sites = {
-            name: SiteObservations(
-                name,
-                SiteShape.from_json(site["shape"]),
-                site["reached"],
-                **{field: tensors.get(f"{name}/{field}") for field in MERGES},
-            )
-            for name, site in json.loads(metadata["sites"]).items()
-        }
+        sites = {}
+        for name, site in json.loads(metadata["sites"]).items():
+            values: dict[str, Any] = {field: tensors.get(f"{name}/{field}") for field in MERGES}
+            sites[name] = SiteObservations(name, SiteShape.from_json(site["shape"]), site["reached"], **values)
         return cls(sites, tuple(json.loads(metadata["seen"])))

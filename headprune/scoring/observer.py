@@ -38,7 +38,7 @@ class Setting:
             return self.loss_fn(self.model, batch)
         if not isinstance(batch, dict):
             raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give loss_fn.")
-        loss = getattr(self.model(**batch), "loss", None)
+        loss: Tensor | None = getattr(self.model(**batch), "loss", None)
         if loss is None:
             raise InvalidInput(f"{type(self.model).__name__} returned no loss: put labels into the batches, or give loss_fn.")
         return loss
@@ -63,15 +63,15 @@ class Observer:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
-    def watching_pass(self) -> AbstractContextManager:
+    def watching_pass(self) -> AbstractContextManager[object]:
         """Around all batches."""
         return nullcontext()
 
-    def watching_batch(self, batch: Any) -> AbstractContextManager:
+    def watching_batch(self, batch: Any) -> AbstractContextManager[object]:
         """Around the forward and backward pass of one batch."""
         return nullcontext()
 
-    def watching_forward(self, batch: Any) -> AbstractContextManager:
+    def watching_forward(self, batch: Any) -> AbstractContextManager[object]:
         """Around its forward pass alone: what activation checkpointing runs again in the backward pass is not seen twice."""
         return nullcontext()
 

@@ -17,7 +17,7 @@ from headprune.scoring.site_shape import SiteShape
 
 
 def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backward: bool) -> None:
-    loss = None
+    loss: Tensor | None = None
     with ExitStack() as whole:
         for observer in observers:
             whole.enter_context(observer.watching_batch(batch))
@@ -28,7 +28,7 @@ def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backw
                 loss = setting.loss(batch)
             elif any(observer.runs == "forward" for observer in observers):
                 setting.run(batch)
-        if backward:
+        if loss is not None:
             differentiate(loss)
     for observer in observers:
         observer.after_batch(batch, None if loss is None else loss.detach())
@@ -73,7 +73,8 @@ def checksum(value: Any, start: int = 0) -> int:
     """CRC-32 of a batch: tensors by their bytes, containers by what they hold, numbers and text as they are."""
     if isinstance(value, Tensor):
         start = zlib.crc32(f"{value.dtype}{tuple(value.shape)}".encode(), start)
-        return zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), start) if value.numel() else start
+        content = value.detach().cpu().contiguous().view(-1)
+        return zlib.crc32(content.view(torch.uint8).numpy().data, start) if value.numel() else start
     if isinstance(value, Mapping):
         for key in value:
             start = checksum(value[key], zlib.crc32(repr(key).encode(), start))

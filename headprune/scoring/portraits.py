@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Portraits(Mapping[str, tuple[HeadPortrait, ...]]):
     def __len__(self) -> int:
         return len(self.heads)
 
-    def to_json(self) -> dict[str, list[dict]]:
+    def to_json(self) -> dict[str, list[dict[str, Any]]]:
         return {name: [{"labels": list(head.labels), "evidence": head.evidence} for head in heads] for name, heads in self.items()}
 
     def save(self, path: str | Path) -> None:

@@ -76,8 +76,8 @@ def merged(observed: Observations | None, problem: Exception | None = None) -> O
     with together() as group:
         problems: list[Any] = [None] * world_size()
         dist.all_gather_object(problems, None if problem is None else f"{type(problem).__name__}: {problem}", group=group)
-        if problem is not None:
-            raise problem
+        if problem is not None or observed is None:
+            raise problem or HeadpruneError("this rank observed nothing.")
         for rank, other in enumerate(problems):
             if other is not None:
                 raise HeadpruneError(f"rank {rank} could not observe: {other}")
@@ -91,7 +91,8 @@ def merged_site(site: SiteObservations, group: Any) -> SiteObservations:
     reached = torch.tensor([float(site.reached)])
     dist.all_reduce(reached, group=group)
     values = {name: getattr(site, name) for name in MERGES if getattr(site, name) is not None}
-    return replace(site, reached=bool(reached), **{name: COMBINE[MERGES[name]](value, group) for name, value in values.items()})
+    whole: dict[str, Any] = {name: COMBINE[MERGES[name]](value, group) for name, value in values.items()}
+    return replace(site, reached=bool(reached), **whole)
 
 
 def summed(value: Tensor, group: Any) -> Tensor:

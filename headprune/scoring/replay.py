@@ -28,8 +28,8 @@ class Call:
     """One call of a module: `shapes` of what it received and returned, and the ticks of the trace's clock at both."""
 
     module: nn.Module
-    received: tuple
-    returned: tuple
+    received: tuple[Any, ...]
+    returned: tuple[Any, ...]
     entered: int
     left: int
 
@@ -42,13 +42,13 @@ class Call:
 def tracing(model: nn.Module) -> Iterator[list[Call]]:
     """The list fills with all calls inside the block; in order of entry once the block has ended."""
     calls: list[Call] = []
-    opened: list[tuple[int, tuple]] = []
+    opened: list[tuple[int, tuple[Any, ...]]] = []
     clock = count()
 
-    def enter(_module: nn.Module, args: tuple) -> None:
+    def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
         opened.append((next(clock), shapes(args)))
 
-    def leave(module: nn.Module, _args: tuple, output: Any) -> None:
+    def leave(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         entered, received = opened.pop()
         calls.append(Call(module, received, shapes(output), entered, next(clock)))
 
@@ -86,9 +86,9 @@ def recording(calls: Sequence[Call], plans: Sequence[Plan], stored: dict[int, An
     for index, call in enumerate(calls):
         of_module[call.module].append(index)
     watched = {calls[index].module for index in wanted}
-    seen: Counter = Counter()
+    seen: Counter[nn.Module] = Counter()
 
-    def keep(module: nn.Module, _args: tuple, output: Any) -> None:
+    def keep(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         number = seen[module]
         seen[module] += 1
         if number < len(of_module[module]) and of_module[module][number] in wanted:
@@ -107,12 +107,13 @@ def recording(calls: Sequence[Call], plans: Sequence[Plan], stored: dict[int, An
 def replaying(plan: Plan, stored: Mapping[int, Any], dims: Sequence[Dims | None], times: int) -> Iterator[None]:
     """Inside the block one pass over the batch taken `times` times starts where `plan` ends."""
 
-    def replayed(forward: Callable, taken: Sequence[int | None]) -> Callable:
+    def replayed(forward: Callable[..., Any], taken: Sequence[int | None]) -> Callable[..., Any]:
         queue = iter(taken)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             index = next(queue, None)
-            return forward(*args, **kwargs) if index is None else folded(stored[index], dims[index], times)
+            dim = None if index is None else dims[index]
+            return forward(*args, **kwargs) if index is None or dim is None else folded(stored[index], dim, times)
 
         return run
 

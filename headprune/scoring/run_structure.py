@@ -6,7 +6,7 @@ It is found on the first sample of a batch: one pass of it, one of it taken twic
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from headprune.models.site import AttentionSite
 from headprune.scoring.folding import Dims, alike, argument_dims, batch_dims, first_sample, folded
 from headprune.scoring.replay import Call, Plan, plan_until, recording, replaying, tracing
 
-Arguments = tuple[tuple, dict]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # How a model refuses shapes that it was not made for, or a replay that lacks what earlier layers leave outside of their results.
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
@@ -117,11 +117,11 @@ def run(model: nn.Module, call: Arguments) -> Any:
     return model(*args, **kwargs)
 
 
-def closed(site: AttentionSite):
+def closed(site: AttentionSite) -> AbstractContextManager[None]:
     return output_input_hook(site, gate_columns(torch.zeros(site.output.features.numel())))
 
 
-def closed_in_second(site: AttentionSite, traced: Sequence[Call]):
+def closed_in_second(site: AttentionSite, traced: Sequence[Call]) -> AbstractContextManager[None]:
     """Closes the site in the second half of a doubled batch, along the dimension in which its input has doubled."""
     single = next(call.received[0] for call in traced if call.module is site.output.module)
     gates = torch.stack([torch.ones(site.head_map.query_heads), torch.zeros(site.head_map.query_heads)])

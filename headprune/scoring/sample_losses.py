@@ -41,13 +41,16 @@ class OwnLoss:
             self._form = recognised(output, batch, loss, type(model).__name__, self._form)
         elif self._form is None or not (set(batch) & {"labels", "start_positions"}):
             raise InvalidInput(f"{type(model).__name__} returned no loss: put labels into the batches, or give loss_fn.")
-        losses, counts = FORMS[self._form](output, batch)
+        found = FORMS[self._form](output, batch)
+        if found is None:
+            raise InvalidInput(f"a batch has no labels as those before it had ({self._form}); give loss_fn.")
+        losses, counts = found
         if not counts.all():
             raise InvalidInput(f"samples {(counts == 0).nonzero().flatten().tolist()} of a batch have no label that counts.")
         return losses
 
 
-def recognised(output: Any, batch: Mapping, loss: Tensor, model: str, known: str | None) -> str:
+def recognised(output: Any, batch: Mapping[str, Any], loss: Tensor, model: str, known: str | None) -> str:
     """The name of the form whose weighted mean is `loss`: `known` where that still fits, else the one that comes nearest."""
     expected = float(loss.detach())
     allowed = SAME_LOGITS.get(loss.dtype, SAME_LOGITS_LOW_PRECISION) * (1 + abs(expected))
@@ -55,13 +58,14 @@ def recognised(output: Any, batch: Mapping, loss: Tensor, model: str, known: str
         raise InvalidInput(
             f"the loss of {model} is NaN or infinite on a batch; look for empty labels or overflow in low precision."
         )
-    distances = {}
+    distances: dict[str, float] = {}
     for name, form in FORMS.items():
         found = form(output, batch)
         if found is not None:
             losses, counts = (part.detach().double() for part in found)
             distances[name] = abs(float((losses * counts).nansum() / counts.sum()) - expected)
-    nearest = known if distances.get(known, math.inf) <= allowed else min(distances, key=distances.get, default=None)
+    fits = known is not None and distances.get(known, math.inf) <= allowed
+    nearest = known if fits else min(distances, key=distances.__getitem__, default=None)
     if nearest is None or not distances[nearest] <= allowed:
         raise InvalidInput(
             f"the loss of {model} ({expected:.4g} on a batch) is none that headprune knows sample by sample "
@@ -81,44 +85,59 @@ def tolerance_of(model: nn.Module) -> float:
     return TOLERANCE.get(next((parameter.dtype for parameter in model.parameters()), torch.float32), LOW_PRECISION)
 
 
-def next_token(output: Any, batch: Mapping) -> Rows | None:
-    logits, labels = logits_and_labels(output, batch)
-    if logits is None or labels.shape != logits.shape[:-1] or labels.dim() != 2 or labels.shape[1] < 2:
+def next_token(output: Any, batch: Mapping[str, Any]) -> Rows | None:
+    found = logits_and_labels(output, batch)
+    if found is None:
+        return None
+    logits, labels = found
+    if labels.shape != logits.shape[:-1] or labels.dim() != 2 or labels.shape[1] < 2:
         return None
     return cross_entropy(logits[:, :-1], labels[:, 1:])
 
 
-def token(output: Any, batch: Mapping) -> Rows | None:
-    logits, labels = logits_and_labels(output, batch)
-    if logits is None or labels.shape != logits.shape[:-1] or labels.dim() != 2:
+def token(output: Any, batch: Mapping[str, Any]) -> Rows | None:
+    found = logits_and_labels(output, batch)
+    if found is None:
+        return None
+    logits, labels = found
+    if labels.shape != logits.shape[:-1] or labels.dim() != 2:
         return None
     return cross_entropy(logits, labels)
 
 
-def one_class(output: Any, batch: Mapping) -> Rows | None:
-    logits, labels = logits_and_labels(output, batch)
-    if logits is None or logits.dim() != 2 or labels.numel() != len(logits):
+def one_class(output: Any, batch: Mapping[str, Any]) -> Rows | None:
+    found = logits_and_labels(output, batch)
+    if found is None:
+        return None
+    logits, labels = found
+    if logits.dim() != 2 or labels.numel() != len(logits):
         return None
     return cross_entropy(logits[:, None], labels.view(-1, 1))
 
 
-def several_classes(output: Any, batch: Mapping) -> Rows | None:
-    logits, labels = logits_and_labels(output, batch, whole=False)
-    if logits is None or labels.shape != logits.shape:
+def several_classes(output: Any, batch: Mapping[str, Any]) -> Rows | None:
+    found = logits_and_labels(output, batch, whole=False)
+    if found is None:
+        return None
+    logits, labels = found
+    if labels.shape != logits.shape:
         return None
     losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").flatten(1).mean(dim=1)
     return losses, torch.ones_like(losses)
 
 
-def regression(output: Any, batch: Mapping) -> Rows | None:
-    logits, labels = logits_and_labels(output, batch, whole=False)
-    if logits is None or labels.numel() != logits.numel() or len(labels) != len(logits):
+def regression(output: Any, batch: Mapping[str, Any]) -> Rows | None:
+    found = logits_and_labels(output, batch, whole=False)
+    if found is None:
+        return None
+    logits, labels = found
+    if labels.numel() != logits.numel() or len(labels) != len(logits):
         return None
     losses = (logits.flatten(1) - labels.reshape(len(labels), -1).to(logits)).square().mean(dim=1)
     return losses, torch.ones_like(losses)
 
 
-def answer_span(output: Any, batch: Mapping) -> Rows | None:
+def answer_span(output: Any, batch: Mapping[str, Any]) -> Rows | None:
     if not all(hasattr(output, name) for name in ("start_logits", "end_logits")) or "end_positions" not in batch:
         return None
     parts = []
@@ -132,7 +151,7 @@ def answer_span(output: Any, batch: Mapping) -> Rows | None:
     return losses, torch.ones_like(losses)
 
 
-FORMS: dict[str, Callable[[Any, Mapping], Rows | None]] = {
+FORMS: dict[str, Callable[[Any, Mapping[str, Any]], Rows | None]] = {
     "next_token": next_token,
     "token": token,
     "one_class": one_class,
@@ -142,11 +161,11 @@ FORMS: dict[str, Callable[[Any, Mapping], Rows | None]] = {
 }
 
 
-def logits_and_labels(output: Any, batch: Mapping, whole: bool = True) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def logits_and_labels(output: Any, batch: Mapping[str, Any], whole: bool = True) -> tuple[Tensor, Tensor] | None:
     """fp32 logits and labels on their device; nothing where one is missing, or labels are no whole numbers though `whole`."""
     logits, labels = getattr(output, "logits", None), batch.get("labels")
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or (whole and labels.is_floating_point()):
-        return None, None
+        return None
     return (logits if logits.dtype == torch.float64 else logits.float()), labels.to(logits.device)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,25 @@ def score_observations(observed: Observations, criterion: str, normalize: str = 
     )
 
 
+@overload
 def score(
-    model: nn.Module, batches: Any = (), criterion: str | Sequence[str] = "fisher", *, normalize: str = "none", **options: Any
+    model: nn.Module, batches: Any = (), criterion: str = "fisher", *, normalize: str = "none", **options: Any
+) -> HeadScores: ...
+
+
+@overload
+def score(
+    model: nn.Module, batches: Any = (), criterion: list[str] | tuple[str, ...] = ..., *, normalize: str = "none", **options: Any
+) -> dict[str, HeadScores]: ...
+
+
+def score(
+    model: nn.Module,
+    batches: Any = (),
+    criterion: str | list[str] | tuple[str, ...] = "fisher",
+    *,
+    normalize: str = "none",
+    **options: Any,
 ) -> HeadScores | dict[str, HeadScores]:
     """Scores every query head of `model` on `batches`; options are those of `observe` (loss_fn, token_mask, ...).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -65,7 +66,7 @@ class HeadScores(Mapping[str, Tensor]):
         reached = [name for name in self if name not in self.unreached | other.unreached]
         return agreement({name: self[name] for name in reached}, {name: other[name] for name in reached}, keep)
 
-    def to_json(self) -> dict[str, dict]:
+    def to_json(self) -> dict[str, dict[str, Any]]:
         """Site name -> its scores (null: unreached), spread and shape."""
         sites = {}
         for name in self:
@@ -76,7 +77,7 @@ class HeadScores(Mapping[str, Tensor]):
         return sites
 
     @classmethod
-    def from_json(cls, criterion: str, sites: Mapping[str, Mapping]) -> HeadScores:
+    def from_json(cls, criterion: str, sites: Mapping[str, Mapping[str, Any]]) -> HeadScores:
         """Raises KeyError or TypeError where something is missing."""
         shapes = {name: SiteShape.from_json(site["shape"]) for name, site in sites.items()}
         unreached = frozenset(name for name, site in sites.items() if site["scores"] is None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from headprune.head_map import HeadMap
 from headprune.models.cached import CachedFeatures
@@ -36,13 +37,13 @@ class SiteShape:
     def cache(self) -> CachedFeatures:
         return self.cached or CachedFeatures(kv_head=self.head_dim + self.value_dim)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["cached"] = None if self.cached is None else asdict(self.cached)
         return {**content, "head_map": {"kv_of_query": list(self.head_map.kv_of_query), "kv_heads": self.head_map.kv_heads}}
 
     @classmethod
-    def from_json(cls, content: Mapping) -> SiteShape:
+    def from_json(cls, content: Mapping[str, Any]) -> SiteShape:
         head_map, cached = content["head_map"], content.get("cached")
         parts = {
             "head_map": HeadMap(tuple(head_map["kv_of_query"]), head_map["kv_heads"]),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +59,7 @@ def ranking_stability(
     if len(rankings) < 2:
         raise InvalidInput("stability compares rankings; give at least two draws of data.")
     pairs = [agreement(rankings[i], rankings[j], keep) for i, j in combinations(range(min(len(rankings), 20)), 2)]
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    return Stability(mean([pair.spearman for pair in pairs]), mean([pair.overlap for pair in pairs]), keep, between(rankings, keep))
+    return Stability(fmean(pair.spearman for pair in pairs), fmean(pair.overlap for pair in pairs), keep, between(rankings, keep))
 
 
 def between(rankings: Sequence[Mapping[str, Tensor]], keep: float) -> dict[str, tuple[int, ...]]:
@@ -89,10 +90,10 @@ def bootstrap(observed: Observations, chosen: Criterion, resamples: int, seed: i
     draws = {count: torch.randint(count, (resamples, count), generator=generator) for count in counts}
 
     def scores(drawn: dict[int, Tensor]) -> dict[str, Tensor]:
-        sites = {
-            name: replace(site, **{field: values[drawn[len(values)]] for field, values in rows[name].items()})
-            for name, site in observed.items()
-        }
+        sites: dict[str, SiteObservations] = {}
+        for name, site in observed.items():
+            values: dict[str, Any] = {field: rows_of[drawn[len(rows_of)]] for field, rows_of in rows[name].items()}
+            sites[name] = replace(site, **values)
         return chosen.scores(Observations(sites))
 
     size = sum(values.numel() for fields in rows.values() for values in fields.values())
@@ -139,7 +140,8 @@ def unsettled_heads(scores: HeadScores, keep: Mapping[str, Sequence[int]]) -> di
 
 def cut_between(scores: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]]) -> float | None:
     """None where nothing is removed or kept, or where a removed head scores higher than a kept one."""
-    kept, removed = [], []
+    kept: list[float] = []
+    removed: list[float] = []
     for name, values in scores.items():
         stays = set(keep[name])
         for head, value in enumerate(values.tolist()):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headprune.errors import InvalidInput
-from headprune.models.streamed import StreamedModel, streamed_of
+from headprune.models.streamed import streamed_of
 from headprune.models.trunk import Entry, enter, leaving
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.observations import Need, Observations
@@ -68,10 +68,17 @@ class StreamedPass:
     """One run over all layers, forward and, where something needs gradients, backward."""
 
     def __init__(
-        self, setting: Setting, batches: list, wanted: Sequence[Need], folder: Path | None, progress: Callable[[int], None] | None
+        self,
+        setting: Setting,
+        batches: list[Any],
+        wanted: Sequence[Need],
+        folder: Path | None,
+        progress: Callable[[int], None] | None,
     ) -> None:
         self.setting, self.batches, self.folder, self.progress = setting, batches, folder, progress
-        self.streamed: StreamedModel = streamed_of(setting.model)
+        streamed = streamed_of(setting.model)
+        assert streamed is not None  # whoever streams asked for that
+        self.streamed = streamed
         self.trunk, self.device = self.streamed.trunk, self.streamed.device
         self.seen = tuple(checksum(batch) for batch in batches)
         self.forward_needs = [need for need in wanted if observer_of(need).runs != "backward"]
@@ -83,7 +90,7 @@ class StreamedPass:
         with_heads = {site.name for site in setting.sites}
         self.sites = [tuple(site for site in inside if site.name in with_heads) for inside in self.trunk.sites]
         if folder is not None:
-            self._take_up(wanted)
+            self._take_up(wanted, folder)
 
     def measured(self) -> dict[str, Any]:
         """Site name -> SiteObservations."""
@@ -143,7 +150,7 @@ class StreamedPass:
                 differentiate(loss)
                 losses.append(loss.detach())
                 if not self.states.has("gradients", last, index):
-                    self.states.put("gradients", last, index, states.grad)
+                    self.states.put("gradients", last, index, gradient_of(states))
         return losses
 
     def _backward(self, layer: int, losses: list[Tensor], lowest: int) -> Observations:
@@ -164,7 +171,7 @@ class StreamedPass:
                     for observer in observers:
                         observer.after_batch(batch, losses[index])
                     if layer > lowest:
-                        self.states.put("gradients", layer, index, states.grad)
+                        self.states.put("gradients", layer, index, gradient_of(states))
             found = self._save("backward", layer, self._snapshot(layer, observers))
         self.states.drop("gradients", layer + 1)
         return self._passed(found)
@@ -173,7 +180,7 @@ class StreamedPass:
         states = self.states.get("states", layer, index).to(self.device)
         return self.trunk.run(layer, self.entries[index].calls[layer], states)
 
-    def _observers(self, sites: Sequence, needs: Sequence[Need]) -> list[Observer]:
+    def _observers(self, sites: Sequence[Any], needs: Sequence[Need]) -> list[Observer]:
         setting = replace(self.setting, sites=tuple(sites), headless=())
         return [observer_of(need)(setting) for need in needs]
 
@@ -187,28 +194,33 @@ class StreamedPass:
             self.progress(self.done * len(self.batches) // (directions * len(self.trunk.layers)))
         return found
 
-    def _take_up(self, wanted: Sequence[Need]) -> None:
+    def _take_up(self, wanted: Sequence[Need], folder: Path) -> None:
         """InvalidInput where the folder holds another pass than this one."""
         shards = self.streamed.shards
         now = {
             "needs": [need.value for need in wanted], "batches": list(self.seen), "folder": str(shards.folder.resolve()),
             "files": shards.sizes(),
         }  # fmt: skip
-        other = claim(self.folder, WORK_KIND, now)
+        other = claim(folder, WORK_KIND, now)
         if other is not None:
-            raise InvalidInput(f"{self.folder} holds a pass with other {other}; remove it or give another checkpoint folder.")
+            raise InvalidInput(f"{folder} holds a pass with other {other}; remove it or give another checkpoint folder.")
 
     def _saved(self, direction: str, layer: int) -> Observations | None:
         path = self._results(direction, layer)
         return Observations.load(path) if path is not None and path.exists() else None
 
     def _save(self, direction: str, layer: int, found: Observations) -> Observations:
-        if self.folder is not None:
-            found.save(self._results(direction, layer))
+        path = self._results(direction, layer)
+        if path is not None:
+            found.save(path)
         return found
 
     def _results(self, direction: str, layer: int) -> Path | None:
         return None if self.folder is None else self.folder / direction / f"{layer:05d}.safetensors"
+
+
+def gradient_of(states: Tensor) -> Tensor:
+    return torch.zeros_like(states) if states.grad is None else states.grad
 
 
 def together(parts: Iterable[Observations]) -> dict[str, Any]:

@@ -25,11 +25,11 @@ from headprune.surgery.remote_code import write_remote_code
 
 def save(
     model: nn.Module,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
     processor: Any = None,
-    source: str | os.PathLike | None = None,
+    source: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Path:
     """Writes `model` to `folder`: all of it or nothing; what stood there is replaced at the end.
@@ -87,7 +87,7 @@ def check_recorded(model: nn.Module) -> None:
             )
 
 
-def load(folder: str | os.PathLike, *, model: nn.Module | None = None, verify: bool = True, **options: Any) -> nn.Module:
+def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, verify: bool = True, **options: Any) -> nn.Module:
     """A model from `folder`, pruned by headprune or not, in eval mode.
 
     Args:
@@ -131,14 +131,14 @@ def load(folder: str | os.PathLike, *, model: nn.Module | None = None, verify: b
     return found
 
 
-def skeleton(folder: str | os.PathLike) -> PreTrainedModel:
+def skeleton(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """The model of `folder` without its weights (on the meta device): sites, head maps and sizes at no cost."""
     config = load_config(folder)
     with torch.device("meta"):
         return pruned_class(class_of(config), getattr(config, SECTION, None))(config).to(config.dtype or torch.float32)
 
 
-def load_config(folder: str | os.PathLike) -> transformers.PreTrainedConfig:
+def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InvalidInput(f"{folder} is no model folder: it has no config.json. Give a folder that save_pretrained wrote.")
@@ -160,7 +160,7 @@ def class_of(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
         raise UnsupportedModel(f"no transformers class is known for a {type(config).__name__}.") from None
 
 
-def pruned_class(model_class: type[PreTrainedModel], section: dict | None) -> type[PreTrainedModel]:
+def pruned_class(model_class: type[PreTrainedModel], section: dict[str, Any] | None) -> type[PreTrainedModel]:
     """`model_class` whose instances are built with only the heads that `section` keeps, so that sliced weights load."""
     if not section:
         return model_class

@@ -47,7 +47,7 @@ class Difference:
         return table
 
 
-def diff(before: nn.Module | str | os.PathLike, after: nn.Module | str | os.PathLike) -> Difference:
+def diff(before: nn.Module | str | os.PathLike[str], after: nn.Module | str | os.PathLike[str]) -> Difference:
     """What `after` has lost against `before`; each is a model or the folder of one, of which no weights are read.
 
     Raises InvalidInput where the two are not made from one model: other attentions, or heads that only `after` has.
@@ -90,7 +90,7 @@ def entry(model: nn.Module, name: str) -> Mapping[str, Any] | None:
 
 
 def removed_heads(
-    name: str, whole: AttentionSite, small: AttentionSite, first: Mapping | None, second: Mapping | None
+    name: str, whole: AttentionSite, small: AttentionSite, first: Mapping[str, Any] | None, second: Mapping[str, Any] | None
 ) -> tuple[int, ...] | None:
     """The heads of `whole` that `small` lacks, by the original's numbers; None where only their number is known."""
     if first is None or second is None:

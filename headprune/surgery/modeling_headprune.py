@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from typing import Any
 
 import torch
 import transformers
@@ -81,7 +82,7 @@ def whole(config):
             config.__dict__["_heterogeneity_spec"] = spec
 
 
-def renamed(model: nn.Module, entries: dict) -> dict:
+def renamed(model: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
     """`entries` by the names that their modules have in `model`: a folder saved from the base model also loads with a head on
     it, and the other way round."""
     modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
@@ -94,7 +95,7 @@ def renamed(model: nn.Module, entries: dict) -> dict:
     return found
 
 
-def shrink(model: nn.Module, layout: dict) -> None:
+def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
     """Gives the modules that `layout` names their shapes, attributes and head maps; the values are set by loading."""
     for name, entry in renamed(model, layout).items():
         module = model.get_submodule(name)
@@ -120,7 +121,7 @@ def shrink(model: nn.Module, layout: dict) -> None:
 class LayerConfig:
     """`shared`, the model's config, with some values of one layer's own."""
 
-    def __init__(self, shared, own: dict) -> None:
+    def __init__(self, shared, own: dict[str, Any]) -> None:
         self.__dict__.update(shared=shared, own=own)
 
     def __getattr__(self, name: str):

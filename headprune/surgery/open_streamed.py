@@ -47,7 +47,7 @@ class EmptyOnMeta(TorchFunctionMode):
 
 
 def open_streamed(
-    folder: str | os.PathLike, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """The model of `folder`, in eval mode, with its weights on disk. It scores (`hp.score`) and runs like any other, and
     holds at most two layers' weights, or the embeddings and the head, at a time.

@@ -46,9 +46,9 @@ DIGESTS, DIGESTS_KIND = "digests.json", "digests_of_a_folder_being_pruned"
 
 
 def prune_folder(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     plan: PruningPlan,
-    target: str | os.PathLike,
+    target: str | os.PathLike[str],
     calibration: Iterable[Any] | None = None,
     *,
     device: torch.device | str = "cpu",

@@ -75,19 +75,19 @@ def set_record(model: nn.Module, record: dict[str, Any]) -> None:
         setattr(model, ATTRIBUTE, record)
 
 
-def head_map_after(original: Mapping, kept: list[int]) -> HeadMap:
+def head_map_after(original: Mapping[str, Any], kept: list[int]) -> HeadMap:
     return head_map_of_json(original).keep(kept)
 
 
-def head_map_of_json(content: Mapping) -> HeadMap:
+def head_map_of_json(content: Mapping[str, Any]) -> HeadMap:
     return HeadMap(tuple(content["kv_of_query"]), content["kv_heads"])
 
 
-def as_json(head_map: HeadMap) -> dict:
+def as_json(head_map: HeadMap) -> dict[str, Any]:
     return {"kv_of_query": list(head_map.kv_of_query), "kv_heads": head_map.kv_heads}
 
 
-def kept_heads(section: Mapping | None) -> dict[str, tuple[int, ...]]:
+def kept_heads(section: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:
     """Site name -> kept query heads of the original, from a config's section. Raises CorruptCheckpoint where it is of a
     newer version or incomplete."""
     if not section:

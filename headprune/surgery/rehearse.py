@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # relative to the largest value; 16 steps of the dtype where t
 class Call:
     """What an attention received and gave when its heads were gated."""
 
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     returned: Any = None
 
@@ -81,7 +81,7 @@ def default_run(model: nn.Module) -> Callable[[nn.Module], Any]:
     return lambda model: model(**inputs)
 
 
-def gated_calls(model: nn.Module, cuts: Sequence, run: Callable[[nn.Module], Any]) -> dict[str, Call]:
+def gated_calls(model: nn.Module, cuts: Sequence[Any], run: Callable[[nn.Module], Any]) -> dict[str, Call]:
     """Site name -> its first call in a forward pass in which all removed heads are gated."""
     calls: dict[str, Call] = {}
     training = {module: module.training for module in model.modules()}
@@ -101,23 +101,23 @@ def gated_calls(model: nn.Module, cuts: Sequence, run: Callable[[nn.Module], Any
     return calls
 
 
-def received(calls: dict[str, Call], name: str) -> Callable:
-    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def received(calls: dict[str, Call], name: str) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kept = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
         calls.setdefault(name, Call(args, kept))
 
     return hook
 
 
-def given(calls: dict[str, Call], name: str) -> Callable:
-    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+def given(calls: dict[str, Call], name: str) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if calls[name].returned is None:
             calls[name].returned = output
 
     return hook
 
 
-def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable, call: Call) -> None:
+def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable[..., Any], call: Call) -> None:
     """UnsupportedModel unless a stand-in for the site, cut, gives `call.output`."""
     twin = on_stand_ins(site)
     described = f"{site.name} ({type(site.module).__name__})"

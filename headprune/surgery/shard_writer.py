@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def write_shard(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str
 
 
 def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
-    content: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for entry in entries:
         content[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [end, end + entry.nbytes]}

@@ -150,7 +150,7 @@ class StreamedCompensation:
                 changed |= {names[id(one)]: one.data.cpu().contiguous() for one in tensors if one is not None}
         return reports, changed
 
-    def _gather(self, layer: int, part: Part, stream, parts: Sequence[Part], solved: Mapping[str, Weights]) -> tuple:
+    def _gather(self, layer: int, part: Part, stream, parts: Sequence[Part], solved: Mapping[str, Weights]) -> tuple[Any, ...]:
         """Normal equations of `part`, for training and held out."""
         weight, _ = weight_and_bias(part)
         columns = columns_of(part, self.keep, weight)

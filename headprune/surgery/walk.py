@@ -103,7 +103,7 @@ class Walk:
             inputs.append(received)
             raise _Reached
 
-        def enter(_module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             entered[0] = first_tensor((*args, *kwargs.values()))
 
         with ExitStack() as stack:
@@ -121,7 +121,7 @@ class Walk:
         return None
 
     def _replay(self, stack: ExitStack) -> None:
-        results: dict[nn.Module, deque] = defaultdict(deque)
+        results: dict[nn.Module, deque[Any]] = defaultdict(deque)
         for call in self._finished:
             results[call.module].append(call.result)
         for module, queue in results.items():
@@ -146,12 +146,12 @@ def record(model: nn.Module, top: Called, stack: ExitStack) -> None:
     """Until `stack` ends, every call of a module of `model` becomes part of `top`."""
     opened = [top]
 
-    def enter(module: nn.Module, _args: tuple) -> None:
+    def enter(module: nn.Module, _args: tuple[Any, ...]) -> None:
         call = Called(module)
         opened[-1].inside.append(call)
         opened.append(call)
 
-    def leave(_module: nn.Module, _args: tuple, result: Any) -> None:
+    def leave(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
         call = opened.pop()
         call.over, call.result, call.versions, call.inside = True, result, versions(result), []
 
@@ -160,7 +160,7 @@ def record(model: nn.Module, top: Called, stack: ExitStack) -> None:
         stack.callback(module.register_forward_hook(leave).remove)
 
 
-def replayed(forward: Callable, results: deque) -> Callable:
+def replayed(forward: Callable[..., Any], results: deque[Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         return results.popleft() if results else forward(*args, **kwargs)
 

@@ -97,7 +97,7 @@ class DocstringRetrieval(Task):
         return self.encoded([pair.document for pair in self.test[:16]])
 
 
-def shuffled(items: list, seed: int = 0) -> list:
+def shuffled(items: list[Any], seed: int = 0) -> list[Any]:
     """The same order for the same items and seed, every time."""
     items = list(items)
     random.Random(seed).shuffle(items)

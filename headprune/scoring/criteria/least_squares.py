@@ -49,7 +49,8 @@ def fisher_least_squares(observed: SiteObservations) -> Tensor:
 
     The root, the norm of the layer's gate gradients, ranked layers better than the information itself on validation pairs.
     """
-    return least_squares(observed) * observed.gate_gradient.square().mean(dim=0).sum().sqrt()
+    layer = observed.gate_gradient.square().mean(dim=0).sum().sqrt()
+    return least_squares(observed) * layer
 
 
 @criterion(
@@ -63,7 +64,8 @@ def least_squares_by_head(observed: SiteObservations) -> Tensor:
     gram, width = regression_gram(observed), observed.shape.value_dim
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     found = torch.linalg.solve(diagonal_blocks(inverse, width), diagonal_blocks(observed.output_gram, width))
-    return found.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
+    errors: Tensor = found.diagonal(dim1=1, dim2=2).sum(dim=1)
+    return errors.clamp(min=0)
 
 
 def regression_gram(observed: SiteObservations) -> Tensor:

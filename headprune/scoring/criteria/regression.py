@@ -47,4 +47,5 @@ def ridge(inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     explained = (projected.square() * (2 * damped - eigenvalues * damped.square())).sum(dim=1)
     freedom = (len(y) - 1 - (eigenvalues * damped).sum(dim=1)).clamp(min=1e-9)
     best = int(((y.square().sum() - explained).clamp(min=0) / freedom.square()).argmin())
-    return vectors @ (projected * damped[best])
+    coefficients: Tensor = vectors @ (projected * damped[best])
+    return coefficients

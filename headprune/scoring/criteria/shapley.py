@@ -32,5 +32,6 @@ def shapley_interval(observed: SiteObservations, confidence: float = 0.95) -> tu
     rows, mean = observed.shapley.double(), weights @ observed.shapley.double()
     variance = (weights.square() @ (rows - mean).square()) / (1 - weights.square().sum())
     width = NormalDist().inv_cdf((1 + confidence) / 2) * variance.sqrt()
-    missing = len(rows) < 2
-    return tuple((torch.full_like(mean, torch.nan) if missing else bound).float() for bound in (mean - width, mean + width))
+    if len(rows) < 2:
+        width = torch.full_like(mean, torch.nan)
+    return (mean - width).float(), (mean + width).float()

@@ -61,7 +61,10 @@ class AttentionPattern(WatchedAttention):
 
 def row_masses(rows: Rows, kinds: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """Field -> [query_heads, rows]. kinds: kind -> bool [kv_len]."""
-    on = lambda keys: (rows.probs * keys).sum(dim=2)  # noqa: E731
+
+    def on(keys: Tensor) -> Tensor:
+        return (rows.probs * keys).sum(dim=2)
+
     found = {
         "previous_mass": on(rows.ahead == -1), "self_mass": on(rows.ahead == 0), "local_mass": on(rows.ahead.abs() <= NEAR),
         "evenness": evenness(rows.probs),

@@ -8,7 +8,7 @@ handed to our attention gives the same sums, in no less time on a CPU (bench/NOT
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,13 +27,13 @@ class _Tap(torch.autograd.Function):
     """Identity whose backward hands (input, gradient) to `seen`. `anchor` starts the graph at the first frozen layer."""
 
     @staticmethod
-    def forward(ctx, inputs: Tensor, anchor: Tensor, seen) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, seen: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.seen = seen
         return inputs.view_as(inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (inputs,) = ctx.saved_tensors
         ctx.seen(inputs, grad)
         return (grad if ctx.needs_input_grad[0] else None), None, None
@@ -47,7 +47,8 @@ def sample_count(batch: Any, loss: Tensor, sites: Sequence[AttentionSite], rows:
     whole = [rows[site.name].shape[0] for site in sites if site.name in rows and not site.windowed]
     if whole or not rows:
         return max(whole, default=0)
-    return first_tensor(tuple(batch.values()) if isinstance(batch, Mapping) else tuple(batch)).shape[0]
+    first = first_tensor(tuple(batch.values()) if isinstance(batch, Mapping) else tuple(batch))
+    return 0 if first is None else first.shape[0]
 
 
 @observes(Need.GATE_GRADIENT)
@@ -62,11 +63,12 @@ class GateGradients(Observer):
         self._batch: dict[str, Tensor] = {}
         self._reached: set[str] = set()
 
-    def watching_batch(self, batch: Any) -> AbstractContextManager:
+    def watching_batch(self, batch: Any) -> AbstractContextManager[object]:
         self._batch.clear()
         return output_input_hooks(self.setting.sites, self._tap)
 
     def after_batch(self, batch: Any, loss: Tensor | None) -> None:
+        assert loss is not None  # of a backward pass
         self._reached |= set(self._batch)
         samples = sample_count(batch, loss, self.setting.sites, self._batch)
         for site in self.setting.sites:
@@ -86,7 +88,7 @@ class GateGradients(Observer):
     def reached(self) -> set[str]:
         return set(self._reached)
 
-    def _tap(self, site: AttentionSite):
+    def _tap(self, site: AttentionSite) -> Callable[[Tensor], Tensor | None]:
         owner, heads = site.head_of_column(), site.head_map.query_heads
 
         def seen(inputs: Tensor, grad: Tensor) -> None:
@@ -100,6 +102,7 @@ class GateGradients(Observer):
         def tap(inputs: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            return _Tap.apply(inputs, inputs.new_zeros((), requires_grad=True), seen)
+            tapped: Tensor = _Tap.apply(inputs, inputs.new_zeros((), requires_grad=True), seen)  # type: ignore[no-untyped-call]  # torch's
+            return tapped
 
         return tap

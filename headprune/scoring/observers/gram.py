@@ -6,6 +6,7 @@ large sum nor the order of batches costs digits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,7 +38,7 @@ class Grams(Observer):
             for (name, columns), place in zip(self._columns.items(), places)
         }
 
-    def watching_forward(self, batch: Any) -> AbstractContextManager:
+    def watching_forward(self, batch: Any) -> AbstractContextManager[object]:
         return output_input_hooks(self.setting.sites, lambda site: self._adder(site, self.setting.token_mask(site.name, batch)))
 
     def found(self) -> dict[str, dict[str, Tensor]]:
@@ -56,7 +57,7 @@ class Grams(Observer):
         weight = (weight.T if is_conv1d(site.output.module) else weight)[:, self._columns[site.name].to(weight.device)].double()
         return {"output_gram": (weight.T @ weight).cpu(), "output_l1": weight.abs().sum(dim=0).cpu()}
 
-    def _adder(self, site: AttentionSite, mask: Tensor | None):
+    def _adder(self, site: AttentionSite, mask: Tensor | None) -> Callable[[Tensor], None]:
         sums, columns = self._sums[site.name], self._columns[site.name]
 
         def add(inputs: Tensor) -> None:

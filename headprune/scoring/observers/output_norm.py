@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,7 +28,7 @@ class OutputNorms(Observer):
         self._rows = SampleRows(setting, ("projected_norm",))
         self._seen: set[str] = set()
 
-    def watching_forward(self, batch: Any) -> AbstractContextManager:
+    def watching_forward(self, batch: Any) -> AbstractContextManager[object]:
         return output_input_hooks(self.setting.sites, lambda site: self._adder(site, self.setting.token_mask(site.name, batch)))
 
     def found(self) -> dict[str, dict[str, Tensor]]:
@@ -36,7 +37,7 @@ class OutputNorms(Observer):
     def reached(self) -> set[str]:
         return set(self._seen)
 
-    def _adder(self, site: AttentionSite, mask: Tensor | None):
+    def _adder(self, site: AttentionSite, mask: Tensor | None) -> Callable[[Tensor], None]:
         gram, features = self._grams[site.name], site.output.features
 
         @torch.no_grad()

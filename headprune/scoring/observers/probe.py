@@ -5,8 +5,9 @@ Random tokens carry no meaning, so a head that attends to the right earlier plac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from headprune.models.site import AttentionSite
 from headprune.models.watching import through_headprune, watching
 from headprune.ops.call import AttentionCall
 from headprune.ops.rows import Rows, rows_of
+from headprune.ops.stats import HeadStats
 from headprune.ops.watch import Watcher
 from headprune.scoring.observations import Need
 from headprune.scoring.observer import Observer, Setting, observes
@@ -78,9 +80,9 @@ class Probe(Observer):
         return sums
 
     @contextmanager
-    def _looking(self, look) -> Iterator[None]:
+    def _looking(self, look: Callable[[AttentionSite, Rows], None]) -> Iterator[None]:
         def watcher(site: AttentionSite) -> Watcher:
-            def seen(call: AttentionCall, _stats: None) -> None:
+            def seen(call: AttentionCall, _stats: HeadStats | None) -> None:
                 self._seen.add(site.name)
                 for sample in range(call.batch):
                     look(site, rows_of(call, sample, slice(0, call.query_len)))
@@ -94,7 +96,8 @@ class Probe(Observer):
 def ordinary_tokens(model: nn.Module) -> tuple[Tensor, int]:
     """(ids that are not special, in random order, [ids]; the longest sequence that the model takes)."""
     try:
-        table = model.get_input_embeddings().weight
+        embeddings: Any = model
+        table: Tensor | None = embeddings.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):
         table = None
     config = getattr(model, "config", None)
@@ -109,7 +112,7 @@ def ordinary_tokens(model: nn.Module) -> tuple[Tensor, int]:
     return ids[~torch.isin(ids, special)].to(table.device), getattr(config, "max_position_embeddings", None) or 2048
 
 
-def special_ids(config) -> set[int]:
+def special_ids(config: Any) -> set[int]:
     found: set[int] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(config, name, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -36,16 +36,20 @@ class WatchedAttention(Observer):
     def reached(self) -> set[str]:
         return set(self._seen)
 
-    def watching_pass(self) -> AbstractContextManager:
+    def watching_pass(self) -> AbstractContextManager[object]:
         return through_headprune(self.setting.model)
 
     @contextmanager
     def watching_forward(self, batch: Any) -> Iterator[None]:
         arrived: list[AttentionSite] = []
+
+        def noting(site: AttentionSite) -> Callable[[Tensor], None]:
+            return lambda _inputs: arrived.append(site)
+
         with ExitStack() as stack:
             stack.enter_context(watching(self.setting.sites, lambda site: self._watcher(site, batch)))
             for site in self.setting.sites:
-                stack.enter_context(output_input_hook(site, lambda inputs, site=site: arrived.append(site)))
+                stack.enter_context(output_input_hook(site, noting(site)))
             yield
         for site in arrived:
             if site.name not in self._seen:

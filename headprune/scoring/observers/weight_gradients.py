@@ -55,6 +55,7 @@ class WeightGradients(Observer):
         filled = [torch.zeros_like(one.weight) if grad is None else grad for one, grad in zip(self._slices, grads)]
         stats = head_weight_stats(self._slices, filled)
         self._grads = {}
+        assert loss is not None  # of a backward pass
         mean = 1.0 / max(loss.numel(), 1)  # the pass differentiates the sum of the losses
         for index, site in enumerate(self.setting.sites):
             own = slice(index * len(ROLES), (index + 1) * len(ROLES))

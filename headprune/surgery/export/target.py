@@ -63,10 +63,10 @@ class Exported:
 def export(
     model: PreTrainedModel,
     to: str,
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
-    source: str | os.PathLike | None = None,
+    source: str | os.PathLike[str] | None = None,
     keep_model: bool = True,
     **options: Any,
 ) -> Exported:
