@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from headprune.cli import terminal
+from headprune.cli import completion, terminal
 from headprune.cli.app import app
+from headprune.cli.completion import one_of
 from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, opened, opened_model
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
@@ -21,7 +22,12 @@ def prune_command(
     model: ModelArgument,
     plan: Annotated[Path, typer.Argument(help="plan.json from `headprune plan`.")],
     output: OutputOption,
-    task: Annotated[str | None, typer.Option(help="Re-solve the output projections on this task's calibration data.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Re-solve the output projections on this task's calibration data.", autocompletion=one_of(completion.tasks)
+        ),
+    ] = None,
     streamed: StreamedOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -34,14 +40,14 @@ def prune_command(
         prune_in_files(model, chosen, output, task)
     elif task is None:
         dense, tokenizer = opened_model(model)
-        prune(dense, chosen)
-        save(dense, output, tokenizer=tokenizer)
+        with_bar("cut", lambda progress: prune(dense, chosen, progress=progress))
+        with_bar("save", lambda progress: save(dense, output, tokenizer=tokenizer))
     else:
         dense, data = opened(model, task)
-        with_bar("re-solve output projections", lambda progress: prune(
+        with_bar("re-solve output projections and cut", lambda progress: prune(
             dense, chosen, data.calibration, forward=data.forward, progress=progress
         ))  # fmt: skip
-        save(dense, output, tokenizer=data.tokenizer)
+        with_bar("save", lambda progress: save(dense, output, tokenizer=data.tokenizer))
     kept = {
         "model": str(output),
         "removed_heads": chosen.removed_heads,
@@ -64,9 +70,13 @@ def prune_in_files(model: str, plan, output: Path, task: str | None) -> None:
 @app.command("export", epilog="Example: headprune export ./pruned --to gguf -o pruned.gguf")
 def export_command(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="stock, onnx, gguf, vllm or nemotron-nas.")],
+    to: Annotated[
+        str, typer.Option(help="stock, onnx, gguf, vllm or nemotron-nas.", autocompletion=one_of(completion.export_targets))
+    ],
     output: OutputOption,
-    option: Annotated[list[str] | None, typer.Option(help="Of the target: dtype=q8_0 for gguf, opset=20 for onnx.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Of the target: dtype=q8_0 for gguf, opset=20 for onnx; may be repeated.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write a pruned model for another engine; its outputs are checked to stay the same."""

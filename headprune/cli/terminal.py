@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,31 @@ from rich.text import Text
 
 console = Console()
 progress_console = Console(stderr=True)
+
+
+class LogLines(logging.Handler):
+    """Shows what headprune logs above the progress: warnings, or with level INFO everything and when."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        time = "" if self.level > logging.INFO else f"{logging.Formatter().formatTime(record)} "
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        lines = [f"{time}{record.getMessage()}"]
+        if record.exc_info:
+            lines.append(logging.Formatter().formatException(record.exc_info))
+        progress_console.print(Text("\n".join(lines), style), soft_wrap=True)
+
+
+@contextmanager
+def log_shown() -> Iterator[LogLines]:
+    """In the block warnings are shown; whoever wants more lowers the handler's level."""
+    logger, handler = logging.getLogger("headprune"), LogLines(logging.WARNING)
+    level = logger.level
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def with_bar(title: str, work):

@@ -37,6 +37,11 @@ def recovery_method(name: str, lr: float) -> Callable[[Callable[..., Any]], Call
     return register
 
 
+def recovery_methods() -> dict[str, Method]:
+    """Every method by name."""
+    return dict(_methods)
+
+
 def get_method(name: str) -> Method:
     if name not in _methods:
         raise unknown_name("recovery method", name, _methods)

@@ -5,14 +5,12 @@ import sys
 import types
 
 import pytest
+from letter_tokenizer import letter_tokenizer
 from tiny_models import llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from headprune.errors import InvalidInput
 from headprune.evaluation import LanguageModelHarness, compare
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz "
 TASK = """task: tiny_letters
 dataset_path: json
 dataset_kwargs: {data_files: {test: "PLACE/data.jsonl"}}
@@ -27,10 +25,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {"[UNK]": 0, "</s>": 1, **{letter: number + 2 for number, letter in enumerate(LETTERS)}}
-    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", unk_token="[UNK]")
+    return letter_tokenizer()
 
 
 @pytest.fixture

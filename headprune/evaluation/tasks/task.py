@@ -54,6 +54,11 @@ def register_task(task: type[Task]) -> type[Task]:
     return task
 
 
+def tasks() -> dict[str, type[Task]]:
+    """Every task by name."""
+    return dict(_tasks)
+
+
 def check_task(name: str) -> type[Task]:
     if name not in _tasks:
         raise unknown_name("task", name, _tasks)
