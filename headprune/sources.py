@@ -96,4 +96,5 @@ def tokenizer_of(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a class of tokenizers raises on files that it cannot read
-        raise CorruptCheckpoint(f"the tokenizer in {folder} does not load: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise CorruptCheckpoint(f"the tokenizer in {folder} does not load: {type(error).__name__}: {reason}.") from error

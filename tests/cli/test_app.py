@@ -212,6 +212,14 @@ def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(call, tmp_path, ar
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
+def test_a_tokenizer_that_does_not_load_is_one_line(call, tmp_path):
+    save(bert(), "dense", tokenizer=letter_tokenizer())
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    code, _, err = call("score", "./dense")
+    assert code == 2
+    assert "the tokenizer in dense does not load" in only_error(err)
+
+
 def test_nothing_is_fetched_unless_it_is_asked_for():
     for given, expected in ((None, "True"), ("0", "False")):
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}

@@ -67,6 +67,17 @@ def test_without_it_the_error_says_what_to_install(monkeypatch, tokenizer):
         LanguageModelHarness([], tokenizer)
 
 
+@pytest.mark.parametrize("raised", [ConnectionError("the Hub\ncannot be reached"), KeyError("nosuchtask"), ValueError("no split")])
+def test_a_task_that_it_cannot_run_is_one_line(stand_in, monkeypatch, tokenizer, raised):
+    def fails(**_):
+        raise raised
+
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", fails)
+    with pytest.raises(InvalidInput, match=rf"cannot run nosuchtask: {type(raised).__name__}: .*HF_HUB_OFFLINE=0") as found:
+        LanguageModelHarness(["nosuchtask"], tokenizer, tokens=16).examples(llama())
+    assert "\n" not in str(found.value)
+
+
 def test_a_task_of_ones_own_runs_in_the_real_harness(tmp_path, tokenizer):
     tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
     documents = ({"question": f"letter {place} then", "choices": list("abc"), "answer": place % 3} for place in range(8))
