@@ -21,7 +21,7 @@ from headprune.files import clear_disk_errors, read_json, replace_folder, write_
 from headprune.models import attention_sites, gated
 from headprune.models.shards import DTYPES, INDEX, SINGLE, Shards, Stored, open_shards, read_stored
 from headprune.models.site import AttentionSite
-from headprune.models.streamed import memory_names, streamed_of
+from headprune.models.streamed import memory_names, reader_of
 from headprune.models.tiny_inputs import tiny_inputs
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.scoring.layer_states import CLAIM, claim
@@ -95,7 +95,7 @@ def prune_folder(
         resolved: list[Resolved] = []
         batches = None if calibration is None else list(calibration)
         if batches is not None and kept:
-            streamed = streamed_of(open_streamed(source, device=device))
+            streamed = reader_of(open_streamed(source, device=device))
             resolved, solved = resolve_streamed(
                 streamed,
                 plan,
@@ -172,7 +172,9 @@ class Steps:
 
 
 @torch.no_grad()
-def check_folder(source: Path, draft: Path, kept: Mapping[str, Sequence[int]], solved: Mapping[str, Stored], device) -> None:
+def check_folder(
+    source: Path, draft: Path, kept: Mapping[str, Sequence[int]], solved: Mapping[str, Stored], device: torch.device | str
+) -> None:
     """HeadpruneError unless `draft` gives what `source` gives with the removed heads gated and the solved weights in place."""
     try:
         gated_model, pruned = open_streamed(source, device=device), open_streamed(draft, device=device)
@@ -184,14 +186,14 @@ def check_folder(source: Path, draft: Path, kept: Mapping[str, Sequence[int]], s
         log.warning("the pruned folder was not checked by a forward pass: nothing is known to run %s on", type(pruned).__name__)
         return
     placed = {name: value.to(device) for name, value in inputs.items()}
-    streamed_of(gated_model).instead = dict(solved)
+    reader_of(gated_model).instead = dict(solved)
     with gated(gated_model, kept):
         expected = gated_model(**placed)[0].double()
-    error = float((pruned(**placed)[0].double() - expected).norm() / expected.norm())
-    if not error <= max(TOLERANCE, 16 * torch.finfo(pruned.dtype).eps):
+    off = float((pruned(**placed)[0].double() - expected).norm() / expected.norm())
+    if not off <= max(TOLERANCE, 16 * torch.finfo(pruned.dtype).eps):
         shutil.rmtree(draft)
         raise HeadpruneError(
-            f"the pruned folder failed its own check: its outputs are {error:.1e} off (relative) those of {source} with the same "
+            f"the pruned folder failed its own check: its outputs are {off:.1e} off (relative) those of {source} with the same "
             f"heads gated. Nothing was written; please report the model's class, {type(pruned).__name__}."
         )
 
@@ -228,14 +230,16 @@ class Cutting:
         for name, stored in self.shards.items():
             if stored.path.name != file:
                 continue
-            inside = self.in_memory.get(name)
+            inside = self.in_memory.get(name, "")  # "": a tensor that the model does not know
             shape = self.shapes.get(inside, stored.shape)
-            if inside in self.shapes and shape is not None:
-                found.append(Entry(name, stored.dtype, shape, partial(self._taken, inside)))
+            if shape is None:
+                continue
+            content: Stored | Callable[[], Tensor] = stored
+            if inside in self.shapes:
+                content = partial(self._taken, inside)
             elif inside in self.solved:
-                found.append(Entry(name, stored.dtype, shape, partial(read_as, self.solved[inside], stored.dtype)))
-            elif shape is not None:
-                found.append(Entry(name, stored.dtype, shape, stored))
+                content = partial(read_as, self.solved[inside], stored.dtype)
+            found.append(Entry(name, stored.dtype, shape, content))
         return found
 
     def _taken(self, name: str) -> Tensor:
@@ -256,8 +260,9 @@ class Cutting:
     def _site_of(self, name: str) -> str:
         owner = self.model.get_submodule(name.rpartition(".")[0])
         for site in self.kept:
-            parts = {id(part.module) for part in (*self.sites[site].projections, *self.sites[site].extras)}
-            if id(owner) in parts:
+            own = self.sites[site]
+            parts = [part.module for part in own.projections] + [part.module for part in own.extras]
+            if any(owner is part for part in parts):
                 return site
         raise UnsupportedModel(f"{name} changes with a cut but is no attention's own; load the model whole to prune it.")
 
