@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headprune.cli.terminal import with_bar
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from transformers import PreTrainedModel
+
+    from headprune.evaluation.tasks import Task
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, or an embedded model: minilm, stdlib-lm.")]
 TaskOption = Annotated[
@@ -25,7 +30,7 @@ StreamedOption = Annotated[
 ]
 
 
-def opened(model: str, task: str | None, streamed: bool = False):
+def opened(model: str, task: str | None, streamed: bool = False) -> tuple[PreTrainedModel, Task]:
     """(model, task), the task by its name or the one for such models."""
     from headprune.evaluation.tasks import build_task, check_task
     from headprune.sources import default_task
@@ -38,7 +43,8 @@ def opened(model: str, task: str | None, streamed: bool = False):
     return found, data
 
 
-def opened_model(model: str, streamed: bool = False):
+def opened_model(model: str, streamed: bool = False) -> tuple[PreTrainedModel, Any]:
+    """(model, its tokenizer or None)."""
     from headprune.sources import open_from_disk, open_model, opening
 
     if streamed:
