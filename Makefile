@@ -33,6 +33,7 @@ test: venv lint
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: venv
