@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.request import urlopen
 
-from quick_models import language_model, text_windows, your_model
+from quick_models import language_model, your_language_model, your_model
 from rich import print
 
 import headprune as hp
@@ -29,15 +29,9 @@ parser.add_argument("--prompt", default="3 stars : the soup was")
 parser.add_argument("--port", type=int, help="serve here until Ctrl-C; by default one prompt is asked and answered")
 args = parser.parse_args()
 
-if args.model:
-    model, tokenizer = your_model(args.model)
-    text = args.text.read_text(encoding="utf-8")
-    windows = text_windows(tokenizer, text[: len(text) // 2], 256)
-    batches = [{"input_ids": rows, "labels": rows} for rows in windows["input_ids"].split(4)]
-    test = Perplexity(text[len(text) // 2 :], tokenizer, window=256)
-else:
-    model, tokenizer, batches, text = language_model()
-    batches, test = batches[:12], Perplexity(text, tokenizer, window=64)
+given = your_language_model(args.model, args.text) if args.model else language_model()
+model, tokenizer, batches, text = given
+batches, test = batches[:12], Perplexity(text, tokenizer, window=batches[0]["input_ids"].shape[1])
 
 before = hp.evaluate(model, test, repeats=3)
 plan = hp.plan(hp.score(model, batches, criterion="fisher"), hp.Budget(heads=args.heads))

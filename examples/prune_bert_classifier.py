@@ -12,7 +12,7 @@ import copy
 from pathlib import Path
 
 import torch
-from quick_models import text_classifier, your_model
+from quick_models import text_classifier, your_classifier
 from rich import print
 
 import headprune as hp
@@ -25,16 +25,9 @@ parser.add_argument("--heads", type=float, default=0.5, help="fraction of the he
 parser.add_argument("--output", type=Path, default=Path("pruned-bert"))
 args = parser.parse_args()
 
-if args.model:
-    dense, tokenizer = your_model(args.model)
-    lines = args.text.read_text(encoding="utf-8").splitlines()
-    rows = [tokenizer(lines[i : i + 32], padding=True, truncation=True, return_tensors="pt") for i in range(0, len(lines), 32)]
-    with torch.no_grad():
-        batches = [{**row, "labels": dense(**row).logits.argmax(dim=-1)} for row in rows]
-    calibration, test = batches[::2], batches[1::2]
-else:
-    dense, tokenizer, calibration, test = text_classifier()
-    calibration = calibration[:12]
+given = your_classifier(args.model, args.text) if args.model else text_classifier()
+dense, tokenizer, calibration, test = given
+calibration = calibration[:12]
 
 # Several criteria are measured in the same pass; each is a table of one number a head, higher = keep.
 scores = hp.score(dense, calibration, criterion=["fisher", "least_squares"])

@@ -11,8 +11,7 @@ import argparse
 import copy
 from pathlib import Path
 
-import torch
-from quick_models import picture_classifier
+from quick_models import picture_classifier, your_pictures
 from rich import print
 
 import headprune as hp
@@ -25,36 +24,22 @@ parser.add_argument("--flops", type=float, default=0.75, help="fraction of the a
 parser.add_argument("--output", type=Path, default=Path("pruned-vit"))
 args = parser.parse_args()
 
-if args.model:
-    from PIL import Image
-    from transformers import AutoImageProcessor
-
-    dense, processor = hp.load(args.model).eval(), AutoImageProcessor.from_pretrained(args.model)
-    files = sorted(path for path in args.pictures.iterdir() if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
-    batches = []
-    for start in range(0, len(files), 8):
-        pictures = [Image.open(path).convert("RGB") for path in files[start : start + 8]]
-        pixels = processor(pictures, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            batches.append({"pixel_values": pixels, "labels": dense(pixels).logits.argmax(dim=-1)})
-    calibration, test = batches[::2], batches[1::2]
-else:
-    dense, calibration, test = picture_classifier()
-    calibration = calibration[:10]
+dense, calibration, test = your_pictures(args.model, args.pictures) if args.model else picture_classifier()
+calibration = calibration[:10]
 
 length = (dense.config.image_size // dense.config.patch_size) ** 2 + 1  # patches and the class token
 budget = hp.Budget(flops=args.flops, sequence_length=length)
 scores = hp.score(dense, calibration, criterion="fisher")
 by_scores = hp.plan(scores, budget)
-searched = hp.search_plan(dense, scores, budget, calibration, trials=8)
+searched = hp.search_plan(dense, scores, budget, calibration, trials=5)
 print(searched.plan)
 
 results = {}
-for name, plan in (("by scores alone", by_scores), ("of 8 plans tried", searched.plan)):
+for name, plan in (("by scores alone", by_scores), ("of 5 plans tried", searched.plan)):
     pruned = copy.deepcopy(dense)
     hp.prune(pruned, plan, calibration=calibration)
     results[name] = compare(dense, pruned, ImageClassification(test, top=()), repeats=5)
-print(results["of 8 plans tried"])
+print(results["of 5 plans tried"])
 for name, result in results.items():
     print(f"accuracy: dense {result.dense.quality['accuracy']:.3f}, {name} {result.pruned.quality['accuracy']:.3f}")
 print(f"attention FLOPs: {result.ratio('attention_flops'):.2f} of the dense model's")

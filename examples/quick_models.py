@@ -11,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    AutoImageProcessor,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
@@ -55,7 +56,7 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[Ba
         eos_token_id=None, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    batches = [text_windows(tokenizer, reviews(80)) for _ in range(100)]
+    batches = [text_windows(tokenizer, reviews(80)) for _ in range(60)]
     return fit(model, batches, lr=3e-3), tokenizer, batches, reviews(200)
 
 
@@ -74,9 +75,40 @@ def your_model(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     return hp.load(folder).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+@torch.no_grad()
+def your_classifier(folder: Path, text: Path) -> tuple[nn.Module, PreTrainedTokenizerFast, list[Batch], list[Batch]]:
+    """As `text_classifier`, of your folder; `text` has a text on each line, whose label is what the model itself says of it."""
+    model, tokenizer = your_model(folder)
+    lines = text.read_text(encoding="utf-8").splitlines()
+    rows = [tokenizer(lines[i : i + 32], padding=True, truncation=True, return_tensors="pt") for i in range(0, len(lines), 32)]
+    batches = [{**row, "labels": model(**row).logits.argmax(dim=-1)} for row in rows]
+    return model, tokenizer, batches[::2], batches[1::2]
+
+
+def your_language_model(folder: Path, text: Path) -> tuple[nn.Module, PreTrainedTokenizerFast, list[Batch], str]:
+    """As `language_model`, of your folder; the first half of `text` gives the batches, the second is held back."""
+    model, tokenizer = your_model(folder)
+    content = text.read_text(encoding="utf-8")
+    windows = text_windows(tokenizer, content[: len(content) // 2], 256)["input_ids"]
+    return model, tokenizer, [{"input_ids": rows, "labels": rows} for rows in windows.split(4)], content[len(content) // 2 :]
+
+
+@torch.no_grad()
+def your_pictures(folder: Path, pictures: Path) -> tuple[nn.Module, list[Batch], list[Batch]]:
+    """As `picture_classifier`, of your folder with its image processor; the label of a picture is what the model says of it."""
+    from PIL import Image
+
+    model, processor = hp.load(folder).eval(), AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    files = sorted(path for path in pictures.iterdir() if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
+    opened = ([Image.open(path).convert("RGB") for path in files[i : i + 8]] for i in range(0, len(files), 8))
+    pixels = [processor(some, return_tensors="pt")["pixel_values"] for some in opened]
+    batches = [{"pixel_values": some, "labels": model(some).logits.argmax(dim=-1)} for some in pixels]
+    return model, batches[::2], batches[1::2]
+
+
 def fit(model: nn.Module, batches: list[Batch], lr: float) -> nn.Module:
     """Trains `model` once over the batches, the rate falling to 0; gives it back in eval mode."""
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=lr, fused=True)
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 10, 1 - step / len(batches))
         model(**batch).loss.backward()

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,24 +23,31 @@ def killed_at(marker: str, *arguments: str) -> None:
     assert met, marker
 
 
-def forked(script: Path, *arguments: str, folder: Path, preload: list[str]) -> str:
-    """What `script` prints, run in `folder` in a process of its own, forked from one that has imported `preload` already:
-    many scripts then pay for the imports once."""
+def forked(script: Path, *arguments: str, folder: Path, preload: list[str], ranks: int = 1) -> str:
+    """What `script` prints, run in `folder` in a process of its own, forked from one that has imported `preload` already: many
+    scripts then pay for the imports once. ranks: run so many at once, as torchrun does, and give what they all print."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
-    child = context.Process(target=as_main, args=(script, arguments, folder))
-    child.start()
-    child.join()
-    printed = (folder / "printed.txt").read_text(encoding="utf-8")
-    assert child.exitcode == 0, printed
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    names = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} if ranks > 1 else {} for rank in range(ranks)]
+    files = [folder / f"printed{rank}.txt" for rank in range(ranks)]
+    children = [context.Process(target=as_main, args=(script, arguments, file, some)) for file, some in zip(files, names)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    printed = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert not any(child.exitcode for child in children), printed
     return printed
 
 
-def as_main(script: Path, arguments: tuple[str, ...], folder: Path) -> None:
-    os.chdir(folder)
-    with open("printed.txt", "w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def as_main(script: Path, arguments: tuple[str, ...], file: Path, variables: dict[str, str]) -> None:
+    os.chdir(file.parent)
+    with file.open("w", encoding="utf-8") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     sys.argv, sys.path = [str(script), *arguments], [str(script.parent), *sys.path]
-    os.environ["COLUMNS"] = "160"
+    os.environ.update(variables, COLUMNS="160")
     runpy.run_path(str(script), run_name="__main__")

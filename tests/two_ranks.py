@@ -9,6 +9,9 @@ import torch.distributed as dist
 from pruned_pairs import pruned_llama, text_batches
 from safetensors.torch import save_file
 from tiny_models import llama
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import headprune as hp
 from headprune.errors import HeadpruneError
@@ -40,6 +43,28 @@ def nan_on_rank_1_from(step: int):
     return loss_fn
 
 
+def sharded(batches) -> dict[str, torch.Tensor]:
+    """The weights, on rank 0, after three steps of a loop of one's own under FSDP2."""
+    dense, model = pruned_llama()
+    objective = hp.recovery.Objective(model, teacher=dense)
+    with objective.ready(torch.device("cpu"), batches[0]):
+        mesh = init_device_mesh("cpu", (2,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        steps_of(model, objective, [[batch] for batch in batches[dist.get_rank() :: 2]])
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def steps_of(model, objective, batches) -> None:
+    """A step on each list of batches."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for together in batches:
+        for batch in together:
+            (objective(model, batch) / len(together)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, batches, said = dist.get_rank(), text_batches(5), {}
@@ -59,6 +84,9 @@ def main(folder: Path) -> None:
     _, model = pruned_llama()
     broken = hp.recover(model, text_batches(6), loss_fn=nan_on_rank_1_from(3), steps=9, lr=1e-3)
     said["broken"] = broken.stopped_because
+    weights = sharded(text_batches(6))
+    if rank == 0:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "sharded.safetensors")
     (folder / f"said{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
 

@@ -15,9 +15,10 @@ from headprune.comparison.masks import held
 from headprune.comparison.method import Compressed, Method, Refused, Subject
 from headprune.comparison.record import ComparisonFolder
 from headprune.comparison.row import MethodRow
-from headprune.comparison.sizes import compact_bytes, file_bytes, nonzero_parameters
+from headprune.comparison.sizes import compact_bytes, file_bytes, nonzero_parameters, plain
 from headprune.errors import InvalidInput
 from headprune.evaluation import Interval, paired_bootstrap
+from headprune.evaluation.cost import model_flops
 from headprune.evaluation.evaluate import values_of
 from headprune.evaluation.latency import measure_latency
 from headprune.evaluation.metric import Metric
@@ -85,7 +86,8 @@ class Bench:
         return replace(
             row, note=found.note, parameters=count_parameters(found.model), nonzero=nonzero_parameters(found.model),
             file_bytes=in_file, compact_bytes=compact_bytes(found, in_file), compact=found.compact, quality=quality,
-            difference=None if row.method == "dense" else difference, loss=self.loss(found.model), **times,
+            difference=None if row.method == "dense" else difference, loss=self.loss(found.model),
+            flops_share=self.flops_share(found.model), **times,
         )  # fmt: skip
 
     def tuned(self, row: MethodRow, found: Compressed, progress: Progress | None) -> MethodRow:
@@ -118,6 +120,11 @@ class Bench:
         with in_eval_mode(model):
             losses = [float(self.task.loss(model, batch).mean()) for batch in self.texts.held_out]
         return sum(losses) / len(losses)
+
+    def flops_share(self, model: nn.Module) -> float | None:
+        """None for quantised weights, whose products the counter does not know."""
+        inputs = self.task.latency_inputs()
+        return model_flops(model, inputs) / model_flops(self.subject.model, inputs) if plain(model) else None
 
     def latency(self, model: nn.Module) -> dict[str, float]:
         """Nothing for 0 repeats."""

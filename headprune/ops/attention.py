@@ -93,7 +93,7 @@ def attention(
     """Softmax attention with any number of query heads per key/value head.
 
     Args:
-        query: [batch, query_heads, query_len, head_dim]; fp16, bf16, fp32 (fp64 through the reference); any strides.
+        query: [batch, query_heads, query_len, head_dim]; fp16, bf16, fp32, fp64 (on a GPU through the reference); any strides.
         key: [batch, kv_heads, kv_len, head_dim].
         value: [batch, kv_heads, kv_len, value_dim].
         head_map: which key/value head each query head reads; None for equal groups.

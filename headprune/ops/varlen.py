@@ -110,7 +110,8 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], from 0 up: where each sequence starts and the last one ends.
         max_seqlen_q, max_seqlen_k: the longest lengths; None reads them from the device (which waits for it).
         gate: [query_heads] or [sequences, query_heads].
-        The rest as in `headprune.ops.attention`; causal is bottom-right aligned in each sequence.
+
+    The rest as in `headprune.ops.attention`; causal is bottom-right aligned in each sequence.
 
     Returns: [tokens, query_heads, value_dim]; with stats also HeadStats, each field [sequences, query_heads].
 

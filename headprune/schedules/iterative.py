@@ -53,7 +53,8 @@ def iterative(
         spacing: of `steps`: "linear", "cubic" (Zhu & Gupta 2017) or "geometric".
         max_drop: the share of the dense model's quality that may be lost: the first step that loses more is taken back, and
             the schedule ends with the model before it.
-        The rest is as in `one_shot`.
+
+    The rest is as in `one_shot`.
     """
     setting = Setting.of(model, batches, budget, options)
     check_limit(setting, max_drop)

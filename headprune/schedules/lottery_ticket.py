@@ -57,7 +57,8 @@ def lottery_ticket(
         control: in the end also train the same heads from fresh random weights; `extras["control"]` is that model,
             `extras["control_quality"]` its quality. initialise: draws them in place; default as the model's class does.
         criterion (in options): default "magnitude_l2". compensate: default False.
-        The rest is as in `one_shot`.
+
+    The rest is as in `one_shot`.
     """
     options = {"criterion": "magnitude_l2", "compensate": False, **options}
     setting = Setting.of(model, batches, budget, {**options, "recover": recover})

@@ -66,7 +66,8 @@ def pruning_aware(
         train (in options): the training data; default `batches`, which compensation reads. A list of batches, or an iterable
             that can be read again and again.
         recover (in options): training after the cut.
-        The rest is as in `one_shot`; criterion and trials are not read.
+
+    The rest is as in `one_shot`; criterion and trials are not read.
     """
     setting = Setting.of(model, batches, budget, options)
     training = GateTraining(steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout, setting.seed)

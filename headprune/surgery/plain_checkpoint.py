@@ -12,6 +12,7 @@ from torch import nn
 from headprune.errors import CorruptCheckpoint, InvalidInput, InvalidPlan
 from headprune.files import read_json
 from headprune.models import attention_sites
+from headprune.nn.replace import own_attention
 from headprune.surgery.cut import cut
 from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
 from headprune.surgery.record import as_json, kept_heads, record_of
@@ -28,7 +29,8 @@ def save_plain(model: nn.Module, folder: Path, **options: Any) -> None:
 
 
 def load_plain(folder: Path, model: nn.Module, *, verify: bool = True) -> nn.Module:
-    """`model`, unpruned, with its heads cut as in `folder` and the weights from there, in place and in eval mode.
+    """`model`, unpruned, with its heads cut as in `folder` and the weights from there, in place and in eval mode; where heads were
+    cut each torch.nn.MultiheadAttention of it becomes a VariableHeadAttention.
 
     Raises InvalidInput where the folder is none of `save`'s, InvalidPlan where `model` is not what was pruned,
     CorruptCheckpoint where files are off; the model is untouched by the first two.
@@ -40,7 +42,8 @@ def load_plain(folder: Path, model: nn.Module, *, verify: bool = True) -> nn.Mod
     if record is None:
         raise InvalidInput(f"{folder} holds a transformers model; call load(folder) without model=.")
     kept = kept_heads(record)
-    head_maps = {site.name: as_json(site.head_map) for site in attention_sites(model)} if kept else {}
+    with own_attention(model):
+        head_maps = {site.name: as_json(site.head_map) for site in attention_sites(model)} if kept else {}
     for name, entry in record.get("sites", {}).items():
         if head_maps.get(name) != entry["original"]:
             raise InvalidPlan(

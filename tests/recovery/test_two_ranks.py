@@ -9,7 +9,7 @@ import pytest
 import torch
 from pruned_pairs import pruned_llama, text_batches
 from safetensors.torch import load_file
-from two_ranks import BUDGET, CRITERIA, observed
+from two_ranks import BUDGET, CRITERIA, observed, steps_of
 
 import headprune as hp
 
@@ -66,6 +66,17 @@ def test_recovery_on_two_ranks_is_that_of_batches_twice_as_large(folder):
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
         recovery = said(folder, rank)["recovery"]
         torch.testing.assert_close(torch.tensor(recovery["evaluations"]), torch.tensor(alone.evaluations), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loop_of_ones_own_under_fsdp2_is_that_of_batches_twice_as_large(folder):
+    dense, model = pruned_llama()
+    objective, batches = hp.recovery.Objective(model, teacher=dense), text_batches(6)
+    with objective.ready(torch.device("cpu"), batches[0]):
+        steps_of(model, objective, [batches[start : start + 2] for start in (0, 2, 4)])
+    found = load_file(folder / "sharded.safetensors")
+    assert set(found) == set(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_a_nan_on_one_rank_stops_both_at_the_same_step(folder):

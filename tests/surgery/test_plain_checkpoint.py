@@ -11,10 +11,14 @@ from headprune.nn import VariableHeadAttention, replace_multihead_attention
 from headprune.surgery import cut, load, save
 
 
-def encoder(seed: int = 0, width: int = 32) -> nn.Module:
+def torch_encoder(seed: int = 0, width: int = 32) -> nn.Module:
     torch.manual_seed(seed)
     layer = nn.TransformerEncoderLayer(width, 4, 48, batch_first=True)
-    return replace_multihead_attention(nn.TransformerEncoder(layer, 2)).eval()
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+def encoder(seed: int = 0, width: int = 32) -> nn.Module:
+    return replace_multihead_attention(torch_encoder(seed, width))
 
 
 @pytest.fixture
@@ -25,9 +29,10 @@ def pruned():
     return model
 
 
-def test_an_encoder_of_torch_comes_back_with_its_heads_and_weights(tmp_path, pruned):
+@pytest.mark.parametrize("make", [encoder, torch_encoder])
+def test_an_encoder_of_torch_comes_back_with_its_heads_and_weights(tmp_path, pruned, make):
     folder = save(pruned, tmp_path / "encoder")
-    again = load(folder, model=encoder(seed=1))
+    again = load(folder, model=make(seed=1))
     x = torch.randn(2, 5, 32)
     assert torch.equal(again(x), pruned(x))
     assert [site.head_map.query_heads for site in attention_sites(again)] == [1, 3]
@@ -56,6 +61,10 @@ def test_what_does_not_belong_together_is_refused(tmp_path, pruned):
         load(folder, model=llama())
     with pytest.raises(InvalidPlan, match="unpruned TransformerEncoder"):
         load(folder, model=pruned)
+    deeper = nn.Sequential(torch_encoder())
+    with pytest.raises(InvalidPlan, match=r"layers\.0\.self_attn"):
+        load(folder, model=deeper)
+    assert type(deeper[0].layers[0].self_attn) is nn.MultiheadAttention
     with pytest.raises(CorruptCheckpoint, match="does not fit"):
         load(folder, model=encoder(width=64))
     with pytest.raises(InvalidInput, match="without model="):
