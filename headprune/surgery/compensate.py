@@ -19,19 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
-from headprune.models.feed_forward import FeedForward, feed_forwards
+from headprune.models.feed_forward import feed_forwards
 from headprune.models.gating import output_input_hook
-from headprune.models.site import AttentionSite, Foreign, is_conv1d
+from headprune.models.site import AttentionSite
 from headprune.models.stream import residual_streams
 from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.normal_equations import Layer, NormalEquations, Solver, get_solver
+from headprune.surgery.parts import (
+    Part,
+    Weights,
+    columns_of,
+    masked_to,
+    parts_of,
+    set_weight_and_bias,
+    weight_and_bias,
+    weights_in_place,
+)
 from headprune.surgery.walk import Keeping, Walk, keeping_for
 
 Keep = Mapping[str, Sequence[int]]  # site name -> the query heads that stay
-Part = AttentionSite | FeedForward  # what is re-solved: `output.module` is the linear layer
 Reached = tuple[Tensor, Tensor | None]  # the input of a linear layer, and the stream that its result is added to
-Weights = tuple[Tensor, Tensor | None]  # weight [hidden, features] and bias [hidden] of an output projection
 TYPICAL_LENGTH = 64.0  # tokens; a constant, which only keeps the sums of usual batches near sums over tokens
 FEED_FORWARD_TOKENS = 2  # as many tokens for each input, at least
 HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
@@ -128,13 +136,6 @@ def sample_weights(valid: Tensor) -> Tensor:
     return (TYPICAL_LENGTH / counts).expand(valid.shape)[valid]
 
 
-def columns_of(part: Part, keep: Mapping[str, Sequence[int]], weight: Tensor) -> Tensor:
-    """The inputs of `part` that stay: those of the heads that are kept, or all."""
-    if isinstance(part, AttentionSite) and part.name in keep:
-        return part.columns(tuple(keep[part.name]))
-    return torch.arange(weight.shape[1])
-
-
 def sums_for(index: int, batches: int, train: NormalEquations, held_out: NormalEquations) -> list[NormalEquations]:
     """Which sums the batch `index` goes into; the last of few batches into both."""
     found = [held_out if batches > 1 and is_held_out(index) else train]
@@ -225,14 +226,6 @@ class Passes:
         return valid_tokens(states, self.masks(part.name, self.batches[index]))
 
 
-def parts_of(sites: Iterable[AttentionSite], behind: Mapping[str, FeedForward]) -> list[Part]:
-    """Each site, and the feed-forward behind it where there is one."""
-    found: list[Part] = []
-    for site in sites:
-        found += [site, behind[site.name]] if site.name in behind else [site]
-    return found
-
-
 def resolve(
     part: Part,
     keep: Sequence[int] | None,
@@ -284,36 +277,3 @@ def refuse_too_few(name: str, tokens: int, needed: int) -> None:
             f"compensation has {tokens} calibration tokens at {name} (beside those that are held out); its {needed} unknowns need "
             f"at least {needed}, better {10 * needed}. Give more calibration batches, or compensation='mask_tuning' or 'bias'."
         )
-
-
-def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    columns = torch.zeros(site.output.features.numel())
-    columns[site.columns(tuple(keep))] = 1.0
-    return lambda inputs: inputs * columns.to(inputs)
-
-
-@contextmanager
-def weights_in_place(parts: Sequence[Part], weights: Mapping[str, Weights]) -> Iterator[None]:
-    before = [weight_and_bias(part) for part in parts]
-    try:
-        for part in parts:
-            set_weight_and_bias(part, weights[part.name])
-        yield
-    finally:
-        for part, values in zip(parts, before):
-            set_weight_and_bias(part, values)
-
-
-def weight_and_bias(part: Part) -> Weights:
-    """(weight [hidden, features], bias [hidden] or None) of the linear layer, detached."""
-    module: Foreign = part.output.module
-    weight: Tensor = module.weight.data
-    return (weight.T if is_conv1d(module) else weight), None if module.bias is None else module.bias.data
-
-
-def set_weight_and_bias(part: Part, values: Weights) -> None:
-    module: Foreign = part.output.module
-    weight, bias = values
-    module.weight.data = weight.T if is_conv1d(module) else weight
-    if bias is not None:
-        module.bias.data = bias

@@ -30,22 +30,9 @@ from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.models.trunk import Entry, enter
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.passes import checksum, in_eval_mode
-from headprune.surgery.compensate import (
-    Part,
-    Reached,
-    Resolved,
-    Target,
-    Weights,
-    add_tokens,
-    columns_of,
-    masked_to,
-    parts_of,
-    resolve,
-    sums_for,
-    weight_and_bias,
-    weights_in_place,
-)
+from headprune.surgery.compensate import Reached, Resolved, Target, add_tokens, resolve, sums_for
 from headprune.surgery.normal_equations import NormalEquations, get_solver
+from headprune.surgery.parts import Part, Weights, columns_of, masked_to, parts_of, weight_and_bias, weights_in_place
 from headprune.surgery.walk import Walk
 
 WORK_KIND, LAYER_KIND = "streamed_compensation", "streamed_compensation_layer"
