@@ -44,7 +44,7 @@ lint: venv
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: venv
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 	@echo "open build/site/index.html"
 
 # Wheels are built from the source archive, which is thereby complete; then an environment with nothing but what the wheel asks for.
