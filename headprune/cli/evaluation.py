@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,13 @@ from headprune.cli.inputs import (
 )
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from headprune.evaluation import Comparison, Evaluation
+    from headprune.evaluation.data import EvaluationData
 
 
 @app.command("evaluate", epilog="Example: headprune evaluate ./pruned --against ./dense --text wiki.txt --window 2048")
@@ -48,16 +55,23 @@ def evaluate_command(
     from headprune.evaluation import compare, evaluate, write_trace
 
     found, data = opened_for_evaluation(model, task, text, lm_eval, window=window, stride=stride, limit=limit)
-    models = {"model": found} if against is None else {"dense": opened_model(against)[0], "pruned": found}
-    measure = evaluate if against is None else compare
-    result = with_bar("evaluate", lambda progress: measure(*models.values(), data, repeats=repeats, progress=progress))
+    models: dict[str, nn.Module] = {"model": found}
+    result: Evaluation | Comparison
+    if against is None:
+        result = with_bar("evaluate", lambda progress: evaluate(found, data, repeats=repeats, progress=progress))
+    else:
+        dense = opened_model(against)[0]
+        models = {"dense": dense, "pruned": found}
+        result = with_bar("evaluate", lambda progress: compare(dense, found, data, repeats=repeats, progress=progress))
     terminal.show(json, asdict(result), result)
     if trace is not None:
         with_bar("trace", lambda progress: write_trace(models, data.latency_inputs(), trace))
         terminal.progress_console.print(f"trace written to {trace}; open it in ui.perfetto.dev or chrome://tracing")
 
 
-def opened_for_evaluation(model: str, task: str | None, text: Path | None, lm_eval: str | None, **options):
+def opened_for_evaluation(
+    model: str, task: str | None, text: Path | None, lm_eval: str | None, **options: Any
+) -> tuple[PreTrainedModel, EvaluationData]:
     """(model, evaluation data): of a text, of tasks of lm-evaluation-harness, or of one of headprune's tasks."""
     from headprune.evaluation import LanguageModelHarness, Perplexity
 
@@ -71,6 +85,7 @@ def opened_for_evaluation(model: str, task: str | None, text: Path | None, lm_ev
         raise InvalidInput(f"{model} has no tokenizer, which {given[0]} needs; save one beside the model.")
     if lm_eval is not None:
         return found, LanguageModelHarness([name.strip() for name in lm_eval.split(",")], tokenizer, limit=options["limit"])
+    assert text is not None  # one of the three was given
     data = with_bar(f"read {text}", lambda progress: Perplexity(
         text, tokenizer, window=options["window"], stride=options["stride"]
     ))  # fmt: skip

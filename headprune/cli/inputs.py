@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headprune.cli import completion
 from headprune.cli.terminal import with_bar
 from headprune.files import refuse_unwritable
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from transformers import PreTrainedModel
+
+    from headprune.evaluation.tasks import Task
 
 
 def writable(context: typer.Context, path: Path | None) -> Path | None:
@@ -55,7 +60,7 @@ KvCacheOption = Annotated[float | None, typer.Option("--kv-cache", help="Fractio
 FlopsOption = Annotated[float | None, typer.Option("--flops", help="Fraction of the attention FLOPs to remove.")]
 
 
-def opened(model: str, task: str | None, streamed: bool = False):
+def opened(model: str, task: str | None, streamed: bool = False) -> tuple[PreTrainedModel, Task]:
     """(model, task), the task by its name or the one for such models."""
     from headprune.evaluation.tasks import build_task, check_task
     from headprune.sources import default_task
@@ -69,7 +74,8 @@ def opened(model: str, task: str | None, streamed: bool = False):
     return found, data
 
 
-def opened_model(model: str, streamed: bool = False):
+def opened_model(model: str, streamed: bool = False) -> tuple[PreTrainedModel, Any]:
+    """(model, its tokenizer or None)."""
     from headprune.sources import open_from_disk, open_model, opening
 
     if streamed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,10 @@ from headprune.cli.inputs import (
 )
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput, unknown_name
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from headprune.planning import Budget, PruningPlan
+    from headprune.scoring import HeadScores
 
 QUANTITIES = ("heads", "params", "kv_cache", "flops")  # of sweeps
 
@@ -74,7 +78,8 @@ def plan_command(
     if measured and not other_machine:
         measured.refuse_other_machine(machines_here())
     budget = Budget(heads, params, kv_cache, flops, latency, length, measured)
-    ranking, options = HeadScores.load(scores), {
+    ranking = HeadScores.load(scores)
+    options: dict[str, Any] = {
         "allocation": allocation, "granularity": granularity, "min_heads": min_heads, "multiple_of": multiple_of,
         "protect": protect or (), "sensitivity": None if sensitivity is None else Sensitivity.load(sensitivity), "target": target,
     }  # fmt: skip
@@ -86,7 +91,9 @@ def plan_command(
     terminal.show_file(json, output, chosen)
 
 
-def tried(model: str | None, task: str | None, scores, budget, trials: int, options: dict):
+def tried(
+    model: str | None, task: str | None, scores: HeadScores, budget: Budget, trials: int, options: dict[str, Any]
+) -> PruningPlan:
     """The best of the plans that are tried on the model."""
     from headprune.surgery import search_plan
 
@@ -140,7 +147,7 @@ def sweep_command(
     from headprune.scoring import HeadScores
     from headprune.sweep import sweep
 
-    chosen = [Budget(**{known_quantity(quantity): fraction}) for fraction in fractions(budgets)]
+    chosen = [Budget.of({known_quantity(quantity): fraction}) for fraction in fractions(budgets)]
     ranking = HeadScores.load(scores)
     dense, data = opened(model, task)
     found = with_bar("sweep", lambda progress: sweep(dense, data, ranking, chosen, allocation=allocation, progress=progress))

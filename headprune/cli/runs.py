@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,9 @@ from headprune.cli.app import app
 from headprune.cli.completion import models, one_of
 from headprune.cli.inputs import JsonOption, writable
 from headprune.cli.terminal import with_bar
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from headprune.recipe import Recipe
 
 
 @app.command(epilog="Example: headprune run recipes/minilm.yaml plan.budget.heads=0.3 output=runs/third")
@@ -73,7 +77,7 @@ def report_command(
     terminal.show(json, {"report": str(page), "figures": [str(path) for path in drawn]}, *shown)
 
 
-def carry_out(recipe, json: bool) -> None:
+def carry_out(recipe: Recipe, json: bool) -> None:
     from headprune.report.progress import Stages
     from headprune.report.tables import run_tables
     from headprune.run import run as run_recipe
@@ -84,7 +88,7 @@ def carry_out(recipe, json: bool) -> None:
 
 
 @contextlib.contextmanager
-def logged_to(folder: Path):
+def logged_to(folder: Path) -> Iterator[None]:
     """Keeps what headprune logs in `folder`/log.txt, once the run has made the folder its own."""
     handler = logging.FileHandler(folder / "log.txt", delay=True)
     handler.addFilter(lambda record: folder.is_dir())  # a model may be trained before the run writes anything

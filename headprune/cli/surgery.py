@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,11 @@ from headprune.cli.completion import one_of
 from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, opened, opened_model
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from transformers import PreTrainedModel
+
+    from headprune.planning import PruningPlan
 
 
 @app.command("prune", epilog="Example: headprune prune minilm plan.json -o pruned --task docstring-retrieval")
@@ -56,7 +61,7 @@ def prune_command(
     terminal.show(json, kept, chosen, f"written to {output}")
 
 
-def prune_in_files(model: str, plan, output: Path, task: str | None) -> None:
+def prune_in_files(model: str, plan: PruningPlan, output: Path, task: str | None) -> None:
     from headprune.sources import model_folder
     from headprune.surgery import prune_folder
 
@@ -88,8 +93,8 @@ def export_command(
     terminal.show(json, {**asdict(written), "path": str(written.path)}, str(written))
 
 
-def target_options(given: Iterable[str]) -> dict[str, str | int]:
-    found: dict[str, str | int] = {}
+def target_options(given: Iterable[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for one in given:
         name, separator, value = one.partition("=")
         if not separator or not name or not value:
@@ -116,7 +121,7 @@ def diff_command(before: ModelArgument, after: ModelArgument, json: JsonOption =
     terminal.show(json, found.to_json(), found)
 
 
-def bones(model: str):
+def bones(model: str) -> PreTrainedModel:
     """The model without its weights."""
     from headprune.sources import model_folder, opening
     from headprune.surgery.checkpoint import skeleton

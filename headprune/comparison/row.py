@@ -22,6 +22,7 @@ class MethodRow:
 
     parameters, nonzero: of the whole model, distinct ones; nonzero is None for quantised weights. file_bytes: of its safetensors
     file with all zeros in it, None where none can be written. compact_bytes: of the smallest form, which `compact` names.
+    flops_share: FLOPs of a forward pass with dense kernels over the dense model's; None where they cannot be counted.
     quality, loss: on test data, and on training batches that no method saw. tuned_...: after the same fine-tune. difference: of
     the headline from the dense model's, on the same examples. latency_share: median time of a forward pass over the dense
     model's, both timed in turn with dense kernels.
@@ -40,6 +41,7 @@ class MethodRow:
     file_bytes: int | None = None
     compact_bytes: int | None = None
     compact: str = ""
+    flops_share: float | None = None
     quality: dict[str, float] = field(default_factory=dict)
     difference: Interval | None = None
     loss: float | None = None
@@ -103,16 +105,18 @@ class MethodComparison:
         return (f"{row.quality[self.headline]:.4f}", self.ratio(row.quality), f"{row.loss:.3f}", *tuned)
 
     def cost_columns(self) -> tuple[str, ...]:
-        timed = ("latency, of dense",) if any(row.latency_share is not None for row in self.rows) else ()
-        return ("parameters", "not 0", "MB as a file", "MB at the least", *timed, "special kernels")
+        ratios = {"FLOPs, of dense": "flops_share", "latency, of dense": "latency_share"}
+        measured = (name for name, field in ratios.items() if any(getattr(row, field) is not None for row in self.rows))
+        return ("parameters", "not 0", "MB as a file", "MB at the least", *measured, "special kernels")
 
     def cost_cells(self, row: MethodRow) -> tuple[str, ...]:
         if row.refused is not None:
             return ("not possible", *[NOTHING] * (len(self.cost_columns()) - 1))
         least = row.file_bytes if row.compact_bytes is None else row.compact_bytes
-        timed = (shown(row.latency_share, ".2f"),) if "latency, of dense" in self.cost_columns() else ()
+        ratios = {"FLOPs, of dense": shown(row.flops_share, ".3f"), "latency, of dense": shown(row.latency_share, ".2f")}
         sizes = (f"{row.parameters:,}", shown(row.nonzero, ","), megabytes(row.file_bytes), megabytes(least))
-        return (*sizes, *timed, "needed" if row.kernels else "none")
+        measured = (value for name, value in ratios.items() if name in self.cost_columns())
+        return (*sizes, *measured, "needed" if row.kernels else "none")
 
     def notes(self) -> list[str]:
         """What does not fit into the table, a line for each method."""

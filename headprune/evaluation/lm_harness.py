@@ -63,7 +63,7 @@ class LanguageModelHarness(EvaluationData):
 def metric_of(value: float, samples: Sequence[Mapping[str, Any]], metric: str, filtered: str) -> Metric:
     """The metric by its examples where their mean is it, else as one total."""
     wanted = (one for one in samples if one.get("filter", "none") == filtered)
-    values = [one.get(metric) for one in sorted(wanted, key=lambda one: one.get("doc_id", 0))]
+    values: list[Any] = [one.get(metric) for one in sorted(wanted, key=lambda one: one.get("doc_id", 0))]
     if len(values) > 1 and all(isinstance(one, (bool, int, float)) for one in values):
         rows = torch.tensor([float(one) for one in values], dtype=torch.float64)
         if abs(float(rows.mean()) - value) <= 1e-6 * max(1.0, abs(value)):

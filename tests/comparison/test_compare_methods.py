@@ -45,6 +45,7 @@ def test_the_table_has_dense_first_and_what_each_method_removed(done):
     assert dense.nonzero - found.row("unstructured").nonzero == found.removed
     assert heads.file_bytes < dense.file_bytes <= found.row("unstructured").file_bytes
     assert found.row("unstructured").compact_bytes < dense.file_bytes
+    assert heads.flops_share < dense.flops_share == found.row("unstructured").flops_share == 1
     for row in found.rows:
         assert row.tuned_steps == 3
         assert row.tuned_loss < row.loss
