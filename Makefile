@@ -3,13 +3,14 @@
 # make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
 # make quality   every one-shot method on the same models, data and budgets, without training (some hours; goes on where it was cut off)
 # make release-check   source archive and wheels into dist/, installed in an empty environment and tried (builds the extension: minutes)
+# make coverage   the lines of headprune/ that the tests run, GPU-only ones aside (as long as make test and a half)
 # make engines   pruned models in llama.cpp, which is built from source (minutes), against ours      make engines-vllm   in vLLM
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint docs release-check aot bench quality engines engines-vllm gpu
+.PHONY: venv demo test lint coverage docs release-check aot bench quality engines engines-vllm gpu
 
 venv: $(VENV)/.ready
 
@@ -30,9 +31,16 @@ demo: venv
 test: venv lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
+coverage: venv
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -q -n 2
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --sort cover
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: venv
