@@ -4,13 +4,14 @@
 # make quality   every one-shot method on the same models, data and budgets, without training (some hours; goes on where it was cut off)
 # make release-check   source archive and wheels into dist/, installed in an empty environment and tried (builds the extension: minutes)
 # make peers   other packages that prune heads, installed and run (downloads several GB)
+# make coverage   the lines of headprune/ that the tests run, GPU-only ones aside (as long as make test and a half)
 # make engines   pruned models in llama.cpp, which is built from source (minutes), against ours      make engines-vllm   in vLLM
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint docs release-check aot bench quality peers engines engines-vllm gpu
+.PHONY: venv demo test lint coverage docs release-check aot bench quality peers engines engines-vllm gpu
 
 venv: $(VENV)/.ready
 
@@ -31,14 +32,21 @@ demo: venv
 test: venv lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
+coverage: venv
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -q -n 2
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --sort cover
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: venv
-	$(BIN)/mkdocs build --strict --quiet
-	@echo "open build/site/index.html"
+	$(BIN)/mkdocs build --strict
+	@echo "open build/site/index.html; with the search: $(BIN)/python -m http.server -d build/site"
 
 # Wheels are built from the source archive, which is thereby complete; then an environment with nothing but what the wheel asks for.
 # Torch comes first, so that it is the one the extension was built with. The compiled wheel takes the place of the pure one.

@@ -58,8 +58,8 @@ def self_attentions(model: nn.Module, within: str) -> dict[int, list[AttentionSi
     numbers = [[int(part) for part in site.name.split(".") if part.isdecimal()] for site in sites]
     varying = [place for place, found in enumerate(zip(*numbers)) if len(set(found)) > 1] or [0]
     layers: dict[int, list[AttentionSite]] = {}
-    for order, (site, found) in enumerate(zip(sites, numbers)):
-        layers.setdefault(found[varying[0]] if len(varying) == 1 else order, []).append(site)
+    for order, (site, places) in enumerate(zip(sites, numbers)):
+        layers.setdefault(places[varying[0]] if len(varying) == 1 else order, []).append(site)
     return layers
 
 

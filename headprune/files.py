@@ -77,6 +77,16 @@ def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator
             draft.unlink(missing_ok=True)
 
 
+def refuse_unwritable(target: str | os.PathLike[str]) -> None:
+    """InvalidInput where nothing could be written to `target`, a file or a folder that need not be there yet."""
+    target = Path(target)
+    place = next(folder for folder in target.absolute().parents if folder.exists())
+    if not place.is_dir():
+        raise InvalidInput(f"cannot write {target}: {place} is a file, not a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InvalidInput(f"cannot write {target}: you may not write into {place}.")
+
+
 def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Writes a file as `whole_file` does."""
     with whole_file(target) as draft:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from headprune.errors import HeadpruneError, InvalidInput, unknown_name
 from headprune.planning.allocation import get_allocation
@@ -65,7 +66,7 @@ class PlanSection(Section):
         known = [name for name in Budget.__dataclass_fields__ if name != "table"]
         for name in budget:
             one_of("budget", name, known)
-        if Budget(**budget).quantity == "latency":
+        if Budget.of(budget).quantity == "latency":
             raise InvalidInput(
                 "budget latency: a recipe has no latency table. Make the plan with `headprune plan --latency 0.2 --table "
                 "latency.json` and name it as plan.file."
@@ -234,7 +235,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise InvalidInput(f"override {override!r}: {value!r} is not a YAML value.") from None
 
 
-def explain(problem: dict[str, Any]) -> str:
+def explain(problem: ErrorDetails) -> str:
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = fields_at(problem["loc"][:-1])

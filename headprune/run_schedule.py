@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from headprune.errors import InvalidInput
 from headprune.evaluation.tasks import Task
 from headprune.planning import Budget, PruningPlan
 from headprune.recipe import Recipe, RecoverSection
@@ -31,12 +32,14 @@ def scheduled_model(
     """The plan in the dense model's heads, the pruned model as it loads from disk, and what was checked when it was saved. A killed
     schedule goes on in `folder`/schedule."""
     section = recipe.schedule
+    if section is None:
+        raise InvalidInput("the recipe names no schedule; give schedule.name.")
     batches, held_out = calibration(task, limited="max_drop" in section.options)
     with shown(stages) as progress:
         result = get_schedule(section.name)(
             dense,
             batches,
-            Budget(**recipe.plan.budget),
+            Budget.of(recipe.plan.budget),
             loss_fn=task.loss,
             forward=task.forward,
             criterion=recipe.score.criterion,

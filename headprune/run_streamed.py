@@ -62,7 +62,7 @@ def show_estimate(recipe: Recipe, task: Task, stages: Stages) -> None:
     if not shapes or any(len(shape) != 2 for shape in shapes):
         return
     (batch, length), tokens = shapes[0], sum(shape.numel() for shape in shapes)
-    found = estimate(model_folder(recipe.model), Budget(**recipe.plan.budget), tokens=tokens, batch=batch, length=length)
+    found = estimate(model_folder(recipe.model), Budget.of(recipe.plan.budget), tokens=tokens, batch=batch, length=length)
     stages.console.print(found.scoring())
 
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
@@ -19,7 +19,14 @@ from headprune.scoring import HeadScores, get_criterion, observe, portrait_needs
 from headprune.surgery import search_plan
 from headprune.sweep import Sweep, sweep
 
-Value = TypeVar("Value")
+
+class Saved(Protocol):
+    """What can be written to a file, and taken up from there."""
+
+    def save(self, path: Path, /) -> object: ...
+
+
+Value = TypeVar("Value", bound=Saved)
 STATES = "states"  # what a killed pass over a model on disk goes on from; large
 log = logging.getLogger("headprune")
 
@@ -74,8 +81,8 @@ def measured_sensitivity(model: nn.Module, task: Task, scores: HeadScores, stage
 
 
 def measured_sweep(model: nn.Module, task: Task, scores: HeadScores, recipe: Recipe, stages: Stages) -> Sweep:
-    quantity = Budget(**recipe.plan.budget).quantity
-    budgets = [Budget(**(recipe.plan.budget | {quantity: fraction})) for fraction in recipe.report.sweep]
+    quantity = Budget.of(recipe.plan.budget).quantity
+    budgets = [Budget.of(recipe.plan.budget | {quantity: fraction}) for fraction in recipe.report.sweep]
     with stages.stage("sweep over budgets") as progress:
         return sweep(
             model, task, scores, budgets, compensate=recipe.prune.compensate, repeats=recipe.evaluate.repeats, progress=progress,
@@ -93,7 +100,7 @@ def plan_of(
     recipe: Recipe, model: nn.Module, task: Task, scores: HeadScores, progress: Callable[[int, int], None] | None = None
 ) -> PruningPlan:
     """The plan that the recipe's section asks for: by scores alone, or by trying plans on the task's calibration data."""
-    section, budget, options = recipe.plan, Budget(**recipe.plan.budget), planning_options(recipe)
+    section, budget, options = recipe.plan, Budget.of(recipe.plan.budget), planning_options(recipe)
     if not section.trials:
         return plan(scores, budget, **options)
     return search_plan(

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from headprune import demo
-from headprune.errors import unknown_name
+from headprune.errors import CorruptCheckpoint, unknown_name
 from headprune.surgery import load, open_streamed
 
 Progress = Callable[[int, int], None]
@@ -90,5 +90,11 @@ def open_from_disk(name: str, device: str = "cpu") -> tuple[PreTrainedModel, Any
 
 
 def tokenizer_of(folder: Path) -> Any:
-    has_tokenizer = (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists()
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+    """Raises CorruptCheckpoint where there is one that does not load."""
+    if not any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a class of tokenizers raises on files that it cannot read
+        reason = " ".join(str(error).split())[:300]
+        raise CorruptCheckpoint(f"the tokenizer in {folder} does not load: {type(error).__name__}: {reason}.") from error

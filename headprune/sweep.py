@@ -53,7 +53,8 @@ class Sweep:
         document = read_json(path, "sweep")
         try:
             points = tuple(Point(**{**one, "evaluation": Evaluation(**one["evaluation"])}) for one in document["points"])
-            return cls(*(document[name] for name in ("task", "headline", "higher_is_better", "criterion")), points)
+            named = {name: document[name] for name in ("task", "headline", "higher_is_better", "criterion")}
+            return cls(**named, points=points)
         except (KeyError, TypeError) as error:
             raise InvalidInput(f"{path} is not a complete sweep file: {error!r}.") from None
 
@@ -94,14 +95,14 @@ def sweep(
     plans = [plan(scores, budget, **options) for budget in budgets]
     dense = evaluate(model, task, repeats=repeats)
     points = [Point({budgets[0].quantity: 0.0}, heads_of(plans[0], dense=True), dense, latency_share=1.0)]
-    for done, chosen in enumerate(plans, 1):
+    for done, (budget, chosen) in enumerate(zip(budgets, plans), 1):
         pruned = copy.deepcopy(model)
         prune(pruned, chosen, task.calibration if compensate else None, forward=task.forward)
         found = evaluate(pruned, task, repeats=repeats)
         # In turn, as the machine may not be what it was when the dense model was timed.
         timed = measure_latency({"dense": model, "pruned": pruned}, task.latency_inputs(), repeats)
         share = timed["pruned"].p50_ms / timed["dense"].p50_ms
-        points.append(Point(chosen.budget.to_json(), heads_of(chosen), found, latency_share=share))
+        points.append(Point(budget.to_json(), heads_of(chosen), found, latency_share=share))
         if progress:
             progress(done, len(plans))
     return Sweep(task.name, task.headline, task.higher_is_better, scores.criterion, with_pareto(points, task))

@@ -16,11 +16,18 @@ def environment() -> dict[str, str]:
 
 def killed_at(marker: str, *arguments: str) -> None:
     """Runs Python with `arguments` and kills it (SIGKILL) as soon as it prints the line `marker`."""
-    child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment())
+    assert signalled_at(marker, signal.SIGKILL, *arguments)[0] == -signal.SIGKILL
+
+
+def signalled_at(marker: str, number: signal.Signals, *arguments: str) -> tuple[int, str]:
+    """(exit code, stderr) of Python with `arguments`, which gets the signal as soon as it prints the line `marker`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, *arguments], text=True, env=environment(), **pipes)
     met = any(line.strip() == marker for line in child.stdout)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert met, marker
+    child.send_signal(number)
+    _, printed = child.communicate()
+    assert met, f"{marker}: {printed}"
+    return child.returncode, printed
 
 
 def forked(script: Path, *arguments: str, folder: Path, preload: list[str], ranks: int = 1) -> str:

@@ -4,7 +4,6 @@ However it is installed, headprune must not look like the Hugging Face package `
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from distribution import built, installed, tree_copy
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -34,23 +34,16 @@ def printed(folder: Path, **environment: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory) -> Path:
-    """A folder with the source archive and the wheel that is built from it, without its extension. The tree had a library in it."""
-    tree, built = tmp_path_factory.mktemp("work") / "tree", tmp_path_factory.mktemp("dist")
-    leave = shutil.ignore_patterns(".*", "*.so", "__pycache__", "*.egg-info", "build", "dist", "runs")
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=leave)
+    """The source archive and the wheel. There was a library in the tree."""
+    tree = tree_copy(tmp_path_factory.mktemp("work") / "tree")
     (tree / "headprune" / "_cpu_default.so").write_text("built in place, for another Python")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", built, tree]
-    subprocess.run(command, check=True, env=os.environ | {"HEADPRUNE_NO_EXT": "1"}, capture_output=True)
-    return built
+    return built(tree, tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
 def regular_install(tmp_path_factory, distributions) -> Path:
     """A folder with the wheel's contents installed."""
-    target, (wheel,) = tmp_path_factory.mktemp("site"), distributions.glob("*.whl")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel]
-    subprocess.run(command, check=True, capture_output=True)
-    return target
+    return installed(distributions, tmp_path_factory.mktemp("site"))
 
 
 def package_files() -> set[str]:

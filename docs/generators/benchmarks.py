@@ -7,7 +7,11 @@ from typing import Any
 from .registry import generator, plain, table
 from .results import timings
 
-STARTS = {"attention": ("forward", "backward", "decode"), "weights": ("weight",)}  # of a row's name behind the device
+# How the rows of each kind begin, behind the device.
+STARTS = {
+    "attention": ("forward", "backward", "decode"), "weights": ("weight",), "folder": ("pruning of a folder",),
+    "surgery": ("surgery",), "plan": ("latency plan",), "scoring": ("scores", "leave-one-out", "512 random"),
+}  # fmt: skip
 
 
 @generator("measured-on")
@@ -24,7 +28,7 @@ def measured_on() -> str:
 
 @generator("timings")
 def of_cpu(kind: str) -> str:
-    """kind: attention, weights or others."""
+    """kind: of STARTS, or others."""
     return rows_table([row for row in newest_of(gpu=False)["rows"] if kind_of(row) == kind])
 
 

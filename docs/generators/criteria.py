@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import headprune as hp
 from headprune.scoring import SiteObservations
+from headprune.scoring.streamed import BY_LAYER
 
 from .registry import generator, plain, table
 
@@ -29,6 +30,13 @@ def overview() -> str:
         for found in group
     ]
     return table(["criterion", "reads", "cost"], rows)
+
+
+@generator("not-streamed")
+def not_streamed() -> str:
+    """Criteria that cannot be read layer by layer."""
+    names = [f"[`{name}`](criteria.md#{name})" for name, found in hp.criteria().items() if found.needs - BY_LAYER]
+    return ", ".join(names) + "."
 
 
 @generator("criteria")

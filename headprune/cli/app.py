@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
+import warnings
 from typing import Annotated
 
 import typer
@@ -12,47 +14,81 @@ from huggingface_hub import constants
 from rich.markup import escape
 
 from headprune.cli import terminal
-from headprune.errors import HeadpruneError
+from headprune.errors import HeadpruneError, InvalidInput
+from headprune.version import __version__
 
 # Models are folders here; nothing is ever fetched. Said twice: huggingface_hub has read the variable already, later processes will.
 if os.environ.setdefault("HF_HUB_OFFLINE", "1") == "1":
     constants.HF_HUB_OFFLINE = True
-WRONG_INPUT, STOPPED = 2, 130
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, writes to stderr otherwise
+BROKEN, WRONG_INPUT, STOPPED = 1, 2, 130
 EXIT_CODES = (
     f"Exit codes: 0 done; {WRONG_INPUT} something that you can put right, said in one line on stderr; {STOPPED} stopped by Ctrl-C: "
-    "nothing is half-written, and run, demo and recover go on from there when called again; 1 an error in headprune."
+    "nothing is half-written, and run, demo, recover, compare and score --streamed go on from there when called again; "
+    f"{BROKEN} an error in headprune."
 )
 app = typer.Typer(name="headprune", epilog=EXIT_CODES, no_args_is_help=True, pretty_exceptions_enable=False)
+log = logging.getLogger("headprune")
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        terminal.console.print(f"headprune {__version__}", highlight=False)
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     context: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings, results and errors alone.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also what headprune logs, on stderr.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also what headprune logs and where an error comes from, on stderr.")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Score, choose, cut and recover attention heads: smaller dense transformers that run faster."""
+    if quiet and verbose:
+        raise InvalidInput("--quiet and --verbose were given; give one of them.")
     terminal.progress_console.quiet = quiet
+    if quiet:
+        warnings.simplefilter("ignore")
     if verbose:
-        handler, logger = logging.StreamHandler(sys.stderr), logging.getLogger("headprune")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        context.call_on_close(lambda: logger.removeHandler(handler))
+        context.obj.setLevel(logging.INFO)
+        log.setLevel(logging.INFO)
 
 
 def main() -> None:
-    """Runs the command line: errors that the user can put right are one line on stderr and exit code 2."""
-    try:
-        quiet_transformers()
-        app()
-    except HeadpruneError as error:
-        say(f"[bold red]error:[/] {one_line(error)}")
-        sys.exit(WRONG_INPUT)
-    except SystemExit as ended:
-        if ended.code == STOPPED:  # typer ends so on Ctrl-C
-            say("stopped; nothing is half-written, and a run goes on from here with the same command")
-        raise
+    """Runs the command line: what the user can put right is one line on stderr and exit code 2."""
+    with terminal.log_shown() as shown:
+        try:
+            quiet_transformers()
+            code = app(prog_name="headprune", standalone_mode=False, obj=shown) or 0
+        except HeadpruneError as error:
+            log.info("where the error comes from:", exc_info=error)
+            say(f"[bold red]error:[/] {one_line(error)}")
+            code = WRONG_INPUT
+        except Exception as error:
+            code = misused(error) or broken()
+    if code == STOPPED:  # typer ends so on Ctrl-C
+        say("stopped; nothing is half-written, and a run goes on from here with the same command")
+    sys.exit(code)
+
+
+def misused(error: Exception) -> int | None:
+    """Tells of an argument or option that typer refuses, whose errors have moved between its releases; None for other errors."""
+    if not hasattr(error, "format_message"):
+        return None
+    message, context = one_line(error.format_message()), getattr(error, "ctx", None)
+    if message:  # without: headprune alone, which has shown its help
+        command = "headprune" if context is None else context.command_path
+        say(f"[bold red]error:[/] {message.rstrip('.')}. See {command} --help.")
+    return WRONG_INPUT
+
+
+def broken() -> int:
+    traceback.print_exc()
+    say("[bold red]error in headprune:[/] please report it with the lines above")
+    return BROKEN
 
 
 def say(text: str) -> None:
@@ -61,7 +97,7 @@ def say(text: str) -> None:
     terminal.progress_console.print(text, highlight=False, soft_wrap=True)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: object) -> str:
     return escape(" ".join(str(error).split()))
 
 

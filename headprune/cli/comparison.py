@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from headprune.cli import terminal
+from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, TaskOption, opened
+from headprune.cli.inputs import JsonOption, ModelArgument, TaskOption, opened, writable
 from headprune.cli.terminal import with_bar
 
 
@@ -22,15 +22,27 @@ def compare_command(
     ] = 0.5,
     plan: Annotated[Path | None, typer.Option(help="plan.json: the heads to keep, in place of --heads.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Names with commas between; by default all; an unknown one lists them.")
+        str | None,
+        typer.Option(
+            help="Names with commas between; by default all; an unknown one lists them.",
+            autocompletion=completion.some_of(completion.compared_methods),
+        ),
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help="Of head pruning; by default the embedded model's own, or fisher.")] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="Of head pruning; by default the embedded model's own, or fisher.",
+            autocompletion=completion.one_of(completion.criteria),
+        ),
+    ] = None,
     trials: Annotated[int, typer.Option(min=0, help="Plans to try, pruned and compensated; 0: by scores alone.")] = 10,
-    steps: Annotated[int, typer.Option(help="Of the fine-tune that all go through; 0: none.")] = 50,
+    steps: Annotated[int, typer.Option(min=0, help="Of the fine-tune that all go through; 0: none.")] = 50,
     lr: Annotated[float | None, typer.Option(help="Its peak learning rate.")] = None,
-    repeats: Annotated[int, typer.Option(help="Timed forward passes of each, dense and compressed in turn; 0: none.")] = 10,
+    repeats: Annotated[int, typer.Option(min=0, help="Timed forward passes of each, dense and compressed in turn; 0: none.")] = 10,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The table, as Markdown.")] = Path("comparison.md"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table, as Markdown.", callback=writable)] = Path(
+        "comparison.md"
+    ),
     folder: Annotated[
         Path | None, typer.Option(help="Keeps each method's row as it is done; by default beside the table, named as it.")
     ] = None,

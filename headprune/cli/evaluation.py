@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headprune.cli import terminal
+from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, TaskOption, opened, opened_model
+from headprune.cli.inputs import (
+    FlopsOption,
+    HeadsOption,
+    JsonOption,
+    KvCacheOption,
+    ModelArgument,
+    ParamsOption,
+    TaskOption,
+    opened,
+    opened_model,
+    writable,
+)
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from headprune.evaluation import Comparison, Evaluation
+    from headprune.evaluation.data import EvaluationData
 
 
 @app.command("evaluate", epilog="Example: headprune evaluate ./pruned --against ./dense --text wiki.txt --window 2048")
@@ -28,23 +46,32 @@ def evaluate_command(
     limit: Annotated[int | None, typer.Option(help="Examples of each task of --lm-eval; by default all.")] = None,
     against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed forward passes of each model.")] = 30,
-    trace: Annotated[Path | None, typer.Option(help="Also write a Chrome trace of forward passes to this file.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Also write a Chrome trace of forward passes to this file.", callback=writable)
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Quality and cost of a model, alone or beside its dense original (in turn, with intervals of the differences)."""
     from headprune.evaluation import compare, evaluate, write_trace
 
     found, data = opened_for_evaluation(model, task, text, lm_eval, window=window, stride=stride, limit=limit)
-    models = {"model": found} if against is None else {"dense": opened_model(against)[0], "pruned": found}
-    measure = evaluate if against is None else compare
-    result = with_bar("evaluate", lambda progress: measure(*models.values(), data, repeats=repeats, progress=progress))
+    models: dict[str, nn.Module] = {"model": found}
+    result: Evaluation | Comparison
+    if against is None:
+        result = with_bar("evaluate", lambda progress: evaluate(found, data, repeats=repeats, progress=progress))
+    else:
+        dense = opened_model(against)[0]
+        models = {"dense": dense, "pruned": found}
+        result = with_bar("evaluate", lambda progress: compare(dense, found, data, repeats=repeats, progress=progress))
     terminal.show(json, asdict(result), result)
     if trace is not None:
-        write_trace(models, data.latency_inputs(), trace)
+        with_bar("trace", lambda progress: write_trace(models, data.latency_inputs(), trace))
         terminal.progress_console.print(f"trace written to {trace}; open it in ui.perfetto.dev or chrome://tracing")
 
 
-def opened_for_evaluation(model: str, task: str | None, text: Path | None, lm_eval: str | None, **options):
+def opened_for_evaluation(
+    model: str, task: str | None, text: Path | None, lm_eval: str | None, **options: Any
+) -> tuple[PreTrainedModel, EvaluationData]:
     """(model, evaluation data): of a text, of tasks of lm-evaluation-harness, or of one of headprune's tasks."""
     from headprune.evaluation import LanguageModelHarness, Perplexity
 
@@ -58,7 +85,10 @@ def opened_for_evaluation(model: str, task: str | None, text: Path | None, lm_ev
         raise InvalidInput(f"{model} has no tokenizer, which {given[0]} needs; save one beside the model.")
     if lm_eval is not None:
         return found, LanguageModelHarness([name.strip() for name in lm_eval.split(",")], tokenizer, limit=options["limit"])
-    data = Perplexity(text, tokenizer, window=options["window"], stride=options["stride"])
+    assert text is not None  # one of the three was given
+    data = with_bar(f"read {text}", lambda progress: Perplexity(
+        text, tokenizer, window=options["window"], stride=options["stride"]
+    ))  # fmt: skip
     data.check_model(found)
     return found, data
 
@@ -68,22 +98,29 @@ def doctor(json: JsonOption = False) -> None:
     """Versions, devices, and which backend runs each operator and why."""
     from headprune.report.doctor import doctor_tables
 
-    tables = doctor_tables()
+    tables = with_bar("look at this machine", lambda progress: doctor_tables())
     terminal.show(json, {table.title: terminal.rows_of(table) for table in tables}, *tables)
 
 
 @app.command("estimate", epilog="Example: headprune estimate ./llama --heads 0.5 --device h100")
 def estimate_command(
     model: Annotated[str, typer.Argument(help="A model folder; its config.json is enough.")],
-    heads: Annotated[float | None, typer.Option(help="Fraction of the query heads to remove.")] = None,
-    params: Annotated[float | None, typer.Option(help="Fraction of the attention parameters to remove.")] = None,
-    kv_cache: Annotated[float | None, typer.Option(help="Fraction of the key/value cache to remove.")] = None,
-    flops: Annotated[float | None, typer.Option(help="Fraction of the attention FLOPs to remove.")] = None,
-    device: Annotated[str, typer.Option(help="cpu (this machine), a100-80gb, h100, h200, l4 or l40s.")] = "cpu",
-    tokens: Annotated[int, typer.Option(help="Of calibration.")] = 65536,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
-    length: Annotated[int, typer.Option(help="Of a sequence, in tokens.")] = 2048,
-    granularity: Annotated[str, typer.Option(help="query_head or kv_group.")] = "query_head",
+    heads: HeadsOption = None,
+    params: ParamsOption = None,
+    kv_cache: KvCacheOption = None,
+    flops: FlopsOption = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu (this machine), a100-80gb, h100, h200, l4 or l40s.", autocompletion=completion.one_of(completion.devices)
+        ),
+    ] = "cpu",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to score on.")] = 65536,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
+    granularity: Annotated[
+        str, typer.Option(help="query_head or kv_group.", autocompletion=completion.one_of(completion.granularities))
+    ] = "query_head",
     json: JsonOption = False,
 ) -> None:
     """What a model costs before and after pruning, and what scoring it takes; from its config alone."""
@@ -92,5 +129,7 @@ def estimate_command(
     from headprune.sources import model_folder
 
     budget = Budget(heads, params, kv_cache, flops, sequence_length=length)
-    found = estimate(model_folder(model), budget, device=device, tokens=tokens, batch=batch, length=length, granularity=granularity)
+    found = with_bar(f"estimate for {device}", lambda progress: estimate(
+        model_folder(model, progress), budget, device=device, tokens=tokens, batch=batch, length=length, granularity=granularity
+    ))  # fmt: skip
     terminal.show(json, found.to_json(), found, found.scoring())

@@ -3,38 +3,65 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headprune.cli import terminal
+from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened
+from headprune.cli.completion import one_of
+from headprune.cli.inputs import (
+    AllocationOption,
+    FlopsOption,
+    HeadsOption,
+    JsonOption,
+    KvCacheOption,
+    ModelArgument,
+    OutputOption,
+    ParamsOption,
+    TaskOption,
+    opened,
+)
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput, unknown_name
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from headprune.planning import Budget, PruningPlan
+    from headprune.scoring import HeadScores
+
+QUANTITIES = ("heads", "params", "kv_cache", "flops")  # of sweeps
 
 
 @app.command("plan", epilog="Example: headprune plan scores.json --heads 0.5 --allocation uniform")
 def plan_command(
     scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
-    heads: Annotated[float | None, typer.Option(help="Fraction of the query heads to remove.")] = None,
-    params: Annotated[float | None, typer.Option(help="Fraction of the attention parameters to remove.")] = None,
-    kv_cache: Annotated[float | None, typer.Option(help="Fraction of the key/value cache to remove.")] = None,
-    flops: Annotated[float | None, typer.Option(help="Fraction of the attention FLOPs to remove.")] = None,
+    heads: HeadsOption = None,
+    params: ParamsOption = None,
+    kv_cache: KvCacheOption = None,
+    flops: FlopsOption = None,
     latency: Annotated[float | None, typer.Option(help="Fraction of the model's latency to remove, by --table.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of the sequence that FLOPs are counted for.")] = 512,
     table: Annotated[Path | None, typer.Option(help="latency.json from `headprune latency` on this machine.")] = None,
     other_machine: Annotated[bool, typer.Option("--other-machine", help="The plan is for the machine of --table.")] = False,
     target: Annotated[
-        str, typer.Option(help="Where it will run: headprune, llama.cpp, vllm or stock; sets that engine's constraints.")
+        str,
+        typer.Option(
+            help="Where it will run: headprune, llama.cpp, vllm or stock; sets that engine's constraints.",
+            autocompletion=one_of(completion.engines),
+        ),
     ] = "headprune",
-    allocation: Annotated[str | None, typer.Option(help="global, uniform or optimal.", show_default="global")] = None,
+    allocation: AllocationOption = None,
     granularity: Annotated[
-        str | None, typer.Option(help="query_head (ragged groups) or kv_group (whole groups).", show_default="query_head")
+        str | None,
+        typer.Option(
+            help="query_head (ragged groups) or kv_group (whole groups).",
+            show_default="query_head",
+            autocompletion=one_of(completion.granularities),
+        ),
     ] = None,
     min_heads: Annotated[int, typer.Option(help="Query heads that every attention keeps.")] = 1,
     multiple_of: Annotated[int, typer.Option(help="Attentions that lose heads keep a multiple of this.")] = 1,
-    protect: Annotated[list[str] | None, typer.Option(help="Attention sites that lose nothing.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="An attention site that loses nothing; may be repeated.")] = None,
     sensitivity: Annotated[Path | None, typer.Option(help="sensitivity.json; loss curves for --allocation optimal.")] = None,
     trials: Annotated[int, typer.Option(help="Plans to try on --model, pruned and compensated; 0: by scores alone.", min=0)] = 0,
     model: Annotated[str | None, typer.Option(help="The model that was scored, for --trials.")] = None,
@@ -51,16 +78,22 @@ def plan_command(
     if measured and not other_machine:
         measured.refuse_other_machine(machines_here())
     budget = Budget(heads, params, kv_cache, flops, latency, length, measured)
-    ranking, options = HeadScores.load(scores), {
+    ranking = HeadScores.load(scores)
+    options: dict[str, Any] = {
         "allocation": allocation, "granularity": granularity, "min_heads": min_heads, "multiple_of": multiple_of,
         "protect": protect or (), "sensitivity": None if sensitivity is None else Sensitivity.load(sensitivity), "target": target,
     }  # fmt: skip
-    chosen = tried(model, task, ranking, budget, trials, options) if trials else plan(ranking, budget, **options)
+    if trials:
+        chosen = tried(model, task, ranking, budget, trials, options)
+    else:
+        chosen = with_bar("plan", lambda progress: plan(ranking, budget, **options))
     chosen.save(output)
     terminal.show_file(json, output, chosen)
 
 
-def tried(model: str | None, task: str | None, scores, budget, trials: int, options: dict):
+def tried(
+    model: str | None, task: str | None, scores: HeadScores, budget: Budget, trials: int, options: dict[str, Any]
+) -> PruningPlan:
     """The best of the plans that are tried on the model."""
     from headprune.surgery import search_plan
 
@@ -98,8 +131,13 @@ def sweep_command(
     model: ModelArgument,
     scores: Annotated[Path, typer.Argument(help="scores.json from `headprune score`.")],
     budgets: Annotated[str, typer.Option(help="Fractions to remove, with commas between.")] = "0.25,0.5,0.65,0.75",
-    quantity: Annotated[str, typer.Option(help="What the fractions are of: heads, params, kv_cache or flops.")] = "heads",
-    allocation: Annotated[str, typer.Option(help="global, uniform or optimal.")] = "global",
+    quantity: Annotated[
+        str,
+        typer.Option(
+            help="What the fractions are of: heads, params, kv_cache or flops.", autocompletion=one_of(lambda: QUANTITIES)
+        ),
+    ] = "heads",
+    allocation: AllocationOption = None,
     task: TaskOption = None,
     output: OutputOption = Path("sweep.json"),
     json: JsonOption = False,
@@ -109,7 +147,7 @@ def sweep_command(
     from headprune.scoring import HeadScores
     from headprune.sweep import sweep
 
-    chosen = [Budget(**{known_quantity(quantity): fraction}) for fraction in fractions(budgets)]
+    chosen = [Budget.of({known_quantity(quantity): fraction}) for fraction in fractions(budgets)]
     ranking = HeadScores.load(scores)
     dense, data = opened(model, task)
     found = with_bar("sweep", lambda progress: sweep(dense, data, ranking, chosen, allocation=allocation, progress=progress))
@@ -118,9 +156,8 @@ def sweep_command(
 
 
 def known_quantity(name: str) -> str:
-    known = ("heads", "params", "kv_cache", "flops")
-    if name not in known:
-        raise unknown_name("quantity", name, known)
+    if name not in QUANTITIES:
+        raise unknown_name("quantity", name, QUANTITIES)
     return name
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from headprune.cli import terminal
+from headprune.cli import completion, terminal
 from headprune.cli.app import app
 from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened, opened_model
 from headprune.cli.terminal import with_bar
@@ -18,19 +18,30 @@ from headprune.cli.terminal import with_bar
 def recover_command(
     model: ModelArgument,
     output: OutputOption,
-    teacher: Annotated[str | None, typer.Option(help="The dense model to learn from; else the task's own loss counts.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The dense model to learn from; else the task's own loss counts.",
+            autocompletion=completion.one_of(completion.models),
+        ),
+    ] = None,
     task: TaskOption = None,
-    method: Annotated[str, typer.Option(help="full, projections or lora.")] = "full",
-    steps: Annotated[int | None, typer.Option(help="How many steps to train.")] = None,
+    method: Annotated[
+        str, typer.Option(help="full, projections or lora.", autocompletion=completion.one_of(completion.recovery_methods))
+    ] = "full",
+    steps: Annotated[int | None, typer.Option(help="How many steps to train; by default three passes over the data.")] = None,
     minutes: Annotated[float | None, typer.Option(help="How long to train, in place of steps.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the method's own.")] = None,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """Train a pruned model for a while on a task's training data, so that it is as good again. A killed one goes on."""
     from headprune.recovery import recover
+    from headprune.recovery.budget import TrainingBudget
+    from headprune.recovery.methods import get_method
     from headprune.surgery import save
 
+    TrainingBudget.of(steps, minutes, None, get_method(method).lr if lr is None else lr, 1)  # refused before the data are read
     work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
     pruned, data = opened(model, task)
     dense = None if teacher is None else opened_model(teacher)[0]
@@ -38,6 +49,6 @@ def recover_command(
         pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr, seed=seed,
         output_dir=work, progress=progress,
     ))  # fmt: skip
-    save(pruned, output, tokenizer=data.tokenizer)
+    with_bar("save", lambda progress: save(pruned, output, tokenizer=data.tokenizer))
     shutil.rmtree(work)
     terminal.show(json, {"model": str(output), **asdict(result)}, str(result), f"written to {output}")

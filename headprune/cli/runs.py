@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headprune.cli import terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption
+from headprune.cli.completion import models, one_of
+from headprune.cli.inputs import JsonOption, writable
+from headprune.cli.terminal import with_bar
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from headprune.recipe import Recipe
 
 
 @app.command(epilog="Example: headprune run recipes/minilm.yaml plan.budget.heads=0.3 output=runs/third")
@@ -29,9 +35,15 @@ def run(
 @app.command("demo", epilog="Example: headprune demo --model stdlib-lm")
 def demo_command(
     model: Annotated[
-        str, typer.Option(help="minilm: a pretrained sentence encoder; stdlib-lm: a decoder, trained first (two minutes, once).")
+        str,
+        typer.Option(
+            help="minilm: a pretrained sentence encoder; stdlib-lm: a decoder, trained first (some minutes, once).",
+            autocompletion=one_of(models),
+        ),
     ] = "minilm",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; by default runs/ and its name.", callback=writable)
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """The main job on an embedded model: half of its heads go, the gain is measured."""
@@ -47,21 +59,25 @@ def demo_command(
 @app.command("report", epilog="Example: headprune report runs/minilm --figures plots")
 def report_command(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, or any with scores*.json or plan.json of one model.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; by default report.html in the folder.")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Also write every plot as PNG and SVG to this folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; by default report.html in the folder.", callback=writable)
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write every plot as PNG and SVG to this folder.", callback=writable)
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write a run's report: one HTML file in which heads can be kept or dropped, and figures for papers."""
     from headprune.report.figures import figures as draw
     from headprune.report.web_page import report
 
-    page = report(folder, output)
-    drawn = [] if figures is None else draw(folder, figures)
+    page = with_bar("write the report", lambda progress: report(folder, output))
+    drawn = [] if figures is None else with_bar("draw figures", lambda progress: draw(folder, figures))
     shown = [f"written to {page}", *([f"{len(drawn)} figures in {figures}"] if drawn else [])]
     terminal.show(json, {"report": str(page), "figures": [str(path) for path in drawn]}, *shown)
 
 
-def carry_out(recipe, json: bool) -> None:
+def carry_out(recipe: Recipe, json: bool) -> None:
     from headprune.report.progress import Stages
     from headprune.report.tables import run_tables
     from headprune.run import run as run_recipe
@@ -72,7 +88,7 @@ def carry_out(recipe, json: bool) -> None:
 
 
 @contextlib.contextmanager
-def logged_to(folder: Path):
+def logged_to(folder: Path) -> Iterator[None]:
     """Keeps what headprune logs in `folder`/log.txt, once the run has made the folder its own."""
     handler = logging.FileHandler(folder / "log.txt", delay=True)
     handler.addFilter(lambda record: folder.is_dir())  # a model may be trained before the run writes anything

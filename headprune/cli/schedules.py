@@ -16,8 +16,12 @@ def schedules_command(json: JsonOption = False) -> None:
 
     listed = Table("schedule", "what it does", "options in a recipe")
     for name, found in schedules.schedules().items():
-        listed.add_row(name, found.__doc__.split("\n")[0], ", ".join(schedules.recipe_options(name)))
+        listed.add_row(name, first_line(found), ", ".join(schedules.recipe_options(name)))
     gates = Table("pruning_aware method", "the gates")
-    for name, found in schedules.gate_methods().items():
-        gates.add_row(name, found.__doc__.split("\n")[0])
+    for name, method in schedules.gate_methods().items():
+        gates.add_row(name, first_line(method))
     terminal.show(json, {"schedules": terminal.rows_of(listed), "gate_methods": terminal.rows_of(gates)}, listed, gates)
+
+
+def first_line(described: object) -> str:
+    return (described.__doc__ or "").split("\n")[0]

@@ -10,9 +10,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from headprune.cli import terminal
+from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, TaskOption, opened
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, TaskOption, opened, writable
 from headprune.cli.terminal import with_bar
 
 
@@ -20,8 +20,16 @@ from headprune.cli.terminal import with_bar
 def score(
     model: ModelArgument,
     task: TaskOption = None,
-    criterion: Annotated[str, typer.Option(help="One or several, with commas between; see `headprune criteria`.")] = "fisher",
-    normalize: Annotated[str, typer.Option(help="none, layer_l2 or layer_sum.")] = "none",
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="One or several, with commas between; see `headprune criteria`.",
+            autocompletion=completion.some_of(completion.criteria),
+        ),
+    ] = "fisher",
+    normalize: Annotated[
+        str, typer.Option(help="none, layer_l2 or layer_sum.", autocompletion=completion.one_of(completion.normalizations))
+    ] = "none",
     portraits: Annotated[bool, typer.Option("--portraits", help="Say what each head attends to.")] = False,
     streamed: StreamedOption = False,
     json: JsonOption = False,
@@ -65,7 +73,9 @@ def sensitivity_command(
     model: ModelArgument,
     scores: Annotated[Path, typer.Argument(help="scores.json: the order in which the heads of a layer go.")],
     task: TaskOption = None,
-    csv: Annotated[Path | None, typer.Option(help="Also the curves as a table, one point a line, for a plot.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Also the curves as a table, one point a line, for a plot.", callback=writable)
+    ] = None,
     output: OutputOption = Path("sensitivity.json"),
     json: JsonOption = False,
 ) -> None:
@@ -73,9 +83,10 @@ def sensitivity_command(
     from headprune.planning import sensitivity
     from headprune.scoring import HeadScores
 
+    order = HeadScores.load(scores)
     dense, data = opened(model, task)
     found = with_bar("measure sensitivity", lambda progress: sensitivity(
-        dense, data.calibration, HeadScores.load(scores), loss_fn=data.loss,
+        dense, data.calibration, order, loss_fn=data.loss,
         progress=lambda done: progress(done, len(data.calibration)),
     ))  # fmt: skip
     found.save(output)

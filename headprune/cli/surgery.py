@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headprune.cli import terminal
+from headprune.cli import completion, terminal
 from headprune.cli.app import app
+from headprune.cli.completion import one_of
 from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, opened, opened_model
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
+
+if TYPE_CHECKING:  # commands import what they need when they run
+    from transformers import PreTrainedModel
+
+    from headprune.planning import PruningPlan
 
 
 @app.command("prune", epilog="Example: headprune prune minilm plan.json -o pruned --task docstring-retrieval")
@@ -21,7 +27,12 @@ def prune_command(
     model: ModelArgument,
     plan: Annotated[Path, typer.Argument(help="plan.json from `headprune plan`.")],
     output: OutputOption,
-    task: Annotated[str | None, typer.Option(help="Re-solve the output projections on this task's calibration data.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Re-solve the output projections on this task's calibration data.", autocompletion=one_of(completion.tasks)
+        ),
+    ] = None,
     streamed: StreamedOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -34,14 +45,14 @@ def prune_command(
         prune_in_files(model, chosen, output, task)
     elif task is None:
         dense, tokenizer = opened_model(model)
-        prune(dense, chosen)
-        save(dense, output, tokenizer=tokenizer)
+        with_bar("cut", lambda progress: prune(dense, chosen, progress=progress))
+        with_bar("save", lambda progress: save(dense, output, tokenizer=tokenizer))
     else:
         dense, data = opened(model, task)
-        with_bar("re-solve output projections", lambda progress: prune(
+        with_bar("re-solve output projections and cut", lambda progress: prune(
             dense, chosen, data.calibration, forward=data.forward, progress=progress
         ))  # fmt: skip
-        save(dense, output, tokenizer=data.tokenizer)
+        with_bar("save", lambda progress: save(dense, output, tokenizer=data.tokenizer))
     kept = {
         "model": str(output),
         "removed_heads": chosen.removed_heads,
@@ -50,7 +61,7 @@ def prune_command(
     terminal.show(json, kept, chosen, f"written to {output}")
 
 
-def prune_in_files(model: str, plan, output: Path, task: str | None) -> None:
+def prune_in_files(model: str, plan: PruningPlan, output: Path, task: str | None) -> None:
     from headprune.sources import model_folder
     from headprune.surgery import prune_folder
 
@@ -64,9 +75,13 @@ def prune_in_files(model: str, plan, output: Path, task: str | None) -> None:
 @app.command("export", epilog="Example: headprune export ./pruned --to gguf -o pruned.gguf")
 def export_command(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="stock, onnx, gguf, vllm or nemotron-nas.")],
+    to: Annotated[
+        str, typer.Option(help="stock, onnx, gguf, vllm or nemotron-nas.", autocompletion=one_of(completion.export_targets))
+    ],
     output: OutputOption,
-    option: Annotated[list[str] | None, typer.Option(help="Of the target: dtype=q8_0 for gguf, opset=20 for onnx.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Of the target: dtype=q8_0 for gguf, opset=20 for onnx; may be repeated.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write a pruned model for another engine; its outputs are checked to stay the same."""
@@ -78,8 +93,8 @@ def export_command(
     terminal.show(json, {**asdict(written), "path": str(written.path)}, str(written))
 
 
-def target_options(given: Iterable[str]) -> dict[str, str | int]:
-    found: dict[str, str | int] = {}
+def target_options(given: Iterable[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for one in given:
         name, separator, value = one.partition("=")
         if not separator or not name or not value:
@@ -106,7 +121,7 @@ def diff_command(before: ModelArgument, after: ModelArgument, json: JsonOption =
     terminal.show(json, found.to_json(), found)
 
 
-def bones(model: str):
+def bones(model: str) -> PreTrainedModel:
     """The model without its weights."""
     from headprune.sources import model_folder, opening
     from headprune.surgery.checkpoint import skeleton

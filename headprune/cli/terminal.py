@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+Result = TypeVar("Result")
 console = Console()
 progress_console = Console(stderr=True)
 
 
-def with_bar(title: str, work):
+class LogLines(logging.Handler):
+    """Shows what headprune logs above the progress: warnings, or with level INFO everything and when."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        time = "" if self.level > logging.INFO else f"{logging.Formatter().formatTime(record)} "
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        lines = [f"{time}{record.getMessage()}"]
+        if record.exc_info:
+            lines.append(logging.Formatter().formatException(record.exc_info))
+        progress_console.print(Text("\n".join(lines), style), soft_wrap=True)
+
+
+@contextmanager
+def log_shown() -> Iterator[LogLines]:
+    """In the block warnings are shown; whoever wants more lowers the handler's level."""
+    logger, handler = logging.getLogger("headprune"), LogLines(logging.WARNING)
+    level = logger.level
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def with_bar(title: str, work: Callable[[Callable[[int, int], None]], Result]) -> Result:
+    """What `work` gives, under a progress bar."""
     from headprune.report.progress import Stages
 
     with Stages(progress_console).stage(title) as progress:
@@ -27,7 +57,7 @@ def show(as_json: bool, document: Any, *shown: RenderableType) -> None:
         console.print_json(data=document)
     for one in () if as_json else shown:
         # A path is neither markup nor to be broken.
-        console.print(one, **({"markup": False, "soft_wrap": True} if isinstance(one, str) else {}))
+        console.print(one, markup=not isinstance(one, str), soft_wrap=isinstance(one, str))
 
 
 def show_file(as_json: bool, path: Path, *shown: RenderableType) -> None:
@@ -37,6 +67,9 @@ def show_file(as_json: bool, path: Path, *shown: RenderableType) -> None:
 
 def rows_of(table: Table) -> list[dict[str, str]]:
     """A table's rows by the heads of its columns, as plain text."""
-    plain = lambda cell: Text.from_markup(cell).plain if isinstance(cell, str) else str(cell)  # noqa: E731
+
+    def plain(cell: RenderableType) -> str:
+        return Text.from_markup(cell).plain if isinstance(cell, str) else str(cell)
+
     heads = [plain(column.header) for column in table.columns]
     return [dict(zip(heads, map(plain, row))) for row in zip(*(column.cells for column in table.columns))]

@@ -82,17 +82,17 @@ class Bench:
 
     def as_compressed(self, row: MethodRow, found: Compressed) -> MethodRow:
         quality, difference = self.quality(found.model)
-        in_file = file_bytes(found.model)
+        in_file, times = file_bytes(found.model), dict[str, Any](self.latency(found.model))
         return replace(
             row, note=found.note, parameters=count_parameters(found.model), nonzero=nonzero_parameters(found.model),
             file_bytes=in_file, compact_bytes=compact_bytes(found, in_file), compact=found.compact, quality=quality,
             difference=None if row.method == "dense" else difference, loss=self.loss(found.model),
-            flops_share=self.flops_share(found.model), **self.latency(found.model),
+            flops_share=self.flops_share(found.model), **times,
         )  # fmt: skip
 
     def tuned(self, row: MethodRow, found: Compressed, progress: Progress | None) -> MethodRow:
         """After the fine-tune, which keeps the pattern of zeros; the sizes are those of before."""
-        teacher = {} if found.teaches is None else {"teacher": self.subject.model, "distil": found.teaches}
+        teacher: dict[str, Any] = {} if found.teaches is None else {"teacher": self.subject.model, "distil": found.teaches}
         with held(found.model, found.masks):
             done = recover(
                 found.model, self.texts.train, loss_fn=self.task.loss, steps=self.steps, lr=self.lr, seed=self.seed, dropout=False,
@@ -110,8 +110,9 @@ class Bench:
             if examples is None:
                 return self.task.evaluate(model), None
         one, other = self.dense, examples.get(self.task.headline)
-        paired = one is not None and other is not None and len(other.rows) > 1
-        return values_of(examples), paired_bootstrap(one, other) if paired else None
+        if one is None or other is None or len(other.rows) < 2:
+            return values_of(examples), None
+        return values_of(examples), paired_bootstrap(one, other)
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:

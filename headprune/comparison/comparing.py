@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def compare_methods(
     bench = Bench(subject, texts, steps, lr, repeats, seed, kept)
     rows = []
     for done, method in enumerate(chosen):
-        report = progress and (lambda step, of, done=done: progress((steps + 1) * done + step, (steps + 1) * len(chosen)))
+        report = progress and partial(within, progress, (steps + 1) * done, (steps + 1) * len(chosen))
         rows.append(kept.row(method.name) or bench.measured(method, report))
         if progress:
             progress((steps + 1) * (done + 1), (steps + 1) * len(chosen))
@@ -93,3 +94,8 @@ def heads_plan(
     if not trials:
         return plan_by_scores(scores, budget)
     return search_plan(model, scores, budget, calibration, trials=trials, forward=task.forward, seed=seed).plan
+
+
+def within(progress: Progress, before: int, all_steps: int, step: int, _of: int) -> None:
+    """Tells how far one method is as a part of all of them."""
+    progress(before + step, all_steps)

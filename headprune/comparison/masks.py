@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from headprune.models.site import Foreign
+
 WEIGHT = "weight"
 
 
@@ -15,7 +17,7 @@ WEIGHT = "weight"
 def held(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block the weights of these layers are multiplied with their masks in every forward pass
     (torch.nn.utils.prune); afterwards they are plain parameters again, with exact zeros."""
-    modules = [(model.get_submodule(name), mask) for name, mask in masks.items()]
+    modules: list[tuple[Foreign, Tensor]] = [(model.get_submodule(name), mask) for name, mask in masks.items()]
     for module, mask in modules:
         prune.custom_from_mask(module, WEIGHT, mask.to(module.weight))
     try:

@@ -35,7 +35,7 @@ class ComparisonFolder:
     def __init__(self, folder: str | Path | None, settings: Mapping[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
-            self._take_up(json.loads(json.dumps(settings)))
+            self._take_up(self.folder, json.loads(json.dumps(settings)))
 
     def plan(self, make: Callable[[], PruningPlan]) -> PruningPlan:
         """The plan that an earlier try chose, else `make` chooses it now."""
@@ -61,17 +61,17 @@ class ComparisonFolder:
         """Keeps a row, and nothing that was only for going on. One that was refused is tried again next time."""
         if self.folder is not None and row.refused is None:
             write_json(self.folder / f"{row.method}.json", KIND, {"row": asdict(row)})
-            shutil.rmtree(self.tuning(row.method), ignore_errors=True)
+            shutil.rmtree(self.folder / row.method, ignore_errors=True)
 
     def tuning(self, method: str) -> Path | None:
         """Where the fine-tune of a method keeps what it needs to go on."""
         return None if self.folder is None else self.folder / method
 
-    def _take_up(self, settings: dict[str, Any]) -> None:
-        written = self.folder / SETTINGS
+    def _take_up(self, folder: Path, settings: dict[str, Any]) -> None:
+        written = folder / SETTINGS
         if not written.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise InvalidInput(f"{self.folder} is not empty and holds no comparison; give another folder.")
+            if folder.exists() and any(folder.iterdir()):
+                raise InvalidInput(f"{folder} is not empty and holds no comparison; give another folder.")
             write_json(written, "comparison_settings", settings)
             return
         found = read_json(written, "comparison_settings")

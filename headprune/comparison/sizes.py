@@ -11,6 +11,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from headprune.comparison.method import Compressed
+from headprune.models.site import Foreign
 
 
 def plain(model: nn.Module) -> bool:
@@ -35,9 +36,10 @@ def file_bytes(model: nn.Module) -> int | None:
 
 def compact_bytes(found: Compressed, in_file: int | None) -> int | None:
     """Bytes of the smallest form: the file's, with the masked weights stored sparsely (computed); else what the method says."""
-    if found.stored_bits is None:
+    if found.stored_bits is None or in_file is None:
         return found.compact_bytes
-    weights = {name: found.model.get_submodule(name).weight for name in found.masks}
+    modules: dict[str, Foreign] = {name: found.model.get_submodule(name) for name in found.masks}
+    weights: dict[str, Tensor] = {name: module.weight for name, module in modules.items()}
     dense = sum(weight.numel() * weight.element_size() for weight in weights.values())
     sparse = sum(math.ceil(found.stored_bits(found.masks[name], 8 * weight.element_size()) / 8) for name, weight in weights.items())
     return in_file - dense + sparse

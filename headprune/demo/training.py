@@ -101,4 +101,5 @@ def take_up(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     model.load_state_dict(found["model"])
     optimizer.load_state_dict(found["optimizer"])
     log.info("training goes on from step %d", found["step"])
-    return found["step"]
+    step: int = found["step"]
+    return step

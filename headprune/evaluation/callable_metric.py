@@ -30,7 +30,8 @@ class CallableMetric(EvaluationData):
         higher_is_better: bool = True,
     ) -> None:
         self.function, self.inputs, self.higher_is_better = function, inputs, higher_is_better
-        self.name = self.headline = name or getattr(function, "__name__", "metric")
+        self.name = name or str(getattr(function, "__name__", "metric"))
+        self.headline = self.name
 
     @torch.inference_mode()
     def found(self, model: nn.Module) -> dict[str, Any]:

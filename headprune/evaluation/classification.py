@@ -57,7 +57,8 @@ class Classification(Labelled):
 
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
         """Each metric over all labelled examples. Raises InvalidInput for a label that is none of the model's classes."""
-        pairs, hits = [], {count: [] for count in self.top}
+        pairs: list[Tensor] = []
+        hits: dict[int, list[Tensor]] = {count: [] for count in self.top}
         for logits, labels in self.outputs_and_labels(model, progress):
             classes = logits.shape[-1]
             if labels.min() < 0 or labels.max() >= classes:

@@ -44,7 +44,9 @@ def model_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     mapping = {operator: attention_operator_flops for operator in operators if operator is not None}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model(**placed(model, inputs))
-    return counter.get_total_flops() // next(iter(inputs.values())).shape[0]
+    rows: int = next(iter(inputs.values())).shape[0]
+    total: int = counter.get_total_flops()
+    return total // rows
 
 
 def attention_operator_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:

@@ -26,7 +26,10 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3  # noqa: E731 (millijoules)
+
+        def read() -> float:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3  # millijoules
+
         read()
     except Exception:  # not installed, no driver, or a GPU without a counter: NVML has an error of its own for each
         return None
@@ -46,8 +49,9 @@ def measure_energy(
     joules, sequences = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0)
     for _ in range(rounds):
         for name, model in models.items():
-            if counters[name] is not None:
-                used, passes = one_block(model, placed(model, inputs), counters[name], seconds)
+            counter = counters[name]
+            if counter is not None:
+                used, passes = one_block(model, placed(model, inputs), counter, seconds)
                 joules[name] += used
                 sequences[name] += passes * rows
     return {name: joules[name] / sequences[name] if sequences[name] else None for name in models}

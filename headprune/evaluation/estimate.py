@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headprune.errors import unknown_name
@@ -147,13 +147,14 @@ def estimate(
     Raises InvalidInput for an unknown device or a folder without config, InfeasibleBudget, UnsupportedModel.
     """
     model = skeleton(folder)
-    dtype = dtype or model.config.dtype or torch.float32
-    kind = str(dtype).removeprefix("torch.")
-    found = this_cpu(dtype) if device == "cpu" else DEVICES.get(device)
+    config: Any = model.config
+    weights: torch.dtype = dtype or config.dtype or torch.float32
+    kind = str(weights).removeprefix("torch.")
+    found = this_cpu(weights) if device == "cpu" else DEVICES.get(device)
     if found is None:
         raise unknown_name("device", device, ["cpu", *DEVICES])
     chosen = plan(score(model, (), "random"), budget, allocation="uniform", granularity=granularity)
-    dense, memory = cost_of(model, length, dtype), Memory.of(model, batch * length, dtype)
+    dense, memory = cost_of(model, length, weights), Memory.of(model, batch * length, weights)
     pruned = skeleton(folder)
     cut(pruned, chosen, verify=False)
     flops = 3 * tokens * dense.flops_per_token  # forward, the same again in the backward pass, gradients of activations alone
@@ -162,7 +163,7 @@ def estimate(
         dtype=kind,
         device=device,
         dense=dense,
-        pruned=cost_of(pruned, length, dtype),
+        pruned=cost_of(pruned, length, weights),
         tokens=tokens,
         batch=batch,
         length=length,
@@ -231,12 +232,9 @@ class Memory:
 def activations(layer: nn.Module, hidden: int) -> int:
     """Features per token that one layer keeps for its backward pass: what its linear layers give, twice where something is
     multiplied with them, and its norms."""
-    given = sum(
-        module.weight.numel() // hidden if module.weight.shape[1] == hidden else hidden
-        for module in layer.modules()
-        if getattr(getattr(module, "weight", None), "dim", lambda: 0)() == 2
-    )
-    return given + 4 * hidden
+    weights = [getattr(module, "weight", None) for module in layer.modules()]
+    matrices = [weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 2]
+    return sum(weight.numel() // hidden if weight.shape[1] == hidden else hidden for weight in matrices) + 4 * hidden
 
 
 def this_cpu(dtype: torch.dtype, size: int = 1024) -> Device:

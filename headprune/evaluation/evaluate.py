@@ -109,9 +109,9 @@ class Comparison:
             difference = str(self.differences[metric]) if metric in self.differences else ""
             rows.append((f"{metric} (lower is better)" if lower else metric, *values, f"{self.ratio(metric):.3f}", difference))
         for name, (label, form) in COSTS.items():
-            values = [getattr(found, name) for found in (self.dense, self.pruned)]
-            if values != [None, None]:
-                shown = (NOTHING if value is None else form.format(value) for value in values)
+            costs = [getattr(found, name) for found in (self.dense, self.pruned)]
+            if costs != [None, None]:
+                shown = (NOTHING if cost is None else form.format(cost) for cost in costs)
                 rows.append((label.format(tokens=self.dense.sequence_length), *shown, f"{self.ratio(name):.3f}", ""))
         return [row[: len(self.columns())] for row in rows]
 
@@ -142,11 +142,8 @@ def compare(
     """Both models on the same data, as `evaluate`; latency is measured in turn, dense, pruned, dense, ..."""
     data = data_of(data, inputs)
     found, examples = evaluations({"dense": dense, "pruned": pruned}, data, repeats, progress)
-    differences = {
-        name: paired_bootstrap(metric, examples["pruned"][name])
-        for name, metric in (examples["dense"] or {}).items()
-        if len(metric.rows) > 1
-    }
+    before, after = examples["dense"] or {}, examples["pruned"] or {}
+    differences = {name: paired_bootstrap(metric, after[name]) for name, metric in before.items() if len(metric.rows) > 1}
     return Comparison(data.name, data.headline, found["dense"], found["pruned"], data.higher_is_better, differences)
 
 
@@ -173,19 +170,22 @@ def evaluations(
         return evaluations_in_eval_mode(models, data, repeats, progress)
 
 
-def evaluations_in_eval_mode(models, data, repeats, progress):
+def evaluations_in_eval_mode(
+    models: dict[str, nn.Module], data: EvaluationData, repeats: int, progress: Progress | None
+) -> tuple[dict[str, Evaluation], dict[str, dict[str, Metric] | None]]:
     """As `evaluations`."""
     inputs, prompt = data.latency_inputs(), data.prompt()
     latency = measure_latency(models, inputs, repeats)
     generation = dict.fromkeys(models) if prompt is None else measure_generation(models, prompt)
     energy = measure_energy(models, inputs)
-    found, examples = {}, {}
+    found: dict[str, Evaluation] = {}
+    examples: dict[str, dict[str, Metric] | None] = {}
     for name, model in models.items():
         sites = attention_sites(model)
         length = sequence_length(model, sites, inputs)
-        examples[name] = data.examples(model, progress)
+        examples[name] = metrics = data.examples(model, progress)
         found[name] = Evaluation(
-            quality=data.evaluate(model, progress) if examples[name] is None else values_of(examples[name]),
+            quality=data.evaluate(model, progress) if metrics is None else values_of(metrics),
             parameters=count_parameters(model),
             attention_flops=attention_flops(sites, length),
             sequence_length=length,

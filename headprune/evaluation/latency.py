@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headprune.evaluation.data import placed
 from headprune.models.placement import device_of
+from headprune.models.site import Foreign
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def measure_generation(
             device, on_device = device_of(model), placed(model, prompt)
             synchronize(device)
             started = time.perf_counter()
-            model.generate(**on_device, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+            generating: Foreign = model
+            generating.generate(**on_device, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
             synchronize(device)
             if turn:
                 times[name].append(1e3 * (time.perf_counter() - started) / new_tokens)

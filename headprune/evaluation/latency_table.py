@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from headprune.evaluation.latency import synchronize
 from headprune.models import attention_interface, attention_sites
 from headprune.models.adapters import find_site
 from headprune.models.placement import device_of
-from headprune.models.site import AttentionSite
+from headprune.models.site import AttentionSite, Foreign
 from headprune.planning.latency_table import LatencyTable, key_of
 from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
@@ -101,7 +102,7 @@ def times_of(model: nn.Module, site: AttentionSite, call: tuple[tuple[Any, ...],
     taken: list[list[int]] = [[] for _ in copies]
     for turn in range(repeats + 1):
         for times, module in zip(taken, copies):
-            elapsed = elapsed_ns(lambda module=module: module(*args, **kwargs), device)
+            elapsed = elapsed_ns(partial(module, *args, **kwargs), device)
             if turn:  # the first warms up
                 times.append(elapsed)
     return tuple(int(torch.tensor(times).median()) for times in taken)
@@ -111,9 +112,11 @@ def cut_copy(site: AttentionSite, heads: list[int]) -> nn.Module:
     """The site's module with these heads alone."""
     module = copy.deepcopy(site.module)
     own = find_site(site.name, module)
+    assert own is not None  # it was found as `site`
     if len(heads) < own.head_map.query_heads:
         if not own.head_map.keep(heads).is_uniform and hasattr(own.dispatcher, "config"):
-            own.dispatcher.config._attn_implementation = attention_interface.NAME
+            dispatcher: Foreign = own.dispatcher
+            dispatcher.config._attn_implementation = attention_interface.NAME
         cut_site(own, tuple(sorted(heads)))
     return module
 

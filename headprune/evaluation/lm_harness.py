@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class LanguageModelHarness(EvaluationData):
         lm_eval, wrapped_class = harness()
         wrapped = wrapped_class(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch)
         options = {"log_samples": True, "bootstrap_iters": 0} | self.options
-        found = lm_eval.simple_evaluate(model=wrapped, tasks=self.tasks, **options)
+        with refused_in_one_line(self.tasks):
+            found = lm_eval.simple_evaluate(model=wrapped, tasks=self.tasks, **options)
         metrics: dict[str, Metric] = {}
         for task, results in found["results"].items():
             for key, value in results.items():
@@ -61,12 +63,25 @@ class LanguageModelHarness(EvaluationData):
 def metric_of(value: float, samples: Sequence[Mapping[str, Any]], metric: str, filtered: str) -> Metric:
     """The metric by its examples where their mean is it, else as one total."""
     wanted = (one for one in samples if one.get("filter", "none") == filtered)
-    values = [one.get(metric) for one in sorted(wanted, key=lambda one: one.get("doc_id", 0))]
+    values: list[Any] = [one.get(metric) for one in sorted(wanted, key=lambda one: one.get("doc_id", 0))]
     if len(values) > 1 and all(isinstance(one, (bool, int, float)) for one in values):
         rows = torch.tensor([float(one) for one in values], dtype=torch.float64)
         if abs(float(rows.mean()) - value) <= 1e-6 * max(1.0, abs(value)):
             return Metric(rows, mean)
     return Metric(torch.tensor([float(value)]), mean)
+
+
+@contextmanager
+def refused_in_one_line(tasks: Sequence[Any]) -> Iterator[None]:
+    """Turns what the harness raises for a task that it does not know, or whose data it cannot get, into InvalidInput."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InvalidInput(
+            f"lm-evaluation-harness cannot run {', '.join(map(str, tasks))}: {type(error).__name__}: {reason}. "
+            "`lm_eval --tasks list` names the tasks; their data must be on this machine, or HF_HUB_OFFLINE=0 lets them be fetched."
+        ) from error
 
 
 def harness() -> tuple[Any, Any]:

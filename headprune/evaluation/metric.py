@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,6 +71,9 @@ def matthews(rows: Tensor) -> float:
     """Matthews correlation of predicted and true class for any number of classes (Gorodkin 2004); 0 where one is constant."""
     classes = rows.unique()[:, None]
     predicted, true = ((rows[:, column] == classes).double() for column in (0, 1))
-    covariance = lambda a, b: float(((a - a.mean(dim=1, keepdim=True)) * b).sum())  # noqa: E731
-    scale = (covariance(predicted, predicted) * covariance(true, true)) ** 0.5
+
+    def covariance(a: Tensor, b: Tensor) -> float:
+        return float(((a - a.mean(dim=1, keepdim=True)) * b).sum())
+
+    scale = math.sqrt(covariance(predicted, predicted) * covariance(true, true))
     return covariance(predicted, true) / scale if scale > 0 else 0.0

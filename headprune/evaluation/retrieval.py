@@ -68,14 +68,14 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def embed_texts(model: nn.Module, texts: list[str], encode: Encode, batch: int, progress: Progress | None = None) -> Tensor:
     """[texts, hidden], fp32 on the CPU; texts of like length share a batch."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    rows: list[Tensor | None] = [None] * len(texts)
+    rows: dict[int, Tensor] = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         for index, row in zip(chosen, embed(model, encode([texts[index] for index in chosen])).float().cpu()):
             rows[index] = row
         if progress:
             progress(min(start + batch, len(order)), len(order))
-    return torch.stack(rows)
+    return torch.stack([rows[index] for index in range(len(texts))])
 
 
 def ranks(queries: Tensor, documents: Tensor, relevant: Tensor) -> Tensor:

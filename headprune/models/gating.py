@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidPlan, unknown_name
 from headprune.models.adapters import attention_sites
+from headprune.models.feed_forward import FeedForward
 from headprune.models.site import AttentionSite
 from headprune.nn.replace import own_attention
 
@@ -41,7 +42,7 @@ def gate_columns(columns: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def output_input_hook(site: AttentionSite, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def output_input_hook(site: AttentionSite | FeedForward, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Inside the block `change` sees the output projection's input [batch, tokens, features], and may return another."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -7,7 +7,6 @@ are. A copy of the config would no longer follow `model.set_attn_implementation`
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -61,8 +60,8 @@ def expanded_attention(
     if implementation == NAME:
         return headprune_attention(module, query, key, value, attention_mask, **arguments)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function: Callable[..., tuple[Tensor, Tensor | None]] | None
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)  # type: ignore[arg-type]  # takes None as well
+    functions: Any = ALL_ATTENTION_FUNCTIONS  # its types do not know that None may be given
+    function = functions.get_interface(implementation, eager)
     if function is None:
         raise InvalidInput(f"{type(module).__name__} has no {implementation} attention for ragged groups; use {NAME!r}.")
     key, value = repeated_heads(key, module.head_map), repeated_heads(value, module.head_map)

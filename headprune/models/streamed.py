@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, con
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from headprune.errors import CorruptCheckpoint
+from headprune.errors import CorruptCheckpoint, InvalidInput
 from headprune.models.shards import Shards, Stored, read_stored
 from headprune.models.trunk import Trunk, trunk_of
 
@@ -173,6 +173,14 @@ def known_names(model: PreTrainedModel, shards: Shards) -> dict[str, tuple[str, 
 def streamed_of(model: nn.Module) -> StreamedModel | None:
     """The reader of a model that `open_streamed` gave; None of any other."""
     reader: StreamedModel | None = getattr(model, "headprune_streamed", None)
+    return reader
+
+
+def reader_of(model: nn.Module) -> StreamedModel:
+    """The reader of a model that `open_streamed` gave; InvalidInput for any other."""
+    reader = streamed_of(model)
+    if reader is None:
+        raise InvalidInput(f"this {type(model).__name__} is in memory; give what headprune.open_streamed opens.")
     return reader
 
 

@@ -78,6 +78,11 @@ def allocation(name: str) -> Callable[[Allocation], Allocation]:
     return register
 
 
+def allocations() -> dict[str, Allocation]:
+    """Every allocation by name."""
+    return dict(_allocations)
+
+
 def get_allocation(name: str) -> Allocation:
     if name not in _allocations:
         raise unknown_name("allocation", name, _allocations)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
@@ -64,6 +65,11 @@ class Budget:
                 "a latency budget needs table=: measure one on this machine with headprune.evaluation.measure_latency_table."
             )
         return self.table
+
+    @classmethod
+    def of(cls, quantities: Mapping[str, Any]) -> Budget:
+        """The budget that a file or a command names: quantity -> fraction, and what goes with it."""
+        return cls(**quantities)
 
     def to_json(self) -> dict[str, float]:
         length = {"sequence_length": self.sequence_length} if self.quantity == "flops" else {}

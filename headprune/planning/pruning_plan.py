@@ -119,7 +119,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
         try:
             sites = document["sites"]
             shapes = {name: SiteShape.from_json(site["shape"]) for name, site in sites.items()}
-            budget = None if document["budget"] is None else Budget(**document["budget"])
+            budget = None if document["budget"] is None else Budget.of(document["budget"])
             scores = None
             if sites and all("scores" in site for site in sites.values()):
                 scores = HeadScores.from_json(document["criterion"], sites)

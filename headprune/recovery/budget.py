@@ -28,7 +28,14 @@ class TrainingBudget:
     lr: float | Callable[[int], float]
 
     @classmethod
-    def of(cls, steps: int | None, minutes: float | None, warmup: int | None, lr, steps_per_epoch: int | None) -> TrainingBudget:
+    def of(
+        cls,
+        steps: int | None,
+        minutes: float | None,
+        warmup: int | None,
+        lr: float | Callable[[int], float],
+        steps_per_epoch: int | None,
+    ) -> TrainingBudget:
         """Raises InvalidInput for a budget that is both or not above 0, for a rate below 0."""
         if steps is not None and minutes is not None:
             raise InvalidInput(f"steps={steps} and minutes={minutes}: give one of them.")
@@ -56,7 +63,7 @@ class TrainingBudget:
 
     def fraction(self, step: int, seconds: float) -> float:
         """How much of the budget is used, 0 to 1."""
-        used = step / self.steps if self.steps is not None else seconds / (60 * self.minutes)
+        used = step / self.steps if self.steps is not None else seconds / (60 * (self.minutes or math.inf))
         return min(used, 1.0)
 
     def factor(self, step: int, seconds: float) -> float:

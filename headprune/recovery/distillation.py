@@ -258,7 +258,8 @@ def mean_pooled(output: Any, comparison: Comparison) -> Tensor:
     if states is None:
         raise InvalidInput(f"{type(output).__name__} has no last_hidden_state; give Distillation(embed=...) or use logits.")
     valid = comparison.valid(comparison.sites[-1].name if comparison.sites else "", states)[..., None]
-    return (states * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+    mean: Tensor = (states * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+    return mean
 
 
 @dataclass(frozen=True)

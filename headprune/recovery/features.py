@@ -61,7 +61,9 @@ def catching(model: nn.Module, sites: Iterable[AttentionSite], wanted: Mapping[s
 
 def appending(caught: Caught, name: str) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        caught.setdefault(name, []).append(first_tensor(output if isinstance(output, tuple) else (output,)))
+        found = first_tensor(output if isinstance(output, tuple) else (output,))
+        if found is not None:
+            caught.setdefault(name, []).append(found)
 
     return hook
 

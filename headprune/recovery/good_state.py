@@ -19,7 +19,8 @@ class GoodState:
 
     def __init__(self, model: nn.Module, path: Path | None = None, writes: bool = True) -> None:
         self.model, self.path, self.writes = model, path, writes
-        self.step, self.value = 0, None
+        self.step = 0
+        self.value: float | None = None
         self.saved: dict[str, Tensor] = {}
 
     def changing(self) -> dict[str, Tensor]:

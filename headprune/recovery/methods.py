@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,11 @@ def recovery_method(name: str, lr: float) -> Callable[[Callable[..., Any]], Call
         return prepare
 
     return register
+
+
+def recovery_methods() -> dict[str, Method]:
+    """Every method by name."""
+    return dict(_methods)
 
 
 def get_method(name: str) -> Method:
@@ -70,7 +75,9 @@ def projections(model: nn.Module) -> Iterator[None]:
 
 
 @recovery_method("lora", lr=5e-4)
-def lora(model: nn.Module, *, rank: int = 16, alpha: float | None = None, dropout: float = 0.0, targets=None) -> Iterator[None]:
+def lora(
+    model: nn.Module, *, rank: int = 16, alpha: float | None = None, dropout: float = 0.0, targets: Sequence[str] | None = None
+) -> Iterator[None]:
     """Low-rank adapters (Hu et al. 2022) through peft, merged into the weights at the end.
 
     rank, alpha (default 2 rank), dropout: as in peft.LoraConfig. targets: names of linear layers; default all but the output
@@ -86,7 +93,8 @@ def lora(model: nn.Module, *, rank: int = 16, alpha: float | None = None, dropou
         raise InvalidInput(f"{type(model).__name__} has no linear layer to adapt.")
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     settings = LoraConfig(
-        r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, target_modules=names,
+        r=rank, lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # a fraction works too
+        lora_dropout=dropout, target_modules=names,
         fan_in_fan_out=any(is_conv1d(model.get_submodule(name)) for name in names),
     )  # fmt: skip
     tuner = LoraModel(model, settings, "recovery")
@@ -105,7 +113,8 @@ def lora(model: nn.Module, *, rank: int = 16, alpha: float | None = None, dropou
 
 def linear_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers that hold weights, but for the output head and layers that share a weight."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_of = getattr(model, "get_output_embeddings", None)
+    head = None if head_of is None else head_of()
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

@@ -14,7 +14,7 @@ from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
 from headprune.models.tokens import TokenMask, token_masks
 from headprune.recovery.distillation import Comparison, Distillation, distillation_loss, logits_of, valid_of, wanted_features
-from headprune.recovery.features import Features, catching
+from headprune.recovery.features import catching
 from headprune.recovery.shared_weights import shared_weights
 from headprune.recovery.stored_logits import StoredLogits
 from headprune.recovery.teacher import LossFunction, ModelTeacher, check_outputs, run
@@ -70,19 +70,16 @@ class Objective:
             return own_loss(model, run(model, batch, self.loss_fn), self.loss_fn)
         with catching(self.model, self.sites, self.wanted) as student:
             returned = run(model, batch, self.loss_fn)
-        teacher = self.teacher.features(batch)
+        teacher, distil = self.teacher.features(batch), self.distil
+        assert distil is not None  # decided where the teacher was made ready
         if not self.checked:
-            check_outputs(student, teacher, self.distil.weights)
+            check_outputs(student, teacher, distil.weights)
             self.checked = True
-        total = self.distilled(student, teacher, batch)
-        if self.distil.task:
-            total = total + self.distil.task * own_loss(model, returned, self.loss_fn)
+        comparison = Comparison(student, teacher, tuple(self.sites), batch, distil, valid_of(self.site_mask, batch))
+        total = distillation_loss(comparison)
+        if distil.task:
+            total = total + distil.task * own_loss(model, returned, self.loss_fn)
         return total
-
-    def distilled(self, student: Features, teacher: Features, batch: Any) -> Tensor:
-        return distillation_loss(
-            Comparison(student, teacher, tuple(self.sites), batch, self.distil, valid_of(self.site_mask, batch))
-        )
 
 
 def own_loss(model: nn.Module, returned: Any, loss_fn: LossFunction | None) -> Tensor:
@@ -90,7 +87,8 @@ def own_loss(model: nn.Module, returned: Any, loss_fn: LossFunction | None) -> T
     found = returned if loss_fn is not None else getattr(returned, "loss", None)
     if found is None:
         raise InvalidInput(f"{type(model).__name__} returned no loss: put labels into the batches, or give loss_fn or a teacher.")
-    return found.mean()
+    mean: Tensor = found.mean()
+    return mean
 
 
 @torch.no_grad()

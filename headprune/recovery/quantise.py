@@ -54,11 +54,12 @@ def quantise(model: nn.Module, form: str = "int8", *, group: int = 32) -> Quanti
     left = {name: f"it is a {type(module).__name__}" for name, module in modules.items() if not isinstance(module, nn.Linear)}
     settings: Any = Int8WeightOnlyConfig()
     if form == "int4":
-        settings = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
+        types: Any = torch  # whose own types leave int4 out
+        settings = IntxWeightOnlyConfig(weight_dtype=types.int4, granularity=PerGroup(group))
         left |= {
             name: f"its {module.in_features} inputs are no multiple of {group}"
             for name, module in modules.items()
-            if name not in left and module.in_features % group
+            if isinstance(module, nn.Linear) and module.in_features % group
         }
     chosen = {module for name, module in modules.items() if name not in left}
     quantize_(model, settings, filter_fn=lambda module, name: module in chosen)

@@ -51,8 +51,9 @@ class Recovery:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Recovery:
-        found = {name: content[name] for name in cls.__dataclass_fields__}
-        return cls(**{name: tuple(map(tuple, value)) if isinstance(value, list) else value for name, value in found.items()})
+        found: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__}
+        found |= {name: tuple(map(tuple, value)) for name, value in found.items() if isinstance(value, list)}
+        return cls(**found)
 
     def __str__(self) -> str:
         quality = "" if self.best is None else f", best {self.best:.4g} at step {self.best_step}"

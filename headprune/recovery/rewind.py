@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -128,7 +129,8 @@ def transformers_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """What transformers calls it: a model that `load` built is of a subclass."""
     for kind in type(model).__mro__:
         if getattr(transformers, kind.__name__, None) is kind:
-            return kind
+            stock: type[PreTrainedModel] = kind
+            return stock
     return type(model)
 
 
@@ -137,7 +139,8 @@ def earlier_model(model: nn.Module, folder: Path) -> nn.Module:
     try:
         if not isinstance(model, PreTrainedModel) or getattr(load_config(folder), SECTION, None):
             return load(folder)
-        found, report = transformers_class(model).from_pretrained(
+        built: Any = transformers_class(model)  # what from_pretrained returns depends on output_loading_info
+        found, report = built.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
             dtype=next(model.parameters()).dtype,
         )  # fmt: skip
@@ -150,7 +153,8 @@ def earlier_model(model: nn.Module, folder: Path) -> nn.Module:
         raise InvalidInput(
             f"the rewind checkpoint {folder} does not fit {type(model).__name__}: {wrong[0]} is missing or of another shape."
         )
-    return found
+    earlier: nn.Module = found
+    return earlier
 
 
 def cut_like(earlier: nn.Module, model: nn.Module) -> nn.Module:

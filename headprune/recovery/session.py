@@ -60,7 +60,8 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        return self.arguments.device
+        device: torch.device = self.arguments.device
+        return device
 
     def checkpointing(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Ours where transformers' own would do nothing: in eval mode."""
@@ -117,7 +118,7 @@ def trained(model: nn.Module, session: Session) -> Recovery:
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Modes, and what Trainer sets on a model and its config, are afterwards as before."""
     training = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
     forward = model.__dict__.get("forward")
     verbosity = transformers.utils.logging.get_verbosity()

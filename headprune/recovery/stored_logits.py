@@ -69,7 +69,7 @@ def write_batch(teacher: nn.Module, batch: Any, path: Path, top: int, temperatur
     """Number of classes."""
     with catching(teacher, (), {}) as found:
         run(teacher, batch, loss_fn)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for call, output in enumerate(found.outputs):
         logits = logits_of(output)
         values, indices = F.log_softmax(logits.float() / temperature, dim=-1).topk(min(top, logits.shape[-1]), dim=-1)

@@ -46,7 +46,8 @@ class RecoveryTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.objective, self.measure, self.dropout = objective, measure, dropout
+        self.objective: Callable[[nn.Module, Any], Tensor] = objective
+        self.measure, self.dropout = measure, dropout
         self.budget, self.clock, self.good = budget, clock, good
         self.model_accepts_loss_kwargs = False  # each batch counts as one, however many labels it holds
         self.remove_callback(PrinterCallback)
@@ -69,9 +70,10 @@ class RecoveryTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
+            steps_of: Any = optimizer or self.optimizer
             by_clock = self.budget.minutes is not None
             factor = lambda step: self.budget.factor(step, self.clock.agreed() if by_clock else 0.0)  # noqa: E731
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(steps_of, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -81,8 +83,9 @@ class RecoveryTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """{"eval_quality": higher is better}: what `measure` gives, else minus the mean loss over the evaluation batches."""
-        with in_eval_mode(self.model):
-            quality = self.mean_quality() if self.measure is None else of_first_rank(float(self.measure(self.model)))
+        model: Any = self.model
+        with in_eval_mode(model):
+            quality = self.mean_quality() if self.measure is None else of_first_rank(float(self.measure(model)))
         if not self.everywhere(math.isfinite(quality)):
             raise NotFinite(f"the evaluation gave {quality} at step {self.state.global_step}")
         found = {f"{metric_key_prefix}_quality": quality}
@@ -92,9 +95,10 @@ class RecoveryTrainer(Trainer):
 
     def mean_quality(self) -> float:
         total = torch.zeros(2, dtype=torch.float64)
+        model: Any = self.model
         for batch in self.get_eval_dataloader():
             with self.accelerator.autocast():
-                loss = self.objective(self.model, self._prepare_inputs(batch))
+                loss = self.objective(model, self._prepare_inputs(batch))
             total += torch.tensor([float(loss), 1.0], dtype=torch.float64)
         total = self.accelerator.reduce(total.float().to(self.args.device), "sum")
         return -float(total[0] / total[1])
@@ -103,7 +107,7 @@ class RecoveryTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_text(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE, "")
+            write_text(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / COMPLETE, "")
 
 
 class Watch(TrainerCallback):
@@ -163,7 +167,7 @@ class Watch(TrainerCallback):
         tenths, self.tenths = self.tenths, int(10 * fraction)
         return self.tenths > tenths
 
-    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         qualities = [entry["eval_quality"] for entry in state.log_history if "eval_quality" in entry]
         best, good = max(qualities), self.trainer.good
         if qualities[-1] == best and (good.value is None or best > good.value):
@@ -210,4 +214,4 @@ def training_arguments(folder: Path, budget: TrainingBudget, seed: int, options:
 
 def history(trainer: Trainer, key: str) -> tuple[tuple[int, float], ...]:
     """(step, value) of every log entry that has `key`."""
-    return tuple((entry["step"], entry[key]) for entry in trainer.state.log_history if key in entry)
+    return tuple((int(entry["step"]), entry[key]) for entry in trainer.state.log_history if key in entry)

@@ -10,6 +10,7 @@ from typing import Any
 from headprune.errors import HeadpruneError, InfeasibleBudget
 from headprune.planning import Budget, plan
 from headprune.report.run_folder import RunFolder
+from headprune.scoring import HeadScores
 
 FEW, STEPS = 144, 40  # a model of few heads gets a step for each, others this many
 Keep = dict[str, tuple[int, ...]]
@@ -35,20 +36,20 @@ def budget_steps(run: RunFolder) -> BudgetSteps:
         return BudgetSteps("heads", "none", own_step(run, "heads"), "The plan holds no scores, so there is no order of heads.")
     quantity = run.plan.budget.quantity if run.plan is not None and run.plan.budget is not None else "heads"
     try:
-        return planned_steps(run, quantity, planning_options(run))
+        return planned_steps(run, run.ranking, quantity, planning_options(run))
     except HeadpruneError as error:
         note = f"The slider ranks all heads together, since the run's own planning cannot be repeated here: {error}"
-        return replace(planned_steps(run, "heads", {"min_heads": 0}), note=note)
+        return replace(planned_steps(run, run.ranking, "heads", {"min_heads": 0}), note=note)
 
 
-def planned_steps(run: RunFolder, quantity: str, options: dict[str, Any]) -> BudgetSteps:
+def planned_steps(run: RunFolder, ranking: HeadScores, quantity: str, options: dict[str, Any]) -> BudgetSteps:
     """Raises the planner's errors, but for budgets beyond what can be met: there the steps end."""
-    scores = replace(run.ranking, spread=None)  # no warning about unsettled heads from every step
+    scores = replace(ranking, spread=None)  # no warning about unsettled heads from every step
     length = (run.plan.budget.sequence_length if run.plan is not None and run.plan.budget is not None else None) or 512
     found: dict[float, Keep] = {}
     for fraction in fractions(run):
         try:
-            chosen = plan(scores, Budget(**{quantity: fraction}, sequence_length=length), **options)
+            chosen = plan(scores, Budget.of({quantity: fraction, "sequence_length": length}), **options)
         except InfeasibleBudget:
             break
         found[round(fraction, 6)] = chosen.keep

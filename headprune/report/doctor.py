@@ -55,7 +55,7 @@ def backends_table() -> Table:
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 call = example_call(operator, device, dtype)
-                passed = []
+                passed: list[str] = []
                 for implementation in implementations:
                     reason = implementation.missing() or implementation.refuses(call)
                     if reason is None:

@@ -93,7 +93,7 @@ def head_maps(data: Json) -> Iterator[tuple[str, Figure]]:
     heads = max(len(site["kv_of_query"]) for site in data["sites"])
     for one in data["criteria"]:
         figure, axes = blank(CELL * heads + 1.2, CELL * len(labels) + 0.6)
-        empty = [[None] * len(site["kv_of_query"]) for site in data["sites"]]
+        empty: list[list[float | None]] = [[None] * len(site["kv_of_query"]) for site in data["sites"]]
         image = cells(axes, [row or blanks for row, blanks in zip(one["percentile"], empty)], labels)
         for row, (site, bits) in enumerate(zip(data["sites"], data["plan"] or [""] * len(labels))):
             gone = [head + 0.5 for head, bit in enumerate(bits) if bit == "0"]
@@ -141,7 +141,10 @@ def quality_latency(data: Json) -> Iterator[tuple[str, Figure]]:
 def beaten(one: Json, points: list[Json], headline: str, higher: bool) -> bool:
     """Whether another point is at least as good in quality and latency, and better in one of them."""
     sign = 1 if higher else -1
-    place = lambda point: (-point["latency_share"], sign * point["quality"][headline])  # noqa: E731
+
+    def place(point: Json) -> tuple[float, float]:
+        return -point["latency_share"], sign * point["quality"][headline]
+
     mine = place(one)
     return any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in map(place, points))
 

@@ -23,7 +23,7 @@ def page_data(run: RunFolder) -> Json:
     """Lists over sites and heads are in the model's order; nothing in it is NaN or infinite (null instead)."""
     steps = budget_steps(run)
     plan = run.plan
-    return finite({
+    whole: Json = finite({
         "task": run.comparison.task if run.comparison else (run.recipe.get("task") or {}).get("name"),
         "model": run.recipe.get("model") or str(run.folder.name),
         "sites": sites(run),
@@ -39,6 +39,7 @@ def page_data(run: RunFolder) -> Json:
         "portraits": None if run.portraits is None else [run.portraits.to_json().get(name) for name in run.shapes],
         "plan_document": plan_document(run),
     })  # fmt: skip
+    return whole
 
 
 def sites(run: RunFolder) -> list[Json]:
@@ -117,9 +118,10 @@ def measured(run: RunFolder) -> list[Json]:
         pair = run.comparison.to_json()
         for name, keep in {"dense": everything(run), "pruned": run.plan.keep}.items():
             points.append(point(name, "run", pair[name], pair["dense"]) | {"keep": bits(run, keep), "chosen": name == "pruned"})
-    for one in (run.sweep or {}).get("points", ()):
+    swept = (run.sweep or {}).get("points", ())
+    for one in swept:
         label = ", ".join(f"{name} {share:.0%} away" for name, share in list(one["budget"].items())[:1])
-        found = point(label, "sweep", one["evaluation"], run.sweep["points"][0]["evaluation"])
+        found = point(label, "sweep", one["evaluation"], swept[0]["evaluation"])
         if one.get("latency_share") is not None:  # timed in turn with the dense model, unlike the milliseconds of two points
             found["latency_share"] = one["latency_share"]
         points.append(found | {"counts": [one["kept"].get(name) for name in run.shapes], "chosen": False})
@@ -176,7 +178,8 @@ def plan_document(run: RunFolder) -> Json:
     """The plan.json that an edit starts from: the run's own, or one that keeps all."""
     plan = run.plan
     if plan is None:
-        plan = PruningPlan(everything(run), run.shapes, None, run.ranking.criterion, run.ranking)
+        ranking = next(iter(run.scores.values()))
+        plan = PruningPlan(everything(run), run.shapes, None, ranking.criterion, ranking)
     document = {"kind": "pruning_plan", "schema_version": SCHEMA_VERSION, **plan.to_json()}
     values = [site.get(part) or [] for site in document["sites"].values() for part in ("scores", "spread")]
     if not all(map(math.isfinite, (value for part in values for value in part))):  # JSON has no infinity

@@ -50,7 +50,8 @@ class Stages:
         """Gives `progress(done, total)` to the block."""
         started = time.perf_counter()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as bars, process_peak() as peak:
+        plain = not (self.console.is_terminal or self.console.is_jupyter)  # a file gets the line below alone
+        with Progress(*columns, console=self.console, transient=True, disable=plain) as bars, process_peak() as peak:
             bar = bars.add_task(title, total=None)
             yield lambda done, total: bars.update(bar, completed=done, total=total)
         self.done.append(Stage(title, time.perf_counter() - started, *peak()))

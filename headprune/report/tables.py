@@ -75,7 +75,7 @@ def checked(found: Any) -> str:
     return f"{found:.1e}" if isinstance(found, float) else str(found)
 
 
-def run_tables(result) -> list[RenderableType]:
+def run_tables(result: Any) -> list[RenderableType]:
     """What a finished run shows: the plan, what was measured, what was checked and where everything is."""
     checks = Table(title="checks", title_justify="left", show_header=False)
     for row in check_rows(result.checks):

@@ -39,7 +39,8 @@ def relative_budget(budget: Budget, fraction: float, original: Mapping[str, Site
     full, left = (sum(budget.cost(shape, shape.head_map) for shape in shapes.values()) for shapes in (original, now))
     to_go = int(fraction * (full + budget.fixed_cost) + 1e-9) - (full - left)
     relative = 0.0 if to_go <= 0 else (to_go + SLACK) / max(left + budget.fixed_cost, 1)
-    return replace(budget, **{budget.quantity: min(relative, 1 - 1e-9)})
+    changed: dict[str, Any] = {budget.quantity: min(relative, 1 - 1e-9)}
+    return replace(budget, **changed)
 
 
 def removed_fraction(budget: Budget, original: Mapping[str, SiteShape], keep: Mapping[str, tuple[int, ...]]) -> float:

@@ -26,7 +26,12 @@ def with_fresh_weights(model: nn.Module, seed: int, initialise: Initialise | Non
     devices = sorted({parameter.device.index or 0 for parameter in new.parameters() if parameter.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        (initialise or (by_transformers if isinstance(new, PreTrainedModel) else by_module))(new)
+        if initialise is not None:
+            initialise(new)
+        elif isinstance(new, PreTrainedModel):
+            by_transformers(new)
+        else:
+            by_module(new)
     return new
 
 

@@ -23,7 +23,7 @@ from headprune.schedules.gates import GateLayout, GateMethod, Moment
 from headprune.schedules.gates.reach import gates_in_place, through_operator
 from headprune.schedules.spacing import cubic
 from headprune.schedules.training_data import batches_from
-from headprune.scoring.observe import frozen
+from headprune.scoring.passes import frozen
 
 log = logging.getLogger("headprune")
 SAVE_EVERY = 20.0  # seconds of training that a kill costs at most
@@ -190,4 +190,5 @@ class GateTrainer:
             self.optimizer.load_state_dict(found["optimizer"])
         self.scale, self.losses = found["scale"], found["losses"]
         log.info("training of gates goes on from step %d", found["step"])
-        return found["step"]
+        step: int = found["step"]
+        return step

@@ -72,10 +72,11 @@ def stepwise(name: str, setting: Setting, goals: list[float], max_drop: float | 
         clock = Clock(f"step {number} of {len(goals)}", setting.progress)
         with failing(setting, record, name, clock):
             work = record.recovery_folder(number)
-            step = carry_out(setting, model, record.last.keep, number, goals[number - 1], clock, work, len(goals))
+            step = carry_out(setting, model, record.present.keep, number, goals[number - 1], clock, work, len(goals))
         dense = record.steps[0].quality
-        if max_drop is not None and drop(dense, step.quality) > max_drop:
-            record.reject(step, f"step {number} lost {drop(dense, step.quality):.1%} of the quality, {max_drop:.1%} allowed")
+        lost = 0.0 if dense is None or step.quality is None else drop(dense, step.quality)
+        if max_drop is not None and lost > max_drop:
+            record.reject(step, f"step {number} lost {lost:.1%} of the quality, {max_drop:.1%} allowed")
             model = record.restore()
             break
         record.accept(step, model, plan_of(setting, step.keep))

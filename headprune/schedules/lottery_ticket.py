@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,8 @@ def lottery_ticket(
     for number in range(record.steps[-1].number + 1, len(goals) + 1):
         clock = Clock(f"step {number} of {len(goals)}", setting.progress)
         with failing(setting, record, NAME, clock):
-            chosen = planned(setting, trained, record.last.keep, goals[number - 1], clock)
-            keep = composed(record.last.keep, chosen)
+            chosen = planned(setting, trained, record.present.keep, goals[number - 1], clock)
+            keep = composed(record.present.keep, chosen)
             if rewind == "weights":
                 trained = framed(first(), keep)
             else:
@@ -97,8 +96,8 @@ def check_rewind(recover: Recover | None, rewind: str, rewind_step: int, early: 
     if early is not None and rewind_step:
         raise InvalidInput(f"early and rewind_step={rewind_step} both say where to go back to; give one of them.")
     if rewind_step:
-        check_rewindable(recover, rewind_step)
-        if rewind == "weights" and recover.method == "lora":
+        settings = check_rewindable(recover, rewind_step)
+        if rewind == "weights" and settings.method == "lora":
             raise InvalidInput(
                 f"rewind_step={rewind_step} goes back to the weights of that step, and method='lora' trains adapters beside them; "
                 "give early=, rewind='learning_rate' or another method."
@@ -133,17 +132,17 @@ def first_weights(setting: Setting, record: Record, rewind_step: int, early: Sou
 
 def controlled(setting: Setting, record: Record, initialise: Initialise | None) -> dict[str, Any]:
     """The same heads from fresh weights, trained as the whole model was."""
-    keep, place = record.last.keep, None if record.folder is None else record.folder / "control.safetensors"
+    keep, place = record.present.keep, None if record.folder is None else record.folder / "control.safetensors"
     if place is not None and place.exists():
-        return {"control": loaded(setting.dense, keep, place), "control_quality": record.last.details["control_quality"]}
+        return {"control": loaded(setting.dense, keep, place), "control_quality": record.present.details["control_quality"]}
     clock = Clock("control", setting.progress)
     with failing(setting, record, NAME, clock):
         model = framed(with_fresh_weights(setting.dense, setting.seed + 1, initialise), keep)
-        number = record.last.number + 1
+        number = record.present.number + 1
         recovered(setting, model, number, number - 1, record.recovery_folder(number), clock)
         quality = measured(setting, model, clock)
     record.note(control_quality=quality)
     if place is not None:
         stored(model, place)
-        shutil.rmtree(record.recovery_folder(number), ignore_errors=True)
+        record.forget_recovery(number)
     return {"control": model, "control_quality": quality}

@@ -75,7 +75,7 @@ def pruning_aware(
     own = {"method": method, "training": asdict(training), "teacher": teacher, "distil": described(distil)}
     record = Record(model, folder, NAME, {**setting.to_json(), **own})
     measure_dense(setting, record, NAME)
-    if record.last.number:
+    if record.present.number:
         return finished(setting, record, NAME, record.restore())
     clock = Clock("step 1 of 1", setting.progress)
     with failing(setting, record, NAME, clock):

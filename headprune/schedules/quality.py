@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
-from headprune.scoring.observe import in_eval_mode
+from headprune.scoring.passes import in_eval_mode
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 LABELS = {"labels", "start_positions"}
@@ -26,7 +26,8 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Te
     loss = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
     if loss is None:
         raise InvalidInput(f"{type(model).__name__} returned no loss: put labels into the batches, or give loss_fn.")
-    return loss.mean()
+    mean: Tensor = loss.mean()
+    return mean
 
 
 def has_loss(batches: Sequence[Any], loss_fn: LossFunction | None) -> bool:

@@ -24,7 +24,7 @@ from headprune.files import read_json, whole_file, whole_folder, write_json
 from headprune.planning import PruningPlan
 from headprune.schedules.composition import shapes_of
 from headprune.schedules.result import Step
-from headprune.surgery import cut
+from headprune.surgery.cut import cut
 
 log = logging.getLogger("headprune")
 WEIGHTS = "model.safetensors"
@@ -44,12 +44,17 @@ class Record:
         self.stopped: str | None = None
         self._state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         if self.folder is not None:
-            self._take_up({"schedule": schedule, **json.loads(json.dumps(settings))})
+            self._take_up(self.folder, {"schedule": schedule, **json.loads(json.dumps(settings))})
 
     @property
     def last(self) -> Step | None:
         """The last accepted step."""
         return next((step for step in reversed(self.steps) if step.accepted), None)
+
+    @property
+    def present(self) -> Step:
+        """The last accepted step, of a schedule that has measured its dense model: the state that it goes on from."""
+        return next(step for step in reversed(self.steps) if step.accepted)
 
     def accept(self, step: Step, model: nn.Module, plan: PruningPlan) -> None:
         """Keeps `model`, the state after `step`; the one before it goes once the history tells of this one."""
@@ -57,15 +62,15 @@ class Record:
         if self.folder is None:
             self._state = (step.keep, {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()})
         else:
-            with whole_folder(self._folder_of(step)) as draft:
+            with whole_folder(self.folder / name_of(step)) as draft:
                 stored(model, draft / WEIGHTS)
                 plan.save(draft / "plan.json")
         self.steps.append(step)
         self._write()
         if self.folder is not None:
-            shutil.rmtree(self.recovery_folder(step.number), ignore_errors=True)
+            self.forget_recovery(step.number)
             if before is not None:
-                shutil.rmtree(self._folder_of(before), ignore_errors=True)
+                shutil.rmtree(self.folder / name_of(before), ignore_errors=True)
 
     def reject(self, step: Step, why: str) -> None:
         """Notes a step whose model is not kept, and that the schedule ends with it."""
@@ -85,45 +90,51 @@ class Record:
     def restore(self) -> nn.Module:
         """A copy of the dense model as it was after the last accepted step."""
         step = self.last
-        if step is None:
-            return copy.deepcopy(self.dense)
-        if self.folder is None:
+        if self.folder is not None and step is not None:
+            return loaded(self.dense, step.keep, self.folder / name_of(step) / WEIGHTS)
+        if self._state is not None:
             keep, state = self._state
             model = framed(self.dense, keep)
             model.load_state_dict(state)
             return model
-        return loaded(self.dense, step.keep, self._folder_of(step) / WEIGHTS)
+        return copy.deepcopy(self.dense)
 
     def recovery_folder(self, number: int) -> Path | None:
         """Where the recovery of a step keeps what it needs to go on."""
         return None if self.folder is None else self.folder / f"recovery-{number:03d}"
 
-    def _folder_of(self, step: Step) -> Path:
-        return self.folder / f"step-{step.number:03d}"
+    def forget_recovery(self, number: int) -> None:
+        folder = self.recovery_folder(number)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _write(self) -> None:
         if self.folder is not None:
             steps = [step.to_json() for step in self.steps]
             write_json(self.folder / "history.json", "schedule_history", {"stopped": self.stopped, "steps": steps})
 
-    def _take_up(self, settings: dict[str, Any]) -> None:
-        written = self.folder / "settings.json"
+    def _take_up(self, folder: Path, settings: dict[str, Any]) -> None:
+        written = folder / "settings.json"
         if not written.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise InvalidInput(f"{self.folder} is not empty and holds no schedule; give another folder.")
+            if folder.exists() and any(folder.iterdir()):
+                raise InvalidInput(f"{folder} is not empty and holds no schedule; give another folder.")
             write_json(written, "schedule_settings", settings)
             return
         found = read_json(written, "schedule_settings")
         other = sorted(name for name in settings if found.get(name) != settings[name])
         if other:
             raise InvalidInput(
-                f"{self.folder} holds a schedule with other settings ({', '.join(other)}: {found.get(other[0])!r} there, "
+                f"{folder} holds a schedule with other settings ({', '.join(other)}: {found.get(other[0])!r} there, "
                 f"{settings[other[0]]!r} asked); give another folder, or remove that one."
             )
-        if (self.folder / "history.json").exists():
-            document = read_json(self.folder / "history.json", "schedule_history")
+        if (folder / "history.json").exists():
+            document = read_json(folder / "history.json", "schedule_history")
             self.steps, self.stopped = [Step.from_json(step) for step in document["steps"]], document["stopped"]
-            log.info("taking up %s: %d steps are done", self.folder, len(self.steps))
+            log.info("taking up %s: %d steps are done", folder, len(self.steps))
+
+
+def name_of(step: Step) -> str:
+    return f"step-{step.number:03d}"
 
 
 def stored(model: nn.Module, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from headprune.errors import InvalidInput
@@ -29,35 +29,37 @@ class KeepStep(TrainerCallback):
         self.step, self.keep = step, keep
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        if state.global_step == self.step:
+        if state.global_step == self.step and model is not None:
             self.keep(model)
 
 
-def keeping_step(recover: Recover, step: int, keep: Callable[[nn.Module], None]) -> RecoverySettings:
+def keeping_step(recover: Recover | None, step: int, keep: Callable[[nn.Module], None]) -> RecoverySettings:
     """`recover`, which also hands over the weights at `step`."""
-    check_rewindable(recover, step)
-    callbacks = (*recover.options.get("callbacks", ()), KeepStep(step, keep))
-    return replace(recover, options={**recover.options, "callbacks": callbacks})
+    settings = check_rewindable(recover, step)
+    callbacks = (*settings.options.get("callbacks", ()), KeepStep(step, keep))
+    return replace(settings, options={**settings.options, "callbacks": callbacks})
 
 
 def repeated_from(recover: Recover, step: int) -> Recover:
     """`recover` without its first `step` steps: the learning rates that followed them (Renda, Frankle, Carbin 2020)."""
     if not step:
         return recover
-    check_rewindable(recover, step)
-    lr = get_method(recover.method).lr if recover.lr is None else recover.lr
-    options = dict(recover.options)
-    budget = TrainingBudget.of(recover.steps, None, options.pop("warmup", None), lr, None)
-    rates = RateRewind(lambda number: budget.peak * budget.factor(number, 0.0), step, recover.steps)
-    return replace(recover, steps=None, lr=None, options={**options, "rewind": rates})
+    settings = check_rewindable(recover, step)
+    lr = get_method(settings.method).lr if settings.lr is None else settings.lr
+    options = dict(settings.options)
+    budget = TrainingBudget.of(settings.steps, None, options.pop("warmup", None), lr, None)
+    rates = RateRewind(lambda number: budget.peak * budget.factor(number, 0.0), step, budget.max_steps)
+    return replace(settings, steps=None, lr=None, options={**options, "rewind": rates})
 
 
-def check_rewindable(recover: Recover, step: int) -> None:
+def check_rewindable(recover: Recover | None, step: int) -> RecoverySettings:
+    """`recover`; InvalidInput where it says no number of steps, or fewer."""
     if not isinstance(recover, RecoverySettings) or recover.steps is None or not 0 < step < recover.steps:
         raise InvalidInput(
             f"rewind_step={step} needs recover=RecoverySettings(steps=...) with more steps than that; with a training of your own "
             "give early=, the weights to go back to."
         )
+    return recover
 
 
 def earlier_model(dense: nn.Module, source: Source) -> nn.Module:
@@ -71,7 +73,8 @@ class EarlyWeights:
     """The weights at the step to go back to, in a file of the schedule's folder or in memory."""
 
     def __init__(self, dense: nn.Module, folder: Path | None) -> None:
-        self.dense, self.path, self.state = dense, None if folder is None else folder / "early.safetensors", None
+        self.dense, self.path = dense, None if folder is None else folder / "early.safetensors"
+        self.state: dict[str, Tensor] = {}
 
     def keep(self, model: nn.Module) -> None:
         if self.path is None:

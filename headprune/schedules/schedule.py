@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, ParamSpec
 
 from torch import nn
 
 from headprune.errors import HeadpruneError, unknown_name
-from headprune.planning import Budget
 from headprune.schedules.composition import whole
 from headprune.schedules.record import Record
 from headprune.schedules.result import ScheduleResult
@@ -18,34 +17,30 @@ from headprune.schedules.setting import Setting
 from headprune.schedules.step import Clock, described_step, measured, plan_of
 from headprune.surgery import save
 
-
-class Schedule(Protocol):
-    """A loop around score -> plan -> prune -> recover. `model` stays as it is; a copy is pruned."""
-
-    def __call__(self, model: nn.Module, batches: Any, budget: Budget, **options: Any) -> ScheduleResult: ...
-
-
+# A loop around score -> plan -> prune -> recover: schedule(model, batches, budget, **options of its own and of Setting). `model`
+# stays as it is; a copy is pruned.
+P = ParamSpec("P")
 NOT_IN_RECIPES = ("folder", "recover", "distil", "initialise")  # a run gives them, or no file can
-_schedules: dict[str, Schedule] = {}
+_schedules: dict[str, Callable[..., ScheduleResult]] = {}
 
 
-def schedule(name: str) -> Callable[[Schedule], Schedule]:
+def schedule(name: str) -> Callable[[Callable[P, ScheduleResult]], Callable[P, ScheduleResult]]:
     """Registers a schedule under `name`."""
 
-    def register(function: Schedule) -> Schedule:
+    def register(function: Callable[P, ScheduleResult]) -> Callable[P, ScheduleResult]:
         _schedules[name] = function
         return function
 
     return register
 
 
-def get_schedule(name: str) -> Schedule:
+def get_schedule(name: str) -> Callable[..., ScheduleResult]:
     if name not in _schedules:
         raise unknown_name("schedule", name, _schedules)
     return _schedules[name]
 
 
-def schedules() -> dict[str, Schedule]:
+def schedules() -> dict[str, Callable[..., ScheduleResult]]:
     """Every schedule by name."""
     return dict(_schedules)
 

@@ -42,7 +42,8 @@ def cubic(target: float, done: float) -> float:
 @spacing("geometric")
 def geometric(target: float, done: float) -> float:
     """The same share of what is left at every step (Frankle & Carbin 2019)."""
-    return 1 - (1 - target) ** done
+    left: float = (1 - target) ** done
+    return 1 - left
 
 
 def targets(target: float, steps: int | None, per_step: float | None, spacing: str) -> list[float]:

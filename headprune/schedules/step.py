@@ -68,15 +68,32 @@ def planned(setting: Setting, model: nn.Module, keep: Keep, target: float, clock
     if not setting.trials:
         return plan(scores, budget, **options)
     with clock.timed("try plans") as progress:
-        ways = {"forward": setting.forward, "token_mask": setting.token_mask, "trials": setting.trials, "seed": setting.seed}
-        return search_plan(model, scores, budget, setting.batches, progress=progress, **ways, **options).plan
+        return search_plan(
+            model,
+            scores,
+            budget,
+            setting.batches,
+            forward=setting.forward,
+            token_mask=setting.token_mask,
+            trials=setting.trials,
+            seed=setting.seed,
+            progress=progress,
+            **options,
+        ).plan
 
 
 def pruned(setting: Setting, model: nn.Module, chosen: PruningPlan, clock: Clock) -> None:
     with clock.timed("prune") as progress:
         calibration = setting.batches if setting.compensate and setting.batches else None
-        options = {"forward": setting.forward, "token_mask": setting.token_mask, "feed_forward": setting.feed_forward}
-        prune(model, chosen, calibration, progress=progress, **options)
+        prune(
+            model,
+            chosen,
+            calibration,
+            forward=setting.forward,
+            token_mask=setting.token_mask,
+            feed_forward=setting.feed_forward,
+            progress=progress,
+        )
 
 
 def recovered(setting: Setting, model: nn.Module, number: int, of: int, work: Path | None, clock: Clock) -> Any:

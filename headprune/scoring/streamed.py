@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headprune.errors import InvalidInput
-from headprune.models.streamed import streamed_of
+from headprune.models.streamed import reader_of
 from headprune.models.trunk import Entry, enter, leaving
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.observations import Need, Observations
@@ -76,9 +76,7 @@ class StreamedPass:
         progress: Callable[[int], None] | None,
     ) -> None:
         self.setting, self.batches, self.folder, self.progress = setting, batches, folder, progress
-        streamed = streamed_of(setting.model)
-        assert streamed is not None  # whoever streams asked for that
-        self.streamed = streamed
+        self.streamed = reader_of(setting.model)
         self.trunk, self.device = self.streamed.trunk, self.streamed.device
         self.seen = tuple(checksum(batch) for batch in batches)
         self.forward_needs = [need for need in wanted if observer_of(need).runs != "backward"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 import transformers
@@ -21,6 +21,8 @@ from headprune.surgery.manifest import check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
 from headprune.surgery.record import SECTION, kept_heads, record_of
 from headprune.surgery.remote_code import write_remote_code
+
+Plain = TypeVar("Plain", bound=nn.Module)
 
 
 def save(
@@ -87,6 +89,14 @@ def check_recorded(model: nn.Module) -> None:
             )
 
 
+@overload
+def load(folder: str | os.PathLike[str], *, model: None = None, verify: bool = True, **options: Any) -> PreTrainedModel: ...
+
+
+@overload
+def load(folder: str | os.PathLike[str], *, model: Plain, verify: bool = True, **options: Any) -> Plain: ...
+
+
 def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, verify: bool = True, **options: Any) -> nn.Module:
     """A model from `folder`, pruned by headprune or not, in eval mode.
 
@@ -110,7 +120,8 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, veri
         check_manifest(folder)
     model_class = class_of(config)
     try:
-        found, report = pruned_class(model_class, section).from_pretrained(
+        built: Any = pruned_class(model_class, section)  # what from_pretrained returns depends on output_loading_info
+        found, report = built.from_pretrained(
             folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -128,14 +139,17 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, veri
         raise CorruptCheckpoint(f"{folder} lacks weights that its config promises: {', '.join(missing[:3])}.")
     if options.get("attn_implementation") not in (None, found.config._attn_implementation):
         found.set_attn_implementation(options["attn_implementation"])  # the cut chose what runs ragged groups best
-    return found
+    loaded: PreTrainedModel = found
+    return loaded
 
 
 def skeleton(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """The model of `folder` without its weights (on the meta device): sites, head maps and sizes at no cost."""
     config = load_config(folder)
     with torch.device("meta"):
-        return pruned_class(class_of(config), getattr(config, SECTION, None))(config).to(config.dtype or torch.float32)
+        built: Any = pruned_class(class_of(config), getattr(config, SECTION, None))
+        model: PreTrainedModel = built(config).to(config.dtype or torch.float32)
+    return model
 
 
 def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
@@ -143,21 +157,25 @@ def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig
     if not (folder / "config.json").is_file():
         raise InvalidInput(f"{folder} is no model folder: it has no config.json. Give a folder that save_pretrained wrote.")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InvalidInput(f"{folder} is no model folder that transformers knows: {first_line(error)}") from error
+    return config
 
 
 def class_of(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that the config names, else the base model of its type."""
     for name in getattr(config, "architectures", None) or ():
         name = name.removeprefix(modeling_headprune.PREFIX)
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        named: type[PreTrainedModel] | None = getattr(transformers, name, None)
+        if named is not None:
+            return named
+    mapping: Any = AutoModel._model_mapping
     try:
-        return AutoModel._model_mapping[type(config)]
+        known: type[PreTrainedModel] = mapping[type(config)]
     except KeyError:
         raise UnsupportedModel(f"no transformers class is known for a {type(config).__name__}.") from None
+    return known
 
 
 def pruned_class(model_class: type[PreTrainedModel], section: dict[str, Any] | None) -> type[PreTrainedModel]:
@@ -170,7 +188,7 @@ def pruned_class(model_class: type[PreTrainedModel], section: dict[str, Any] | N
         return modeling_headprune.pruned_class(name, model_class, module)
     kept = kept_heads(section)
 
-    def __init__(self, config, *args, **options) -> None:
+    def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:
         saved = getattr(config, SECTION)
         delattr(config, SECTION)  # what is built first is the whole original
         with modeling_headprune.whole(config):

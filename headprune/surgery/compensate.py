@@ -19,18 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
-from headprune.models.feed_forward import FeedForward, feed_forwards
+from headprune.models.feed_forward import feed_forwards
 from headprune.models.gating import output_input_hook
-from headprune.models.site import AttentionSite, is_conv1d
+from headprune.models.site import AttentionSite
 from headprune.models.stream import residual_streams
-from headprune.models.tokens import token_masks, valid_tokens
+from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.normal_equations import Layer, NormalEquations, Solver, get_solver
+from headprune.surgery.parts import (
+    Part,
+    Weights,
+    columns_of,
+    masked_to,
+    parts_of,
+    set_weight_and_bias,
+    weight_and_bias,
+    weights_in_place,
+)
 from headprune.surgery.walk import Keeping, Walk, keeping_for
 
-Part = AttentionSite | FeedForward  # what is re-solved: `output.module` is the linear layer
+Keep = Mapping[str, Sequence[int]]  # site name -> the query heads that stay
 Reached = tuple[Tensor, Tensor | None]  # the input of a linear layer, and the stream that its result is added to
-Weights = tuple[Tensor, Tensor | None]  # weight [hidden, features] and bias [hidden] of an output projection
 TYPICAL_LENGTH = 64.0  # tokens; a constant, which only keeps the sums of usual batches near sums over tokens
 FEED_FORWARD_TOKENS = 2  # as many tokens for each input, at least
 HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
@@ -93,7 +102,9 @@ def resolve_outputs(
     return reports
 
 
-def gather(passes: Passes, part: Part, keep, solved, walks) -> tuple[NormalEquations, NormalEquations]:
+def gather(
+    passes: Passes, part: Part, keep: Keep, solved: Mapping[str, Weights], walks: Sequence[tuple[Walk, Walk]]
+) -> tuple[NormalEquations, NormalEquations]:
     """Normal equations of `part`: the dense model's stream behind it against the inputs that the model pruned so far gives."""
     weight, _ = passes.dense[part.name]
     columns = columns_of(part, keep, weight)
@@ -125,11 +136,6 @@ def sample_weights(valid: Tensor) -> Tensor:
     return (TYPICAL_LENGTH / counts).expand(valid.shape)[valid]
 
 
-def columns_of(part: Part, keep: Mapping[str, Sequence[int]], weight: Tensor) -> Tensor:
-    """The inputs of `part` that stay: those of the heads that are kept, or all."""
-    return part.columns(tuple(keep[part.name])) if part.name in keep else torch.arange(weight.shape[1])
-
-
 def sums_for(index: int, batches: int, train: NormalEquations, held_out: NormalEquations) -> list[NormalEquations]:
     """Which sums the batch `index` goes into; the last of few batches into both."""
     found = [held_out if batches > 1 and is_held_out(index) else train]
@@ -154,7 +160,7 @@ class Target:
 
     def missing(self, stream: Tensor | None) -> Tensor:
         """What the pruned model's projection is to give where its stream is `stream`."""
-        return self.projected if stream is None else self.projected + (self.stream - stream.float())
+        return self.projected if stream is None or self.stream is None else self.projected + (self.stream - stream.float())
 
 
 @dataclass(frozen=True)
@@ -173,19 +179,30 @@ class Passes:
     keeping: Keeping
 
     @classmethod
-    def of(cls, model, sites, batches, forward, token_mask, feed_forward: bool = False) -> Passes:
+    def of(
+        cls,
+        model: nn.Module,
+        sites: Sequence[AttentionSite],
+        batches: Iterable[Any],
+        forward: Callable[[nn.Module, Any], Any] | None,
+        token_mask: TokenMask | None,
+        feed_forward: bool = False,
+    ) -> Passes:
         """Raises InvalidInput where there are no batches."""
         batches = list(batches)
         if not batches:
             raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
-        forward = forward or (lambda model, batch: model(**batch))
-        run = lambda: forward(model, batches[0])  # noqa: E731
+        runs: Callable[[nn.Module, Any], Any] = forward or (lambda model, batch: model(**batch))
+
+        def run() -> Any:
+            return runs(model, batches[0])
+
         behind = feed_forwards(model, sites, run) if feed_forward else {}
-        parts = [part for site in sites for part in (site, behind.get(site.name)) if part is not None]
+        parts = parts_of(sites, behind)
         dense = {part.name: weight_and_bias(part) for part in parts}
         streams = residual_streams(model, sites, run) | {part.name: part.stream for part in behind.values()}
         masks = token_masks(model, token_mask)
-        return cls(model, tuple(parts), tuple(sites), batches, forward, masks, dense, streams, keeping_for(model, run, parts))
+        return cls(model, tuple(parts), tuple(sites), batches, runs, masks, dense, streams, keeping_for(model, run, parts))
 
     def walk(self, index: int) -> Walk:
         """A pass of the batch `index`, before its first step."""
@@ -209,7 +226,15 @@ class Passes:
         return valid_tokens(states, self.masks(part.name, self.batches[index]))
 
 
-def resolve(part: Part, keep, old, train, held_out, solver: Solver, join: bool = True) -> tuple[Resolved, Weights]:
+def resolve(
+    part: Part,
+    keep: Sequence[int] | None,
+    old: Weights,
+    train: NormalEquations,
+    held_out: NormalEquations,
+    solver: Solver,
+    join: bool = True,
+) -> tuple[Resolved, Weights]:
     """The change that leaves the smallest held-out error, and the weights that it gives; the old ones where none helps.
 
     keep: the heads that stay, None for a feed-forward. join: what the held-out batches have chosen is solved once more with
@@ -224,7 +249,9 @@ def resolve(part: Part, keep, old, train, held_out, solver: Solver, join: bool =
             return Resolved(part.name, 1.0, 1.0, None), old
     refuse_too_few(part.name, train.tokens, solver.unknowns(layer))
     before = held_out.error(torch.zeros_like(held_out.cross))
-    best, ridge, change, last = before, None, None, math.inf
+    best, last = before, math.inf
+    ridge: float | None = None
+    change: Tensor | None = None
     for candidate, solution in solver.solve(train, layer, solver.settings):
         error = held_out.error(solution)
         if error < best:
@@ -234,7 +261,7 @@ def resolve(part: Part, keep, old, train, held_out, solver: Solver, join: bool =
         last = error
     scale = max(before, torch.finfo(torch.float64).tiny)
     report = Resolved(part.name, 1.0 if before else 0.0, best / scale, ridge)
-    if change is None:
+    if change is None or ridge is None:
         return report, old
     if join:
         change = dict(solver.solve(train + held_out, layer, (ridge,))).get(ridge, change)
@@ -250,35 +277,3 @@ def refuse_too_few(name: str, tokens: int, needed: int) -> None:
             f"compensation has {tokens} calibration tokens at {name} (beside those that are held out); its {needed} unknowns need "
             f"at least {needed}, better {10 * needed}. Give more calibration batches, or compensation='mask_tuning' or 'bias'."
         )
-
-
-def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    columns = torch.zeros(site.output.features.numel())
-    columns[site.columns(tuple(keep))] = 1.0
-    return lambda inputs: inputs * columns.to(inputs)
-
-
-@contextmanager
-def weights_in_place(parts: Sequence[Part], weights: Mapping[str, Weights]) -> Iterator[None]:
-    before = [weight_and_bias(part) for part in parts]
-    try:
-        for part in parts:
-            set_weight_and_bias(part, weights[part.name])
-        yield
-    finally:
-        for part, values in zip(parts, before):
-            set_weight_and_bias(part, values)
-
-
-def weight_and_bias(part: Part) -> Weights:
-    """(weight [hidden, features], bias [hidden] or None) of the linear layer, detached."""
-    module = part.output.module
-    weight = module.weight.data
-    return (weight.T if is_conv1d(module) else weight), None if module.bias is None else module.bias.data
-
-
-def set_weight_and_bias(part: Part, values: Weights) -> None:
-    module, (weight, bias) = part.output.module, values
-    module.weight.data = weight.T if is_conv1d(module) else weight
-    if bias is not None:
-        module.bias.data = bias

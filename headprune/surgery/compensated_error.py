@@ -15,8 +15,9 @@ from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.passes import in_eval_mode
-from headprune.surgery.compensate import Passes, Target, Weights, is_held_out, resolve, sample_weights
+from headprune.surgery.compensate import Passes, Target, is_held_out, resolve, sample_weights
 from headprune.surgery.normal_equations import NormalEquations, get_solver
+from headprune.surgery.parts import Weights
 from headprune.surgery.walk import Walk
 
 Heads = tuple[int, ...]

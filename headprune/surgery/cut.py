@@ -13,7 +13,7 @@ from headprune.errors import InvalidPlan, UnsupportedModel
 from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
-from headprune.models.site import AttentionSite, HeadModules, HeadTensor, ProjectionHeads
+from headprune.models.site import AttentionSite, Foreign, HeadModules, HeadTensor, ProjectionHeads
 from headprune.nn.replace import on_own_attention
 from headprune.surgery.gather import gathered
 from headprune.surgery.record import record_cut
@@ -80,7 +80,8 @@ def checked_cut(
 
 def carry_out(model: nn.Module, checked: CheckedCut) -> None:
     if checked.ragged:
-        model.set_attn_implementation(attention_interface.NAME)
+        whole: Foreign = model
+        whole.set_attn_implementation(attention_interface.NAME)
     for name, heads in checked.kept.items():
         cut_site(checked.sites[name], heads)
     record_cut(model, checked.sites, checked.kept)
@@ -106,7 +107,8 @@ def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
         keep_entries(extra, kept_kv if extra.per_kv_head else kept)
     for part in site.head_modules:
         keep_modules(part, kept_kv if part.per_kv_head else kept)
-    site.dispatcher.head_map = head_map
+    dispatcher: Foreign = site.dispatcher
+    dispatcher.head_map = head_map
     adapter.after_cut(site, head_map, kept)
 
 
@@ -134,7 +136,7 @@ def sliced(tensor: Tensor, dim: int, features: Tensor) -> Tensor:
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
-def set_sizes(module: nn.Module, rows: int, columns: int) -> None:
+def set_sizes(module: Foreign, rows: int, columns: int) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = rows, columns
     else:  # transformers' Conv1D, weight [in, out]

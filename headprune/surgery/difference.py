@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,8 @@ def diff(before: nn.Module | str | os.PathLike[str], after: nn.Module | str | os
             heads = removed_heads(name, whole[name], small[other], entry(models[0], name), entry(models[1], other))
             if heads != ():
                 removed[name] = heads
-        savings = Savings.between(*models, {name: (whole[name], small[other]) for name, other in names.items()})
+        first, second = models
+        savings = Savings.between(first, second, {name: (whole[name], small[other]) for name, other in names.items()})
     return Difference(removed, savings)
 
 
@@ -75,11 +76,11 @@ def paired(models: list[nn.Module], whole: Mapping[str, Any], small: Mapping[str
     raise InvalidInput(f"the models do not have the same attentions: only one of them has {', '.join(only[:3])}.")
 
 
-def prefixed(model: nn.Module):
+def prefixed(model: nn.Module) -> Callable[[str], str]:
     return lambda name: f"{getattr(model, 'base_model_prefix', '')}.{name}"
 
 
-def unprefixed(model: nn.Module):
+def unprefixed(model: nn.Module) -> Callable[[str], str]:
     return lambda name: name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
 

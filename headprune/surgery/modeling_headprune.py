@@ -11,18 +11,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 try:
     import headprune  # registers attn_implementation="headprune"
 except ImportError:
-    headprune = None
+    headprune = None  # type: ignore[assignment]  # asked below
 
 PREFIX = "HeadPruned"
 EXPANDED = "headprune_expanded"
@@ -40,10 +41,11 @@ def __getattr__(name: str) -> type:
     return _classes[name]
 
 
-def pruned_class(name: str, stock: type, module: str) -> type:
+def pruned_class(name: str, stock: Any, module: str) -> type:
     """`stock` whose instances are built with the heads that their config lists."""
 
-    def __init__(self, config, *args, **options) -> None:
+    # Without annotations: vLLM checks arguments against them, and here they are strings.
+    def __init__(self, config, *args, **options):  # type: ignore[no-untyped-def]
         section, chosen = config.headprune, config._attn_implementation
         del config.headprune  # what is built first is the whole original
         with whole(config):
@@ -72,7 +74,7 @@ def pruned_class(name: str, stock: type, module: str) -> type:
 
 
 @contextlib.contextmanager
-def whole(config):
+def whole(config: Any) -> Iterator[Any]:
     """Inside the block `config` describes the original: layers are built alike, and made smaller afterwards."""
     spec = config.__dict__.pop("_heterogeneity_spec", None)
     try:
@@ -98,7 +100,7 @@ def renamed(model: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
 def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
     """Gives the modules that `layout` names their shapes, attributes and head maps; the values are set by loading."""
     for name, entry in renamed(model, layout).items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         for parameter, shape in entry.get("shapes", {}).items():
             old = getattr(module, parameter)
             part = old.detach()[tuple(slice(size) for size in shape)].clone()
@@ -121,15 +123,15 @@ def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
 class LayerConfig:
     """`shared`, the model's config, with some values of one layer's own."""
 
-    def __init__(self, shared, own: dict[str, Any]) -> None:
+    def __init__(self, shared: Any, own: dict[str, Any]) -> None:
         self.__dict__.update(shared=shared, own=own)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "own" not in self.__dict__:
             raise AttributeError(name)
         return self.own[name] if name in self.own else getattr(self.shared, name)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.shared, name, value)
 
 
@@ -142,7 +144,7 @@ def any_ragged(model: nn.Module) -> bool:
     return any(is_ragged(module) for module in model.modules())
 
 
-def use_ragged_attention(model: nn.Module, chosen: str | None) -> None:
+def use_ragged_attention(model: Any, chosen: str | None) -> None:
     """chosen: the attention that the model was asked to be built with; transformers' default becomes headprune's kernels."""
     if chosen is not None and not chosen.startswith(EXCHANGEABLE):
         raise ValueError(
@@ -153,12 +155,17 @@ def use_ragged_attention(model: nn.Module, chosen: str | None) -> None:
         model.set_attn_implementation("headprune" if chosen in (None, "sdpa") else chosen)
 
 
-def expanded_attention(module, query, key, value, attention_mask, **arguments):
+def expanded_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
+) -> tuple[Tensor, Tensor | None]:
     """The model's own attention function on one key/value head per query head."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.shared._attn_implementation, eager)
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    function = functions.get_interface(module.config.shared._attn_implementation, eager)
     index = torch.tensor(module.kv_of_query, device=key.device)
-    return function(module, query, key.index_select(1, index), value.index_select(1, index), attention_mask, **arguments)
+    key, value = key.index_select(1, index), value.index_select(1, index)
+    output, weights = function(module, query, key, value, attention_mask, **arguments)
+    return output, weights
 
 
 if headprune is None:

@@ -28,8 +28,11 @@ class NormalEquations:
 
     @classmethod
     def empty(cls, inputs: int, outputs: int) -> NormalEquations:
-        sizes = ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs,))
-        return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
+        gram, cross = (
+            torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64),
+            torch.zeros(inputs + 1, outputs, dtype=torch.float64),
+        )
+        return cls(gram, cross, torch.zeros(outputs, dtype=torch.float64))
 
     def add(self, inputs: Tensor, residual: Tensor, weights: Tensor | None = None) -> None:
         """inputs [tokens, inputs], residual [tokens, outputs]: what the present weights leave to be explained; weights [tokens]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from headprune.models.shards import open_shards
+from headprune.models.site import Foreign
 from headprune.models.streamed import StreamedModel
 from headprune.surgery.checkpoint import class_of, load_config, pruned_class
 from headprune.surgery.record import SECTION
@@ -21,29 +23,30 @@ from headprune.surgery.record import SECTION
 @contextmanager
 def empty_weights() -> Iterator[None]:
     """Inside the block every parameter of a new module is on the meta device; buffers, which are computed, are real."""
-    register = nn.Module.register_parameter
+    modules: Any = nn.Module
+    register = modules.register_parameter
 
     def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = registered
+    modules.register_parameter = registered
     try:
         with EmptyOnMeta():
             yield
     finally:
-        nn.Module.register_parameter = register
+        modules.register_parameter = register
 
 
 class EmptyOnMeta(TorchFunctionMode):
     """Large weights take no memory from the start."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty and options.get("device") is None:
+            options["device"] = "meta"
+        return func(*args, **options)
 
 
 def open_streamed(
@@ -63,9 +66,10 @@ def open_streamed(
     config = load_config(folder)
     built = pruned_class(class_of(config), getattr(config, SECTION, None))
     with empty_weights():
-        model = built._from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or torch.float32)
     model.eval().requires_grad_(False)
     model.tie_weights()
     model.name_or_path = str(Path(folder))
-    model.headprune_streamed = StreamedModel(model, shards, device)
+    opened: Foreign = model
+    opened.headprune_streamed = StreamedModel(model, shards, device)
     return model

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from transformers import PreTrainedModel
 from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
 from headprune.files import clear_disk_errors, read_json, replace_folder, write_json, write_text
 from headprune.models import attention_sites, gated
-from headprune.models.shards import DTYPES, INDEX, SINGLE, Shards, Stored, open_shards, read_stored
+from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
 from headprune.models.site import AttentionSite
-from headprune.models.streamed import memory_names, streamed_of
+from headprune.models.streamed import reader_of
 from headprune.models.tiny_inputs import tiny_inputs
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.scoring.layer_states import CLAIM, claim
@@ -29,7 +28,8 @@ from headprune.scoring.passes import checksum
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.compensate import Resolved
-from headprune.surgery.cut import cut, cut_site
+from headprune.surgery.cut import cut
+from headprune.surgery.cutting import Cutting, changed_shapes
 from headprune.surgery.manifest import file_digest, write_manifest
 from headprune.surgery.normal_equations import get_solver
 from headprune.surgery.open_streamed import open_streamed
@@ -37,7 +37,7 @@ from headprune.surgery.prune import PruneReport
 from headprune.surgery.rehearse import TOLERANCE
 from headprune.surgery.remote_code import write_remote_code
 from headprune.surgery.savings import Savings
-from headprune.surgery.shard_writer import Entry, write_shard
+from headprune.surgery.shard_writer import write_shard
 from headprune.surgery.streamed_compensation import resolve_streamed
 
 log = logging.getLogger("headprune")
@@ -95,7 +95,7 @@ def prune_folder(
         resolved: list[Resolved] = []
         batches = None if calibration is None else list(calibration)
         if batches is not None and kept:
-            streamed = streamed_of(open_streamed(source, device=device))
+            streamed = reader_of(open_streamed(source, device=device))
             resolved, solved = resolve_streamed(
                 streamed,
                 plan,
@@ -172,7 +172,9 @@ class Steps:
 
 
 @torch.no_grad()
-def check_folder(source: Path, draft: Path, kept: Mapping[str, Sequence[int]], solved: Mapping[str, Stored], device) -> None:
+def check_folder(
+    source: Path, draft: Path, kept: Mapping[str, Sequence[int]], solved: Mapping[str, Stored], device: torch.device | str
+) -> None:
     """HeadpruneError unless `draft` gives what `source` gives with the removed heads gated and the solved weights in place."""
     try:
         gated_model, pruned = open_streamed(source, device=device), open_streamed(draft, device=device)
@@ -184,91 +186,16 @@ def check_folder(source: Path, draft: Path, kept: Mapping[str, Sequence[int]], s
         log.warning("the pruned folder was not checked by a forward pass: nothing is known to run %s on", type(pruned).__name__)
         return
     placed = {name: value.to(device) for name, value in inputs.items()}
-    streamed_of(gated_model).instead = dict(solved)
+    reader_of(gated_model).instead = dict(solved)
     with gated(gated_model, kept):
         expected = gated_model(**placed)[0].double()
-    error = float((pruned(**placed)[0].double() - expected).norm() / expected.norm())
-    if not error <= max(TOLERANCE, 16 * torch.finfo(pruned.dtype).eps):
+    off = float((pruned(**placed)[0].double() - expected).norm() / expected.norm())
+    if not off <= max(TOLERANCE, 16 * torch.finfo(pruned.dtype).eps):
         shutil.rmtree(draft)
         raise HeadpruneError(
-            f"the pruned folder failed its own check: its outputs are {error:.1e} off (relative) those of {source} with the same "
+            f"the pruned folder failed its own check: its outputs are {off:.1e} off (relative) those of {source} with the same "
             f"heads gated. Nothing was written; please report the model's class, {type(pruned).__name__}."
         )
-
-
-def changed_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, tuple[int, ...] | None]:
-    """Name in memory -> its new shape, None where it goes; of those that do not stay as they are."""
-    added = sorted(set(after) - set(before))
-    if added:
-        raise UnsupportedModel(f"the cut adds {added[0]}, which no weight file holds; load the model whole to prune it.")
-    shapes = {name: tuple(after[name].shape) if name in after else None for name in before}
-    return {name: shape for name, shape in shapes.items() if shape != tuple(before[name].shape)}
-
-
-class Cutting:
-    """Cuts one attention at a time, when the first of its tensors is asked for; their memory goes with the last one."""
-
-    def __init__(
-        self, source: Path, shards: Shards, kept: Mapping[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...] | None]
-    ) -> None:
-        """shapes: as `changed_shapes` gives them. UnsupportedModel where a tensor is in no file under a name of its own."""
-        self.shards, self.kept, self.shapes = shards, kept, shapes
-        self.solved: dict[str, Stored] = {}  # name in memory -> what takes the place of the model's own weights, before the cut
-        self.model: PreTrainedModel = skeleton(source)
-        self.sites = {site.name: site for site in attention_sites(self.model)}
-        self.in_memory = memory_names(self.model, shards)
-        self._ready: dict[str, Tensor] = {}
-        lacking = sorted(set(shapes) - set(self.in_memory.values()))
-        if lacking:
-            raise UnsupportedModel(f"{lacking[0]} is made from other tensors of the files when it is loaded; load the model whole.")
-
-    def entries(self, file: str) -> list[Entry]:
-        """What the file of this name is to hold."""
-        found = []
-        for name, stored in self.shards.items():
-            if stored.path.name != file:
-                continue
-            inside = self.in_memory.get(name)
-            shape = self.shapes.get(inside, stored.shape)
-            if inside in self.shapes and shape is not None:
-                found.append(Entry(name, stored.dtype, shape, partial(self._taken, inside)))
-            elif inside in self.solved:
-                found.append(Entry(name, stored.dtype, shape, partial(read_as, self.solved[inside], stored.dtype)))
-            elif shape is not None:
-                found.append(Entry(name, stored.dtype, shape, stored))
-        return found
-
-    def _taken(self, name: str) -> Tensor:
-        if name not in self._ready:
-            site = self._site_of(name)
-            changed = {stored: memory for stored, memory in self.in_memory.items() if memory in self.shapes}
-            inside = {stored: memory for stored, memory in changed.items() if self._site_of(memory) == site}
-            for stored, memory in inside.items():
-                own = self.shards.read(stored)
-                set_tensor(self.model, memory, read_stored(self.solved[memory]).to(own) if memory in self.solved else own)
-            cut_site(self.sites[site], self.kept[site])
-            for memory in inside.values():
-                if self.shapes[memory] is not None:
-                    self._ready[memory] = self.model.get_parameter(memory).detach()
-                    set_tensor(self.model, memory, self._ready[memory].to("meta"))
-        return self._ready.pop(name)
-
-    def _site_of(self, name: str) -> str:
-        owner = self.model.get_submodule(name.rpartition(".")[0])
-        for site in self.kept:
-            parts = {id(part.module) for part in (*self.sites[site].projections, *self.sites[site].extras)}
-            if id(owner) in parts:
-                return site
-        raise UnsupportedModel(f"{name} changes with a cut but is no attention's own; load the model whole to prune it.")
-
-
-def read_as(stored: Stored, dtype: str) -> Tensor:
-    return read_stored(stored).to(DTYPES[dtype])
-
-
-def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
 def take_up(draft: Path, shards: Shards, plan: PruningPlan, compensated: tuple[str, bool, Sequence[Any]] | None) -> None:

@@ -128,12 +128,12 @@ def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable[...
         raise
     except Exception as error:
         raise UnsupportedModel(f"{described} cannot be cut: without those heads it fails with {error!r}.") from error
-    found = first_output(returned)
-    if found is None or form(returned) != form(call.returned):
+    found, expected = first_output(returned), call.output
+    if found is None or expected is None or form(returned) != form(call.returned):
         raise UnsupportedModel(f"{described} cannot lose these heads: it would return {form(returned)}, not {form(call.returned)}.")
-    allowed = max(TOLERANCE, 16 * torch.finfo(found.dtype).eps) * call.output.abs().max().clamp(min=1e-3)
-    if found.shape != call.output.shape or not (found - call.output).abs().max() <= allowed:
-        difference = "another shape" if found.shape != call.output.shape else f"{(found - call.output).abs().max():.1e} off"
+    allowed = max(TOLERANCE, 16 * torch.finfo(found.dtype).eps) * expected.abs().max().clamp(min=1e-3)
+    if found.shape != expected.shape or not (found - expected).abs().max() <= allowed:
+        difference = "another shape" if found.shape != expected.shape else f"{(found - expected).abs().max():.1e} off"
         raise UnsupportedModel(
             f"{described} gives something else when heads are cut than when they are gated ({difference}): its heads are not "
             "where they seem to be, or they depend on each other. It cannot be pruned."

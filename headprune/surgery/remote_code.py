@@ -36,7 +36,8 @@ def stock_class(found: type[PreTrainedModel]) -> type[PreTrainedModel]:
     for candidate in found.__mro__:
         name = candidate.__name__.removeprefix(PREFIX)
         if issubclass(candidate, PreTrainedModel) and name != "PreTrainedModel" and hasattr(transformers, name):
-            return getattr(transformers, name)
+            stock: type[PreTrainedModel] = getattr(transformers, name)
+            return stock
     return found
 
 

@@ -27,21 +27,21 @@ class Savings:
         """For `sites` of `model` of which those in `kept` keep these query heads alone."""
         maps = {name: (site.head_map, site.head_map) for name, site in sites.items()}
         maps |= {name: (sites[name].head_map, sites[name].head_map.keep(heads)) for name, heads in kept.items()}
-        owned, cached = ([0, 0], [0, 0])
+        owned, cached = [0, 0], [0, 0]
         for name, site in sites.items():
             for index, head_map in enumerate(maps[name]):
                 owned[index] += site.parameters(head_map)
                 cached[index] += cached_bytes(site, head_map)
         whole = count_parameters(model)
-        return cls(maps, (whole, whole - owned[0] + owned[1]), (2 * owned[0], 2 * owned[1]), tuple(cached))
+        return cls(maps, (whole, whole - owned[0] + owned[1]), (2 * owned[0], 2 * owned[1]), (cached[0], cached[1]))
 
     @classmethod
     def between(cls, before: nn.Module, after: nn.Module, sites: Mapping[str, tuple[AttentionSite, AttentionSite]]) -> Savings:
         """For two models that have the same attentions; `sites` holds each as it is in both."""
         maps = {name: (first.head_map, second.head_map) for name, (first, second) in sites.items()}
-        pairs = list(zip(*sites.values()))
-        flops = tuple(2 * sum(site.parameters() for site in side) for side in pairs)
-        cached = tuple(sum(cached_bytes(site, site.head_map) for site in side) for side in pairs)
+        old, new = [first for first, _ in sites.values()], [second for _, second in sites.values()]
+        flops = (2 * sum(site.parameters() for site in old), 2 * sum(site.parameters() for site in new))
+        cached = (sum(cached_bytes(site, site.head_map) for site in old), sum(cached_bytes(site, site.head_map) for site in new))
         return cls(maps, (count_parameters(before), count_parameters(after)), flops, cached)
 
     @property
@@ -99,4 +99,5 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def cached_bytes(site: AttentionSite, head_map: HeadMap) -> int:
-    return site.cache.of(head_map) * site.output.module.weight.element_size()
+    width: int = site.output.module.weight.element_size()
+    return site.cache.of(head_map) * width

@@ -53,7 +53,8 @@ def search_plan(
 
 def first_batches(batches: Iterable[Any], tokens: int | None) -> list[Any]:
     """The first batches that together have at least `tokens` entries in their first tensors; at least two where there are two."""
-    found, seen = [], 0
+    found: list[Any] = []
+    seen = 0
     for batch in batches:
         if tokens is not None and seen >= tokens and len(found) > 1:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -45,7 +46,7 @@ def write_shard(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str
             if isinstance(entry.content, Stored):
                 copy_range(entry.content, file.fileno())
             else:
-                write_all(file, bytes_of(entry))
+                write_all(file, bytes_of(entry, entry.content()))
 
 
 def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
@@ -59,19 +60,19 @@ def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def bytes_of(entry: Entry) -> memoryview:
-    tensor = entry.content().detach().cpu().contiguous()
+def bytes_of(entry: Entry, made: Tensor) -> memoryview:
+    tensor = made.detach().cpu().contiguous()
     if tensor.dtype != DTYPES[entry.dtype] or tuple(tensor.shape) != entry.shape:
         raise HeadpruneError(
             f"{entry.name} became {tensor.dtype} {list(tensor.shape)}; expected {entry.dtype} {list(entry.shape)}."
         )
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def write_all(file, view: memoryview) -> None:
+def write_all(file: io.RawIOBase, view: memoryview) -> None:
     done = 0
     while done < len(view):
-        done += file.write(view[done:])
+        done += file.write(view[done:]) or 0
 
 
 def copy_range(stored: Stored, target: int) -> None:

@@ -15,7 +15,7 @@ def show_head_map(module: nn.Module, now: HeadMap, original: HeadMap | None) -> 
     The text stands on the instance, so that the class stays the stock one; copies, pickles and torch.save keep it.
     """
     if type(module).extra_repr is nn.Module.extra_repr:
-        module.extra_repr = partial(str, described(now, original))
+        module.__dict__["extra_repr"] = partial(str, described(now, original))
 
 
 def described(now: HeadMap, original: HeadMap | None = None) -> str:

@@ -16,35 +16,23 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, write_json
 from headprune.models.feed_forward import feed_forwards
 from headprune.models.gating import output_input_hook
 from headprune.models.shards import Stored, header_of
-from headprune.models.site import AttentionSite
+from headprune.models.site import AttentionSite, Foreign
 from headprune.models.stream import residual_streams
 from headprune.models.streamed import StreamedModel
 from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.models.trunk import Entry, enter
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.passes import checksum, in_eval_mode
-from headprune.surgery.compensate import (
-    Part,
-    Reached,
-    Resolved,
-    Target,
-    Weights,
-    add_tokens,
-    columns_of,
-    masked_to,
-    resolve,
-    sums_for,
-    weight_and_bias,
-    weights_in_place,
-)
+from headprune.surgery.compensate import Reached, Resolved, Target, add_tokens, resolve, sums_for
 from headprune.surgery.normal_equations import NormalEquations, get_solver
+from headprune.surgery.parts import Part, Weights, columns_of, masked_to, parts_of, weight_and_bias, weights_in_place
 from headprune.surgery.walk import Walk
 
 WORK_KIND, LAYER_KIND = "streamed_compensation", "streamed_compensation_layer"
@@ -131,26 +119,30 @@ class StreamedCompensation:
         behind = feed_forwards(model, sites, run) if self.feed_forward and sites else {}
         streams = residual_streams(model, sites, run) if sites else {}
         streams |= {part.name: part.stream for part in behind.values()}
-        parts = [part for site in sites for part in (site, behind.get(site.name)) if part is not None]
+        parts = parts_of(sites, behind)
         dense = {part.name: weight_and_bias(part) for part in parts}
-        solved, reports = dict(dense), []
+        solved: dict[str, Weights] = dict(dense)
+        reports: list[Resolved] = []
         for part in parts:
-            equations = self._gather(layer, part, streams.get(part.name), parts, solved)
-            report, solved[part.name] = resolve(part, self.keep.get(part.name), dense[part.name], *equations, self.solver)
+            train, held_out = self._gather(layer, part, streams.get(part.name), parts, solved)
+            report, solved[part.name] = resolve(part, self.keep.get(part.name), dense[part.name], train, held_out, self.solver)
             reports.append(report)
         for index in range(len(self.batches)) if go_on else ():
             self.states.put("dense", layer + 1, index, self._run(layer, index, "dense"))
             with weights_in_place(parts, solved), self._gates(sites):
                 self.states.put("pruned", layer + 1, index, self._run(layer, index, "pruned"))
         names = {id(tensor): name for name, tensor in model.named_parameters()}
-        changed = {}
+        changed: dict[str, Tensor] = {}
         for part in parts:
-            tensors = (part.output.module.weight, part.output.module.bias)
+            layer_of_part: Foreign = part.output.module
+            tensors = (layer_of_part.weight, layer_of_part.bias)
             with weights_in_place([part], solved):
                 changed |= {names[id(one)]: one.data.cpu().contiguous() for one in tensors if one is not None}
         return reports, changed
 
-    def _gather(self, layer: int, part: Part, stream, parts: Sequence[Part], solved: Mapping[str, Weights]) -> tuple[Any, ...]:
+    def _gather(
+        self, layer: int, part: Part, stream: nn.Module | None, parts: Sequence[Part], solved: Mapping[str, Weights]
+    ) -> tuple[NormalEquations, NormalEquations]:
         """Normal equations of `part`, for training and held out."""
         weight, _ = weight_and_bias(part)
         columns = columns_of(part, self.keep, weight)
@@ -165,7 +157,7 @@ class StreamedCompensation:
             add_tokens(sums, columns, weight[:, columns.to(weight.device)], target, reached, valid)
         return train, held_out
 
-    def _reached(self, layer: int, index: int, kind: str, part: Part, stream) -> Reached:
+    def _reached(self, layer: int, index: int, kind: str, part: Part, stream: nn.Module | None) -> Reached:
         return Walk(self.trunk.layers[layer], lambda: self._run(layer, index, kind), "nothing").to(part, stream)
 
     def _run(self, layer: int, index: int, kind: str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.models import attention_sites, gated
-from headprune.models.site import is_conv1d
+from headprune.models.site import Foreign, is_conv1d
 
 
 @torch.no_grad()
@@ -58,11 +58,12 @@ def same_tokens(
 ) -> bool:
     """Whether greedy generation with a cache gives the same tokens cut and gated; `prompt` is what `generate` takes. resolved: as
     for `gated_twin`."""
-    twin = gated_twin(dense, pruned, keep, resolved)
+    twin: Foreign = gated_twin(dense, pruned, keep, resolved)
+    cut: Foreign = pruned
     options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
     with gated(twin, keep):
         expected = twin.generate(**prompt, **options)
-    return bool(torch.equal(pruned.generate(**prompt, **options), expected))
+    return bool(torch.equal(cut.generate(**prompt, **options), expected))
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

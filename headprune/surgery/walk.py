@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from headprune.errors import InvalidInput
+from headprune.models.feed_forward import FeedForward
 from headprune.models.gating import output_input_hook
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
@@ -66,7 +67,7 @@ class Walk:
         stacks = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         self._stack_of = {member: stack for stack in stacks for member in stack}
 
-    def to(self, site: AttentionSite, stream: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    def to(self, site: AttentionSite | FeedForward, stream: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         """Goes on to `site`: the input of its output projection and what `stream` received, both [batch, tokens, features].
 
         Raises InvalidInput where the batch does not run through the site.
@@ -94,7 +95,7 @@ class Walk:
         """Another walk that stands where this one does; either can go on."""
         return Walk(self.model, self.run, self.keeping, self._finished)
 
-    def _step(self, site: AttentionSite, stream: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
+    def _step(self, site: AttentionSite | FeedForward, stream: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
         inputs: list[Tensor] = []
         entered: list[Tensor | None] = [None]
         top = Called(self.model)
@@ -177,7 +178,7 @@ def hollow(leaf: Any) -> Any:
 
 
 @torch.no_grad()
-def keeping_for(model: nn.Module, run: Callable[[], Any], sites: Sequence[AttentionSite]) -> Keeping:
+def keeping_for(model: nn.Module, run: Callable[[], Any], sites: Sequence[AttentionSite | FeedForward]) -> Keeping:
     """The least that has to be remembered for steps to give what a whole pass gives, found by trying on one batch."""
     if not sites:
         return "nothing"

@@ -8,6 +8,7 @@ from headprune.cli import terminal
 
 def headprune(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of one call."""
+    capsys.readouterr()  # what came before the call
     monkeypatch.setattr("sys.argv", ["headprune", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

@@ -3,17 +3,21 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import typer
 from command_line import only_error
-from tiny_models import bert
+from letter_tokenizer import letter_tokenizer
+from small_states import SmallStates
+from tiny_models import bert, tokens
 
 from headprune.cli import app
 from headprune.scoring import score
 from headprune.surgery import save
+from headprune.version import __version__
 
 COMMANDS = {command.name or command.callback.__name__: command for command in app.registered_commands}
 
@@ -33,7 +37,9 @@ def test_every_command_prints_json_and_has_an_example_of_options_that_it_takes(n
 def test_the_help_tells_the_exit_codes_and_completion(call):
     code, out, _ = call("--help")
     assert code == 0
-    assert "Exit codes: 0 done; 2" in out
+    text = " ".join(out.split())
+    for told in ("Exit codes: 0 done; 2 something that you can put right", "130 stopped by Ctrl-C", "1 an error in headprune."):
+        assert told in text
     assert "--install-completion" in out
 
 
@@ -48,28 +54,105 @@ def test_ctrl_c_ends_with_130_and_says_so(call, monkeypatch, tmp_path):
     assert err == "stopped; nothing is half-written, and a run goes on from here with the same command\n"
 
 
-def test_quiet_and_verbose_are_about_stderr(call):
-    score(bert(), criterion="random").save("scores.json")
+@pytest.fixture
+def unsettled(tmp_path):
+    """scores.json of too few samples, of which a plan warns."""
+    scores = score(bert(), [{"input_ids": tokens(2, 9)}], "fisher", loss_fn=hidden_loss)
+    scores.save(tmp_path / "scores.json")
+
+
+def hidden_loss(model, batch):
+    return model(**batch).last_hidden_state.square().mean(dim=(1, 2))
+
+
+WARNING = "too few calibration samples"
+
+
+def test_quiet_leaves_results_and_errors(call, unsettled):
     code, out, err = call("--quiet", "plan", "scores.json", "--heads", "0.5", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["budget"] == {"heads": 0.5}
     code, _, err = call("--quiet", "plan", "scores.json", "--heads", "2")
     assert code == 2
-    assert "heads=2" in only_error(err)
-    assert not call("--verbose", "plan", "scores.json", "--heads", "0.5")[0]
-    assert not any(isinstance(one, logging.StreamHandler) for one in logging.getLogger("headprune").handlers)
+    assert err == only_error(err) + "\n"
+    assert "heads=2" in err
 
 
-@pytest.mark.parametrize(
-    "arguments", [["criteria"], ["doctor"], ["schedules"], ["report", "run"], ["prune", "./dense", "plan.json", "-o", "pruned"]]
-)
-def test_json_is_one_document(call, arguments):
-    save(bert(), "dense")
-    score(bert(), criterion="random").save("run/scores.json")
-    call("plan", "run/scores.json", "--heads", "0.5")
-    code, out, err = call(*arguments, "--json")
-    assert code == 0, err
+def test_without_quiet_stages_and_warnings_are_shown_a_line_each(call, unsettled):
+    code, out, err = call("plan", "scores.json", "--heads", "0.5", "--json")
+    assert code == 0
     assert json.loads(out)
+    assert [line[:8] for line in err.splitlines()] == [WARNING[:8], "✓ plan 0"]
+
+
+def test_verbose_shows_the_log_and_where_an_error_comes_from(call, unsettled):
+    log, dated = logging.getLogger("headprune"), re.compile(r"^20\d\d-\d\d-\d\d .*", re.MULTILINE)
+    before = (log.level, list(log.handlers))
+    code, _, err = call("--verbose", "plan", "scores.json", "--heads", "0.5")
+    assert code == 0
+    assert WARNING in dated.search(err)[0]
+    code, _, err = call("--verbose", "plan", "scores.json", "--heads", "2")
+    assert code == 2
+    assert "where the error comes from" in dated.search(err)[0]
+    assert "planning/budget.py" in err
+    assert err.splitlines()[-1].startswith("error: budget heads=2")
+    assert (log.level, list(log.handlers)) == before
+    code, _, err = call("--verbose", "--quiet", "plan", "scores.json", "--heads", "0.5")
+    assert code == 2
+    assert "--quiet and --verbose" in only_error(err)
+
+
+def test_an_error_in_headprune_ends_with_1_and_its_traceback(call, monkeypatch, tmp_path):
+    monkeypatch.setattr("headprune.run.run", lambda *_: {}["nothing"])
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    code, out, err = call("--quiet", "run", "recipe.yaml")
+    assert (code, out) == (1, "")
+    assert "KeyError: 'nothing'" in err
+    assert err.splitlines()[-1].startswith("error in headprune:")
+
+
+def test_the_version_is_told(call):
+    assert call("--version") == (0, f"headprune {__version__}\n", "")
+
+
+def test_headprune_alone_shows_its_help(call):
+    code, out, err = call()
+    assert code == 2
+    assert "sensitivity" in out + err
+
+
+TASK = ("--task", SmallStates.name)
+STORY = {  # every command on a tiny model, each on what those before it have written; demo is a run of its own recipe
+    "score": ("./dense", "--criterion", "fisher", *TASK),
+    "sensitivity": ("./dense", "scores.json", *TASK),
+    "plan": ("scores.json", "--heads", "0.5"),
+    "sweep": ("./dense", "scores.json", "--budgets", "0.25", *TASK),
+    "latency": ("./dense", *TASK),
+    "prune": ("./dense", "plan.json", "-o", "pruned", *TASK),
+    "recover": ("./pruned", "-o", "recovered", "--steps", "2", *TASK),
+    "evaluate": ("./recovered", "--against", "./dense", "--repeats", "1", *TASK),
+    "compare": ("./dense", "--methods", "heads-plain", "--steps", "0", "--repeats", "1", "--trials", "0", *TASK),
+    "inspect": ("./pruned",),
+    "diff": ("./dense", "./pruned"),
+    "export": ("./pruned", "--to", "stock", "-o", "stock"),
+    "estimate": ("./dense", "--heads", "0.5", "--device", "h100"),
+    "run": ("recipe.yaml", "output=run", "evaluate.repeats=1"),
+    "report": ("run",),
+    "criteria": (),
+    "schedules": (),
+    "doctor": (),
+}
+
+
+def test_what_every_command_prints_with_json_is_one_document(call, tmp_path):
+    assert set(STORY) == set(COMMANDS) - {"demo"}
+    save(bert(), "dense", tokenizer=letter_tokenizer())
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**RECIPE, "model": "./dense", "task": {"name": SmallStates.name}}))
+    for name, arguments in STORY.items():
+        code, out, err = call(name, *arguments, "--json")
+        assert code == 0, (name, err)
+        assert json.loads(out), name
+        assert all(line.startswith(("✓ ", "too few calibration samples")) for line in err.splitlines()), (name, err)
 
 
 RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": "out"}
@@ -101,6 +184,16 @@ RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": 
         (["score", "minilm", "--normalize", "layer"], "unknown normalization"),
         (["demo", "--model", "minlm"], "Did you mean 'minilm'"),
         (["demo", "--model", "stdlib-ml"], "Did you mean 'stdlib-lm'"),
+        (["plan"], "Missing argument 'scores'. See headprune plan --help."),
+        (["plan", "scores.json", "--heads", "half"], "Invalid value for '--heads'"),
+        (["plan", "scores.json", "--haeds", "0.5"], "No such option: --haeds"),
+        (["pla"], "No such command 'pla'. Did you mean 'plan'"),
+        (["score", "minilm", "-o", "bad.json/scores.json"], "bad.json is a file, not a folder"),
+        (["sensitivity", "minilm", "scores.json", "--csv", "bad.json/x.csv"], "bad.json is a file, not a folder"),
+        (["report", "empty", "--figures", "bad.json/plots"], "bad.json is a file, not a folder"),
+        (["recover", "minilm", "-o", "out", "--steps", "0"], "steps is 0; expected more than 0"),
+        (["recover", "minilm", "-o", "out", "--method", "lore"], "Did you mean 'lora'"),
+        (["estimate", "minilm", "--heads", "0.5", "--device", "h900"], "unknown device 'h900'"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(call, tmp_path, arguments, names):
@@ -117,6 +210,14 @@ def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(call, tmp_path, ar
     assert names in only_error(err)
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_tokenizer_that_does_not_load_is_one_line(call, tmp_path):
+    save(bert(), "dense", tokenizer=letter_tokenizer())
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    code, _, err = call("score", "./dense")
+    assert code == 2
+    assert "the tokenizer in dense does not load" in only_error(err)
 
 
 def test_nothing_is_fetched_unless_it_is_asked_for():

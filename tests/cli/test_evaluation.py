@@ -4,9 +4,8 @@ import json
 
 import pytest
 from command_line import only_error
-from tiny_models import VOCABULARY, llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from letter_tokenizer import letter_tokenizer
+from tiny_models import llama
 
 from headprune.surgery import cut, save
 
@@ -16,14 +15,10 @@ TEXT = "whether tis nobler in the mind to suffer " * 6
 @pytest.fixture
 def folders(call):
     """A dense and a pruned decoder with a tokenizer of letters, and a text."""
-    letters = {"[UNK]": 0, **{chr(code): code % (VOCABULARY - 1) + 1 for code in range(97, 123)}, " ": 1}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
-    model = llama()
-    save(model, "dense", tokenizer=fast)
+    model, tokenizer = llama(), letter_tokenizer()
+    save(model, "dense", tokenizer=tokenizer)
     cut(model, {"model.layers.0.self_attn": [0, 5], "model.layers.1.self_attn": [1, 2, 3]})
-    save(model, "pruned", tokenizer=fast)
+    save(model, "pruned", tokenizer=tokenizer)
 
 
 def test_evaluate_compares_on_any_text_and_writes_a_trace(call, folders, tmp_path):

@@ -5,14 +5,12 @@ import sys
 import types
 
 import pytest
+from letter_tokenizer import letter_tokenizer
 from tiny_models import llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from headprune.errors import InvalidInput
 from headprune.evaluation import LanguageModelHarness, compare
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz "
 TASK = """task: tiny_letters
 dataset_path: json
 dataset_kwargs: {data_files: {test: "PLACE/data.jsonl"}}
@@ -27,10 +25,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {"[UNK]": 0, "</s>": 1, **{letter: number + 2 for number, letter in enumerate(LETTERS)}}
-    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", unk_token="[UNK]")
+    return letter_tokenizer()
 
 
 @pytest.fixture
@@ -70,6 +65,17 @@ def test_without_it_the_error_says_what_to_install(monkeypatch, tokenizer):
         LanguageModelHarness(["arc_easy"], tokenizer)
     with pytest.raises(InvalidInput, match="at least one task"):
         LanguageModelHarness([], tokenizer)
+
+
+@pytest.mark.parametrize("raised", [ConnectionError("the Hub\ncannot be reached"), KeyError("nosuchtask"), ValueError("no split")])
+def test_a_task_that_it_cannot_run_is_one_line(stand_in, monkeypatch, tokenizer, raised):
+    def fails(**_):
+        raise raised
+
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", fails)
+    with pytest.raises(InvalidInput, match=rf"cannot run nosuchtask: {type(raised).__name__}: .*HF_HUB_OFFLINE=0") as found:
+        LanguageModelHarness(["nosuchtask"], tokenizer, tokens=16).examples(llama())
+    assert "\n" not in str(found.value)
 
 
 def test_a_task_of_ones_own_runs_in_the_real_harness(tmp_path, tokenizer):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headprune.comparison.method import Compressed, Refused, Subject, comparison_method
 from headprune.models import attention_sites
 from headprune.models.feed_forward import feed_forwards
+from headprune.models.site import Foreign
 from headprune.models.stream import first_tensor
 
 
@@ -34,7 +35,7 @@ def channels(subject: Subject) -> Compressed:
         import torch_pruning as tp
     except ImportError:
         raise Refused('torch-pruning is not installed: pip install "headprune[comparison]"') from None
-    model = subject.copy()
+    model: Foreign = subject.copy()
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if implementation is not None:
         model.set_attn_implementation("eager")  # its graph follows autograd's nodes, and knows those
@@ -57,8 +58,8 @@ def channels(subject: Subject) -> Compressed:
 def scored(tp: Any, subject: Subject, model: nn.Module) -> tuple[Any, dict[str, Channels]]:
     """Its graph of the model, and each feed-forward by the name of its attention."""
     task, batch = subject.task, subject.calibration[0]
-    ends = feed_forwards(model, attention_sites(model), lambda: task.forward(model, batch))
-    ends = {name: end.module for name, end in ends.items() if isinstance(end.module, nn.Linear)}
+    found_ends = feed_forwards(model, attention_sites(model), lambda: task.forward(model, batch))
+    ends = {name: end.module for name, end in found_ends.items() if isinstance(end.module, nn.Linear)}
     if not ends:
         raise Refused("no feed-forward of linear layers is seen behind its attentions")
     model.requires_grad_(True)
@@ -75,7 +76,7 @@ def scored(tp: Any, subject: Subject, model: nn.Module) -> tuple[Any, dict[str, 
     return graph, found
 
 
-def first_output(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else first_tensor(tuple(output.values() if hasattr(output, "values") else output))
 
 

@@ -1,5 +1,7 @@
 """Head pruning: the heads of the plan, re-solved or merely cut."""
 
+from torch import nn
+
 from headprune.comparison.method import Compressed, Subject, comparison_method
 from headprune.models import attention_sites
 from headprune.surgery import prune
@@ -29,7 +31,7 @@ def heads_plain(subject: Subject) -> Compressed:
     return Compressed(model, note_of(subject, model))
 
 
-def note_of(subject: Subject, model) -> str:
+def note_of(subject: Subject, model: nn.Module) -> str:
     sites = attention_sites(model)
     kept = sum(site.head_map.query_heads for site in sites)
     ragged = any(len(set(site.head_map.group_sizes)) > 1 for site in sites)

@@ -10,6 +10,7 @@ from torch import nn
 
 from headprune.comparison.method import Compressed, Refused, Subject, comparison_method
 from headprune.errors import UnsupportedModel
+from headprune.models.site import Foreign
 from headprune.models.trunk import trunk_of
 from headprune.recovery import Distillation
 from headprune.recovery.objective import default_distillation
@@ -51,10 +52,12 @@ def shallower(subject: Subject) -> Compressed:
 
 def keep_layers(model: nn.Module, name: str, kept: list[int]) -> None:
     """Drops the other layers of the stack `name`, in place; layer numbers and the config follow."""
-    stack = model.get_submodule(name)
-    model.set_submodule(name, nn.ModuleList(stack[index] for index in kept))
-    for number, layer in enumerate(model.get_submodule(name)):
-        for module in layer.modules():
+    stack: Foreign = model.get_submodule(name)
+    left = nn.ModuleList(stack[index] for index in kept)
+    model.set_submodule(name, left)
+    for number, layer in enumerate(left):
+        modules: list[Foreign] = list(layer.modules())
+        for module in modules:
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = number
     config = getattr(model, "config", None)

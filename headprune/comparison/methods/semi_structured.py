@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headprune.comparison.masks import WEIGHT
 from headprune.comparison.method import Compressed, Refused, Subject, comparison_method
 from headprune.comparison.sizes import two_of_four_bits
-from headprune.models.site import is_conv1d
+from headprune.models.site import Foreign, is_conv1d
 from headprune.recovery.methods import linear_layers
 
 KEPT, OF = 2, 4
@@ -24,7 +24,7 @@ def semi_structured(subject: Subject) -> Compressed:
     """Zeroes two of every four weights along the inputs, in as many linear layers as it takes to zero what head pruning removes:
     those that lose the smallest share of their energy."""
     model = subject.copy()
-    modules = {name: model.get_submodule(name) for name in linear_layers(model)}
+    modules: dict[str, Foreign] = {name: model.get_submodule(name) for name in linear_layers(model)}
     fitting = {name: module for name, module in modules.items() if not is_conv1d(module) and module.in_features % OF == 0}
     chosen = affordable({name: module.weight.detach() for name, module in fitting.items()}, subject.removed)
     masks = sparsified(model, chosen)
@@ -58,12 +58,13 @@ def lost_energy(weight: Tensor) -> float:
 
 def sparsified(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """Zeroes the weights of these layers in place; the masks of what stays."""
-    from torch.ao.pruning import WeightNormSparsifier
+    from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
 
     sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, OF), zeros_per_block=OF - KEPT)
     sparsifier.prepare(model, config=[{"tensor_fqn": f"{name}.{WEIGHT}"} for name in names])
     sparsifier.step()
-    masks = {name: model.get_submodule(name).parametrizations.weight[0].mask.bool().clone() for name in names}
+    modules: dict[str, Foreign] = {name: model.get_submodule(name) for name in names}
+    masks: dict[str, Tensor] = {name: module.parametrizations.weight[0].mask.bool().clone() for name, module in modules.items()}
     sparsifier.squash_mask()
     for mask in masks.values():
         assert bool(torch.all(mask.view(-1, OF).sum(dim=1) == KEPT))

@@ -5,6 +5,7 @@ from torch.nn.utils import prune
 from headprune.comparison.masks import WEIGHT
 from headprune.comparison.method import Compressed, Refused, Subject, comparison_method
 from headprune.comparison.sizes import bitmask_bits
+from headprune.models.site import Foreign
 from headprune.recovery.methods import linear_layers
 
 
@@ -15,7 +16,7 @@ from headprune.recovery.methods import linear_layers
 def unstructured(subject: Subject) -> Compressed:
     """Zeroes the smallest weights of all linear layers together, as many as head pruning removes."""
     model = subject.copy()
-    modules = {name: model.get_submodule(name) for name in linear_layers(model)}
+    modules: dict[str, Foreign] = {name: model.get_submodule(name) for name in linear_layers(model)}
     total = sum(module.weight.numel() for module in modules.values())
     if subject.removed >= total:
         raise Refused(f"{subject.removed:,} weights are to go; the linear layers have {total:,}")

@@ -74,7 +74,8 @@ class StandardLibraryText(Task):
 
     def logits(self, model: nn.Module, windows: Tensor) -> Tensor:
         """[windows, window, vocabulary], fp32."""
-        return self.forward(model, {"input_ids": windows}).logits.float()
+        logits: Tensor = self.forward(model, {"input_ids": windows}).logits
+        return logits.float()
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return negative_log_likelihood(*self.predictions(model, batch["input_ids"])).mean(dim=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,9 +19,6 @@ class Task(EvaluationData):
     test data; `tokenizer` is saved with a pruned model.
     """
 
-    name: ClassVar[str]
-    headline: ClassVar[str]  # the metric that stands for quality
-    higher_is_better: ClassVar[bool]
     calibration: list[Any]
     tokenizer: Any
 
@@ -54,6 +52,11 @@ def register_task(task: type[Task]) -> type[Task]:
     return task
 
 
+def tasks() -> dict[str, type[Task]]:
+    """Every task by name."""
+    return dict(_tasks)
+
+
 def check_task(name: str) -> type[Task]:
     if name not in _tasks:
         raise unknown_name("task", name, _tasks)
@@ -66,8 +69,9 @@ def build_task(name: str, tokenizer: Any, **options: Any) -> Task:
     kind = check_task(name)
     if tokenizer is None:
         raise InvalidInput(f"task {name} needs a tokenizer, and the model folder has none.")
+    build: Callable[..., Task] = kind
     try:
-        task = kind(tokenizer, **options)
+        task = build(tokenizer, **options)
     except TypeError as error:
         raise InvalidInput(f"options of task {name}: {error}") from None
     if not task.calibration:

@@ -29,6 +29,10 @@ class GateMethod(nn.Module):
     """Gates [units] of a layout that are trained with the model. Parameters are trained by Adam at the gates' rate."""
 
     name: ClassVar[str]
+    layout: GateLayout
+    costs: Tensor
+    free: Tensor
+    norms: Tensor
 
     def __init__(self, layout: GateLayout, norms: Tensor) -> None:
         """norms [units]: the mean norm of the output projection's columns in each unit, 1 on average."""

@@ -27,6 +27,7 @@ class HardConcrete(GateMethod):
     """L0: gates that are exactly 0 or 1 with a probability of their own, held to the budget by a Lagrangian."""
 
     name = "hard_concrete"
+    multipliers: Tensor
 
     def __init__(self, layout: GateLayout, norms: Tensor) -> None:
         super().__init__(layout, norms)
@@ -50,7 +51,7 @@ class HardConcrete(GateMethod):
         return (self.open_probability() * self.costs).sum() - goal
 
     def penalty(self, moment: Moment) -> Tensor:
-        gap, (linear, square) = self.gap(moment.goal), self.multipliers
+        gap, (linear, square) = self.gap(moment.goal), self.multipliers.unbind()
         return moment.scale * len(self.costs) * (linear * gap + square * gap.square())
 
     def after_step(self, moment: Moment, gradient: Tensor) -> None:

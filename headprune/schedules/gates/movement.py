@@ -18,6 +18,7 @@ class Movement(GateMethod):
     """Movement pruning: open are the heads whose weights move away from 0."""
 
     name = "movement"
+    movement: Tensor
 
     def __init__(self, layout: GateLayout, norms: Tensor) -> None:
         super().__init__(layout, norms)

@@ -20,6 +20,8 @@ LARGEST = 1.5
 
 
 class Proximal(GateMethod):
+    strength: Tensor
+
     def __init__(self, layout: GateLayout, norms: Tensor) -> None:
         super().__init__(layout, norms)
         self.gates = nn.Parameter(torch.ones(len(layout)))

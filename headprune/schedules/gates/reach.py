@@ -14,7 +14,7 @@ from headprune.models.site import AttentionSite
 from headprune.models.watching import watching
 from headprune.ops.gate import gated_attention
 from headprune.ops.watch import Watcher
-from headprune.scoring.observe import in_eval_mode
+from headprune.scoring.passes import in_eval_mode
 
 
 @torch.no_grad()
@@ -42,4 +42,5 @@ def gates_in_place(sites: Mapping[str, AttentionSite], operator: frozenset[str],
 
 def column_norms(site: AttentionSite) -> Tensor:
     """[query_heads], fp32: the L2 norm of each head's columns of the output projection."""
-    return site.output.head_weights().float().flatten(1).norm(dim=1).cpu()
+    norms: Tensor = site.output.head_weights().float().flatten(1).norm(dim=1)
+    return norms.cpu()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from headprune.surgery.export.regularise import does_nothing, regularise
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, cheapest
 from headprune.surgery.export.target import refuse_unknown, target
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -114,10 +117,10 @@ def head_dim_of(model: PreTrainedModel) -> int:
     return attention_sites(model)[0].head_dim
 
 
-def write_sizes(writer, model: PreTrainedModel, head_maps: list[HeadMap], alike: bool) -> None:
+def write_sizes(writer: GGUFWriter, model: PreTrainedModel, head_maps: list[HeadMap], alike: bool) -> None:
     config, head_dim = model.config, head_dim_of(model)
     query, kv = ([getattr(head_map, which) for head_map in head_maps] for which in ("query_heads", "kv_heads"))
-    writer.add_name(config.name_or_path.rstrip("/").rpartition("/")[2] or config.model_type)
+    writer.add_name((config.name_or_path or "").rstrip("/").rpartition("/")[2] or config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -159,10 +162,11 @@ def tensors(model: PreTrainedModel, head_maps: list[HeadMap], permutes: bool, fu
 
 def neighbours(tensor: Tensor, heads: int) -> Tensor:
     """Rows [heads * head_dim, ...] so that the features that are rotated together (i and i + head_dim/2) become neighbours."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    halves: Tensor = tensor.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).flatten(0, 2)
 
 
-def add_tensor(writer, name: str, tensor: Tensor, dtype: str) -> None:
+def add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, dtype: str) -> None:
     """Vectors stay fp32, as llama.cpp expects."""
     from gguf import GGMLQuantizationType, quants
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedConfig
 
 from headprune.errors import UnsupportedModel
 
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
-def write_rope(writer, config: PreTrainedConfig, head_dim: int) -> list[str]:
+
+def write_rope(writer: GGUFWriter, config: PreTrainedConfig, head_dim: int) -> list[str]:
     """Raises UnsupportedModel for a kind of scaling that is not known here; its outputs would differ."""
     from gguf import RopeScalingType
 

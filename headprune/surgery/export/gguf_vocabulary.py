@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
 from headprune.errors import InvalidInput, UnsupportedModel
 
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
 # A piece of the pre-tokenizer's regular expression -> llama.cpp's name of it.
 PRE_TOKENIZERS = {r"\p{N}{1,3}": "llama-bpe", r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}": "qwen2"}
 
 
-def write_vocabulary(writer, model: PreTrainedModel, options: dict[str, Any]) -> list[str]:
+def write_vocabulary(writer: GGUFWriter, model: PreTrainedModel, options: dict[str, Any]) -> list[str]:
     """Adds the tokens of the given tokenizer, or of the source folder's; without one the file takes token numbers alone.
 
     Raises UnsupportedModel where the tokenizer is of a kind that is not known here: llama.cpp would split text otherwise.
@@ -31,7 +34,7 @@ def write_vocabulary(writer, model: PreTrainedModel, options: dict[str, Any]) ->
         return write_tokens(writer, Path(folder), tokenizer, model.config.vocab_size, options.get("pre_tokenizer"))
 
 
-def write_tokens(writer, folder: Path, tokenizer: Any, size: int, pre_tokenizer: str | None) -> list[str]:
+def write_tokens(writer: GGUFWriter, folder: Path, tokenizer: Any, size: int, pre_tokenizer: str | None) -> list[str]:
     from gguf import SpecialVocab
 
     path = folder / "tokenizer.json"
@@ -67,7 +70,7 @@ def pre_tokenizer_of(content: dict[str, Any]) -> str:
     return found
 
 
-def write_byte_level(writer, content: dict[str, Any], size: int, name: str) -> None:
+def write_byte_level(writer: GGUFWriter, content: dict[str, Any], size: int, name: str) -> None:
     from gguf import TokenType
 
     tokens = {number: (text, TokenType.NORMAL) for text, number in content["model"]["vocab"].items()}
@@ -81,7 +84,7 @@ def write_byte_level(writer, content: dict[str, Any], size: int, name: str) -> N
     writer.add_token_types([kind for _, kind in rows])
 
 
-def write_sentencepiece_like(writer, folder: Path, size: int) -> None:
+def write_sentencepiece_like(writer: GGUFWriter, folder: Path, size: int) -> None:
     from gguf import LlamaHfVocab, TokenType
 
     rows = [(text, score, kind) for text, score, kind in LlamaHfVocab(folder).all_tokens()]

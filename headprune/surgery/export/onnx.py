@@ -24,7 +24,8 @@ class FirstOutput(nn.Module):
         self.options = {"use_cache": False} if model.can_generate() else {}
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, tensors)), **self.options)[0]
+        output: Tensor = self.model(**dict(zip(self.names, tensors)), **self.options)[0]
+        return output
 
 
 @target("onnx", "ONNX Runtime and other ONNX engines", packages=("onnx", "onnxscript", "onnxruntime"), suffix=".onnx")
@@ -36,7 +37,8 @@ def write_onnx(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
         model.set_experts_implementation("batched_mm")  # the one that is plain tensor operations
     model.eval()
-    expected, inputs = small_output(model), tiny_inputs(model)
+    expected = small_output(model)
+    inputs = tiny_inputs(model) or {}  # small_output refuses a model without
     wrapped, names = FirstOutput(model, list(inputs)).eval(), list(inputs)
     output = "logits" if model.get_output_embeddings() is not None else "last_hidden_state"
     axes = tuple(free_axes(value) for value in inputs.values())
@@ -49,6 +51,8 @@ def write_onnx(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
     except torch.onnx.OnnxExporterError as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise UnsupportedModel(f"torch's ONNX exporter does not take {type(model).__name__}: {cause}") from error
+    if program is None:
+        raise UnsupportedModel(f"torch's ONNX exporter gave nothing for {type(model).__name__}.")
     program.save(str(path))
     return [f"inputs: {', '.join(names)}; output: {output}", same_output(expected, run(path, inputs), "onnxruntime")]
 

@@ -12,7 +12,7 @@ from headprune.errors import UnsupportedModel
 from headprune.models import attention_sites
 from headprune.models.adapters import adapter_of
 from headprune.models.emptied import Emptied, EmptiedConv1D
-from headprune.models.site import AttentionSite, ProjectionHeads
+from headprune.models.site import AttentionSite, Foreign, ProjectionHeads
 from headprune.models.specialise import original_class
 from headprune.surgery.cut import set_sizes
 from headprune.surgery.export.slots import Slots, cheapest
@@ -100,17 +100,20 @@ def lay_out(site: AttentionSite, slots: Slots) -> None:
         shape = list(extra.tensor.shape)
         shape[extra.dim] = len(heads[extra.per_kv_head]) * extra.width
         setattr(extra.module, extra.attribute, like(extra.tensor, shape))
-    site.dispatcher.head_map = slots.head_map
+    dispatcher: Foreign = site.dispatcher
+    dispatcher.head_map = slots.head_map
     adapter = adapter_of(site)
     found = adapter.site(site.name, site.module)
+    if found is None:
+        raise UnsupportedModel(f"{site.name} ({type(site.module).__name__}) is not recognised with other head counts.")
     for (projection, weight, bias), new in zip(old, found.projections):
         fill(new.module.weight, new.weight_dim, new.features, weight, projection.features, heads[projection.per_kv_head])
-        if projection.bias_per_head:
+        if bias is not None:
             fill(new.module.bias, 0, new.features, bias, projection.features, heads[projection.per_kv_head])
     for extra, tensor in zip(found.extras, old_extras):
-        living = [(new, source) for new, source in enumerate(heads[extra.per_kv_head]) if source is not None]
-        new, source = (extra.features([pair[side] for pair in living]) for side in (0, 1))
-        extra.tensor.index_copy_(extra.dim, new.to(tensor.device), tensor.index_select(extra.dim, source.to(tensor.device)))
+        living = [(slot, head) for slot, head in enumerate(heads[extra.per_kv_head]) if head is not None]
+        here, there = (extra.features([pair[side] for pair in living]).to(tensor.device) for side in (0, 1))
+        extra.tensor.index_copy_(extra.dim, here, tensor.index_select(extra.dim, there))
     adapter.after_cut(found, slots.head_map, tuple(range(len(slots.query))))
 
 

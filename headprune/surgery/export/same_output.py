@@ -18,7 +18,7 @@ def small_output(model: nn.Module) -> Tensor:
     if inputs is None:
         raise HeadpruneError(f"{type(model).__name__} does not tell what input it takes, so the export cannot be checked.")
     training = model.training
-    output = model.eval()(**inputs)[0]
+    output: Tensor = model.eval()(**inputs)[0]
     model.train(training)
     mask = inputs.get("attention_mask")
     if mask is not None and output.shape[:2] == mask.shape:

@@ -39,7 +39,8 @@ def stock_model(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
     config, slots = smaller_config(model, stock, sites) or (original_config(model.config), original_slots(model, sites))
     expected = small_output(model)
     with torch.device(expected.device):
-        dense = stock(config).to(model.dtype).eval()
+        built: Any = stock(config)
+        dense: PreTrainedModel = built.to(model.dtype).eval()
     twins = {site.name: site for site in attention_sites(dense)}
     of_heads = {name for site in sites for name in parameters_of_heads(model, site)}
     rest = {name: value for name, value in model.state_dict().items() if name not in of_heads}
@@ -75,10 +76,10 @@ def fill_site(site: AttentionSite, twin: AttentionSite, slots: Slots) -> None:
         if new.bias_per_head:
             zero(new.module.bias, 0, new.features)
             fill(new.module.bias, 0, new.features, old.module.bias, old.features, chosen)
-    for old, new in zip(site.extras, twin.extras):
-        living = [(place, head) for place, head in enumerate(heads[new.per_kv_head]) if head is not None]
-        places, sources = new.features([pair[0] for pair in living]), old.features([pair[1] for pair in living])
-        new.tensor.data.index_copy_(new.dim, places, old.tensor.index_select(old.dim, sources).to(new.tensor.dtype))
+    for own, extra in zip(site.extras, twin.extras):
+        living = [(place, head) for place, head in enumerate(heads[extra.per_kv_head]) if head is not None]
+        places, sources = extra.features([pair[0] for pair in living]), own.features([pair[1] for pair in living])
+        extra.tensor.data.index_copy_(extra.dim, places, own.tensor.index_select(own.dim, sources).to(extra.tensor.dtype))
 
 
 def zero(tensor: torch.Tensor, dim: int, features: torch.Tensor) -> None:
@@ -146,8 +147,8 @@ def smaller_config(
         counts = HeadMap.uniform(query_heads, kv_heads)
         return all((twin.head_map, twin.head_dim) == (counts, sites[0].head_dim) for twin in twins)
 
-    costs = [sites[0].parameters_per_head(per_kv_head) for per_kv_head in (False, True)]
-    found = common_counts([site.head_map for site in sites], *costs, most, allowed)
+    query_cost, kv_cost = (sites[0].parameters_per_head(per_kv_head) for per_kv_head in (False, True))
+    found = common_counts([site.head_map for site in sites], query_cost, kv_cost, most, allowed)
     if found is None or found[0] >= most.query_heads:
         return None
     query_heads, kv_heads = found

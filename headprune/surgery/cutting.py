@@ -1,0 +1,96 @@
+"""One attention of a model on disk cut at a time, as the tensors of its weight files are written anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headprune.errors import UnsupportedModel
+from headprune.models import attention_sites
+from headprune.models.shards import DTYPES, Shards, Stored, read_stored
+from headprune.models.streamed import memory_names
+from headprune.surgery.checkpoint import skeleton
+from headprune.surgery.cut import cut_site
+from headprune.surgery.shard_writer import Entry
+
+
+def changed_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, tuple[int, ...] | None]:
+    """Name in memory -> its new shape, None where it goes; of those that do not stay as they are."""
+    added = sorted(set(after) - set(before))
+    if added:
+        raise UnsupportedModel(f"the cut adds {added[0]}, which no weight file holds; load the model whole to prune it.")
+    shapes = {name: tuple(after[name].shape) if name in after else None for name in before}
+    return {name: shape for name, shape in shapes.items() if shape != tuple(before[name].shape)}
+
+
+class Cutting:
+    """Cuts one attention at a time, when the first of its tensors is asked for; their memory goes with the last one."""
+
+    def __init__(
+        self, source: Path, shards: Shards, kept: Mapping[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...] | None]
+    ) -> None:
+        """shapes: as `changed_shapes` gives them. UnsupportedModel where a tensor is in no file under a name of its own."""
+        self.shards, self.kept, self.shapes = shards, kept, shapes
+        self.solved: dict[str, Stored] = {}  # name in memory -> what takes the place of the model's own weights, before the cut
+        self.model: PreTrainedModel = skeleton(source)
+        self.sites = {site.name: site for site in attention_sites(self.model)}
+        self.in_memory = memory_names(self.model, shards)
+        self._ready: dict[str, Tensor] = {}
+        lacking = sorted(set(shapes) - set(self.in_memory.values()))
+        if lacking:
+            raise UnsupportedModel(f"{lacking[0]} is made from other tensors of the files when it is loaded; load the model whole.")
+
+    def entries(self, file: str) -> list[Entry]:
+        """What the file of this name is to hold."""
+        found = []
+        for name, stored in self.shards.items():
+            if stored.path.name != file:
+                continue
+            inside = self.in_memory.get(name, "")  # "": a tensor that the model does not know
+            shape = self.shapes.get(inside, stored.shape)
+            if shape is None:
+                continue
+            content: Stored | Callable[[], Tensor] = stored
+            if inside in self.shapes:
+                content = partial(self._taken, inside)
+            elif inside in self.solved:
+                content = partial(read_as, self.solved[inside], stored.dtype)
+            found.append(Entry(name, stored.dtype, shape, content))
+        return found
+
+    def _taken(self, name: str) -> Tensor:
+        if name not in self._ready:
+            site = self._site_of(name)
+            changed = {stored: memory for stored, memory in self.in_memory.items() if memory in self.shapes}
+            inside = {stored: memory for stored, memory in changed.items() if self._site_of(memory) == site}
+            for stored, memory in inside.items():
+                own = self.shards.read(stored)
+                set_tensor(self.model, memory, read_stored(self.solved[memory]).to(own) if memory in self.solved else own)
+            cut_site(self.sites[site], self.kept[site])
+            for memory in inside.values():
+                if self.shapes[memory] is not None:
+                    self._ready[memory] = self.model.get_parameter(memory).detach()
+                    set_tensor(self.model, memory, self._ready[memory].to("meta"))
+        return self._ready.pop(name)
+
+    def _site_of(self, name: str) -> str:
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        for site in self.kept:
+            own = self.sites[site]
+            parts = [part.module for part in own.projections] + [part.module for part in own.extras]
+            if any(owner is part for part in parts):
+                return site
+        raise UnsupportedModel(f"{name} changes with a cut but is no attention's own; load the model whole to prune it.")
+
+
+def read_as(stored: Stored, dtype: str) -> Tensor:
+    return read_stored(stored).to(DTYPES[dtype])
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))

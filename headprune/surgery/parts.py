@@ -1,0 +1,63 @@
+"""The linear layers that compensation re-solves: their weights, and the heads that are switched off before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from headprune.models.feed_forward import FeedForward
+from headprune.models.site import AttentionSite, Foreign, is_conv1d
+
+Part = AttentionSite | FeedForward  # what is re-solved: `output.module` is the linear layer
+Weights = tuple[Tensor, Tensor | None]  # weight [hidden, features] and bias [hidden] of an output projection
+
+
+def parts_of(sites: Iterable[AttentionSite], behind: Mapping[str, FeedForward]) -> list[Part]:
+    """Each site, and the feed-forward behind it where there is one."""
+    found: list[Part] = []
+    for site in sites:
+        found += [site, behind[site.name]] if site.name in behind else [site]
+    return found
+
+
+def columns_of(part: Part, keep: Mapping[str, Sequence[int]], weight: Tensor) -> Tensor:
+    """The inputs of `part` that stay: those of the heads that are kept, or all."""
+    if isinstance(part, AttentionSite) and part.name in keep:
+        return part.columns(tuple(keep[part.name]))
+    return torch.arange(weight.shape[1])
+
+
+def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    columns = torch.zeros(site.output.features.numel())
+    columns[site.columns(tuple(keep))] = 1.0
+    return lambda inputs: inputs * columns.to(inputs)
+
+
+@contextmanager
+def weights_in_place(parts: Sequence[Part], weights: Mapping[str, Weights]) -> Iterator[None]:
+    before = [weight_and_bias(part) for part in parts]
+    try:
+        for part in parts:
+            set_weight_and_bias(part, weights[part.name])
+        yield
+    finally:
+        for part, values in zip(parts, before):
+            set_weight_and_bias(part, values)
+
+
+def weight_and_bias(part: Part) -> Weights:
+    """(weight [hidden, features], bias [hidden] or None) of the linear layer, detached."""
+    module: Foreign = part.output.module
+    weight: Tensor = module.weight.data
+    return (weight.T if is_conv1d(module) else weight), None if module.bias is None else module.bias.data
+
+
+def set_weight_and_bias(part: Part, values: Weights) -> None:
+    module: Foreign = part.output.module
+    weight, bias = values
+    module.weight.data = weight.T if is_conv1d(module) else weight
+    if bias is not None:
+        module.bias.data = bias
