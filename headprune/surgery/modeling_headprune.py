@@ -44,7 +44,8 @@ def __getattr__(name: str) -> type:
 def pruned_class(name: str, stock: Any, module: str) -> type:
     """`stock` whose instances are built with the heads that their config lists."""
 
-    def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:
+    # Without annotations: vLLM checks arguments against them, and here they are strings.
+    def __init__(self, config, *args, **options):  # type: ignore[no-untyped-def]
         section, chosen = config.headprune, config._attn_implementation
         del config.headprune  # what is built first is the whole original
         with whole(config):

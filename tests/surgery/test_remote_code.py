@@ -1,5 +1,6 @@
 """`AutoModel*.from_pretrained(folder, trust_remote_code=True)`, with headprune and where it cannot be imported."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -101,6 +102,12 @@ def test_with_headprune_the_same_folder_runs_its_kernels_and_can_be_pruned_furth
     cut(model, keep)
     cut(expected, keep)
     assert torch.allclose(hidden(model, **padded()), hidden(expected, **padded()), atol=2e-6)
+
+
+def test_arguments_can_be_checked_against_the_constructor_s_annotations_as_vllm_does(folders):
+    model = AutoModel.from_pretrained(folders / "llama_ragged", trust_remote_code=True)
+    annotations = [parameter.annotation for parameter in inspect.signature(type(model).__init__).parameters.values()]
+    assert all(annotation is inspect.Parameter.empty or isinstance(annotation, type) for annotation in annotations)
 
 
 def test_what_transformers_saved_again_loads_with_headprune(folders):
