@@ -45,7 +45,7 @@ lint: venv
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: venv
 	$(BIN)/mkdocs build --strict
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; with the search: $(BIN)/python -m http.server -d build/site"
 
 # Wheels are built from the source archive, which is thereby complete; then an environment with nothing but what the wheel asks for.
 # Torch comes first, so that it is the one the extension was built with. The compiled wheel takes the place of the pure one.

@@ -43,8 +43,8 @@ def parameters(command) -> str:
 def label(one, context) -> str:
     if one.param_type_name == "argument":
         return f"`{one.name}`"
-    takes = "" if one.is_flag else f" {one.display_type(context)}"
-    return ", ".join(f"`{option}`" for option in sorted(one.opts, key=len, reverse=True)) + plain(takes)
+    takes = "" if one.is_flag else f" {plain(one.display_type(context))}"
+    return ", ".join(f"`{option}`" for option in sorted(one.opts, key=len, reverse=True)) + takes
 
 
 def default(one) -> str:

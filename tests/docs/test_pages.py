@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import PAGES, blocks, commands, inline, mentioned_command, mentioned_names, parse_command, text_of, unknown
+from pages import PAGES, ROOT, blocks, commands, inline, mentioned_command, mentioned_names, parse_command, text_of, unknown
 
+import headprune as hp
 from headprune.recipe import parse_recipe
 
 RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": "runs/minilm"}
@@ -33,6 +34,11 @@ def test_python_of_a_page_compiles_and_uses_names_and_keywords_that_exist(page: 
 def test_keys_of_recipes_in_a_page_are_known(page: Path):
     for block in blocks(text_of(page), "yaml"):
         parse_recipe(RECIPE | yaml.safe_load(block), page.name)
+
+
+def test_every_public_name_is_in_the_python_api():
+    shown = set(re.findall(r"\bhp\.(\w+)", text_of(ROOT / "docs" / "python-api.md")))
+    assert set(hp.__all__) - shown == {"__version__"}
 
 
 def test_what_does_not_exist_is_found():
