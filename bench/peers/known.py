@@ -10,7 +10,7 @@ RUN = (
     Peer("headprune", "headprune", "run_headprune.py", options={"compensate": True}),
     Peer("headprune, cut only", "headprune", "run_headprune.py", options={"compensate": False}),
     Peer("torch-pruning", "torch-pruning", "run_torch_pruning.py"),
-    Peer("prune_heads", "transformers", "run_transformers4.py", [TRANSFORMERS]),
+    Peer("prune_heads of transformers", "transformers", "run_transformers4.py", [TRANSFORMERS]),
     # Its own requirements name a numpy that has no wheel for this Python.
     Peer("textpruner", "textpruner", "run_textpruner.py", [TRANSFORMERS, ["--no-deps", "textpruner==1.1.post2"]]),
     Peer("nni", "nni", "run_nni.py", [TRANSFORMERS, ["nni==3.0"]]),
