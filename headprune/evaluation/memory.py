@@ -15,7 +15,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
     """Largest number of bytes of tensors alive at once in `run()`, above what was alive before it: from the CUDA allocator's
     peak, on the CPU from the profiler's record of every allocation."""
     device = torch.device(device)
-    if device.type == "cuda":
+    if device.type == "cuda":  # pragma: no cover (needs a CUDA device)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -46,7 +46,7 @@ def slower(call: DecodeCall) -> str | None:
     return reason
 
 
-def attention_decode(call: DecodeCall, splits: int | None = None) -> Tensor:
+def attention_decode(call: DecodeCall, splits: int | None = None) -> Tensor:  # pragma: no cover (needs a CUDA device)
     """As the operator; `splits`: at most so many for the keys of a sample, by default as many as fill the GPU."""
     if not call.query.numel():
         return call.empty_output()

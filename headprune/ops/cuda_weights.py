@@ -28,7 +28,7 @@ def slower(call: WeightCall) -> str | None:
     return reason
 
 
-def head_weight_stats(call: WeightCall) -> Tensor:
+def head_weight_stats(call: WeightCall) -> Tensor:  # pragma: no cover (needs a CUDA device)
     call = call.readable()
     matrices = matrices_of(call.weights, call.dims)
     plan = chunk_plan(matrices, call.spans, call.heads, row_length(matrices, call.spans), call.device)

@@ -76,3 +76,15 @@ def test_sites_keep_multiples(allocation):
         assert set(heads) == set(scores[name].topk(len(heads)).indices.tolist())
     with pytest.raises(InvalidInput, match="multiple_of is 0"):
         plan(scores, Budget(heads=0.4), multiple_of=0)
+
+
+def test_where_all_heads_would_rather_go_the_one_that_costs_least_to_keep_stays():
+    scores = scores_of([-0.4, -0.5], [-0.3, -0.1], [-0.2, -0.6])
+    found = plan(scores, Budget(heads=0.5), allocation="optimal", min_heads=0)
+    assert {name: heads for name, heads in found.items() if heads} == {"layer1": (1,)}
+
+
+def test_where_not_even_one_head_can_be_paid_the_budget_is_refused():
+    scores = scores_of([0.1, 0.2], [0.3, 0.9])
+    with pytest.raises(InfeasibleBudget, match="params"):
+        plan(scores, Budget(params=0.99), allocation="optimal", min_heads=0)

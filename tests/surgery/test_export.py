@@ -45,6 +45,26 @@ def test_regularising_makes_groups_equal_and_changes_no_output(make):
     assert (found.layers == 0) == (found.parameters == 0)
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "cohere"])
+def test_what_heads_own_beside_their_projections_follows_them(family):
+    """Sinks, and a norm of each head."""
+    model = decoder(family)
+    cut(model, {site.name: heads for site, heads in zip(attention_sites(model), ([0, 1, 3], [2]))})
+    expected = output_of(model)
+    assert regularise(model).layers
+    assert all(site.head_map.is_uniform for site in attention_sites(model))
+    assert torch.allclose(output_of(model), expected, atol=1e-5)
+
+
+def test_heads_picked_out_of_something_made_for_all_are_not_made_even():
+    model = decoder("olmo2")
+    cut(model, {attention_sites(model)[0].name: [0, 1, 3]})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModel, match=r"dead heads cannot be added\. Export to stock"):
+        regularise(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("make", [ragged_llama, ragged_bert], ids=["llama", "bert"])
 def test_stock_loads_in_the_unmodified_class(make, tmp_path):
     model = make()
@@ -58,7 +78,7 @@ def test_stock_loads_in_the_unmodified_class(make, tmp_path):
     assert "dead heads" in str(report)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen3", "phi3", "bloom", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen3", "phi3", "bloom", "deepseek_v3", "gpt_oss", "cohere", "olmo2"])
 def test_other_families_become_stock_again(family, tmp_path):
     model = decoder(family)
     names = [site.name for site in attention_sites(model)]
