@@ -47,7 +47,11 @@ class Ceilings:
 
 
 def measure(
-    run: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, graphs: bool = True
+    run: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    graphs: bool = True,
+    before: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """(seconds per call of every round, why a peer did not run). The first of `run` is ours and must run."""
     prepared, failed = {}, {}
@@ -62,6 +66,7 @@ def measure(
     gc.collect()
     for _ in range(rounds):
         for name, (timed, calls) in prepared.items():
+            before()
             start = time.perf_counter()
             timed()
             times[name].append((time.perf_counter() - start) / calls)
@@ -121,6 +126,7 @@ def compare(
     rounds: int = 15,
     memory: bool = False,
     graphs: bool = True,
+    before: Callable[[], object] = lambda: None,
 ) -> Row:
     """Measures one row.
 
@@ -134,9 +140,10 @@ def compare(
             whose bandwidth is shared and changes from minute to minute.
         memory: measure the peak memory of one call of each too.
         graphs: replay CUDA graphs where they can be captured; not for calls that copy to the host.
+        before: called, untimed, before each round of each: what both need to start from.
     """
     floor_run = {"reads": reads} if reads else {}
-    times, failed = measure({"ours": ours, **peers, **floor_run}, torch.device(device), rounds, graphs)
+    times, failed = measure({"ours": ours, **peers, **floor_run}, torch.device(device), rounds, graphs, before)
     ran = {name: function for name, function in {"ours": ours, **peers}.items() if name in times}
     peaks = {name: peak_bytes(function, device) / 1e6 for name, function in ran.items()} if memory else None
     medians = {peer: statistics.median(values) * 1e6 for peer, values in times.items()}
