@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from .registry import generator, table
+from .registry import generator, plain, table
 from .results import newest
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))  # where the methods are defined
@@ -33,7 +33,7 @@ def quality() -> str:
 def forms() -> str:
     """What each method of the table is."""
     shown = {name for found in measured().values() for one in found.values() for name in one["methods"]}
-    rows = [[method.label, method.form] for name, method in methods().items() if name in shown]
+    rows = [[plain(method.label), plain(method.form)] for name, method in methods().items() if name in shown]
     return table(["method", "what was run"], rows)
 
 
