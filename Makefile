@@ -3,6 +3,7 @@
 # make bench  speed on this CPU    make gpu  all GPU tests and benchmarks, from the source tree    make aot  compile for GPUs without one
 # make quality   every one-shot method on the same models, data and budgets, without training (some hours; goes on where it was cut off)
 # make release-check   source archive and wheels into dist/, installed in an empty environment and tried (builds the extension: minutes)
+# make peers   other packages that prune heads, installed and run (downloads several GB)
 # make coverage   the lines of headprune/ that the tests run, GPU-only ones aside (as long as make test and a half)
 # make engines   pruned models in llama.cpp, which is built from source (minutes), against ours      make engines-vllm   in vLLM
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint coverage docs release-check aot bench quality engines engines-vllm gpu
+.PHONY: venv demo test lint coverage docs release-check aot bench quality peers engines engines-vllm gpu
 
 venv: $(VENV)/.ready
 
@@ -78,6 +79,11 @@ bench: venv
 quality: venv
 	$(BIN)/pip install --quiet -c constraints.txt torch-pruning
 	$(BIN)/python bench/quality/compare.py
+
+# Other packages that prune attention heads, each in an environment of its own, on the same models, data and number of heads.
+peers: venv
+	$(BIN)/pip install --quiet -c constraints.txt torch-pruning
+	$(BIN)/python bench/peers/compare.py
 
 # In an environment of its own: llama.cpp's bindings ask for nothing of ours. Two compilers at a time, at low priority.
 LLAMA_CPP := llama-cpp-python==0.3.36

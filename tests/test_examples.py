@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from child_process import forked
+from PIL import Image
+from transformers import ViTImageProcessorPil
 
 import headprune as hp
 
@@ -43,6 +45,11 @@ def test_a_bert_classifier_loses_half_of_its_heads_and_little_accuracy(run, tmp_
     assert dense > 0.85
     assert compensated > max(0.7, cut - 0.03)
     assert heads_left(tmp_path / "pruned-bert") == 8
+    (tmp_path / "texts.txt").write_text("the tea was not bad and the view was fair\nthe soup was stale\n" * 40)
+    yours = ("--model", "pruned-bert", "--text", "texts.txt", "--heads", "0.25", "--output", "yours")
+    dense, _, compensated = numbers(run("prune_bert_classifier", *yours), "accuracy:")
+    assert dense == 1.0 >= compensated
+    assert heads_left(tmp_path / "yours") == 6
 
 
 def test_a_llama_with_ragged_groups_is_served(run, tmp_path):
@@ -53,6 +60,11 @@ def test_a_llama_with_ragged_groups_is_served(run, tmp_path):
     assert sum(sum(sizes) for sizes in groups) == heads_left(tmp_path / "pruned-llama") == 8
     assert any(len(set(sizes)) > 1 for sizes in groups)
     assert re.search(r"^answer: 0 stars : the tea was( \S+){18}$", printed, re.MULTILINE)
+    (tmp_path / "text.txt").write_text("3 stars : the bed was good and the tea was not bad and the room was fair . " * 80)
+    yours = ("--model", "pruned-llama", "--text", "text.txt", "--heads", "0.25", "--output", "yours")
+    dense, pruned = numbers(run("prune_and_serve_llama", *yours), "perplexity:")
+    assert dense > 1
+    assert heads_left(tmp_path / "yours") == 6
 
 
 def test_a_vit_keeps_to_a_budget_of_flops(run, tmp_path):
@@ -62,6 +74,13 @@ def test_a_vit_keeps_to_a_budget_of_flops(run, tmp_path):
     assert all(float(dense) > 0.9 and float(pruned) > 0.6 for dense, _, pruned in accuracies)
     assert numbers(printed, "attention FLOPs:")[0] <= 0.25
     assert heads_left(tmp_path / "pruned-vit") == 4
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "pruned-vit")
+    (tmp_path / "pictures").mkdir()
+    for number in range(16):
+        Image.effect_noise((30, 20), 10.0 * number).save(tmp_path / "pictures" / f"{number}.png")
+    yours = ("--model", "pruned-vit", "--pictures", "pictures", "--flops", "0.25", "--output", "yours")
+    assert numbers(run("prune_vit", *yours), "attention FLOPs:")[0] <= 0.75
+    assert heads_left(tmp_path / "yours") == 3
 
 
 def test_attention_of_plain_pytorch_is_replaced_and_pruned(run):

@@ -95,7 +95,7 @@ def measured(peer: Peer, subject: Subject, arguments: argparse.Namespace, folder
     except NotInstalled as error:
         return {"failed": str(error), "stage": "install"}
     if peer.script is None:
-        return {"lacks": peer.lacks, "versions": versions(python, peer.package)}
+        return {"lacks": peer.lacks, "versions": versions(python, peer.package) if peer.package else {}}
     output = folder / "outputs.pt"
     output.unlink(missing_ok=True)
     request = {
@@ -115,10 +115,11 @@ def measured(peer: Peer, subject: Subject, arguments: argparse.Namespace, folder
 
 
 def carried_out(command: list[str], own: bool) -> dict[str, Any]:
-    """The last line of the child's stdout; own: it runs with this environment's packages."""
+    """The last line of the child's stdout. command: its last argument is the request, in whose folder it runs, as some peers
+    write logs where they are. own: it runs with this environment's packages."""
     environment = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(command, env=environment, cwd=Path(command[-1]).parent, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {LIMIT} s", "stage": "run"}
     sys.stderr.write(done.stderr[-3000:] if done.returncode or '"failed"' in done.stdout else "")

@@ -43,8 +43,11 @@ def table(rows: list[dict[str, Any]], peers: Mapping[str, Peer]) -> str:
             f"{row['peak_mb']:.0f}", row["kept"], *([row["generates"] or NOTHING] if decoder else []),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"- {label(row, peers)}: {note}." for row in ran for note in row.get("notes", ())]
     failed = [row for name in peers for row in rows if row["peer"] == name and "failed" in row]
-    return "\n".join([*lines, *([""] if failed else []), *(f"- {label(row, peers)} {failure(row)}" for row in failed)])
+    return "\n".join(
+        [*lines, *([""] if failed or notes else []), *notes, *(f"- {label(row, peers)} {failure(row)}" for row in failed)]
+    )
 
 
 def label(row: dict[str, Any], peers: Mapping[str, Peer]) -> str:
@@ -64,4 +67,10 @@ def without_heads(rows: list[dict[str, Any]], peers: Mapping[str, Peer]) -> str:
     found = {row["peer"]: row for row in rows if "lacks" in row}
     if not found:
         return ""
-    return "\n".join(["Installed, but nothing to run:", "", *(f"- {label(row, peers)}: {row['lacks']}" for row in found.values())])
+    return "\n".join(
+        [
+            "Said to prune, but with nothing to run (read in the package):",
+            "",
+            *(f"- {label(row, peers)}: {row['lacks']}" for row in found.values()),
+        ]
+    )

@@ -4,7 +4,7 @@
     python bench/quality/recovery.py minilm --heads 0.5 0.75 -o recovery-minilm.json
     python bench/quality/recovery.py stdlib-lm --heads 0.5 -o recovery-stdlib-lm.json
 
-Every way starts from the same plan; all but "none" and "rewinding" from the compensated model. Minutes are of the process's CPU
+Every way starts from the recipe's plan; all but "none" and "rewinding" from the compensated model. Minutes are of the process's CPU
 time with one thread. Training texts come from the calibration half (MiniLM: both parts of its docstrings' pairs; the decoder:
 its training packages); quality is measured once, at the end.
 """
@@ -19,7 +19,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ from headprune.sources import open_model
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it is recovered with. train: batches; embed: of an encoder. early: an earlier checkpoint, where there is
-    one."""
+    """A model and what it is recovered with. train: batches. feed_forward: whether compensation re-solves feed-forwards too.
+    arguments: more of hp.recover's. early: an earlier checkpoint, where there is one."""
 
     dense: nn.Module
     task: Any
@@ -50,6 +50,8 @@ class Subject:
     criterion: str
     distil: hp.Distillation
     rates: dict[str, float]
+    feed_forward: bool
+    arguments: dict[str, Any]
     early: Callable[[], nn.Module]
 
 
@@ -64,7 +66,8 @@ def minilm(validation: bool, seed: int) -> Subject:
     train = [task.encoded([pair.query for pair in group] + [pair.document for pair in group]) for group in shuffled(groups)]
     embed = lambda output, batch: pooled(output.last_hidden_state, batch["attention_mask"])  # noqa: E731
     distil = hp.Distillation(hidden=1.0, embedding=1.0, similarity=1.0, embed=embed)
-    return Subject(dense, task, train, "fisher_least_squares", distil, RATES["minilm"], lambda: dense)
+    arguments = {"bf16": torch.cpu._is_avx512_bf16_supported()}
+    return Subject(dense, task, train, "fisher_least_squares", distil, RATES["minilm"], True, arguments, lambda: dense)
 
 
 def length(pair: Any) -> int:
@@ -84,7 +87,8 @@ def decoder(validation: bool, seed: int) -> Subject:
     batches = [{"input_ids": rows, "labels": rows} for rows in (random_windows(stream, settings, step) for step in range(600))]
 
     distil = hp.Distillation(logits=1.0, hidden=0.5, temperature=1.0)
-    return Subject(dense, task, batches, "fisher", distil, RATES["stdlib-lm"], lambda: early_decoder(tokenizer, stream))
+    early = lambda: early_decoder(tokenizer, stream)  # noqa: E731
+    return Subject(dense, task, batches, "fisher", distil, RATES["stdlib-lm"], True, {}, early)
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,22 @@ def early_decoder(tokenizer: Any, stream: torch.Tensor) -> nn.Module:
 
 
 RATES = {
-    "minilm": {"full": 2e-5, "lora": 2e-4, "distillation": 2e-4, "rewinding": 2e-4, "lora_distillation": 1e-3},
-    "stdlib-lm": {"full": 5e-4, "lora": 2e-3, "distillation": 5e-4, "rewinding": 5e-4, "lora_distillation": 2e-3},
+    "minilm": {
+        "full": 2e-5,
+        "lora": 2e-4,
+        "distillation": 1e-4,
+        "distillation_and_task": 5e-5,
+        "rewinding": 1e-4,
+        "lora_distillation": 5e-4,
+    },
+    "stdlib-lm": {
+        "full": 5e-4,
+        "lora": 2e-3,
+        "distillation": 5e-4,
+        "distillation_and_task": 5e-4,
+        "rewinding": 5e-4,
+        "lora_distillation": 2e-3,
+    },
 }
 SUBJECTS = {"minilm": minilm, "stdlib-lm": decoder}
 Recover = Callable[[nn.Module, Subject, dict[str, Any]], hp.Recovery]
@@ -128,6 +146,14 @@ def distillation(model: nn.Module, subject: Subject, options: dict[str, Any]) ->
     )  # fmt: skip
 
 
+def distillation_and_task(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
+    """What the teacher gives and the task's own loss, as Hinton et al. 2015 add them."""
+    return hp.recover(
+        model, subject.train, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
+        lr=subject.rates["distillation_and_task"], **options,
+    )  # fmt: skip
+
+
 def lora_distillation(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     rate = subject.rates["lora_distillation"]
     return hp.recover(model, subject.train, teacher=subject.dense, distil=subject.distil, method="lora", lr=rate, **options)
@@ -143,7 +169,7 @@ def rewinding(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp
 
 WAYS: dict[str, Recover | None] = {
     "none": None, "compensation": None, "full": full, "lora": lora, "distillation": distillation,
-    "lora_distillation": lora_distillation, "rewinding": rewinding,
+    "distillation_and_task": distillation_and_task, "lora_distillation": lora_distillation, "rewinding": rewinding,
 }  # fmt: skip
 
 
@@ -155,9 +181,9 @@ def rows(name: str, fractions: list[float], ways: list[str], minutes: float, see
     yield {"model": name, "split": split, "seed": seed, "heads": 0.0, "way": "dense", **original, "ratio": 1.0}
     scores = hp.score(subject.dense, task.calibration, subject.criterion, loss_fn=task.loss)
     for fraction in fractions:
-        plan = hp.plan(scores, hp.Budget(heads=fraction))
+        plan = hp.search_plan(subject.dense, scores, hp.Budget(heads=fraction), task.calibration, forward=task.forward).plan
         compensated = copy.deepcopy(subject.dense)
-        hp.prune(compensated, plan, task.calibration, forward=task.forward)
+        hp.prune(compensated, plan, task.calibration, forward=task.forward, feed_forward=subject.feed_forward)
         for way in ways:
             model = copy.deepcopy(compensated)
             if way == "none":
@@ -165,7 +191,7 @@ def rows(name: str, fractions: list[float], ways: list[str], minutes: float, see
                 hp.prune(model, plan)
             started, steps, loss = time.process_time(), 0, []
             if WAYS[way] is not None:
-                options = {"minutes": minutes, "clock": time.process_time, "seed": seed, "warmup": 5}
+                options = {"minutes": minutes, "clock": time.process_time, "seed": seed, "warmup": 5, **subject.arguments}
                 recovery = WAYS[way](model, subject, options)
                 steps, loss = recovery.steps, [recovery.losses[0][1], recovery.losses[-1][1]]
             seconds = time.process_time() - started

@@ -77,7 +77,7 @@ class TrainingBudget:
         return {"steps": self.steps, "minutes": self.minutes, "warmup": self.warmup, "lr": lr}
 
 
-class Clock:
+class TrainingClock:
     """Seconds of training, those of earlier tries included; the same on every rank, so that all stop at the same step."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:

@@ -17,7 +17,8 @@ from headprune.recovery.distillation import Comparison, Distillation, distillati
 from headprune.recovery.features import catching
 from headprune.recovery.shared_weights import shared_weights
 from headprune.recovery.stored_logits import StoredLogits
-from headprune.recovery.teacher import LossFunction, ModelTeacher, check_outputs, run
+from headprune.recovery.teacher import ModelTeacher, check_outputs, run
+from headprune.scoring.observer import LossFunction
 
 
 class Objective:

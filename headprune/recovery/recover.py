@@ -21,7 +21,7 @@ from headprune.recovery.objective import Objective
 from headprune.recovery.result import Recovery, keep_result, taken_up, told_apart
 from headprune.recovery.rewind import RateRewind, Source, rewind_weights
 from headprune.recovery.session import Session, as_it_was, own_random_state, trained
-from headprune.recovery.teacher import LossFunction
+from headprune.scoring.observer import LossFunction
 
 
 def recover(

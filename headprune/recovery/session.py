@@ -19,7 +19,7 @@ from torch import nn
 from headprune.errors import InvalidInput
 from headprune.models.checkpointing import checkpointed
 from headprune.recovery.batches import collator_of
-from headprune.recovery.budget import Clock, TrainingBudget
+from headprune.recovery.budget import TrainingBudget, TrainingClock
 from headprune.recovery.good_state import GoodState
 from headprune.recovery.objective import Objective
 from headprune.recovery.result import BEST, WENT_BACK, Recovery
@@ -81,7 +81,7 @@ def trained(model: nn.Module, session: Session) -> Recovery:
     good = GoodState(model, session.folder / BEST if session.keeps else None, arguments.process_index == 0)
     trainer = training.RecoveryTrainer(
         objective=session.objective, measure=session.metric, dropout=session.dropout, budget=session.budget,
-        clock=Clock(session.clock), good=good, model=model, args=arguments, train_dataset=session.data,
+        clock=TrainingClock(session.clock), good=good, model=model, args=arguments, train_dataset=session.data,
         eval_dataset=session.held_out, data_collator=collator_of(session.data, session.collator), callbacks=list(session.callbacks),
     )  # fmt: skip
     watch = training.Watch(

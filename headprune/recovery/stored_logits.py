@@ -5,8 +5,7 @@ One safetensors file per batch, named by the batch's content, so that the order 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, write_json
 from headprune.recovery.distillation import Distillation, TopLogits, logits_of
 from headprune.recovery.features import Features, catching
-from headprune.recovery.teacher import LossFunction, run
+from headprune.recovery.teacher import run
+from headprune.scoring.batch_identity import digest
+from headprune.scoring.observer import LossFunction
 
 FILE, KIND = "teacher.json", "stored_logits"
 
@@ -112,26 +113,3 @@ class StoredLogits:
 
     def top(self, indices: Tensor, log_probabilities: Tensor) -> TopLogits:
         return TopLogits(indices, log_probabilities, self.setting["classes"], self.setting["temperature"])
-
-
-def digest(batch: Any) -> str:
-    """Hex digits of what a batch holds: tensors by dtype, shape and bytes."""
-    found = hashlib.sha256()
-    for part in parts(batch):
-        found.update(part)
-    return found.hexdigest()[:32]
-
-
-def parts(value: Any) -> Iterator[bytes]:
-    if isinstance(value, Tensor):
-        yield f"{value.dtype}{tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield str(key).encode()
-            yield from parts(value[key])
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from parts(item)
-    else:
-        yield repr(value).encode()

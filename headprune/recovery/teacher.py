@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
 from headprune.nn.replace import own_attention
 from headprune.recovery.distillation import logits_of
 from headprune.recovery.features import Features, catching
+from headprune.scoring.observer import LossFunction
 from headprune.scoring.passes import in_eval_mode
-
-LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class ModelTeacher:

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from headprune.errors import InvalidInput
 from headprune.files import write_text
-from headprune.recovery.budget import Clock, TrainingBudget, of_first_rank
+from headprune.recovery.budget import TrainingBudget, TrainingClock, of_first_rank
 from headprune.recovery.good_state import GoodState
 from headprune.scoring.passes import in_eval_mode
 
@@ -41,7 +41,7 @@ class RecoveryTrainer(Trainer):
         measure: Callable[[nn.Module], float] | None,
         dropout: bool,
         budget: TrainingBudget,
-        clock: Clock,
+        clock: TrainingClock,
         good: GoodState,
         **options: Any,
     ) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.scoring.observer import LossFunction
 from headprune.scoring.passes import in_eval_mode
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
 LABELS = {"labels", "start_positions"}
 
 

@@ -14,10 +14,12 @@ from headprune.errors import InvalidInput, unknown_name
 from headprune.planning import Budget, plan
 from headprune.recovery.result import told_apart
 from headprune.schedules.composition import shapes_of
-from headprune.schedules.quality import LossFunction, has_loss, mean_loss, refuse_not_finite
+from headprune.schedules.quality import has_loss, mean_loss, refuse_not_finite
 from headprune.schedules.recovering import Recover
 from headprune.scoring import HeadScores, get_criterion
-from headprune.scoring.passes import checksum, in_eval_mode
+from headprune.scoring.batch_identity import checksum
+from headprune.scoring.observer import LossFunction
+from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
 
 ShowProgress = Callable[[str, int, int], None]

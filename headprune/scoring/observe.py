@@ -20,9 +20,10 @@ from headprune.models.streamed import streamed_of
 from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import TokenMask, token_masks
 from headprune.nn.replace import own_attention
+from headprune.scoring.batch_identity import checksum
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
-from headprune.scoring.passes import checksum, frozen, in_eval_mode, run_batch, same_keys, snapshot
+from headprune.scoring.passes import frozen, in_eval_mode, run_batch, same_keys, snapshot
 from headprune.scoring.ranks import Distributed, check_mode, merged, own_part, rank_file, refuse_different_batches, world_size
 from headprune.scoring.site_shape import SiteShape
 from headprune.scoring.streamed import observe_streamed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -67,24 +66,6 @@ def same_keys(keys: set[str] | None, batch: Any, index: int) -> set[str]:
             f"batch {index} has the keys {sorted(found)}, the ones before it {sorted(keys)}; every batch must have the same."
         )
     return found
-
-
-def checksum(value: Any, start: int = 0) -> int:
-    """CRC-32 of a batch: tensors by their bytes, containers by what they hold, numbers and text as they are."""
-    if isinstance(value, Tensor):
-        start = zlib.crc32(f"{value.dtype}{tuple(value.shape)}".encode(), start)
-        content = value.detach().cpu().contiguous().view(-1)
-        return zlib.crc32(content.view(torch.uint8).numpy().data, start) if value.numel() else start
-    if isinstance(value, Mapping):
-        for key in value:
-            start = checksum(value[key], zlib.crc32(repr(key).encode(), start))
-        return start
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            start = checksum(item, start)
-        return start
-    plain = value is None or isinstance(value, (str, bytes, bool, int, float))
-    return zlib.crc32((repr(value) if plain else type(value).__name__).encode(), start)
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from torch import Tensor
 from headprune.errors import InvalidInput
 from headprune.models.streamed import reader_of
 from headprune.models.trunk import Entry, enter, leaving
+from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import Observer, Setting, observer_of
-from headprune.scoring.passes import checksum, differentiate, in_eval_mode, same_keys, snapshot
+from headprune.scoring.passes import differentiate, in_eval_mode, same_keys, snapshot
 
 BY_LAYER = {
     Need.WEIGHTS, Need.GRAM, Need.OUTPUT_NORM, Need.ATTENTION, Need.ATTENTION_PATTERN, Need.ATTENTION_DISTANCE,

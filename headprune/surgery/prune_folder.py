@@ -23,8 +23,8 @@ from headprune.models.site import AttentionSite
 from headprune.models.streamed import reader_of
 from headprune.models.tiny_inputs import tiny_inputs
 from headprune.planning.pruning_plan import PruningPlan
+from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import CLAIM, claim
-from headprune.scoring.passes import checksum
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.compensate import Resolved

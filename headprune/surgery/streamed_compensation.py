@@ -28,8 +28,9 @@ from headprune.models.stream import residual_streams
 from headprune.models.streamed import StreamedModel
 from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.models.trunk import Entry, enter
+from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, claim
-from headprune.scoring.passes import checksum, in_eval_mode
+from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.compensate import Reached, Resolved, Target, add_tokens, resolve, sums_for
 from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.parts import Part, Weights, columns_of, masked_to, parts_of, weight_and_bias, weights_in_place

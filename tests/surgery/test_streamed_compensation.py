@@ -75,7 +75,7 @@ def test_an_empty_calibration_set_is_refused(tmp_path):
 
 def test_a_cut_that_goes_wrong_is_caught_before_the_folder_appears(tmp_path, monkeypatch):
     folder = sharded_folder("llama", tmp_path / "model")
-    module = sys.modules["headprune.surgery.prune_folder"]
+    module = sys.modules["headprune.surgery.cutting"]
     monkeypatch.setattr(module, "cut_site", lambda site, kept, own=module.cut_site: own(site, tuple(head - 1 for head in kept)))
     with pytest.raises(HeadpruneError, match="failed its own check"):
         hp.prune_folder(folder, plan_for(folder), tmp_path / "pruned")

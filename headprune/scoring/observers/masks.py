@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from headprune.scoring.batch_identity import checksum
 from headprune.scoring.gate_path import integrated_gradients
 from headprune.scoring.head_masks import by_site, head_counts, one_out, random_masks
 from headprune.scoring.masked_losses import MaskedBatch, MaskedLosses
 from headprune.scoring.observations import Need
 from headprune.scoring.observer import Observer, Setting, observes
-from headprune.scoring.passes import checksum
 from headprune.scoring.shapley import permutation_marginals
 
 
