@@ -14,11 +14,9 @@ from headprune.scoring import get_criterion
 from headprune.sources import open_model
 
 TARGET = Path(__file__).parent / "pictures" / "compensated.json"
-CRITERIA = (
-    "fisher_least_squares", "fisher", "gate_gradient", "taylor_weight", "least_squares", "wanda", "output_norm", "entropy",
-    "magnitude_l2", "random",
-)  # fmt: skip
-WAYS = (("global", False), ("global", True), ("uniform", True))  # (allocation, compensation)
+CRITERIA = ("fisher_least_squares", "fisher", "gate_gradient", "wanda", "magnitude_l2", "random", "least_squares", "entropy")
+CUT, COMPENSATED, EVENLY = ("global", False), ("global", True), ("uniform", True)  # (allocation, compensation)
+WAYS = {name: (CUT, COMPENSATED, EVENLY) if "fisher" in name else (CUT, COMPENSATED) for name in CRITERIA}
 HEADS = 0.5
 
 
@@ -31,7 +29,7 @@ def main() -> None:
     observed = hp.observe(model, task.calibration, needs, loss_fn=task.loss)
     for name in CRITERIA:
         scores = hp.score_observations(observed, name)
-        for allocation, compensated in WAYS:
+        for allocation, compensated in WAYS[name]:
             row = {"criterion": name, "allocation": allocation, "compensated": compensated}
             if any(row.items() <= one.items() for one in rows):
                 continue

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from .registry import generator, table
+from .registry import generator, plain, table
 from .results import newest
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))  # where the methods are defined
@@ -33,7 +33,7 @@ def quality() -> str:
 def forms() -> str:
     """What each method of the table is."""
     shown = {name for found in measured().values() for one in found.values() for name in one["methods"]}
-    rows = [[method.label, method.form] for name, method in methods().items() if name in shown]
+    rows = [[plain(method.label), plain(method.form)] for name, method in methods().items() if name in shown]
     return table(["method", "what was run"], rows)
 
 
@@ -61,7 +61,7 @@ def compensated() -> str:
     for row in found["rows"]:
         cells.setdefault(row["criterion"], {})[row["allocation"], row["compensated"]] = row["of_dense"]
     heads = [f"{allocation}, {'compensated' if done else 'cut alone'}" for allocation, done in ways]
-    order = sorted(cells, key=lambda name: -cells[name]["global", True])
-    rows = [[f"`{name}`", *(f"{cells[name][way]:.3f}" for way in ways)] for name in order]
+    order = sorted(cells, key=lambda name: -cells[name].get(("global", True), 0))
+    rows = [[f"`{name}`", *(f"{cells[name][way]:.3f}" if way in cells[name] else "" for way in ways)] for name in order]
     told = f"MRR over that of the dense model, {found['heads']:.0%} of the heads gone, {found['pairs']} validation pairs, one draw:"
     return f"{told}\n\n{table(['criterion', *heads], rows, right=len(ways))}"

@@ -12,6 +12,7 @@ from headprune.models import attention_sites
 from headprune.nn.replace import own_attention
 from headprune.planning.budget import Budget
 from headprune.planning.layer_weights import LayerSearch, search_layer_weights
+from headprune.planning.planner import plan
 from headprune.scoring.scores import HeadScores
 from headprune.surgery.compensated_error import CompensatedError
 
@@ -42,8 +43,9 @@ def search_plan(
         tokens: use only the first batches up to that many tokens (entries of their first tensor); None: all of them.
         options: of `hp.plan` (allocation, granularity, min_heads, protect, ...).
 
-    Raises InvalidInput where there are no batches; what `hp.plan` raises.
+    Raises InvalidInput where there are no batches, InvalidPlan where the scores are of another model; what `hp.plan` raises.
     """
+    plan(scores, budget, **options).check_fits(model)
     chosen = first_batches(batches, tokens)
     with own_attention(model):
         sites = [site for site in attention_sites(model) if site.name not in scores.unreached and site.head_map.query_heads]

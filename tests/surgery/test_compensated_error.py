@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from tiny_models import bert, llama, tokens
 
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, InvalidPlan
 from headprune.models import attention_sites, gated
 from headprune.planning import Budget, plan
 from headprune.scoring import score
-from headprune.surgery import compensate
+from headprune.surgery import compensate, cut
 from headprune.surgery.compensate import resolve_outputs
 from headprune.surgery.compensated_error import CompensatedError
 from headprune.surgery.search_plan import first_batches, search_plan
@@ -87,6 +87,9 @@ def test_a_searched_plan_is_no_worse_than_the_one_by_scores_alone(make):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(InvalidInput, match="calibration set is empty"):
         search_plan(model, scores, budget, [])
+    cut(model, found.plan)
+    with pytest.raises(InvalidPlan, match="for another model"):
+        search_plan(model, scores, budget, batches)
 
 
 def test_a_search_reads_no_more_batches_than_its_tokens_ask_for():
