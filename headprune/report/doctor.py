@@ -13,6 +13,7 @@ from rich.table import Table
 from headprune import ops
 from headprune.head_map import HeadMap
 from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
+from headprune.ops.extension import cpu_extension
 from headprune.ops.weight_slices import WeightCall
 from headprune.version import __version__
 
@@ -38,6 +39,7 @@ def versions_table() -> Table:
 def devices_table() -> Table:
     table = Table("device", "what", title="devices", title_justify="left")
     table.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    table.add_row("C++ kernels", str(cpu_extension()))
     for index in range(torch.cuda.device_count()):  # pragma: no cover (needs a CUDA device)
         found = torch.cuda.get_device_properties(index)
         capability = f"sm_{found.major}{found.minor}"

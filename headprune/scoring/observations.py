@@ -49,9 +49,9 @@ class Need(Enum):
             raise unknown_name("observation", need, [known.value for known in cls]) from None
 
 
-def measured(need: Need, merge: Literal["samples", "sum", "same", "max"]) -> Any:
+def measured(need: Need, merge: Literal["samples", "sum", "same"]) -> Any:
     """A field of SiteObservations that `need` fills. Two sets of data combine by joining the rows of their samples, by
-    adding, by the larger one, or not at all: values of the model alone are the same in both."""
+    adding, or not at all: values of the model alone are the same in both."""
     return field(default=None, metadata={"need": need, "merge": merge})
 
 
@@ -171,7 +171,7 @@ def combined(merge: str, mine: Tensor | None, theirs: Tensor | None) -> Tensor |
         return theirs if mine is None else mine
     if merge == "samples":
         return torch.cat([mine, theirs])
-    return mine + theirs if merge == "sum" else torch.maximum(mine, theirs)
+    return mine + theirs
 
 
 @dataclass(frozen=True)

@@ -101,12 +101,6 @@ def summed(value: Tensor, group: Any) -> Tensor:
     return total
 
 
-def largest(value: Tensor, group: Any) -> Tensor:
-    found = value.detach().cpu().contiguous().clone()
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return found
-
-
 def joined(value: Tensor, group: Any) -> Tensor:
     rows: list[Any] = [None] * world_size()
     dist.all_gather_object(rows, value.detach().cpu(), group=group)
@@ -120,4 +114,4 @@ def first(value: Tensor, group: Any) -> Tensor:
     return found
 
 
-COMBINE = {"sum": summed, "max": largest, "samples": joined, "same": first}
+COMBINE = {"sum": summed, "samples": joined, "same": first}

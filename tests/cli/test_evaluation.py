@@ -7,6 +7,7 @@ from command_line import only_error
 from letter_tokenizer import letter_tokenizer
 from tiny_models import llama
 
+from headprune.ops.extension import cpu_extension
 from headprune.surgery import cut, save
 
 TEXT = "whether tis nobler in the mind to suffer " * 6
@@ -55,3 +56,6 @@ def test_doctor_says_what_runs_each_operator(call):
     assert code == 0, err
     assert "attention_backward" in out
     assert "runs through" in out
+    code, out, err = call("doctor", "--json")
+    (row,) = (row for row in json.loads(out)["devices"] if row["device"] == "C++ kernels")
+    assert row["what"] == str(cpu_extension())
