@@ -118,6 +118,7 @@ RATES = {
         "distillation_and_task": 5e-5,
         "rewinding": 1e-4,
         "lora_distillation": 5e-4,
+        "lora_distillation_and_task": 3e-4,
     },
     "stdlib-lm": {
         "full": 5e-4,
@@ -126,6 +127,7 @@ RATES = {
         "distillation_and_task": 5e-4,
         "rewinding": 5e-4,
         "lora_distillation": 2e-3,
+        "lora_distillation_and_task": 2e-3,
     },
 }
 SUBJECTS = {"minilm": minilm, "stdlib-lm": decoder}
@@ -159,6 +161,13 @@ def lora_distillation(model: nn.Module, subject: Subject, options: dict[str, Any
     return hp.recover(model, subject.train, teacher=subject.dense, distil=subject.distil, method="lora", lr=rate, **options)
 
 
+def lora_distillation_and_task(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
+    return hp.recover(
+        model, subject.train, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
+        method="lora", lr=subject.rates["lora_distillation_and_task"], **options,
+    )  # fmt: skip
+
+
 def rewinding(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     """Distillation from the early weights (MiniLM comes without any: from the dense weights, uncompensated)."""
     return hp.recover(
@@ -169,7 +178,8 @@ def rewinding(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp
 
 WAYS: dict[str, Recover | None] = {
     "none": None, "compensation": None, "full": full, "lora": lora, "distillation": distillation,
-    "distillation_and_task": distillation_and_task, "lora_distillation": lora_distillation, "rewinding": rewinding,
+    "distillation_and_task": distillation_and_task, "lora_distillation": lora_distillation,
+    "lora_distillation_and_task": lora_distillation_and_task, "rewinding": rewinding,
 }  # fmt: skip
 
 
