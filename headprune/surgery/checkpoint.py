@@ -44,8 +44,8 @@ def save(
             copied from `source`, by default the local folder that the model was loaded from.
         options: as for `save_pretrained` (max_shard_size, ...).
 
-    Raises UnsupportedModel where adapters are attached or weights are quantised, InvalidInput where `folder` holds other things than
-    a model, HeadpruneError where the disk refuses.
+    Raises UnsupportedModel where adapters are attached or weights are quantised, InvalidInput where `folder` holds other things
+    than a model, HeadpruneError where the disk refuses.
     """
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
