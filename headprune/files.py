@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
 
 SCHEMA_VERSION = 1
+OF_A_MODEL = ("config.json", "headprune.json", "*.safetensors", "*.gguf", "*.onnx")
 _DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file would be too large"}
 
 
@@ -43,15 +45,17 @@ def replace_folder(draft: Path, target: Path) -> None:
     if not target.exists():
         os.replace(draft, target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.replace(target, old / "old")
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     try:
+        os.replace(target, aside / "old")
         os.replace(draft, target)
-    except OSError:
-        os.replace(old / "old", target)
+    except BaseException:  # Ctrl-C too
+        if not target.exists():
+            os.replace(aside / "old", target)
+        if not any(aside.iterdir()):
+            aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -77,14 +81,31 @@ def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator
             draft.unlink(missing_ok=True)
 
 
-def refuse_unwritable(target: str | os.PathLike[str]) -> None:
-    """InvalidInput where nothing could be written to `target`, a file or a folder that need not be there yet."""
+def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = None) -> None:
+    """InvalidInput where nothing could be written to `target`, which need not be there yet: a file, a folder or (None) either."""
     target = Path(target)
-    place = next(folder for folder in target.absolute().parents if folder.exists())
+    if os.path.exists(target) and file is target.is_dir():
+        raise InvalidInput(f"{target} is a {'folder; give the name of a file' if file else 'file; give a folder'} to write to.")
+    # os.path: where a folder on the way may not be read, Path.exists raises before Python 3.14.
+    place = next((folder for folder in target.absolute().parents if os.path.exists(folder)), target.absolute())
     if not place.is_dir():
         raise InvalidInput(f"cannot write {target}: {place} is a file, not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InvalidInput(f"cannot write {target}: you may not write into {place}.")
+
+
+def refuse_foreign(target: str | os.PathLike[str]) -> Path:
+    """InvalidInput where no model folder could be written as `target`, or it would take the place of something else: a file, the
+    folder that we are in, a folder that holds other things than a model."""
+    target = Path(target)
+    refuse_unwritable(target, file=False)
+    if target.exists() and target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InvalidInput(f"{target} is, or holds, the folder that this runs in, which would be replaced; give a folder in it.")
+    if target.exists() and any(target.iterdir()) and not any(any(target.glob(mark)) for mark in OF_A_MODEL):
+        raise InvalidInput(
+            f"{target} holds no model ({', '.join(OF_A_MODEL)}) but other things, which would be replaced; give a new folder."
+        )
+    return target
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:
@@ -97,6 +118,15 @@ def write_json(target: str | os.PathLike[str], kind: str, content: dict[str, Any
     """Writes {"kind", "schema_version", **content}; floats are kept to the last bit."""
     document = {"kind": kind, "schema_version": SCHEMA_VERSION, **content}
     write_text(target, json.dumps(document, indent=1) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(source: str | os.PathLike[str], kind: str) -> dict[str, Any]:

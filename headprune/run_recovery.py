@@ -33,6 +33,7 @@ def recovered_model(
             steps=section.steps, minutes=section.minutes, lr=section.lr, seed=recipe.seed, output_dir=folder / "recovery",
             progress=progress,
         )  # fmt: skip
+    result.refuse_diverged(section.lr)
     log.info("recovery: %s", result)
     save(pruned, folder / "recovered", tokenizer=task.tokenizer)
     return load(folder / "recovered")

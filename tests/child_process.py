@@ -22,7 +22,8 @@ def killed_at(marker: str, *arguments: str) -> None:
 def signalled_at(marker: str, number: signal.Signals, *arguments: str) -> tuple[int, str]:
     """(exit code, stderr) of Python with `arguments`, which gets the signal as soon as it prints the line `marker`."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child = subprocess.Popen([sys.executable, *arguments], text=True, env=environment(), **pipes)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs start deaf to it
+    child = subprocess.Popen([sys.executable, *arguments], text=True, env=environment(), **pipes, **heard)
     met = any(line.strip() == marker for line in child.stdout)
     child.send_signal(number)
     _, printed = child.communicate()

@@ -24,7 +24,8 @@ LAYERS = [
     {"nn"},
     {"ops"},
     {"kernels"},
-    {"head_map", "files", "version"},
+    {"head_map", "settings"},
+    {"files", "version"},
     {"errors"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -31,8 +31,8 @@ app = typer.Typer(name="headprune", epilog=EXIT_CODES, no_args_is_help=True, pre
 log = logging.getLogger("headprune")
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
+def show_version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
         terminal.console.print(f"headprune {__version__}", highlight=False)
         raise typer.Exit
 

@@ -9,7 +9,7 @@ import typer
 
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, TaskOption, opened, writable
+from headprune.cli.inputs import JsonOption, ModelArgument, TaskOption, opened, writable_file
 from headprune.cli.terminal import with_bar
 
 
@@ -40,11 +40,11 @@ def compare_command(
     lr: Annotated[float | None, typer.Option(help="Its peak learning rate.")] = None,
     repeats: Annotated[int, typer.Option(min=0, help="Timed forward passes of each, dense and compressed in turn; 0: none.")] = 10,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The table, as Markdown.", callback=writable)] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table, as Markdown.", callback=writable_file)] = Path(
         "comparison.md"
     ),
     folder: Annotated[
-        Path | None, typer.Option(help="Keeps each method's row as it is done; by default beside the table, named as it.")
+        Path | None, typer.Option(help="Keeps each method's row as it is done; by default NAME.rows beside the table.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -55,6 +55,7 @@ def compare_command(
     from headprune.planning import PruningPlan
     from headprune.sources import EMBEDDED
 
+    rows = folder or output.with_name(f"{output.stem}.rows")
     names = None if methods is None else [name.strip() for name in methods.split(",")]
     chosen_methods(names)
     chosen = None if plan is None else PruningPlan.load(plan)
@@ -63,7 +64,7 @@ def compare_command(
     found = with_bar("compare methods", lambda progress: compare_methods(
         dense, data, heads=heads, plan=chosen, methods=names, criterion=criterion or (own.criterion if own else "fisher"),
         trials=trials, feed_forward=bool(own and own.feed_forward), steps=steps, lr=lr, repeats=repeats, seed=seed,
-        folder=folder or output.with_suffix(""), progress=progress,
+        folder=rows, progress=progress,
     ))  # fmt: skip
     write_text(output, found.to_markdown())
     terminal.show(json, found.to_json(), found, f"written to {output}")

@@ -20,7 +20,8 @@ from headprune.cli.inputs import (
     TaskOption,
     opened,
     opened_model,
-    writable,
+    refuse_unread,
+    writable_file,
 )
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
@@ -38,7 +39,7 @@ def evaluate_command(
     model: ModelArgument,
     task: TaskOption = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 file to measure perplexity on, in place of a task.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens of a window of --text.")] = 512,
+    window: Annotated[int | None, typer.Option(help="Tokens of a window of --text.", show_default="512")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows of --text; by default they do not overlap.")] = None,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness, with commas between, in place of a task.")
@@ -47,14 +48,16 @@ def evaluate_command(
     against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed forward passes of each model.")] = 30,
     trace: Annotated[
-        Path | None, typer.Option(help="Also write a Chrome trace of forward passes to this file.", callback=writable)
+        Path | None, typer.Option(help="Also write a Chrome trace of forward passes to this file.", callback=writable_file)
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Quality and cost of a model, alone or beside its dense original (in turn, with intervals of the differences)."""
     from headprune.evaluation import compare, evaluate, write_trace
 
-    found, data = opened_for_evaluation(model, task, text, lm_eval, window=window, stride=stride, limit=limit)
+    refuse_unread("--text", text is not None, window=window, stride=stride)
+    refuse_unread("--lm-eval", lm_eval is not None, limit=limit)
+    found, data = opened_for_evaluation(model, task, text, lm_eval, window=window or 512, stride=stride, limit=limit)
     models: dict[str, nn.Module] = {"model": found}
     result: Evaluation | Comparison
     if against is None:
@@ -66,7 +69,9 @@ def evaluate_command(
     terminal.show(json, asdict(result), result)
     if trace is not None:
         with_bar("trace", lambda progress: write_trace(models, data.latency_inputs(), trace))
-        terminal.progress_console.print(f"trace written to {trace}; open it in ui.perfetto.dev or chrome://tracing")
+        terminal.progress_console.print(
+            f"trace written to {trace}; open it in ui.perfetto.dev or chrome://tracing", markup=False, soft_wrap=True
+        )
 
 
 def opened_for_evaluation(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +11,8 @@ import typer
 
 from headprune.cli import completion
 from headprune.cli.terminal import with_bar
-from headprune.files import refuse_unwritable
+from headprune.errors import InvalidInput
+from headprune.files import refuse_foreign, refuse_unwritable
 
 if TYPE_CHECKING:  # commands import what they need when they run
     from transformers import PreTrainedModel
@@ -17,11 +20,28 @@ if TYPE_CHECKING:  # commands import what they need when they run
     from headprune.evaluation.tasks import Task
 
 
-def writable(context: typer.Context, path: Path | None) -> Path | None:
-    """`path`, which was given to write to: whether that can be is asked before the work, not after it."""
-    if path is not None and not context.resilient_parsing:
-        refuse_unwritable(path)
-    return path
+def asked_first(refuse: Callable[[Path], object]) -> Callable[[typer.Context, Path | None], Path | None]:
+    """What checks a path that was given to write to: whether that can be is asked before the work, not after it."""
+
+    def check(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None and not context.resilient_parsing:
+            refuse(path)
+        return path
+
+    return check
+
+
+writable = asked_first(refuse_unwritable)
+writable_file = asked_first(partial(refuse_unwritable, file=True))
+writable_folder = asked_first(partial(refuse_unwritable, file=False))
+writable_model = asked_first(refuse_foreign)
+
+
+def refuse_unread(needs: str, there: bool, **given: Any) -> None:
+    """InvalidInput where an option is given that counts with `needs` alone, which is not `there`."""
+    for name, value in given.items():
+        if value is not None and not there:
+            raise InvalidInput(f"--{name.replace('_', '-')} is given without {needs}, and would not be read; give {needs} too.")
 
 
 ModelArgument = Annotated[
@@ -48,7 +68,8 @@ AllocationOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.", callback=writable)]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The file to write.", callback=writable_file)]
+ModelOutputOption = Annotated[Path, typer.Option("--output", "-o", help="The model folder to write.", callback=writable_model)]
 StreamedOption = Annotated[
     bool, typer.Option("--streamed", help="Read the weights layer by layer, for models that do not fit into memory.")
 ]

@@ -21,6 +21,7 @@ from headprune.cli.inputs import (
     ParamsOption,
     TaskOption,
     opened,
+    refuse_unread,
 )
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput, unknown_name
@@ -74,6 +75,8 @@ def plan_command(
     from headprune.planning import Budget, LatencyTable, Sensitivity, plan
     from headprune.scoring import HeadScores
 
+    refuse_unread("--trials", trials > 0, model=model, task=task)
+    refuse_unread("--latency", latency is not None, table=table)
     measured = None if table is None else LatencyTable.load(table)
     if measured and not other_machine:
         measured.refuse_other_machine(machines_here())

@@ -10,14 +10,14 @@ import typer
 
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, TaskOption, opened, opened_model
+from headprune.cli.inputs import JsonOption, ModelArgument, ModelOutputOption, TaskOption, opened, opened_model
 from headprune.cli.terminal import with_bar
 
 
 @app.command("recover", epilog="Example: headprune recover ./pruned --teacher minilm --minutes 5 -o recovered")
 def recover_command(
     model: ModelArgument,
-    output: OutputOption,
+    output: ModelOutputOption,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -49,6 +49,7 @@ def recover_command(
         pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr, seed=seed,
         output_dir=work, progress=progress,
     ))  # fmt: skip
+    result.refuse_diverged(lr)
     with_bar("save", lambda progress: save(pruned, output, tokenizer=data.tokenizer))
     shutil.rmtree(work)
     terminal.show(json, {"model": str(output), **asdict(result)}, str(result), f"written to {output}")

@@ -13,7 +13,7 @@ import typer
 from headprune.cli import terminal
 from headprune.cli.app import app
 from headprune.cli.completion import models, one_of
-from headprune.cli.inputs import JsonOption, writable
+from headprune.cli.inputs import JsonOption, writable_file, writable_folder
 from headprune.cli.terminal import with_bar
 
 if TYPE_CHECKING:  # commands import what they need when they run
@@ -42,7 +42,8 @@ def demo_command(
         ),
     ] = "minilm",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the run; by default runs/ and its name.", callback=writable)
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the run; by default runs/ and its name.", callback=writable_folder),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -60,10 +61,10 @@ def demo_command(
 def report_command(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, or any with scores*.json or plan.json of one model.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page; by default report.html in the folder.", callback=writable)
+        Path | None, typer.Option("--output", "-o", help="The page; by default report.html in the folder.", callback=writable_file)
     ] = None,
     figures: Annotated[
-        Path | None, typer.Option(help="Also write every plot as PNG and SVG to this folder.", callback=writable)
+        Path | None, typer.Option(help="Also write every plot as PNG and SVG to this folder.", callback=writable_folder)
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -91,7 +92,7 @@ def carry_out(recipe: Recipe, json: bool) -> None:
 def logged_to(folder: Path) -> Iterator[None]:
     """Keeps what headprune logs in `folder`/log.txt, once the run has made the folder its own."""
     handler = logging.FileHandler(folder / "log.txt", delay=True)
-    handler.addFilter(lambda record: folder.is_dir())  # a model may be trained before the run writes anything
+    handler.addFilter(lambda record: (folder / "recipe.yaml").exists())  # a model may be trained before the run writes anything
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("headprune")
     logger.addHandler(handler)

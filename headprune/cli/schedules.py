@@ -6,6 +6,7 @@ from rich.table import Table
 
 from headprune.cli import terminal
 from headprune.cli.app import app
+from headprune.cli.completion import first_line
 from headprune.cli.inputs import JsonOption
 
 
@@ -21,7 +22,3 @@ def schedules_command(json: JsonOption = False) -> None:
     for name, method in schedules.gate_methods().items():
         gates.add_row(name, first_line(method))
     terminal.show(json, {"schedules": terminal.rows_of(listed), "gate_methods": terminal.rows_of(gates)}, listed, gates)
-
-
-def first_line(described: object) -> str:
-    return (described.__doc__ or "").split("\n")[0]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, TaskOption, opened, writable
+from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, TaskOption, opened, writable_file
 from headprune.cli.terminal import with_bar
 
 
@@ -74,7 +74,7 @@ def sensitivity_command(
     scores: Annotated[Path, typer.Argument(help="scores.json: the order in which the heads of a layer go.")],
     task: TaskOption = None,
     csv: Annotated[
-        Path | None, typer.Option(help="Also the curves as a table, one point a line, for a plot.", callback=writable)
+        Path | None, typer.Option(help="Also the curves as a table, one point a line, for a plot.", callback=writable_file)
     ] = None,
     output: OutputOption = Path("sensitivity.json"),
     json: JsonOption = False,

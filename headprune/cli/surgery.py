@@ -12,7 +12,7 @@ import typer
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
 from headprune.cli.completion import one_of
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, opened, opened_model
+from headprune.cli.inputs import JsonOption, ModelArgument, ModelOutputOption, StreamedOption, opened, opened_model, writable
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # commands import what they need when they run
 def prune_command(
     model: ModelArgument,
     plan: Annotated[Path, typer.Argument(help="plan.json from `headprune plan`.")],
-    output: OutputOption,
+    output: ModelOutputOption,
     task: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +78,7 @@ def export_command(
     to: Annotated[
         str, typer.Option(help="stock, onnx, gguf, vllm or nemotron-nas.", autocompletion=one_of(completion.export_targets))
     ],
-    output: OutputOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file or folder to write.", callback=writable)],
     option: Annotated[
         list[str] | None, typer.Option(help="Of the target: dtype=q8_0 for gguf, opset=20 for onnx; may be repeated.")
     ] = None,

@@ -13,6 +13,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from headprune.files import finite
+
 Result = TypeVar("Result")
 console = Console()
 progress_console = Console(stderr=True)
@@ -54,7 +56,7 @@ def with_bar(title: str, work: Callable[[Callable[[int, int], None]], Result]) -
 def show(as_json: bool, document: Any, *shown: RenderableType) -> None:
     """Prints `document` as one JSON document, or else what is to be shown of it."""
     if as_json:
-        console.print_json(data=document)
+        console.print_json(data=finite(document))
     for one in () if as_json else shown:
         # A path is neither markup nor to be broken.
         console.print(one, markup=not isinstance(one, str), soft_wrap=isinstance(one, str))

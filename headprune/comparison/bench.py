@@ -16,7 +16,7 @@ from headprune.comparison.method import Compressed, Method, Refused, Subject
 from headprune.comparison.record import ComparisonFolder
 from headprune.comparison.row import MethodRow
 from headprune.comparison.sizes import compact_bytes, file_bytes, nonzero_parameters, plain
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.evaluation import Interval, paired_bootstrap
 from headprune.evaluation.cost import model_flops
 from headprune.evaluation.evaluate import values_of
@@ -72,11 +72,13 @@ class Bench:
         log.info("comparing: %s", method.label)
         try:
             found = method.compress(self.subject)
-        except Refused as reason:
+        except (Refused, UnsupportedModel, InvalidInput) as reason:
             return replace(row, refused=str(reason))
         row = self.as_compressed(row, found)
         if self.steps and found.trainable:
             row = self.tuned(row, found, progress)
+            if row.tuned_steps is None:
+                return row  # not kept, to be tried again: what went wrong may be put right
         self.kept.add(row)
         return row
 
@@ -91,13 +93,16 @@ class Bench:
         )  # fmt: skip
 
     def tuned(self, row: MethodRow, found: Compressed, progress: Progress | None) -> MethodRow:
-        """After the fine-tune, which keeps the pattern of zeros; the sizes are those of before."""
+        """After the fine-tune, which keeps the pattern of zeros; the sizes are those of before. The note says where it
+        diverged."""
         teacher: dict[str, Any] = {} if found.teaches is None else {"teacher": self.subject.model, "distil": found.teaches}
         with held(found.model, found.masks):
             done = recover(
                 found.model, self.texts.train, loss_fn=self.task.loss, steps=self.steps, lr=self.lr, seed=self.seed, dropout=False,
                 output_dir=self.kept.tuning(row.method), progress=progress, **teacher,
             )  # fmt: skip
+        if done.diverged:
+            return replace(row, note="; ".join(filter(None, (row.note, f"the fine-tune failed: {done.stopped_because}"))))
         quality, difference = self.quality(found.model)
         return replace(
             row, tuned_quality=quality, tuned_difference=difference, tuned_loss=self.loss(found.model), tuned_steps=done.steps

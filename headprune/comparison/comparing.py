@@ -17,8 +17,11 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.tasks import Task
 from headprune.planning import Budget, PruningPlan
 from headprune.planning import plan as plan_by_scores
+from headprune.recovery.budget import TrainingBudget
+from headprune.recovery.methods import get_method
 from headprune.recovery.result import told_apart
-from headprune.scoring import score
+from headprune.scoring import get_criterion, score
+from headprune.scoring.batch_identity import data_identity
 from headprune.surgery import prune, search_plan
 
 
@@ -57,24 +60,28 @@ def compare_methods(
     UnsupportedModel where heads cannot be pruned. A method that cannot take the model has a row that says why.
     """
     chosen = chosen_methods(None if methods is None else ["dense", *methods])
-    if plan is None and not 0 < heads < 1:
+    get_criterion(criterion)
+    if plan is not None:
+        plan.check_fits(model)
+    elif not 0 < heads < 1:
         raise InvalidInput(f"heads is {heads}; expected the fraction of the query heads to remove, above 0 and below 1.")
     if steps < 0 or repeats < 0:
         raise InvalidInput(f"steps={steps}, repeats={repeats}: expected 0 or more.")
+    TrainingBudget.of(steps or None, None, None, get_method("full").lr if lr is None else lr, 1)
     texts = Texts.of(task)
     settings = {
-        "task": task.name, "heads": None if plan else heads, "plan": None if plan is None else dict(plan), "criterion": criterion,
-        "trials": trials, "feed_forward": feed_forward, "steps": steps, "lr": lr, "repeats": repeats, "seed": seed,
-        **told_apart(model),
+        "task": task.name, "data": [data_identity(list(part)) for part in (texts.train, texts.held_out, texts.calibration)],
+        "heads": None if plan else heads, "plan": None if plan is None else dict(plan), "criterion": criterion, "trials": trials,
+        "feed_forward": feed_forward, "steps": steps, "lr": lr, "repeats": repeats, "seed": seed, **told_apart(model),
     }  # fmt: skip
     kept = ComparisonFolder(folder, settings)
-    choose = lambda: plan or heads_plan(model, task, texts.calibration, heads, criterion, trials, seed)  # noqa: E731
-    plan = kept.plan(choose)
-    savings = prune(model, plan, dry_run=True).savings
+    chosen_plan = kept.earlier or plan or heads_plan(model, task, texts.calibration, heads, criterion, trials, seed)
+    savings = prune(model, chosen_plan, dry_run=True).savings
     removed = savings.parameters[0] - savings.parameters[1]
     if not removed:
         raise InvalidInput("the plan removes no parameter, so that there is nothing to compare; remove more heads.")
-    subject = Subject(model, task, plan, removed, texts.calibration, feed_forward)
+    kept.start(chosen_plan)
+    subject = Subject(model, task, chosen_plan, removed, texts.calibration, feed_forward)
     bench = Bench(subject, texts, steps, lr, repeats, seed, kept)
     rows = []
     for done, method in enumerate(chosen):

@@ -8,10 +8,9 @@ plan.json       the heads that stay
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,31 +19,29 @@ from headprune.comparison.row import MethodRow
 from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json
 from headprune.planning import PruningPlan
-from headprune.recovery.result import same_setting
+from headprune.settings import refuse_other_settings, write_settings
 
 log = logging.getLogger("headprune")
-SETTINGS, PLAN, KIND = "settings.json", "plan.json", "compared_method"
+WHAT, PLAN, KIND = "comparison", "plan.json", "compared_method"
 
 
 class ComparisonFolder:
     """Rows that are kept as they are measured. folder: None keeps nothing.
 
-    Raises InvalidInput where the folder holds something else.
+    Raises InvalidInput where the folder holds something else; nothing is written before `start`.
     """
 
     def __init__(self, folder: str | Path | None, settings: Mapping[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is not None:
-            self._take_up(self.folder, json.loads(json.dumps(settings)))
+        self.folder, self.settings = None if folder is None else Path(folder), settings
+        self.earlier: PruningPlan | None = None  # what an earlier try of the same comparison chose
+        if self.folder is not None and refuse_other_settings(self.folder, WHAT, settings):
+            log.info("taking up %s", self.folder)
+            self.earlier = PruningPlan.load(self.folder / PLAN) if (self.folder / PLAN).exists() else None
 
-    def plan(self, make: Callable[[], PruningPlan]) -> PruningPlan:
-        """The plan that an earlier try chose, else `make` chooses it now."""
-        if self.folder is not None and (self.folder / PLAN).exists():
-            return PruningPlan.load(self.folder / PLAN)
-        plan = make()
-        if self.folder is not None:
+    def start(self, plan: PruningPlan) -> None:
+        if self.folder is not None and self.earlier is None:
+            write_settings(self.folder, WHAT, self.settings)
             plan.save(self.folder / PLAN)
-        return plan
 
     def row(self, method: str) -> MethodRow | None:
         """What was measured of `method` before; None where it is still to be done."""
@@ -66,19 +63,3 @@ class ComparisonFolder:
     def tuning(self, method: str) -> Path | None:
         """Where the fine-tune of a method keeps what it needs to go on."""
         return None if self.folder is None else self.folder / method
-
-    def _take_up(self, folder: Path, settings: dict[str, Any]) -> None:
-        written = folder / SETTINGS
-        if not written.exists():
-            if folder.exists() and any(folder.iterdir()):
-                raise InvalidInput(f"{folder} is not empty and holds no comparison; give another folder.")
-            write_json(written, "comparison_settings", settings)
-            return
-        found = read_json(written, "comparison_settings")
-        other = sorted(name for name in settings if not same_setting(found.get(name), settings[name]))
-        if other:
-            raise InvalidInput(
-                f"{self.folder} holds a comparison with other settings ({', '.join(other)}: {found.get(other[0])!r} there, "
-                f"{settings[other[0]]!r} asked); give another folder, or remove that one."
-            )
-        log.info("taking up %s", self.folder)

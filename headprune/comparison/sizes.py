@@ -42,7 +42,7 @@ def compact_bytes(found: Compressed, in_file: int | None) -> int | None:
     weights: dict[str, Tensor] = {name: module.weight for name, module in modules.items()}
     dense = sum(weight.numel() * weight.element_size() for weight in weights.values())
     sparse = sum(math.ceil(found.stored_bits(found.masks[name], 8 * weight.element_size()) / 8) for name, weight in weights.items())
-    return in_file - dense + sparse
+    return min(in_file, in_file - dense + sparse)
 
 
 def bitmask_bits(mask: Tensor, bits: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput
+from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation.data import EvaluationData, Progress
 from headprune.evaluation.metric import Metric, mean
 
@@ -76,6 +76,8 @@ def refused_in_one_line(tasks: Sequence[Any]) -> Iterator[None]:
     """Turns what the harness raises for a task that it does not know, or whose data it cannot get, into InvalidInput."""
     try:
         yield
+    except HeadpruneError:
+        raise
     except (OSError, KeyError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InvalidInput(

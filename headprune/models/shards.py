@@ -72,10 +72,18 @@ class Shards(Mapping[str, Stored]):
 def read_stored(stored: Stored, pinned: bool = False) -> Tensor:
     """The tensor, on the CPU, in memory of its own; pinned: memory that a GPU copies from by itself."""
     raw = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
-    with stored.path.open("rb", buffering=0) as file:
+    with opened(stored.path) as file:
         file.seek(stored.start)
         fill(file, raw.numpy().data, stored.path)
     return raw.view(DTYPES[stored.dtype]).view(stored.shape)
+
+
+def opened(path: Path) -> io.FileIO:
+    """A weight file whose header was read before."""
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} cannot be read any more: {os.strerror(error.errno or 0)}.") from None
 
 
 def fill(file: io.RawIOBase, view: memoryview, path: Path) -> None:

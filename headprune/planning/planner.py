@@ -58,6 +58,8 @@ def plan(
     if multiple_of < 1:
         raise InvalidInput(f"multiple_of is {multiple_of}; give 1 or more.")
     refuse_conflicts(engine, scores, allocation, min_heads)
+    if sensitivity is not None and allocation != "optimal":
+        raise InvalidInput(f'sensitivity is given, which allocation="{allocation}" does not read; plan with allocation="optimal".')
     protected = protected_heads(scores, protect)
     for name in scores.unreached:
         protected[name] = set(range(scores.shapes[name].head_map.query_heads))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,13 @@ class Method:
     name: str
     lr: float
     prepare: Callable[..., AbstractContextManager[None]]
+
+    def refuse_unknown(self, options: Iterable[str]) -> None:
+        """InvalidInput for an option that it does not have."""
+        known = [name for name in signature(self.prepare).parameters if name != "model"]
+        for name in options:
+            if name not in known:
+                raise unknown_name(f"option of method={self.name}", name, known)
 
 
 _methods: dict[str, Method] = {}

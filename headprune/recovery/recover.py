@@ -18,10 +18,12 @@ from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
 from headprune.recovery.methods import get_method
 from headprune.recovery.objective import Objective
-from headprune.recovery.result import Recovery, keep_result, taken_up, told_apart
+from headprune.recovery.result import WHAT, Recovery, first_rank, keep_result, taken_up, told_apart
 from headprune.recovery.rewind import RateRewind, Source, rewind_weights
 from headprune.recovery.session import Session, as_it_was, own_random_state, trained
+from headprune.scoring.batch_identity import data_identity
 from headprune.scoring.observer import LossFunction
+from headprune.settings import described, write_settings
 
 
 def recover(
@@ -86,6 +88,7 @@ def recover(
     output_dir holds another recovery, or an argument is unknown.
     """
     chosen = get_method(method)
+    chosen.refuse_unknown(method_options or {})
     if isinstance(rewind, RateRewind):
         lr, steps, warmup = rewind if lr is None else lr, steps or (None if minutes else rewind.steps), warmup or 0
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
@@ -96,7 +99,9 @@ def recover(
     if rewind is not None and not isinstance(rewind, RateRewind):
         rewind_weights(model, rewind)
     settings = {
-        "method": method, **budget.to_json(), "seed": seed, "batches": batches, "teacher": teacher is not None,
+        "method": method, **budget.to_json(), "seed": seed, "train": data_identity(train), "eval": data_identity(eval),
+        "teacher": told_apart(teacher) if isinstance(teacher, nn.Module) else None if teacher is None else str(teacher),
+        "functions": [described(one) for one in (loss_fn, metric, token_mask, data_collator)],
         "distil": None if distil is None else distil.to_json(), "patience": patience, "dropout": dropout,
         "method_options": repr(sorted((method_options or {}).items())),
         "training_arguments": repr(sorted(training_arguments.items())), **told_apart(model),
@@ -117,6 +122,8 @@ def recover(
         stack.callback(model.to, place)
         stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), device)))
         with chosen.prepare(model, **(method_options or {})), objective.sharing(), session.checkpointing(model):
+            if folder is not None and first_rank():
+                write_settings(folder, WHAT, settings)
             result = trained(model, session)
     if not result.diverged:  # what went wrong may be put right, and then the training goes on
         keep_result(model, folder, result)

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput
+from headprune.errors import HeadpruneError
 from headprune.files import read_json, whole_file, write_json
+from headprune.settings import refuse_other_settings
 
 log = logging.getLogger("headprune")
-SETTINGS, RESULT, WEIGHTS, BEST = "settings.json", "recovery.json", "recovered.safetensors", "best.safetensors"
+WHAT, RESULT, WEIGHTS, BEST = "recovery", "recovery.json", "recovered.safetensors", "best.safetensors"
 
 WENT_BACK = "the weights are those of step"  # behind what was not finite
 
@@ -46,6 +47,12 @@ class Recovery:
         """Whether it ended because the loss or the quality was not finite."""
         return WENT_BACK in self.stopped_because
 
+    def refuse_diverged(self, lr: float | None) -> None:
+        """HeadpruneError where it diverged, for whoever does not go on from the last good state."""
+        if self.diverged:
+            now = "" if lr is None else f" (now {lr:g})"
+            raise HeadpruneError(f"{self.stopped_because}. Lower lr{now}, in another folder.")
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -60,24 +67,12 @@ class Recovery:
         return f"{self.steps} steps in {self.seconds:.0f} s{quality}; stopped: {self.stopped_because}"
 
 
-def taken_up(model: nn.Module, folder: Path | None, settings: dict[str, Any]) -> Recovery | None:
+def taken_up(model: nn.Module, folder: Path | None, settings: Mapping[str, Any]) -> Recovery | None:
     """The result of an earlier recovery that finished in `folder`, its weights loaded; None where there is still work to do.
 
-    Raises InvalidInput where the folder holds a recovery with other settings.
+    Raises InvalidInput where the folder holds a recovery with other settings, or something else.
     """
-    if folder is None:
-        return None
-    if (folder / SETTINGS).exists():
-        found = read_json(folder / SETTINGS, "recovery_settings")
-        for name, value in settings.items():
-            if not same_setting(found.get(name), value):
-                raise InvalidInput(
-                    f"{folder} holds another recovery: {name} is {found.get(name)!r} there and {value!r} here. "
-                    "Give another output_dir, or remove that folder."
-                )
-    else:
-        write_json(folder / SETTINGS, "recovery_settings", settings)
-    if not (folder / RESULT).exists():
+    if folder is None or not refuse_other_settings(folder, WHAT, settings) or not (folder / RESULT).exists():
         return None
     result = Recovery.from_json(read_json(folder / RESULT, "recovery"))
     load_model(model, folder / WEIGHTS, device="cpu")
@@ -104,10 +99,10 @@ def first_rank() -> bool:
 SAMPLES = 64  # entries of each tensor that tell one model from another
 
 
-def told_apart(model: nn.Module) -> dict[str, Any]:
-    """What tells `model` from others: names and shapes, and the norm of a few entries of each tensor. A run that goes on has made
-    its model again, to rounding."""
-    state = model.state_dict()
+def told_apart(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
+    """What tells `model`, or a state_dict, from others: names and shapes, and the norm of a few entries of each tensor. A run that
+    goes on has made its model again, to rounding."""
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     shapes = [(name, list(tensor.shape)) for name, tensor in state.items()]
     entries = [sampled(tensor).double().norm().item() for tensor in state.values() if tensor.is_floating_point()]
     return {"model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16], "weights": math.hypot(*entries)}
@@ -116,7 +111,3 @@ def told_apart(model: nn.Module) -> dict[str, Any]:
 def sampled(tensor: Tensor) -> Tensor:
     flat = tensor.detach().flatten()
     return flat[:: max(1, len(flat) // SAMPLES)]
-
-
-def same_setting(one: Any, other: Any) -> bool:
-    return math.isclose(one, other, rel_tol=1e-4) if isinstance(one, float) and isinstance(other, float) else one == other

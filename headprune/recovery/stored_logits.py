@@ -20,11 +20,14 @@ from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, write_json
 from headprune.recovery.distillation import Distillation, TopLogits, logits_of
 from headprune.recovery.features import Features, catching
+from headprune.recovery.result import told_apart
 from headprune.recovery.teacher import run
 from headprune.scoring.batch_identity import digest
 from headprune.scoring.observer import LossFunction
+from headprune.scoring.passes import in_eval_mode
+from headprune.settings import refuse_other_settings, write_settings
 
-FILE, KIND = "teacher.json", "stored_logits"
+WHAT, FILE, KIND = "folder of logits", "teacher.json", "stored_logits"
 
 
 @torch.no_grad()
@@ -43,41 +46,42 @@ def store_logits(
     The classes below them count as one in the loss, so it is exact where `top` is all of them. A pass that was killed goes
     on: what is there stays. Stored are int32 indices and fp32 log softmax(logits / temperature), 8 bytes a class.
 
-    Raises InvalidInput where `folder` holds logits of another teacher setting, where the model has no logits.
+    Raises InvalidInput where `folder` holds logits of another teacher or setting, where the model has no logits or loss_fn does not
+    call it.
     """
     folder = Path(folder)
-    setting = {"top": top, "temperature": temperature}
-    if (folder / FILE).exists():
-        found = read_json(folder / FILE, KIND)
-        if {name: found.get(name) for name in setting} != setting:
-            raise InvalidInput(f"{folder} holds logits with {found.get('top')} classes at temperature {found.get('temperature')}.")
-    training = teacher.training
-    teacher.eval()
-    try:
+    setting = {"top": top, "temperature": temperature, **told_apart(teacher)}
+    known = refuse_other_settings(folder, WHAT, setting)
+    with in_eval_mode(teacher):
         for done, batch in enumerate(batches, 1):
             path = folder / f"{digest(batch)}.safetensors"
-            if not path.exists():
-                classes = write_batch(teacher, batch, path, top, temperature, loss_fn)
-                write_json(folder / FILE, KIND, {**setting, "classes": classes})
+            if not path.exists() or not (folder / FILE).exists():
+                tensors, classes = likeliest(teacher, batch, top, temperature, loss_fn)
+                if not known:
+                    write_settings(folder, WHAT, setting)
+                    known = True
+                with whole_file(path) as draft:
+                    save_file(tensors, draft)
+                write_json(folder / FILE, KIND, {"top": top, "temperature": temperature, "classes": classes})
             if progress:
                 progress(done)
-    finally:
-        teacher.train(training)
     return folder
 
 
-def write_batch(teacher: nn.Module, batch: Any, path: Path, top: int, temperature: float, loss_fn: LossFunction | None) -> int:
-    """Number of classes."""
+def likeliest(
+    teacher: nn.Module, batch: Any, top: int, temperature: float, loss_fn: LossFunction | None
+) -> tuple[dict[str, Tensor], int]:
+    """What is stored of a batch, and the number of classes."""
     with catching(teacher, (), {}) as found:
         run(teacher, batch, loss_fn)
+    if not found.outputs:
+        raise InvalidInput("loss_fn does not call the model itself, so that there are no logits to store; call model(...) in it.")
     tensors: dict[str, Tensor] = {}
     for call, output in enumerate(found.outputs):
         logits = logits_of(output)
         values, indices = F.log_softmax(logits.float() / temperature, dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
         tensors |= {f"{call}/log_probabilities": values.cpu().contiguous(), f"{call}/indices": indices.int().cpu().contiguous()}
-    with whole_file(path) as draft:
-        save_file(tensors, draft)
-    return logits.shape[-1]
+    return tensors, logits.shape[-1]
 
 
 class StoredLogits:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from headprune.files import SCHEMA_VERSION
+from headprune.files import SCHEMA_VERSION, finite
 from headprune.planning import PruningPlan
 from headprune.report.budget_steps import BudgetSteps, Keep, budget_steps
 from headprune.report.run_folder import RunFolder
@@ -186,12 +186,3 @@ def plan_document(run: RunFolder) -> Json:
         for site in document["sites"].values():
             site.pop("scores", None), site.pop("spread", None)
     return document
-
-
-def finite(value: Any) -> Any:
-    """`value` with null for every NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -52,7 +53,7 @@ class Stages:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         plain = not (self.console.is_terminal or self.console.is_jupyter)  # a file gets the line below alone
         with Progress(*columns, console=self.console, transient=True, disable=plain) as bars, process_peak() as peak:
-            bar = bars.add_task(title, total=None)
+            bar = bars.add_task(escape(title), total=None)
             yield lambda done, total: bars.update(bar, completed=done, total=total)
         self.done.append(Stage(title, time.perf_counter() - started, *peak()))
-        self.console.print(f"[green]✓[/] {title} [dim]{self.done[-1].seconds:.1f} s[/]")
+        self.console.print(f"[green]✓[/] {escape(title)} [dim]{self.done[-1].seconds:.1f} s[/]")

@@ -10,6 +10,7 @@ from torch import nn
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.planning import Budget
+from headprune.recovery.result import told_apart
 from headprune.recovery.rewind import Source
 from headprune.schedules.composition import composed, whole
 from headprune.schedules.fresh_weights import Initialise, with_fresh_weights
@@ -104,9 +105,9 @@ def check_rewind(recover: Recover | None, rewind: str, rewind_step: int, early: 
             )
 
 
-def named(early: Source | None) -> str | None:
+def named(early: Source | None) -> Any:
     """What the settings say of it."""
-    return early if early is None else str(early) if isinstance(early, (str, Path)) else type(early).__name__
+    return None if early is None else str(early) if isinstance(early, (str, Path)) else told_apart(early)
 
 
 def first_weights(setting: Setting, record: Record, rewind_step: int, early: Source | None) -> Callable[[], nn.Module]:

@@ -24,9 +24,10 @@ from headprune.schedules.gates.reach import column_norms
 from headprune.schedules.record import Record
 from headprune.schedules.result import ScheduleResult
 from headprune.schedules.schedule import failing, finished, measure_dense, schedule
-from headprune.schedules.setting import Setting, described
+from headprune.schedules.setting import Setting
 from headprune.schedules.step import Clock, described_step, measured, plan_of, pruned, recovered, summary
 from headprune.scoring import HeadScores
+from headprune.settings import described
 from headprune.surgery import fold_gates
 
 NAME = "pruning_aware"

@@ -8,7 +8,6 @@ step-003/        model.safetensors (the weights that are left) and plan.json (of
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
@@ -19,15 +18,15 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, whole_folder, write_json
 from headprune.planning import PruningPlan
 from headprune.schedules.composition import shapes_of
 from headprune.schedules.result import Step
+from headprune.settings import refuse_other_settings, write_settings
 from headprune.surgery.cut import cut
 
 log = logging.getLogger("headprune")
-WEIGHTS = "model.safetensors"
+WHAT, WEIGHTS = "schedule", "model.safetensors"
 
 
 class Record:
@@ -44,7 +43,7 @@ class Record:
         self.stopped: str | None = None
         self._state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         if self.folder is not None:
-            self._take_up(self.folder, {"schedule": schedule, **json.loads(json.dumps(settings))})
+            self._take_up(self.folder, {"schedule": schedule, **settings})
 
     @property
     def last(self) -> Step | None:
@@ -113,20 +112,9 @@ class Record:
             steps = [step.to_json() for step in self.steps]
             write_json(self.folder / "history.json", "schedule_history", {"stopped": self.stopped, "steps": steps})
 
-    def _take_up(self, folder: Path, settings: dict[str, Any]) -> None:
-        written = folder / "settings.json"
-        if not written.exists():
-            if folder.exists() and any(folder.iterdir()):
-                raise InvalidInput(f"{folder} is not empty and holds no schedule; give another folder.")
-            write_json(written, "schedule_settings", settings)
-            return
-        found = read_json(written, "schedule_settings")
-        other = sorted(name for name in settings if found.get(name) != settings[name])
-        if other:
-            raise InvalidInput(
-                f"{folder} holds a schedule with other settings ({', '.join(other)}: {found.get(other[0])!r} there, "
-                f"{settings[other[0]]!r} asked); give another folder, or remove that one."
-            )
+    def _take_up(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        if not refuse_other_settings(folder, WHAT, settings):
+            write_settings(folder, WHAT, settings)
         if (folder / "history.json").exists():
             document = read_json(folder / "history.json", "schedule_history")
             self.steps, self.stopped = [Step.from_json(step) for step in document["steps"]], document["stopped"]

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from headprune.errors import HeadpruneError
 from headprune.recovery import Recovery, recover
 
 Progress = Callable[[int, int], None]
@@ -61,7 +60,5 @@ class RecoverySettings:
             progress=round.progress,
             **self.options,
         )
-        if found.diverged:
-            now = "" if self.lr is None else f" (now {self.lr:g})"
-            raise HeadpruneError(f"{found.stopped_because}. Lower lr{now}, in another folder.")
+        found.refuse_diverged(self.lr)
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from headprune.schedules.composition import shapes_of
 from headprune.schedules.quality import has_loss, mean_loss, refuse_not_finite
 from headprune.schedules.recovering import Recover
 from headprune.scoring import HeadScores, get_criterion
-from headprune.scoring.batch_identity import checksum
+from headprune.scoring.batch_identity import data_identity
 from headprune.scoring.observer import LossFunction
 from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
+from headprune.settings import described
 
 ShowProgress = Callable[[str, int, int], None]
 OWN_PLANNING = ("scores", "budget", "sensitivity")  # arguments of hp.plan that a schedule gives, or that fit one model only
@@ -110,24 +111,12 @@ class Setting:
         content = {name: described(getattr(self, name)) for name in plain}
         shapes = {name: str(shape.head_map) for name, shape in shapes_of(self.dense).items()}
         model = {**told_apart(self.dense), "sites": shapes}
-        return {"budget": self.budget.to_json(), "model": model, "batches": [checksum(batch) for batch in self.batches], **content}
+        data = {"batches": data_identity(self.batches), "train": data_identity(self.train)}
+        return {"budget": self.budget.to_json(), "model": model, **data, **content}
 
 
 OPTIONS = [entry.name for entry in fields(Setting) if entry.name not in ("dense", "batches", "budget", "planning")]
 PLANNING = [name for name in inspect.signature(plan).parameters if name not in OWN_PLANNING]
-
-
-def described(value: Any) -> Any:
-    """`value` as JSON."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__, **described(asdict(value))}
-    if isinstance(value, Mapping):
-        return {str(key): described(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset, range)):
-        return [described(item) for item in value]
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def check_limit(setting: Setting, max_drop: float | None) -> None:

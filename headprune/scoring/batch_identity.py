@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy
@@ -15,7 +16,7 @@ from headprune.errors import InvalidInput
 
 
 def checksum(batch: Any) -> int:
-    """CRC-32 of a batch; of objects that are neither tensors, numbers, text nor containers only their type counts."""
+    """CRC-32 of a batch; of objects that are neither tensors, numbers, text, dataclasses nor containers only their type counts."""
     found = 0
     for part in content(batch, lambda value: type(value).__name__.encode()):
         found = zlib.crc32(part, found)
@@ -30,9 +31,20 @@ def digest(batch: Any) -> str:
     return found.hexdigest()[:32]
 
 
+def data_identity(data: Any) -> str | None:
+    """What tells training data from others: the content of a list or tuple of batches; of anything else its type and, where it
+    knows it, its length."""
+    if data is None:
+        return None
+    if isinstance(data, (list, tuple)):
+        return f"{len(data)} batches {hashlib.sha256(repr([checksum(batch) for batch in data]).encode()).hexdigest()[:16]}"
+    return f"{type(data).__qualname__} of {len(data) if hasattr(data, '__len__') else 'unknown'} batches"
+
+
 def content(value: Any, of_others: Callable[[Any], bytes]) -> Iterator[bytes | memoryview]:
-    """Tensors and arrays by dtype, shape and bytes, containers by what they hold (mappings in the order of their keys), numbers and
-    text as they are, and what `of_others` gives of anything else."""
+    """Tensors and arrays by dtype, shape and bytes, containers by their length and what they hold (mappings in the order of their
+    keys), dataclasses as mappings, numbers and text as they are, and what `of_others` gives of anything else. No two contents
+    give the same bytes: each part says where it ends."""
     if isinstance(value, numpy.ndarray) and value.dtype != object:
         yield f"{value.dtype}{value.shape}".encode()
         yield numpy.ascontiguousarray(value).tobytes()
@@ -41,20 +53,32 @@ def content(value: Any, of_others: Callable[[Any], bytes]) -> Iterator[bytes | m
         if value.numel():
             yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
     elif isinstance(value, Mapping):
+        yield f"mapping{len(value)}:".encode()
         for key in sorted(value, key=repr):
-            yield repr(key).encode()
+            yield plain(key)
             yield from content(value[key], of_others)
     elif isinstance(value, (list, tuple)):
+        yield f"sequence{len(value)}:".encode()
         for item in value:
             yield from content(item, of_others)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield plain(type(value).__name__)
+        yield from content({field.name: getattr(value, field.name) for field in fields(value)}, of_others)
+    elif isinstance(value, numpy.generic):
+        yield from content(numpy.asarray(value), of_others)
     elif value is None or isinstance(value, (str, bytes, bool, int, float)):
-        yield repr(value).encode()
+        yield plain(value)
     else:
         yield of_others(value)
 
 
+def plain(value: Any) -> bytes:
+    shown = repr(value).encode()
+    return f"{len(shown)}:".encode() + shown
+
+
 def refused(value: Any) -> bytes:
     raise InvalidInput(
-        f"a batch holds a {type(value).__name__}; expected tensors, arrays, numbers, text and containers of them, by which it is "
-        "known again."
+        f"a batch holds a {type(value).__name__}; expected tensors, arrays, numbers, text, and containers or dataclasses of "
+        "them, by which it is known again."
     )

@@ -51,6 +51,17 @@ class LayerStates:
         return self.folder / kind / f"{layer:05d}" / f"{batch:06d}.safetensors"
 
 
+def take_over(folder: Path, kind: str, content: dict[str, Any]) -> None:
+    """Makes `folder` that of the run that `content` describes: what lies there under the same claim stays, but for what was only
+    half written; anything else is thrown away, also what has no claim (half thrown away itself)."""
+    if (folder / CLAIM).exists() and claim(folder, kind, content) is None:
+        for half_written in (path for path in folder.rglob(".*") if path.is_file()):
+            half_written.unlink()
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    claim(folder, kind, content)
+
+
 def claim(folder: Path, kind: str, content: dict[str, Any]) -> str | None:
     """Marks `folder` as that of the run that `content` describes (plain JSON values). Where another run of this kind lies there,
     the first key in which it differs."""

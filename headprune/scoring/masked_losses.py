@@ -24,7 +24,7 @@ from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 from headprune.scoring.folding import batch_size, fold
-from headprune.scoring.observer import LossFunction
+from headprune.scoring.observer import LossFunction, checked_losses
 from headprune.scoring.passes import frozen, in_eval_mode
 from headprune.scoring.replay import recording
 from headprune.scoring.run_structure import RunStructure, folded_pass, run_structure
@@ -164,11 +164,7 @@ class MaskedLosses:
         with ExitStack() as stack:
             if found is not None:
                 stack.enter_context(replaced_forward(self.model, noting))
-            losses = self.loss_fn(self.model, batch)
-        if not isinstance(losses, Tensor) or losses.dim() > 1:
-            shown = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise InvalidInput(f"loss_fn gave {shown}; expected per-sample losses [n] or their mean.")
-        return losses
+            return checked_losses(self.loss_fn(self.model, batch))
 
     def losses_of(self, output: Any, batch: Any) -> Tensor:
         """The sample losses where the model's call gives `output`."""

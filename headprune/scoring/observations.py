@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headprune.errors import InvalidInput, unknown_name
-from headprune.files import SCHEMA_VERSION, clear_disk_errors
+from headprune.files import SCHEMA_VERSION, whole_file
 from headprune.scoring.site_shape import SiteShape
 
 
@@ -205,7 +205,6 @@ class Observations(Mapping[str, SiteObservations]):
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, through a temporary name."""
-        path = Path(path)
         tensors = {
             f"{name}/{field}": getattr(site, field).contiguous()
             for name, site in self.items()
@@ -219,14 +218,8 @@ class Observations(Mapping[str, SiteObservations]):
             "sites": json.dumps(shapes),
             "seen": json.dumps(self.seen),
         }
-        draft = path.with_name(f".{path.name}.part")
-        with clear_disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(tensors, draft, metadata)
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
+        with whole_file(path) as draft:
+            save_file(tensors, draft, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Observations:

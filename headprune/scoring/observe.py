@@ -133,7 +133,7 @@ def run_pass(
     """Runs every batch that `earlier` does not hold, each once for all observers; gives the checksums of those batches."""
     if all(observer.runs == "nothing" for observer in observers):
         return ()
-    held, seen, keys, saved = earlier.seen if earlier else (), [], None, time.monotonic()
+    held, seen, keys, saved, count = earlier.seen if earlier else (), [], None, time.monotonic(), 0
     backward = any(observer.runs == "backward" for observer in observers)
     with in_eval_mode(setting.model), ExitStack() as stack, torch.set_grad_enabled(backward):
         if backward:
@@ -141,7 +141,7 @@ def run_pass(
         for observer in observers:
             stack.enter_context(observer.watching_pass())
         for index, batch in enumerate(batches):
-            keys = same_keys(keys, batch, index)
+            keys, count = same_keys(keys, batch, index), index + 1
             if index < len(held):
                 refuse_other_data(held[index], batch, index, checkpoint)
             else:
@@ -151,9 +151,13 @@ def run_pass(
                     together(earlier, snapshot(setting, observers, seen)).save(checkpoint)
                     saved = time.monotonic()
             if progress:
-                progress(index + 1)
+                progress(count)
     if keys is None:
         raise InvalidInput("the calibration set is empty; a criterion that runs the model needs at least one batch.")
+    if count < len(held):
+        raise InvalidInput(
+            f"{checkpoint} holds {len(held)} batches and {count} were given; give the same ones again, or remove that file."
+        )
     return tuple(seen)
 
 

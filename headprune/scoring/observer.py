@@ -35,7 +35,7 @@ class Setting:
     def loss(self, batch: Any) -> Tensor:
         """The loss of `batch`: per sample [n] where loss_fn gives that, else the mean. Raises InvalidInput where there is none."""
         if self.loss_fn:
-            return self.loss_fn(self.model, batch)
+            return checked_losses(self.loss_fn(self.model, batch))
         if not isinstance(batch, dict):
             raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give loss_fn.")
         loss: Tensor | None = getattr(self.model(**batch), "loss", None)
@@ -45,10 +45,20 @@ class Setting:
 
     def run(self, batch: Any) -> None:
         """A forward pass whose result nobody needs: without loss_fn a batch needs no labels."""
-        if self.loss_fn is None and isinstance(batch, dict):
+        if self.loss_fn is not None:
+            self.loss_fn(self.model, batch)
+        elif isinstance(batch, dict):
             self.model(**batch)
         else:
             self.loss(batch)
+
+
+def checked_losses(found: Any) -> Tensor:
+    """What a loss_fn gave; InvalidInput unless it is per-sample losses or their mean."""
+    if isinstance(found, Tensor) and found.dim() <= 1:
+        return found
+    shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    raise InvalidInput(f"loss_fn gave {shown}; expected per-sample losses [n] or their mean.")
 
 
 class Observer:

@@ -26,9 +26,10 @@ REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, Attribute
 
 @dataclass(frozen=True)
 class RunStructure:
-    """arguments, output: batch dimensions of the model's call. dims: those of each call's result, None where it cannot be
-    stored. gate_dim: site -> batch dimension of its output projection's input, in the order in which sites are reached.
-    plans: site -> how to replay up to its gates; empty where a pass cannot start again there. depth: the order of calls."""
+    """form: the tree of the model's arguments. calls: of its modules, in the order of entry. arguments, output: batch dimensions of
+    the model's call. dims: those of each call's result, None where it cannot be stored. gate_dim: site -> batch dimension of its
+    output projection's input, in the order in which sites are reached. plans: site -> how to replay up to its gates; empty where a
+    pass cannot start again there."""
 
     form: TreeSpec
     arguments: Dims

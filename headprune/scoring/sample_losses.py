@@ -61,7 +61,7 @@ def recognised(output: Any, batch: Mapping[str, Any], loss: Tensor, model: str, 
     distances: dict[str, float] = {}
     for name, form in FORMS.items():
         found = form(output, batch)
-        if found is not None:
+        if found is not None and found[1].any():
             losses, counts = (part.detach().double() for part in found)
             distances[name] = abs(float((losses * counts).nansum() / counts.sum()) - expected)
     fits = known is not None and distances.get(known, math.inf) <= allowed

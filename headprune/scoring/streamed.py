@@ -85,6 +85,7 @@ class StreamedPass:
         self.runs_forward = bool(self.backward_needs) or any(observer_of(need).runs == "forward" for need in wanted)
         self.states = LayerStates(folder)
         self.entries: list[Entry] = []
+        self.furthest = 0  # the last layer that the states of all batches have come to
         self.done = 0
         with_heads = {site.name for site in setting.sites}
         self.sites = [tuple(site for site in inside if site.name in with_heads) for inside in self.trunk.sites]
@@ -99,6 +100,8 @@ class StreamedPass:
 
     def _measured(self) -> dict[str, Any]:
         if self.runs_forward:
+            layers = range(len(self.trunk.layers) + 1)
+            self.furthest = max((layer for layer in layers if self._there(layer)), default=0)
             self._enter()
         forward = [self._forward(layer) for layer in range(len(self.trunk.layers))]
         if not self.backward_needs:
@@ -114,7 +117,7 @@ class StreamedPass:
         with self.streamed.holding(None), self.streamed.holding(0), torch.no_grad():
             for index, batch in enumerate(self.batches):
                 entry = enter(self.trunk, partial(self.setting.run, batch))
-                if not self.states.has("states", 0, index):
+                if not self.furthest and not self.states.has("states", 0, index):
                     self.states.put("states", 0, index, entry.states)
                 self.entries.append(replace(entry, states=entry.states.new_empty(0)))
 
@@ -122,8 +125,7 @@ class StreamedPass:
         """All batches through `layer`, seen by the observers of the forward pass."""
         sites, last = self.sites[layer], layer == len(self.trunk.layers) - 1
         saved = self._saved("forward", layer)
-        behind = all(self.states.has("states", layer + 1, index) for index in range(len(self.batches)))
-        if saved is not None and (behind or not self.runs_forward):
+        if saved is not None and (layer < self.furthest or not self.runs_forward):
             return self._passed(saved)
         with self.streamed.holding(layer, *(() if last else (layer + 1,))):
             observers = self._observers(sites, self.forward_needs)
@@ -174,6 +176,10 @@ class StreamedPass:
             found = self._save("backward", layer, self._snapshot(layer, observers))
         self.states.drop("gradients", layer + 1)
         return self._passed(found)
+
+    def _there(self, layer: int) -> bool:
+        """Whether the states in front of `layer` are kept for all batches."""
+        return all(self.states.has("states", layer, index) for index in range(len(self.batches)))
 
     def _run(self, layer: int, index: int) -> Tensor:
         states = self.states.get("states", layer, index).to(self.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
-from headprune.files import whole_folder
+from headprune.files import refuse_foreign, whole_folder
 from headprune.head_map import HeadMap
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
@@ -34,7 +34,7 @@ def save(
     source: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Path:
-    """Writes `model` to `folder`: all of it or nothing; what stood there is replaced at the end.
+    """Writes `model` to `folder`: all of it or nothing; a model that stood there is replaced at the end.
 
     A transformers model becomes a folder for `load` and for `AutoModel*.from_pretrained(folder, trust_remote_code=True)`; any
     other module becomes its weights and head maps, for `load(folder, model=the unpruned module)`.
@@ -44,7 +44,8 @@ def save(
             copied from `source`, by default the local folder that the model was loaded from.
         options: as for `save_pretrained` (max_shard_size, ...).
 
-    Raises UnsupportedModel where adapters are attached or weights are quantised, HeadpruneError where the disk refuses.
+    Raises UnsupportedModel where adapters are attached or weights are quantised, InvalidInput where `folder` holds other things
+    than a model, HeadpruneError where the disk refuses.
     """
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
@@ -58,7 +59,7 @@ def save(
             f"{quantised} holds {type(model.get_parameter(quantised)).__name__} weights, quantised or spread over devices, which "
             "are not saved. Save the model before quantising it, and quantise what load gives: the rounding needs no data."
         )
-    folder = Path(folder)
+    folder = refuse_foreign(folder)
     origin = Path(source if source is not None else getattr(model, "name_or_path", "") or os.devnull)
     with whole_folder(folder) as draft:
         if isinstance(model, PreTrainedModel):

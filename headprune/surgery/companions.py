@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from headprune.files import whole_file
+
 FILES = (
     "added_tokens.json", "chat_template.*", "config_sentence_transformers.json", "feature_extractor_config.json", "*.spm",
     "generation_config.json", "merges.txt", "modules.json", "normalizer.json", "preprocessor_config.json", "processor_config.json",
@@ -21,7 +23,7 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
             name = path.relative_to(source)
             target = folder / name
             if path.is_file() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+                with whole_file(target) as draft:
+                    shutil.copyfile(path, draft)
                 copied.append(str(name))
     return copied

@@ -15,7 +15,7 @@ from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.passes import in_eval_mode
-from headprune.surgery.compensate import Passes, Target, is_held_out, resolve, sample_weights
+from headprune.surgery.compensate import Passes, Target, is_held_out, resolve, sample_weights, sums_for
 from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.parts import Weights
 from headprune.surgery.walk import Walk
@@ -39,7 +39,7 @@ class CompensatedError:
 
     The distance is of the model's output: mean KL divergence of its logits, or the relative squared error of its first output
     (states, embeddings); over tokens that count, each sample alike. Each fifth batch (of fewer the last) is held out; layers are
-    re-solved on the others, as `resolve_outputs` does it. Plans with the same heads in their first layers share what is run there.
+    re-solved as `resolve_outputs` does it. Plans with the same heads in their first layers share what is run there.
     Keeps what the dense model has at every site in memory, so give it few batches. Use it inside `own_attention(model)`.
     """
 
@@ -60,7 +60,6 @@ class CompensatedError:
             self.passes = Passes.of(model, sites, batches, forward, token_mask)
             count = len(self.passes.batches)
             self._held_out = {index for index in range(count) if is_held_out(index)} or {count - 1}
-            self._train = set(range(count)) - self._held_out or {0}
             self._targets, self._outputs = self._dense()
 
     def __call__(self, plans: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
@@ -102,9 +101,8 @@ class CompensatedError:
                 inputs, stream = walk.to(site, passes.streams.get(site.name))
             valid = passes.valid(site, index, inputs)
             missing = self._targets[at][index].missing(stream)[valid]
-            for equations, chosen in ((train, self._train), (held_out, self._held_out)):
-                if index in chosen:
-                    equations.add(inputs[valid], missing, sample_weights(valid))
+            for equations in sums_for(index, count, train, held_out):
+                equations.add(inputs[valid], missing, sample_weights(valid))
         return Stand(walks, train, held_out, solved)
 
     def _solved(self, site: AttentionSite, kept: Mapping[str, Heads], stand: Stand) -> Weights:

@@ -42,7 +42,12 @@ class CheckedCut:
 
 @on_own_attention
 def cut(
-    model: nn.Module, keep: Mapping[str, Sequence[int]], *, verify: bool = True, run: Callable[[nn.Module], Any] | None = None
+    model: nn.Module,
+    keep: Mapping[str, Sequence[int]],
+    *,
+    verify: bool = True,
+    run: Callable[[nn.Module], Any] | None = None,
+    proven: bool = False,
 ) -> None:
     """Removes all query heads but those in `keep` (site name -> heads; sites left out keep all), in place.
 
@@ -54,15 +59,21 @@ def cut(
     Args:
         verify: first try each cut on a small input and compare with gating (headprune.surgery.rehearse).
         run: one forward pass of the model for that; default a few random tokens or pixels, where the model takes such.
+        proven: this cut of this kind of model was tried before (a saved folder): nothing is tried, of unknown attentions either.
 
     Raises InvalidPlan where nothing would be left, UnsupportedModel where an attention cannot be cut exactly; the model is
     untouched then.
     """
-    carry_out(model, checked_cut(model, keep, verify=verify, run=run))
+    carry_out(model, checked_cut(model, keep, verify=verify, run=run, proven=proven))
 
 
 def checked_cut(
-    model: nn.Module, keep: Mapping[str, Sequence[int]], *, verify: bool = True, run: Callable[[nn.Module], Any] | None = None
+    model: nn.Module,
+    keep: Mapping[str, Sequence[int]],
+    *,
+    verify: bool = True,
+    run: Callable[[nn.Module], Any] | None = None,
+    proven: bool = False,
 ) -> CheckedCut:
     """All that can go wrong with a cut, found before anything is changed. Arguments and errors: see `cut`."""
     sites = {site.name: site for site in attention_sites(model)}
@@ -74,7 +85,8 @@ def checked_cut(
     check_owned_alone(model, [sites[name] for name in changed])
     if checked.ragged:
         check_dispatches(model)
-    rehearse(model, [(sites[name], heads) for name, heads in changed.items()], cut_site, run, verify)
+    if not proven:
+        rehearse(model, [(sites[name], heads) for name, heads in changed.items()], cut_site, run, verify)
     return checked
 
 

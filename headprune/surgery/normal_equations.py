@@ -152,14 +152,16 @@ def least_squares(equations: NormalEquations, layer: Layer, settings: Sequence[f
 @solver("mask_tuning", unknowns=lambda layer: layer.heads, settings=(1.0,))
 def mask_tuning(equations: NormalEquations, layer: Layer, settings: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
     """One factor for each head, merged into its weights (Kwon et al. 2022, 4.3): damping 1, none taken outside [-10, 10]."""
+    if not layer.heads:
+        return
     weight = layer.weight.double().cpu().T  # [inputs, outputs]
     inputs = len(weight)
-    owner = torch.arange(inputs) // max(inputs // max(layer.heads, 1), 1)
+    owner = torch.arange(inputs) // max(inputs // layer.heads, 1)
     pick = torch.nn.functional.one_hot(owner, layer.heads).double()  # [inputs, heads]
     gram = pick.T @ (equations.gram[:inputs, :inputs] * (weight @ weight.T)) @ pick
     pull = pick.T @ (equations.cross[:inputs] * weight).sum(dim=1)
     factors = torch.linalg.solve(gram + torch.eye(layer.heads, dtype=torch.float64), pull)
-    if layer.heads and float(factors.abs().max()) <= 9.0:
+    if float(factors.abs().max()) <= 9.0:
         change = torch.zeros_like(equations.cross)
         change[:inputs] = (pick @ factors)[:, None] * weight
         yield 1.0, change

@@ -51,7 +51,7 @@ def load_plain(folder: Path, model: nn.Module, *, verify: bool = True) -> nn.Mod
                 f"{head_maps.get(name, 'no such attention')}. Give the unpruned {document.get('class_name')}."
             )
     if kept:
-        cut(model, kept)
+        cut(model, kept, proven=True)
     try:
         load_model(model, str(folder / WEIGHTS), device="cpu")
     except (RuntimeError, SafetensorError, OSError, InvalidInput) as error:

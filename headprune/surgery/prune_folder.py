@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
-from headprune.files import clear_disk_errors, read_json, replace_folder, write_json, write_text
+from headprune.files import clear_disk_errors, read_json, refuse_foreign, replace_folder, write_json, write_text
 from headprune.models import attention_sites, gated
 from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
 from headprune.models.site import AttentionSite
@@ -24,7 +24,7 @@ from headprune.models.streamed import reader_of
 from headprune.models.tiny_inputs import tiny_inputs
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.scoring.batch_identity import checksum
-from headprune.scoring.layer_states import CLAIM, claim
+from headprune.scoring.layer_states import CLAIM, take_over
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.compensate import Resolved
@@ -61,10 +61,11 @@ def prune_folder(
 ) -> PruneReport:
     """Writes the model of `source` without the heads that `plan` lets go to `target`, a folder as `hp.save` writes it.
 
-    Weight files are written one by one; a killed run keeps those whose digests were recorded, all but the last. Peak memory: the
-    projections of the attentions of one or two layers. With `calibration` the output projections are re-solved first, layer by
-    layer (`headprune.surgery.streamed_compensation`); that holds two layers, and a killed run goes on behind the last whole layer.
-    Half-done work lies in hidden folders beside `target`.
+    Weight files are written one by one; a killed run keeps those whose digests were recorded, all but the last. They are not forced
+    to the disk: where the machine itself goes down soon after, `hp.load` says which are off. Peak memory: the projections of the
+    attentions of one or two layers. With `calibration` the output projections are re-solved first, layer by layer
+    (`headprune.surgery.streamed_compensation`); that holds two layers, and a killed run goes on behind the last whole layer. Half-
+    done work lies in hidden folders beside `target`.
 
     Args:
         device: where the layers run, for compensation and the check.
@@ -76,9 +77,9 @@ def prune_folder(
     UnsupportedModel where the weights of an attention lie in the files in another form than in memory. `source` is only read,
     and `target` appears when it is complete.
     """
-    source, target = Path(source), Path(target)
-    if target.exists() and (not target.is_dir() or target.resolve() == source.resolve()):
-        raise InvalidInput(f"{target} is {'the source itself' if target.is_dir() else 'a file'}; give another folder to write to.")
+    source, target = Path(source), refuse_foreign(target)
+    if source.resolve().is_relative_to(target.resolve()):
+        raise InvalidInput(f"{target} {'holds' if source.resolve() != target.resolve() else 'is'} the source; give another folder.")
     get_solver(compensation)
     shards, model = open_shards(source), skeleton(source)
     plan.check_fits(model)
@@ -91,28 +92,27 @@ def prune_folder(
     cutting = Cutting(source, shards, kept, changed_shapes(before, model.state_dict()))
     steps = Steps(progress, len(shards.files))
     draft, work = (target.with_name(f".{target.name}.{name}") for name in ("part", "work"))
+    batches = None if calibration is None else list(calibration)
+    resolved: list[Resolved] = []
+    if batches is not None and kept:
+        resolved, cutting.solved = resolve_streamed(
+            reader_of(open_streamed(source, device=device)),
+            plan,
+            batches,
+            work,
+            forward=forward,
+            token_mask=token_mask,
+            method=compensation,
+            feed_forward=feed_forward,
+            progress=steps.layers,
+        )
     with clear_disk_errors(target):
-        resolved: list[Resolved] = []
-        batches = None if calibration is None else list(calibration)
-        if batches is not None and kept:
-            streamed = reader_of(open_streamed(source, device=device))
-            resolved, solved = resolve_streamed(
-                streamed,
-                plan,
-                batches,
-                work,
-                forward=forward,
-                token_mask=token_mask,
-                method=compensation,
-                feed_forward=feed_forward,
-                progress=steps.layers,
-            )
-            cutting.solved = solved
         take_up(draft, shards, plan, None if batches is None else (compensation, feed_forward, batches))
         digests = write_shards(draft, cutting, steps)
         finish(draft, cutting, model, digests)
-        if verify:
-            check_folder(source, draft, kept, cutting.solved, device)
+    if verify:
+        check_folder(source, draft, kept, cutting.solved, device)
+    with clear_disk_errors(target):
         (draft / DIGESTS).unlink()
         (draft / CLAIM).unlink()  # last: a draft without it is nobody's
         replace_folder(draft, target)
@@ -207,10 +207,7 @@ def take_up(draft: Path, shards: Shards, plan: PruningPlan, compensated: tuple[s
         "files": shards.sizes(), "compensation": method, "feed_forward": feed_forward,
         "batches": [checksum(batch) for batch in batches],
     }  # fmt: skip
-    if (draft / CLAIM).exists() and claim(draft, DRAFT_KIND, now) is None:
-        return
-    shutil.rmtree(draft, ignore_errors=True)
-    claim(draft, DRAFT_KIND, now)
+    take_over(draft, DRAFT_KIND, now)
 
 
 def finish(draft: Path, cutting: Cutting, model: PreTrainedModel, digests: Mapping[str, str]) -> None:

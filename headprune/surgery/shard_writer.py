@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headprune.errors import CorruptCheckpoint, HeadpruneError
 from headprune.files import whole_file
-from headprune.models.shards import DTYPES, Stored
+from headprune.models.shards import DTYPES, Stored, opened
 
 CHUNK = 1 << 24
 ALIGNMENT = 8  # of the header, as the format asks
@@ -41,7 +41,7 @@ def write_shard(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str
     entries = list(entries)
     # "r+b": ext4 writes a file that was opened with truncation to the disk when it is closed.
     with whole_file(path, sync=False) as draft, draft.open("r+b", buffering=0) as file:
-        file.write(header(entries, metadata))
+        write_all(file, memoryview(header(entries, metadata)))
         for entry in entries:
             if isinstance(entry.content, Stored):
                 copy_range(entry.content, file.fileno())
@@ -77,7 +77,7 @@ def write_all(file: io.RawIOBase, view: memoryview) -> None:
 
 def copy_range(stored: Stored, target: int) -> None:
     """Appends the bytes of `stored` to the open file `target`, inside the kernel."""
-    with stored.path.open("rb", buffering=0) as source:
+    with opened(stored.path) as source:
         done = 0
         while done < stored.nbytes:
             copied = os.sendfile(target, source.fileno(), stored.start + done, min(CHUNK, stored.nbytes - done))

@@ -6,7 +6,6 @@ loses heads its output projection is solved from both; then the batches go on. E
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from headprune.models.streamed import StreamedModel
 from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.models.trunk import Entry, enter
 from headprune.scoring.batch_identity import checksum
-from headprune.scoring.layer_states import LayerStates, claim
+from headprune.scoring.layer_states import LayerStates, take_over
 from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.compensate import Reached, Resolved, Target, add_tokens, resolve, sums_for
 from headprune.surgery.normal_equations import NormalEquations, get_solver
@@ -63,9 +62,7 @@ def resolve_streamed(
         "keep": {name: list(heads) for name, heads in keep.items()}, "batches": [checksum(batch) for batch in batches],
         "method": method, "feed_forward": feed_forward, "folder": str(shards.folder.resolve()), "files": shards.sizes(),
     }  # fmt: skip
-    if claim(folder, WORK_KIND, now) is not None:
-        shutil.rmtree(folder)
-        claim(folder, WORK_KIND, now)
+    take_over(folder, WORK_KIND, now)
     forward = forward or (lambda model, batch: model(**batch))
     run = StreamedCompensation(streamed, keep, batches, LayerStates(folder), forward, token_mask, method, feed_forward)
     with in_eval_mode(streamed.model), torch.no_grad():
@@ -88,12 +85,14 @@ class StreamedCompensation:
 
     def resolved(self, folder: Path, progress: Callable[[int, int], None] | None) -> tuple[list[Resolved], dict[str, Stored]]:
         last = max(layer for layer, sites in enumerate(self.sites) if sites)
-        self._enter()
+        left = [layer for layer in range(last + 1) if not (folder / "solved" / f"{layer:05d}.json").exists()]
+        if left:
+            self._enter(first=0 in left)
         reports: list[Resolved] = []
         found: dict[str, Stored] = {}
         for layer in range(last + 1):
             document, weights = folder / "solved" / f"{layer:05d}.json", folder / "solved" / f"{layer:05d}.safetensors"
-            if not document.exists():
+            if layer in left:
                 ahead = () if layer == last else (layer + 1,)
                 with self.streamed.holding(layer, *ahead):
                     report, solved = self._layer(layer, go_on=layer < last)
@@ -108,11 +107,13 @@ class StreamedCompensation:
                 progress(layer + 1, last + 1)
         return reports, found
 
-    def _enter(self) -> None:
+    def _enter(self, first: bool) -> None:
+        """Every batch up to the first layer; first: whether that layer is still to be run."""
         with self.streamed.holding(None), self.streamed.holding(0):
             for index, batch in enumerate(self.batches):
                 entry = enter(self.trunk, partial(self.forward, self.streamed.model, batch))
-                self.states.put("dense", 0, index, entry.states)
+                if first:
+                    self.states.put("dense", 0, index, entry.states)
                 self.entries.append(replace(entry, states=entry.states.new_empty(0)))
 
     def _layer(self, layer: int, go_on: bool) -> tuple[list[Resolved], dict[str, Tensor]]:
@@ -130,8 +131,9 @@ class StreamedCompensation:
             reports.append(report)
         for index in range(len(self.batches)) if go_on else ():
             self.states.put("dense", layer + 1, index, self._run(layer, index, "dense"))
-            with weights_in_place(parts, solved), self._gates(sites):
-                self.states.put("pruned", layer + 1, index, self._run(layer, index, "pruned"))
+            if any(self.sites[: layer + 1]):  # before the first layer that loses heads both models are one
+                with weights_in_place(parts, solved), self._gates(sites):
+                    self.states.put("pruned", layer + 1, index, self._run(layer, index, "pruned"))
         names = {id(tensor): name for name, tensor in model.named_parameters()}
         changed: dict[str, Tensor] = {}
         for part in parts:
@@ -162,7 +164,6 @@ class StreamedCompensation:
         return Walk(self.trunk.layers[layer], lambda: self._run(layer, index, kind), "nothing").to(part, stream)
 
     def _run(self, layer: int, index: int, kind: str) -> Tensor:
-        # Up to the first layer that loses heads both models are one.
         there = kind if self.states.has(kind, layer, index) else "dense"
         states = self.states.get(there, layer, index).to(self.streamed.device)
         return self.trunk.run(layer, self.entries[index].calls[layer], states)

@@ -24,7 +24,7 @@ def test_compare_writes_the_table_and_keeps_the_rows(call, dense, tmp_path):
     assert "written to table.md" in out
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in rows[2:]] == ["| dense", "| heads, re-solved", "| weights"]
-    assert {path.name for path in (tmp_path / "table").iterdir()} >= {"dense.json", "heads.json", "unstructured.json"}
+    assert {path.name for path in (tmp_path / "table.rows").iterdir()} >= {"dense.json", "heads.json", "unstructured.json"}
     code, out, err = call(*arguments, "-o", "table.md", "--json")
     assert code == 0, err
     found = json.loads(out)

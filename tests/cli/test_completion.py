@@ -61,3 +61,7 @@ def test_the_script_for_the_shell_asks_headprune(call, monkeypatch):
     assert code == 0
     assert "_HEADPRUNE_COMPLETE=complete_bash" in out
     assert "complete -o default -F" in out
+
+
+def test_completing_behind_the_version_prints_no_version(offered):
+    assert offered("--version", "sens") == ["sensitivity"]

@@ -37,3 +37,17 @@ def test_two_budgets_and_unknown_methods_are_refused(call, folders):
     code, _, err = call("recover", "./pruned", "-o", "better", "--steps", "6", "--method", "lore")
     assert code == 2
     assert "Did you mean 'lora'" in only_error(err)
+
+
+def test_a_recovery_that_diverges_is_an_error_and_nothing_is_saved(call, folders, tmp_path, monkeypatch):
+    own, calls = SmallStates.loss, []
+
+    def loss(self, model, batch):
+        calls.append(1)
+        return own(self, model, batch) * (float("nan") if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(SmallStates, "loss", loss)
+    code, _, err = call("recover", "./pruned", "-o", "better", "--steps", "6", "--lr", "1e-3")
+    assert code == 2
+    assert "Lower lr (now 0.001), in another folder" in err.splitlines()[-1]
+    assert not (tmp_path / "better").exists()

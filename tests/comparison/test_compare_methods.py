@@ -148,12 +148,14 @@ def test_without_fine_tune_and_timing_their_columns_are_gone():
         ({"heads": 0.0}, "above 0"),
         ({"heads": 0.01}, "removes no parameter"),
         ({"steps": -1}, "steps=-1"),
+        ({"lr": -1.0}, r"lr is -1\.0"),
+        ({"criterion": "fihser"}, "Did you mean 'fisher'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, options, message):
     with pytest.raises(InvalidInput, match=message):
         compare(tmp_path / "folder", **options)
-    assert options.get("heads") == 0.01 or not (tmp_path / "folder").exists()
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_folder_of_another_comparison_is_refused(done, tmp_path):
@@ -163,6 +165,20 @@ def test_a_folder_of_another_comparison_is_refused(done, tmp_path):
     (tmp_path / "letter.txt").write_text("")
     with pytest.raises(InvalidInput, match="holds no comparison"):
         compare(tmp_path)
+
+
+def test_other_data_of_the_same_task_make_another_comparison(done, monkeypatch):
+    folder, _ = done
+    monkeypatch.setattr(SmallRows, "training", lambda self: self.calibration[::-1])
+    with pytest.raises(InvalidInput, match="other settings \\(data"):
+        compare(folder)
+
+
+def test_a_fine_tune_that_diverges_leaves_no_figures_and_is_tried_again(tmp_path):
+    row = compare(tmp_path, methods=["unstructured"], lr=1e30, steps=4).row("unstructured")
+    assert "the fine-tune failed" in row.note
+    assert (row.tuned_quality, row.tuned_loss, row.tuned_steps) == (None, None, None)
+    assert not (tmp_path / "unstructured.json").exists()
 
 
 def test_a_task_with_one_batch_cannot_be_split():

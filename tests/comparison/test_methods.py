@@ -8,9 +8,10 @@ import torch
 from next_token import NextToken
 from small_states import SmallStates
 from tiny_models import bert, llama
+from torch import nn
 
 import headprune as hp
-from headprune.comparison import Refused, Subject, comparison_methods
+from headprune.comparison import Compressed, Refused, Subject, comparison_methods
 from headprune.comparison.masks import held
 from headprune.comparison.sizes import bitmask_bits, compact_bytes, file_bytes, nonzero_parameters, two_of_four_bits
 from headprune.recovery.methods import linear_layers
@@ -165,3 +166,13 @@ def test_sparse_forms_are_counted_by_the_bit(subject):
     found = compressed("semi-structured", subject)
     zeroed = sum(int((~mask).sum()) for mask in found.masks.values())  # 4 bytes each; as many stay, with 2 bits
     assert compact_bytes(found, file_bytes(found.model)) == file_bytes(found.model) - 4 * zeroed + zeroed // 4
+
+
+def test_the_least_form_is_the_file_where_a_bitmask_costs_more_than_it_saves():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    mask = torch.ones(64, 64, dtype=torch.bool)
+    mask[0, :3] = False
+    whole = file_bytes(model)
+    assert compact_bytes(Compressed(model, masks={"0": mask}, stored_bits=bitmask_bits), whole) == whole
+    mask[:32] = False
+    assert compact_bytes(Compressed(model, masks={"0": mask}, stored_bits=bitmask_bits), whole) < whole

@@ -78,6 +78,15 @@ def test_a_task_that_it_cannot_run_is_one_line(stand_in, monkeypatch, tokenizer,
     assert "\n" not in str(found.value)
 
 
+def test_what_headprune_itself_refuses_inside_is_not_put_on_the_task(stand_in, monkeypatch, tokenizer):
+    def fails(**_):
+        raise InvalidInput("gate has 3 heads")
+
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", fails)
+    with pytest.raises(InvalidInput, match=r"^gate has 3 heads$"):
+        LanguageModelHarness(["arc_easy"], tokenizer, tokens=16).examples(llama())
+
+
 def test_a_task_of_ones_own_runs_in_the_real_harness(tmp_path, tokenizer):
     tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
     documents = ({"question": f"letter {place} then", "choices": list("abc"), "answer": place % 3} for place in range(8))

@@ -62,6 +62,8 @@ def test_a_plan_by_curves_takes_the_heads_of_the_layer_that_tolerates_it():
     assert (len(found[first]), len(found[second])) == (8, 4)
     with pytest.raises(InvalidInput, match="another order of heads"):
         plan(score(llama(), criterion="magnitude_l1"), Budget(heads=0.25), allocation="optimal", sensitivity=curves)
+    with pytest.raises(InvalidInput, match='allocation="global" does not read'):
+        plan(scores, Budget(heads=0.25), sensitivity=curves)
 
 
 def test_dips_of_a_curve_do_not_draw_heads():

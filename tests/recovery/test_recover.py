@@ -197,10 +197,36 @@ def test_a_checkpoint_that_was_cut_off_is_not_taken_up(method, tmp_path):
 def test_a_folder_of_another_recovery_is_refused(tmp_path):
     _, model = pruned_llama()
     hp.recover(model, text_batches(), steps=2, output_dir=tmp_path)
-    with pytest.raises(InvalidInput, match="steps is 2 there and 3 here"):
+    with pytest.raises(InvalidInput, match=r"a recovery with other settings \(steps: 2 there, 3 asked\)"):
         hp.recover(pruned_llama()[1], text_batches(), steps=3, output_dir=tmp_path)
-    with pytest.raises(InvalidInput, match="holds another recovery: weights is"):
+    with pytest.raises(InvalidInput, match=r"with other settings \(weights"):
         hp.recover(pruned_llama(seed=1)[1], text_batches(), steps=2, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"teacher": pruned_llama(seed=1)[0]}, "teacher"),
+        ({"train": text_batches()[::-1]}, "train"),
+        ({"eval": text_batches(1)}, "eval"),
+        ({"loss_fn": lambda model, batch: 7 * model(**batch).loss}, "functions"),
+    ],
+)
+def test_a_recovery_by_another_teacher_or_other_data_is_another(other, named, tmp_path):
+    dense, model = pruned_llama()
+    options = {"train": text_batches(), "teacher": dense, "steps": 2, "output_dir": tmp_path}
+    result = hp.recover(model, **options)
+    assert hp.recover(pruned_llama()[1], **options) == result
+    with pytest.raises(InvalidInput, match=rf"with other settings \({named}"):
+        hp.recover(pruned_llama()[1], **options | other)
+
+
+@pytest.mark.parametrize("wrong", [{"max_grad_nrm": 1.0}, {"method_options": {"rnk": 2}, "method": "lora"}])
+def test_a_refused_argument_can_be_put_right_in_the_same_folder(wrong, tmp_path):
+    options = {"steps": 2, "output_dir": tmp_path / "run"}
+    with pytest.raises(InvalidInput):
+        hp.recover(pruned_llama()[1], text_batches(), **options, **wrong)
+    assert hp.recover(pruned_llama()[1], text_batches(), **options).steps == 2
 
 
 def test_minutes_bound_the_time_and_bring_the_rate_to_zero():

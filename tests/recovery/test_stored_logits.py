@@ -70,5 +70,19 @@ def test_what_does_not_fit_is_refused(tmp_path):
         hp.recovery.loss(pruned, batches[0], folder, hp.Distillation(logits=1.0, hidden=1.0))
     with pytest.raises(InvalidInput, match="holds no stored logits"):
         hp.recovery.loss(pruned, batches[0], tmp_path, logits)
-    with pytest.raises(InvalidInput, match=r"with 8 classes at temperature 2\.0"):
+    with pytest.raises(InvalidInput, match=r"with other settings \(top: 8 there, 16 asked\)"):
         hp.recovery.store_logits(dense, batches, folder, top=16)
+    with pytest.raises(InvalidInput, match=r"with other settings \(weights"):
+        hp.recovery.store_logits(pruned_llama(seed=1)[0], batches, folder, top=8)
+    with pytest.raises(InvalidInput, match="does not call the model itself"):
+        hp.recovery.store_logits(dense, batches, tmp_path / "none", loss_fn=lambda model, batch: torch.tensor(0.0))
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_teacher_s_modes_are_as_they_were(tmp_path):
+    dense, _ = pruned_llama()
+    dense.eval()
+    dense.lm_head.train()
+    hp.recovery.store_logits(dense, text_batches(1), tmp_path)
+    assert dense.lm_head.training
+    assert not dense.training

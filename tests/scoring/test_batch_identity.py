@@ -1,11 +1,13 @@
 """Batches are told apart by all that they hold, and by nothing else."""
 
+from dataclasses import dataclass
+
 import numpy
 import pytest
 import torch
 
 from headprune.errors import InvalidInput
-from headprune.scoring.batch_identity import checksum, digest
+from headprune.scoring.batch_identity import checksum, data_identity, digest
 
 BATCH = {"input_ids": torch.arange(6).view(2, 3), "text": ["a", "b"], "weight": 0.5}
 OTHERS = {
@@ -34,3 +36,24 @@ def test_an_object_of_unknown_content_has_a_checksum_but_no_name():
     assert checksum({"x": object()}) == checksum({"x": object()})
     with pytest.raises(InvalidInput, match="a batch holds a object"):
         digest({"x": object()})
+
+
+@dataclass
+class Pair:
+    query: list[int]
+    label: float
+
+
+@pytest.mark.parametrize("identity", [checksum, digest])
+def test_where_parts_begin_and_end_counts(identity):
+    alike = ([1, 23], [12, 3], [[1], [23]], [[1, 23]], {1: 23}, "[1, 23]", Pair([1, 23], 1.0), Pair([12, 3], 1.0), Pair([1], 23.0))
+    scalars = (numpy.int64(3), numpy.int64(4), numpy.float32(3), numpy.float32(4))
+    assert len({identity(one) for one in (*alike, *scalars)}) == len(alike) + len(scalars)
+    assert identity(Pair([1], 2.0)) == identity(Pair([1], 2.0))
+
+
+def test_training_data_are_told_by_all_their_batches():
+    batches = [{"x": torch.arange(3)}, {"x": torch.arange(4)}]
+    assert data_identity(batches) == data_identity(tuple(batches)) != data_identity(batches[::-1])
+    assert data_identity(None) is None
+    assert data_identity(iter(batches)).endswith("unknown batches")

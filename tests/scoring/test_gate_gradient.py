@@ -1,5 +1,7 @@
 """Gate gradients under activation checkpointing, in shared layers, and what they leave behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from scoring.test_scores import gate_gradients_by_definition, language_batches, per_sample_loss
@@ -10,6 +12,7 @@ from headprune.errors import InvalidInput
 from headprune.models import attention_sites
 from headprune.models.checkpointing import checkpointed
 from headprune.scoring import Need, Observations, block_fisher
+from headprune.scoring.observers.gate_gradient import sample_count
 
 NEEDS = {"gate_gradient", "gram", "attention", "attention_pattern", "attention_distance", "output_norm"}
 
@@ -132,3 +135,8 @@ def test_block_fisher_is_the_mean_of_outer_products():
     with pytest.raises(InvalidInput, match="were not observed"):
         block_fisher(scoring.observe(llama(), [], {"weights"}))
     assert block_fisher(Observations({})) == {}
+
+
+def test_a_batch_that_is_one_tensor_has_as_many_samples_as_rows():
+    windowed = SimpleNamespace(name="window", windowed=True)
+    assert sample_count(torch.zeros(8, 3, 4, 4), torch.tensor(0.0), [windowed], {"window": torch.zeros(32, 2)}) == 8

@@ -59,6 +59,7 @@ def test_a_killed_pass_goes_on_behind_the_batches_that_it_had_saved(tmp_path, mo
         ({"batches": batches_for(5)[1:]}, "batch 0 is not the one"),
         ({"model": llama(layers=1)}, "another model"),
         ({"needs": {"gram"}}, "other needs"),
+        ({"batches": batches_for(3)}, "holds 4 batches and 3 were given"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, change, says):
@@ -144,3 +145,9 @@ def test_an_attention_without_heads_is_passed_over():
         assert (chosen["model.layers.0.self_attn"], len(chosen["model.layers.1.self_attn"])) == ((), 4)
     hp.prune(model, chosen)
     assert str(hp.attention_sites(model)[1].head_map).startswith("4q")
+
+
+@pytest.mark.parametrize(("found", "shown"), [(None, "NoneType"), (1.5, "float"), (torch.zeros(2, 2), r"\[2, 2\]")])
+def test_a_loss_function_that_gives_no_losses_is_told(found, shown):
+    with pytest.raises(InvalidInput, match=f"loss_fn gave {shown}; expected per-sample losses"):
+        observe(llama(), batches_for(1), {"gate_gradient"}, loss_fn=lambda model, batch: found)

@@ -93,3 +93,12 @@ def test_an_unknown_loss_asks_for_loss_fn():
 def test_no_loss_is_named(batch, names):
     with pytest.raises(InvalidInput, match=names):
         OwnLoss()(llama(), batch)
+
+
+def test_a_form_that_finds_no_labels_does_not_hide_the_one_that_fits():
+    """Labels in the first column alone: the next-token form has none."""
+    model, labels = bert_with(BertForTokenClassification, num_labels=7), tokens() % 7
+    labels[:, 1:] = -100
+    batch = {**padded(), "labels": labels}
+    losses = OwnLoss()(model, batch)
+    torch.testing.assert_close(losses.mean(), model(**batch).loss)

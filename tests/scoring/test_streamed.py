@@ -118,3 +118,26 @@ def test_streamed_scores_of_the_causal_loss_equal_those_in_memory(tmp_path):
     for checkpointing in (False, True):
         expected = hp.score(hp.load(folder), [batch], "fisher", loss_fn=hp.causal_losses, checkpointing=checkpointing)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_pass_without_gradients_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
+    folder, batches = sharded_folder("llama", tmp_path / "model", num_hidden_layers=4), [labelled("left"), labelled("right", 2)]
+    kind, layers = sys.modules["headprune.scoring.streamed"].StreamedPass, []
+    own = kind._run
+    monkeypatch.setattr(kind, "_run", lambda self, layer, index: layers.append(layer) or own(self, layer, index))
+
+    def stop(self, layer, *rest):
+        if layer == 3:
+            raise KeyboardInterrupt
+        return forward(self, layer, *rest)
+
+    forward = kind._forward
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "_forward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            hp.observe(hp.open_streamed(folder), batches, ["gram"], checkpoint=tmp_path / "work")
+    assert layers == [0, 0, 1, 1, 2, 2]
+    layers.clear()
+    found = hp.observe(hp.open_streamed(folder), batches, ["gram"], checkpoint=tmp_path / "work")
+    assert layers == [3, 3]
+    assert_same(found, hp.observe(hp.load(folder), batches, ["gram"]))

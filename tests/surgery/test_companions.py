@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessor
 
 from headprune.surgery import cut, load, save
+from headprune.surgery.companions import copy_companions
 
 
 def tokenizer(word: str = "head") -> PreTrainedTokenizerFast:
@@ -61,3 +62,17 @@ def test_a_folder_saved_over_itself_keeps_its_files(dense):
     save(before, dense)
     assert AutoTokenizer.from_pretrained(dense)("head").input_ids == [1]
     assert torch.equal(load(dense).lm_head.weight, before.lm_head.weight)
+
+
+def test_a_copy_that_breaks_off_leaves_no_half_of_a_file(tmp_path, dense, monkeypatch):
+    def half(source, target):
+        with open(target, "w", encoding="utf-8") as file:
+            file.write("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("headprune.surgery.companions.shutil.copyfile", half)
+        with pytest.raises(KeyboardInterrupt):
+            copy_companions(dense, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    assert "tokenizer.json" in copy_companions(dense, tmp_path / "new")

@@ -245,3 +245,12 @@ def test_a_singular_gram_is_solved_with_the_least_jitter_that_does_and_says_so(c
         factored(-torch.eye(2, dtype=torch.float64))
     with pytest.raises(InvalidInput, match="NaN or infinite"):
         factored(torch.full((2, 2), torch.nan, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["least_squares", "bias", "mask_tuning"])
+def test_an_attention_that_loses_all_heads_has_its_bias_at_most(method):
+    model, batches = bert(), batches_for()
+    plan = {"encoder.layer.0.attention": [], "encoder.layer.1.attention": [0, 2]}
+    reports = compensate.resolve_outputs(model, attention_sites(model), plan, batches, method=method)
+    assert [report.site for report in reports] == list(plan)
+    assert reports[0].error_after <= 1.0

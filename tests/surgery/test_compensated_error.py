@@ -114,3 +114,18 @@ def test_a_call_that_was_broken_off_leaves_no_wrong_number_behind(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             measured([keep])
     assert measured([keep]) == [expected]
+
+
+def test_of_two_batches_the_last_is_held_out_and_learnt_from_as_in_compensation(monkeypatch):
+    monkeypatch.setattr(compensate, "resolve", partial(compensate.resolve, join=False))
+    model, batches = bert(), batches_for(2)
+    sites = attention_sites(model)
+    plan = {site.name: [0, 1, 2] for site in sites}
+    pruned = copy.deepcopy(model)
+    resolve_outputs(pruned, attention_sites(pruned), plan, batches)
+    with gated(pruned, plan):
+        found = output_of(pruned, batches[1])
+    dense, mask = output_of(model, batches[1]), batches[1]["attention_mask"]
+    errors = (found - dense).square().sum(-1) / dense.square().sum(-1).mean()
+    (measured,) = CompensatedError(model, sites, batches)([plan])
+    assert measured == pytest.approx(float(((errors * mask).sum(1) / mask.sum(1)).mean()), rel=1e-3)

@@ -83,3 +83,23 @@ def test_a_corrupt_file_is_named(tmp_path, pruned):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors is corrupt"):
         load(folder, model=encoder())
+
+
+class OwnAttention(nn.Module):
+    """Known by its structure alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 8
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_an_attention_that_only_its_structure_tells_comes_back_too(tmp_path):
+    model, x = nn.Sequential(OwnAttention()), torch.randn(2, 5, 32)
+    cut(model, {"0": [1, 3]}, run=lambda model: model(x))
+    again = load(save(model, tmp_path / "own"), model=nn.Sequential(OwnAttention()))
+    assert torch.equal(again(x), model(x))

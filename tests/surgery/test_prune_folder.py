@@ -75,10 +75,15 @@ def test_a_missing_file_is_named_and_nothing_is_written(tmp_path):
     assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
 
 
-def test_the_source_itself_is_refused(tmp_path):
+def test_the_source_and_what_holds_it_are_refused(tmp_path):
     folder = sharded_folder("llama", tmp_path / "model")
-    with pytest.raises(InvalidInput, match="the source itself"):
-        hp.prune_folder(folder, random_plan(folder), folder)
+    plan = random_plan(folder)
+    with pytest.raises(InvalidInput, match="is the source"):
+        hp.prune_folder(folder, plan, folder)
+    (tmp_path / "config.json").write_text("{}")  # as a model folder that holds another
+    with pytest.raises(InvalidInput, match="holds the source"):
+        hp.prune_folder(folder, plan, tmp_path)
+    assert hp.load(folder) is not None
 
 
 KILLED = """
@@ -172,3 +177,34 @@ def test_attentions_that_are_only_guessed_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModel, match="not a known attention"):
         hp.prune_folder(folder, plan, tmp_path / "pruned")
     assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
+
+
+def test_what_a_killed_run_had_half_written_is_not_in_the_folder(tmp_path, monkeypatch):
+    folder = sharded_folder("llama", tmp_path / "model")
+    plan = random_plan(folder)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["headprune.surgery.prune_folder"], "finish", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            hp.prune_folder(folder, plan, tmp_path / "pruned")
+    (tmp_path / ".pruned.part" / ".model-00001.safetensors.x7f").write_bytes(b"half of it")
+    hp.prune_folder(folder, plan, tmp_path / "pruned")
+    assert not [path for path in (tmp_path / "pruned").iterdir() if path.name.startswith(".")]
+
+
+def test_a_weight_file_that_goes_away_meanwhile_is_named(tmp_path, monkeypatch):
+    folder = sharded_folder("llama", tmp_path / "model")
+    plan, module = random_plan(folder), sys.modules["headprune.surgery.prune_folder"]
+
+    def gone(draft, cutting, steps):
+        last = cutting.shards.files[-1]
+        (folder / last).unlink()
+        return own(draft, cutting, steps)
+
+    own = module.write_shards
+    monkeypatch.setattr(module, "write_shards", gone)
+    with pytest.raises(CorruptCheckpoint, match=r"model-.*cannot be read any more"):
+        hp.prune_folder(folder, plan, tmp_path / "pruned")

@@ -105,3 +105,50 @@ def test_killed_between_layers_it_goes_on_and_the_weights_are_the_same(tmp_path)
     hp.prune_folder(folder, plan, tmp_path / "pruned", batches)
     hp.prune(model, plan, batches)
     assert_same_weights(hp.load(tmp_path / "pruned"), model)
+
+
+def stopped(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_solved_weights_of_nobody_are_not_taken_up(tmp_path, monkeypatch):
+    """As where a folder of another run was half thrown away: its run.json is gone, what it solved is still there."""
+    folder, batches = sharded_folder("llama", tmp_path / "model"), batches_of_tokens()
+    plan, model = plan_for(folder), hp.load(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["headprune.surgery.prune_folder"], "take_up", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            hp.prune_folder(folder, plan, tmp_path / "pruned", batches, compensation="bias")
+    (tmp_path / ".pruned.work" / "run.json").unlink()
+    hp.prune_folder(folder, plan, tmp_path / "pruned", batches)
+    hp.prune(model, plan, batches)
+    assert_same_weights(hp.load(tmp_path / "pruned"), model)
+
+
+def test_layers_before_the_first_cut_run_once_and_solved_ones_never_again(tmp_path, monkeypatch):
+    folder, batches = sharded_folder("llama", tmp_path / "model", num_hidden_layers=4), batches_of_tokens()
+    plan = hp.PruningPlan.from_keep(hp.load(folder), {"model.layers.3.self_attn": [0]})
+    module, runs = sys.modules["headprune.surgery.streamed_compensation"], []
+    own = module.StreamedCompensation._run
+    monkeypatch.setattr(
+        module.StreamedCompensation, "_run", lambda self, layer, index, kind: runs.append(layer) or own(self, layer, index, kind)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["headprune.surgery.prune_folder"], "take_up", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            hp.prune_folder(folder, plan, tmp_path / "pruned", batches)
+    assert [runs.count(layer) for layer in range(3)] == [len(batches)] * 3
+    runs.clear()
+    hp.prune_folder(folder, plan, tmp_path / "pruned", batches)
+    assert not runs
+
+
+def test_what_the_users_data_raise_is_not_called_a_failed_write(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+
+    def batches():
+        raise ConnectionError("the server is down")
+        yield
+
+    with pytest.raises(ConnectionError, match="the server is down"):
+        hp.prune_folder(folder, plan_for(folder), tmp_path / "pruned", batches())

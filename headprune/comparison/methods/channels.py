@@ -36,6 +36,7 @@ def channels(subject: Subject) -> Compressed:
     except ImportError:
         raise Refused('torch-pruning is not installed: pip install "headprune[comparison]"') from None
     model: Foreign = subject.copy()
+    trained = [parameter.requires_grad for parameter in model.parameters()]
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if implementation is not None:
         model.set_attn_implementation("eager")  # its graph follows autograd's nodes, and knows those
@@ -45,8 +46,9 @@ def channels(subject: Subject) -> Compressed:
         gone = least(found, subject.removed)
         for name, indices in gone.items():
             graph.get_pruning_group(found[name].last, tp.prune_linear_in_channels, idxs=indices).prune()
-    for parameter in model.parameters():
+    for parameter, was in zip(model.parameters(), trained, strict=True):
         parameter.grad = None
+        parameter.requires_grad_(was)
     if implementation is not None:
         model.set_attn_implementation(implementation)
     stay = ", ".join(str(len(one.scores) - len(gone.get(name, ()))) for name, one in found.items())

@@ -9,21 +9,15 @@ from headprune.surgery import prune
 RAGGED = "groups of query heads differ in size: they run through headprune's attention, or are made even by export"
 
 
-@comparison_method(
-    "heads", label="heads, re-solved", kind="head pruning", granularity="query heads", library="headprune"
-)  # fmt: skip
+@comparison_method("heads", label="heads, re-solved", kind="head pruning", granularity="query heads", library="headprune")
 def heads(subject: Subject) -> Compressed:
     """Cuts the plan's heads and re-solves what reads them on the calibration batches."""
     model = subject.copy()
-    prune(
-        model, subject.plan, subject.calibration, forward=subject.task.forward, feed_forward=subject.feed_forward
-    )  # fmt: skip
+    prune(model, subject.plan, subject.calibration, forward=subject.task.forward, feed_forward=subject.feed_forward)
     return Compressed(model, note_of(subject, model))
 
 
-@comparison_method(
-    "heads-plain", label="heads, cut only", kind="head pruning", granularity="query heads", library="headprune"
-)  # fmt: skip
+@comparison_method("heads-plain", label="heads, cut only", kind="head pruning", granularity="query heads", library="headprune")
 def heads_plain(subject: Subject) -> Compressed:
     """Cuts the same heads; the other weights stay as they were."""
     model = subject.copy()

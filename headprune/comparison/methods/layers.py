@@ -22,9 +22,7 @@ def layers(subject: Subject) -> Compressed:
     return shallower(subject)
 
 
-@comparison_method(
-    "distilled", label="distilled student", kind="distillation", granularity="layers", library="headprune"
-)  # fmt: skip
+@comparison_method("distilled", label="distilled student", kind="distillation", granularity="layers", library="headprune")
 def distilled(subject: Subject) -> Compressed:
     """The same student, which then learns from the dense model's outputs instead of the task's loss."""
     found = shallower(subject)

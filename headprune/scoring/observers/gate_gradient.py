@@ -47,6 +47,8 @@ def sample_count(batch: Any, loss: Tensor, sites: Sequence[AttentionSite], rows:
     whole = [rows[site.name].shape[0] for site in sites if site.name in rows and not site.windowed]
     if whole or not rows:
         return max(whole, default=0)
+    if isinstance(batch, Tensor):
+        return len(batch)
     first = first_tensor(tuple(batch.values()) if isinstance(batch, Mapping) else tuple(batch))
     return 0 if first is None else first.shape[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name
-from headprune.files import whole_file, whole_folder
+from headprune.files import refuse_foreign, whole_file, whole_folder
 from headprune.surgery.companions import copy_companions
 
 # Writes the model, which it may change, to a folder (or a file) and says what it did, a line each.
@@ -98,7 +98,7 @@ def export(
         with whole_file(output) as draft:
             notes = found.write(working, draft, options)
     else:
-        with whole_folder(output) as draft:
+        with whole_folder(refuse_foreign(output)) as draft:
             notes = found.write(working, draft if found.suffix is None else draft / f"model{found.suffix}", options)
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)

@@ -1,0 +1,66 @@
+"""What replaces folders and refuses places, whatever happens meanwhile."""
+
+import os
+
+import pytest
+from tiny_models import bert
+
+from headprune.errors import InvalidInput
+from headprune.files import finite, refuse_foreign, refuse_unwritable, whole_folder
+from headprune.surgery import save
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_replacement_that_breaks_off_leaves_the_old_folder(tmp_path, monkeypatch, call, error):
+    """call: which of the two renames."""
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "weights").write_text("old")
+    calls, own = [], os.replace
+
+    def broken(source, destination):
+        calls.append(destination)
+        if len(calls) == call:
+            raise error
+        own(source, destination)
+
+    monkeypatch.setattr("headprune.files.os.replace", broken)
+    with pytest.raises((error, Exception)), whole_folder(target) as draft:
+        (draft / "weights").write_text("new")
+    assert (target / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_takes_the_place_of_a_model_and_of_nothing_else(tmp_path, monkeypatch):
+    folder = save(bert(), tmp_path / "models" / "one")
+    assert refuse_foreign(folder) == folder
+    (tmp_path / "empty").mkdir()
+    assert refuse_foreign(tmp_path / "empty") == tmp_path / "empty"
+    with pytest.raises(InvalidInput, match="holds no model"):
+        save(bert(), tmp_path / "models")
+    (tmp_path / "letter.txt").write_text("")
+    with pytest.raises(InvalidInput, match="is a file; give a folder"):
+        save(bert(), tmp_path / "letter.txt")
+    monkeypatch.chdir(folder)
+    with pytest.raises(InvalidInput, match="the folder that this runs in"):
+        save(bert(), ".")
+    with pytest.raises(InvalidInput, match="the folder that this runs in"):
+        save(bert(), "..")
+    assert (folder / "config.json").exists()
+
+
+def test_places_are_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    refuse_unwritable(tmp_path / "new" / "one", file=True)
+    refuse_unwritable(tmp_path)
+    with pytest.raises(InvalidInput, match="is a folder; give the name of a file"):
+        refuse_unwritable(tmp_path, file=True)
+    with pytest.raises(InvalidInput, match="is a file; give a folder"):
+        refuse_unwritable(tmp_path / "file", file=False)
+    with pytest.raises(InvalidInput, match="is a folder"):
+        refuse_unwritable("/", file=True)
+
+
+def test_json_has_null_where_a_number_is_not_finite():
+    assert finite({"a": [1.0, float("nan")], "b": (float("inf"), "x")}) == {"a": [1.0, None], "b": [None, "x"]}
