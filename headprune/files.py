@@ -96,11 +96,13 @@ def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = Non
 
 def refuse_foreign(target: str | os.PathLike[str]) -> Path:
     """InvalidInput where no model folder could be written as `target`, or it would take the place of something else: a file, the
-    folder that we are in, a folder that holds other things than a model."""
+    folder that we are in, a repository, a folder that holds other things than a model."""
     target = Path(target)
     refuse_unwritable(target, file=False)
     if target.exists() and target.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise InvalidInput(f"{target} is, or holds, the folder that this runs in, which would be replaced; give a folder in it.")
+    if (target / ".git").exists():
+        raise InvalidInput(f"{target} is a git repository, which would be replaced; write beside it and copy the files there.")
     if target.exists() and any(target.iterdir()) and not any(any(target.glob(mark)) for mark in OF_A_MODEL):
         raise InvalidInput(
             f"{target} holds no model ({', '.join(OF_A_MODEL)}) but other things, which would be replaced; give a new folder."

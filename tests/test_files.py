@@ -42,6 +42,10 @@ def test_a_model_takes_the_place_of_a_model_and_of_nothing_else(tmp_path, monkey
     (tmp_path / "letter.txt").write_text("")
     with pytest.raises(InvalidInput, match="is a file; give a folder"):
         save(bert(), tmp_path / "letter.txt")
+    (folder / ".git").mkdir()
+    with pytest.raises(InvalidInput, match="git repository"):
+        save(bert(), folder)
+    (folder / ".git").rmdir()
     monkeypatch.chdir(folder)
     with pytest.raises(InvalidInput, match="the folder that this runs in"):
         save(bert(), ".")

@@ -33,7 +33,8 @@ class Cutting:
     def __init__(
         self, source: Path, shards: Shards, kept: Mapping[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...] | None]
     ) -> None:
-        """shapes: as `changed_shapes` gives them. UnsupportedModel where a tensor is in no file under a name of its own."""
+        """shapes: as `changed_shapes` gives them. UnsupportedModel where a tensor is in no file under a name of its own, or is no
+        attention's."""
         self.shards, self.kept, self.shapes = shards, kept, shapes
         self.solved: dict[str, Stored] = {}  # name in memory -> what takes the place of the model's own weights, before the cut
         self.model: PreTrainedModel = skeleton(source)
@@ -43,6 +44,8 @@ class Cutting:
         lacking = sorted(set(shapes) - set(self.in_memory.values()))
         if lacking:
             raise UnsupportedModel(f"{lacking[0]} is made from other tensors of the files when it is loaded; load the model whole.")
+        for name in shapes:
+            self._site_of(name)  # refused now, not when hours of compensation are behind
 
     def entries(self, file: str) -> list[Entry]:
         """What the file of this name is to hold."""
