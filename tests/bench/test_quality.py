@@ -1,5 +1,6 @@
 """The comparison of one-shot methods: its rows, its table, and what each published form does."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from quality import published, torch_pruning_heads
 from quality.compare import measure
 from quality.methods import WEIGHTS, Refused, Setting, even_plan, methods
+from quality.recovery_table import joined, table
 from quality.rows import Rows
 from quality.summary import write_summary
 from spent import Spent
@@ -164,3 +166,15 @@ def test_without_torch_pruning_the_row_says_so(setting, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
     with pytest.raises(Refused, match="pip install torch-pruning"):
         torch_pruning_heads.weights_with_gradients(setting)
+
+
+def test_recoveries_are_joined_over_seeds_and_a_later_row_counts(tmp_path):
+    def row(seed, way, ratio):
+        return {"model": "minilm", "seed": seed, "heads": 0.5, "way": way, "ratio": ratio}
+
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    files[0].write_text(json.dumps([row(0, "dense", 1.0), row(0, "none", 0.8), row(0, "full", 0.5)]))
+    files[1].write_text(json.dumps([row(0, "full", 0.9), row(1, "full", 1.0)]))
+    lines = table(joined(files)).splitlines()
+    assert lines[2] == "| heads gone | cut only | all weights |"
+    assert lines[4] == "| 50% | 0.800 | 0.950 ± 0.071 (2) |"
