@@ -94,7 +94,7 @@ def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = Non
         raise InvalidInput(f"cannot write {target}: you may not write into {place}.")
 
 
-def refuse_foreign(target: str | os.PathLike[str]) -> Path:
+def refuse_replacing(target: str | os.PathLike[str]) -> Path:
     """InvalidInput where no model folder could be written as `target`, or it would take the place of something else: a file, the
     folder that we are in, a repository, a folder that holds other things than a model."""
     target = Path(target)

@@ -57,7 +57,7 @@ def evaluate_command(
 
     refuse_unread("--text", text is not None, window=window, stride=stride)
     refuse_unread("--lm-eval", lm_eval is not None, limit=limit)
-    found, data = opened_for_evaluation(model, task, text, lm_eval, window=window or 512, stride=stride, limit=limit)
+    found, data = opened_for_evaluation(model, task, text, lm_eval, window=window, stride=stride, limit=limit)
     models: dict[str, nn.Module] = {"model": found}
     result: Evaluation | Comparison
     if against is None:
@@ -92,7 +92,7 @@ def opened_for_evaluation(
         return found, LanguageModelHarness([name.strip() for name in lm_eval.split(",")], tokenizer, limit=options["limit"])
     assert text is not None  # one of the three was given
     data = with_bar(f"read {text}", lambda progress: Perplexity(
-        text, tokenizer, window=options["window"], stride=options["stride"]
+        text, tokenizer, window=512 if options["window"] is None else options["window"], stride=options["stride"]
     ))  # fmt: skip
     data.check_model(found)
     return found, data

@@ -12,7 +12,7 @@ import typer
 from headprune.cli import completion
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
-from headprune.files import refuse_foreign, refuse_unwritable
+from headprune.files import refuse_replacing, refuse_unwritable
 
 if TYPE_CHECKING:  # commands import what they need when they run
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ def asked_first(refuse: Callable[[Path], object]) -> Callable[[typer.Context, Pa
 writable = asked_first(refuse_unwritable)
 writable_file = asked_first(partial(refuse_unwritable, file=True))
 writable_folder = asked_first(partial(refuse_unwritable, file=False))
-writable_model = asked_first(refuse_foreign)
+writable_model = asked_first(refuse_replacing)
 
 
 def refuse_unread(needs: str, there: bool, **given: Any) -> None:

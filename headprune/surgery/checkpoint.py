@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
-from headprune.files import refuse_foreign, whole_folder
+from headprune.files import refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
@@ -59,7 +59,7 @@ def save(
             f"{quantised} holds {type(model.get_parameter(quantised)).__name__} weights, quantised or spread over devices, which "
             "are not saved. Save the model before quantising it, and quantise what load gives: the rounding needs no data."
         )
-    folder = refuse_foreign(folder)
+    folder = refuse_replacing(folder)
     origin = Path(source if source is not None else getattr(model, "name_or_path", "") or os.devnull)
     with whole_folder(folder) as draft:
         if isinstance(model, PreTrainedModel):

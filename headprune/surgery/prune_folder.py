@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
-from headprune.files import clear_disk_errors, read_json, refuse_foreign, replace_folder, write_json, write_text
+from headprune.files import clear_disk_errors, read_json, refuse_replacing, replace_folder, write_json, write_text
 from headprune.models import attention_sites, gated
 from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
 from headprune.models.site import AttentionSite
@@ -64,8 +64,8 @@ def prune_folder(
     Weight files are written one by one; a killed run keeps those whose digests were recorded, all but the last. They are not forced
     to the disk: where the machine itself goes down soon after, `hp.load` says which are off. Peak memory: the projections of the
     attentions of one or two layers. With `calibration` the output projections are re-solved first, layer by layer
-    (`headprune.surgery.streamed_compensation`); that holds two layers, and a killed run goes on behind the last whole layer. Half-
-    done work lies in hidden folders beside `target`.
+    (`headprune.surgery.streamed_compensation`); that holds two layers, and a killed run goes on behind the last whole layer.
+    Half-done work lies in hidden folders beside `target`.
 
     Args:
         device: where the layers run, for compensation and the check.
@@ -77,7 +77,7 @@ def prune_folder(
     UnsupportedModel where the weights of an attention lie in the files in another form than in memory. `source` is only read,
     and `target` appears when it is complete.
     """
-    source, target = Path(source), refuse_foreign(target)
+    source, target = Path(source), refuse_replacing(target)
     if source.resolve().is_relative_to(target.resolve()):
         raise InvalidInput(f"{target} {'holds' if source.resolve() != target.resolve() else 'is'} the source; give another folder.")
     get_solver(compensation)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name
-from headprune.files import refuse_foreign, whole_file, whole_folder
+from headprune.files import refuse_replacing, whole_file, whole_folder
 from headprune.surgery.companions import copy_companions
 
 # Writes the model, which it may change, to a folder (or a file) and says what it did, a line each.
@@ -90,15 +90,18 @@ def export(
         raise InvalidInput(f"export to {to} needs {' and '.join(missing)}: pip install 'headprune[export]'.")
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"{type(model).__name__} is not a transformers model; only those can be exported.")
+    output = Path(output)
+    one_file = found.suffix is not None and output.suffix == found.suffix
+    if not one_file:
+        refuse_replacing(output)
     origin = Path(source if source is not None else model.name_or_path or os.devnull)
     working = copy.deepcopy(model) if keep_model else model
     options = {**options, "tokenizer": tokenizer, "source": origin if origin.is_dir() else None}
-    output = Path(output)
-    if found.suffix is not None and output.suffix == found.suffix:
+    if one_file:
         with whole_file(output) as draft:
             notes = found.write(working, draft, options)
     else:
-        with whole_folder(refuse_foreign(output)) as draft:
+        with whole_folder(output) as draft:
             notes = found.write(working, draft if found.suffix is None else draft / f"model{found.suffix}", options)
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
