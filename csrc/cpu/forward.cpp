@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
+#include <memory>
 
 #include "bias.h"
 #include "keys.h"
@@ -28,7 +29,8 @@ struct Workplace {
 Workplace set_up(const Problem& problem) {
   const int64_t dim = std::max(problem.head_dim, problem.value_dim);
   const int64_t key_steps = whole_steps(problem.head_dim), value_steps = whole_steps(problem.value_dim);
-  const int64_t panel_floats = kPanelRows * (problem.head_dim + 2) + kThinRows * (key_steps + value_steps) + state_floats(problem.value_dim);
+  const int64_t most_floats = std::max(state_floats(kThinRows, problem.value_dim), state_floats(kPanelRows, problem.value_dim));
+  const int64_t panel_floats = kPanelRows * (problem.head_dim + 2) + kThinRows * key_steps + most_floats;
   Scratch& scratch = thread_scratch();
   scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + 3 * kPanelRows + 2) + kPanelRows * dim + value_steps);
   Workplace place;
@@ -36,10 +38,9 @@ Workplace set_up(const Problem& problem) {
     SoftmaxPanel& panel = place.panels[p];
     panel.queries = scratch.take(problem.head_dim * kPanelRows);
     panel.thin_queries = scratch.take(kThinRows * key_steps);
-    panel.thin_sums = scratch.take(kThinRows * value_steps);
     panel.position = scratch.take(kPanelRows);
     panel.slope = scratch.take(kPanelRows);
-    place.states[p] = scratch.take(state_floats(problem.value_dim));
+    place.states[p] = scratch.take(most_floats);
   }
   place.keys = scratch.take(kKeyBlock * dim);
   place.values = scratch.take(kKeyBlock * dim);
@@ -74,7 +75,7 @@ void open_panel(
   } else {
     transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
   }
-  std::fill_n(panel.output, width * problem.value_dim, 0.f);
+  std::fill_n(panel.output, panel.thin() ? rows * whole_steps(problem.value_dim) : width * problem.value_dim, 0.f);
   std::fill_n(panel.stats.top, width, -kInfinity);
   for (Real* field : {panel.stats.mass, panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
 }
@@ -103,22 +104,25 @@ void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, co
 
 template <int Vecs>
 void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, Real* buffer, RowStats* stats) {
-  Real lse[kPanelRows], gate[kPanelRows];
+  Real lse[kPanelRows], gate[kPanelRows], factors[kPanelRows];
   for (int64_t r = 0; r < panel.width(); ++r) gate[r] = problem.gate_of(group.batch, panel.head[r]);
-  Vec factor[Vecs];
   for (int v = 0; v < Vecs; ++v) {
     const Vec sum = load(panel.sum + v * kLanes);
-    factor[v] = Vec::blendv(load(gate + v * kLanes) / sum, Vec(0.f), sum == Vec(0.f));
+    store(factors + v * kLanes, Vec::blendv(load(gate + v * kLanes) / sum, Vec(0.f), sum == Vec(0.f)));
     store(lse + v * kLanes, load(panel.high + v * kLanes) * Vec(kLn2) + sum.log());
   }
-  rescale<Vecs>(panel.output, problem.value_dim, factor);
-  transpose(panel.output, panel.width(), problem.value_dim, panel.width(), buffer, problem.value_dim);
+  if (panel.thin()) {
+    read_thin_output(problem, panel, buffer);
+  } else {
+    transpose(panel.output, panel.width(), problem.value_dim, panel.width(), buffer, problem.value_dim);
+  }
   for (int64_t r = 0; r < panel.rows; ++r) {
     problem.lse[problem.number_of(group.batch, panel.head[r], panel.query[r])] = lse[r];
-    void* output = query_row(problem, problem.output, group.batch, panel.head[r], panel.query[r]);
-    write_row(buffer + r * problem.value_dim, problem.value_dim, problem.type, output);
+    Real* row = buffer + r * problem.value_dim;
+    scale_row(row, problem.value_dim, factors[r]);
+    write_row(row, problem.value_dim, problem.type, query_row(problem, problem.output, group.batch, panel.head[r], panel.query[r]));
   }
-  if (stats) record_stats(problem, group, panel, *stats);
+  if (stats) record_stats(problem, group, panel, buffer, *stats);
 }
 
 int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
@@ -173,36 +177,33 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
     const int64_t done = p * kPanelRows;
     SoftmaxPanel& panel = place.panels[p];
     const int64_t rows = std::min<int64_t>(kPanelRows, block.rows - done);
-    place_state(panel, states ? states + p * state_floats(problem.value_dim) : place.states[p], problem.value_dim);
+    panel.rows = rows;
+    place_state(panel, states ? states : place.states[p], problem.value_dim);
+    if (states) states += state_floats(rows, problem.value_dim);
     open_panel(problem, group, keys, block.first_row + done, rows, block.part <= 0, panel, place.rows);
     from = std::min(from, std::max(block.from, panel.slots_from));
     to = std::max(to, std::min(block.to, panel.slots_to));
   }
   walk_keys(problem, group, keys, panels, from, to, stats, place);
-  for (int64_t p = 0; p < panels; ++p) {
-    if (place.panels[p].thin()) close_thin(problem, place.panels[p]);
-    if (!states) close(problem, group, place.panels[p], place, stats);
-  }
+  for (int64_t p = 0; !states && p < panels; ++p) close(problem, group, place.panels[p], place, stats);
 }
 
 // The rows of a group that are split over the keys: its parts are blocks, numbered from `part` 0 on; their states lie one
 // after the other.
 struct Split {
-  int64_t group, rows, parts;
-  std::vector<Real> states;
-  Real* state(int64_t part, int64_t panel, int64_t value_dim) {
-    return states.data() + (part * panels_of(rows) + panel) * state_floats(value_dim);
-  }
+  int64_t group, rows, parts, part_floats;
+  std::unique_ptr<Real[]> states;
+  Real* state(int64_t part) { return states.get() + part * part_floats; }
 };
 
 void join_parts(const Forward& problem, const Group& group, const Keys& keys, Split& split, Workplace& place, RowStats* stats) {
-  for (int64_t p = 0; p < panels_of(split.rows); ++p) {
-    SoftmaxPanel& panel = place.panels[0];
-    place_panel(problem, group, keys, p * kPanelRows, std::min<int64_t>(kPanelRows, split.rows - p * kPanelRows), panel);
-    place_state(panel, split.state(0, p, problem.value_dim), problem.value_dim);
+  SoftmaxPanel& panel = place.panels[0];
+  for (int64_t row = 0, at = 0; row < split.rows; row += kPanelRows, at += state_floats(panel.rows, problem.value_dim)) {
+    place_panel(problem, group, keys, row, std::min<int64_t>(kPanelRows, split.rows - row), panel);
+    place_state(panel, split.state(0) + at, problem.value_dim);
     for (int64_t part = 1; part < split.parts; ++part) {
       SoftmaxPanel other = panel;
-      place_state(other, split.state(part, p, problem.value_dim), problem.value_dim);
+      place_state(other, split.state(part) + at, problem.value_dim);
       merge(panel, other, problem.value_dim);
     }
     close(problem, group, panel, place, stats);
@@ -236,7 +237,7 @@ int64_t rows_per_block(const Problem& problem, const std::vector<Group>& groups,
 // Groups of few rows and many keys are split over the keys, so that all threads have work. Where they are split does not
 // depend on the number of threads, nor does the result.
 Split split_of(const Problem& problem, const Group& group, const Keys& keys, int64_t number, std::vector<Block>& blocks) {
-  Split split{number, group.rows(problem), 0, {}};
+  Split split{number, group.rows(problem), 0, 0, {}};
   if (split.rows > kMostPanels * kPanelRows) return split;
   const auto [from, to] = slots_of(problem, group, keys, 0, problem.sequences[group.batch].query_len - 1);
   const int64_t first = from / kPartKeys, last = (to + kPartKeys - 1) / kPartKeys;
@@ -246,7 +247,10 @@ Split split_of(const Problem& problem, const Group& group, const Keys& keys, int
     const int64_t start = (first + part) * kPartKeys;
     blocks.push_back({number, 0, split.rows, std::max(from, start), std::min(to, start + kPartKeys), part});
   }
-  split.states.resize(split.parts * panels_of(split.rows) * state_floats(problem.value_dim));
+  for (int64_t row = 0; row < split.rows; row += kPanelRows) {
+    split.part_floats += state_floats(std::min<int64_t>(kPanelRows, split.rows - row), problem.value_dim);
+  }
+  split.states = std::make_unique_for_overwrite<Real[]>(split.parts * split.part_floats);
   return split;
 }
 
@@ -281,7 +285,7 @@ void attention_forward(const Forward& problem) {
     for (int64_t i; (i = next.fetch_add(1)) < total;) {
       const Block& block = blocks[i];
       const Group& group = groups[block.group];
-      Real* states = block.part < 0 ? nullptr : splits[block.group].state(block.part, 0, problem.value_dim);
+      Real* states = block.part < 0 ? nullptr : splits[block.group].state(block.part);
       run_block(problem, group, keys[group.batch], block, states, place, problem.stats ? &stats : nullptr);
     }
   });

@@ -16,8 +16,8 @@ struct RowStats {
   Real& at(Field field, int64_t row) { return values[field * rows + row]; }
 };
 
-// Of the rows of a panel whose output is complete.
-inline void record_stats(const Forward& problem, const Group& group, const SoftmaxPanel& panel, RowStats& stats) {
+// Of the rows of a panel; `output`: theirs, [row][value_dim].
+inline void record_stats(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const Real* output, RowStats& stats) {
   for (int64_t r = 0; r < panel.rows; ++r) {
     const bool wanted = !problem.query_mask || problem.query_mask[group.batch * problem.sequences[group.batch].query_len + panel.query[r]];
     if (!wanted || panel.stats.top[r] == -kInfinity) continue;
@@ -32,7 +32,7 @@ inline void record_stats(const Forward& problem, const Group& group, const Softm
     stats.at(RowStats::distance, row) = panel.stats.distance[r] * inverse;
     double square = 0;
     for (int64_t c = 0; c < problem.value_dim; ++c) {
-      const Real x = panel.output[c * panel.width() + r];
+      const Real x = output[r * problem.value_dim + c];
       square += x * x;
     }
     stats.at(RowStats::output_norm, row) = static_cast<Real>(std::sqrt(square));

@@ -15,20 +15,23 @@ struct PanelStats {
 };
 
 struct SoftmaxPanel : Panel {
-  Real *thin_queries, *thin_sums;  // [row][whole_steps(dim)] where the panel is thin: queries and output, arranged (thin.h)
-  Real* output;        // [value_dim][row]
+  Real* thin_queries;  // [row][whole_steps(head_dim)], arranged (thin.h), where the panel is thin
+  Real* output;        // [value_dim][row]; where the panel is thin [row][whole_steps(value_dim)], arranged
   Real *high, *sum;    // [row]
   PanelStats stats;
 
   bool thin() const { return rows <= kThinRows; }
 };
 
-// All that the softmax of a panel has come to, in one piece of memory.
-inline int64_t state_floats(int64_t value_dim) { return (value_dim + 7) * kPanelRows; }
+// All that the softmax of a panel of `rows` rows has come to, in one piece of memory.
+inline int64_t output_floats(int64_t rows, int64_t value_dim) {
+  return rows <= kThinRows ? rows * whole_steps(value_dim) : kPanelRows * value_dim;
+}
+inline int64_t state_floats(int64_t rows, int64_t value_dim) { return output_floats(rows, value_dim) + 7 * kPanelRows; }
 
 inline void place_state(SoftmaxPanel& panel, Real* state, int64_t value_dim) {
   panel.output = state;
-  state += value_dim * kPanelRows;
+  state += output_floats(panel.rows, value_dim);
   for (Real** field : {&panel.high, &panel.sum, &panel.stats.top, &panel.stats.mass, &panel.stats.weighted, &panel.stats.distance,
                         &panel.stats.first}) {
     *field = state;
@@ -130,7 +133,19 @@ inline void merge(const SoftmaxPanel& panel, const SoftmaxPanel& other, int64_t 
     const auto add = [&](Real* to, const Real* from) { store(to, load(to) * factor + load(from) * other_factor); };
     store(panel.high + at, now);
     add(panel.sum + at, other.sum + at);
-    for (int64_t c = 0; c < value_dim; ++c) add(panel.output + c * panel.width() + at, other.output + c * panel.width() + at);
+    if (panel.thin()) {
+      Real factors[kLanes], other_factors[kLanes];
+      store(factors, factor), store(other_factors, other_factor);
+      for (int64_t r = 0, width = whole_steps(value_dim); r < panel.rows; ++r) {
+        scale_row(panel.output + r * width, width, factors[r]);
+        for (int64_t c = 0; c < width; c += kLanes) {
+          Real* to = panel.output + r * width + c;
+          store(to, multiply_add(Vec(other_factors[r]), load(other.output + r * width + c), load(to)));
+        }
+      }
+    } else {
+      for (int64_t c = 0; c < value_dim; ++c) add(panel.output + c * panel.width() + at, other.output + c * panel.width() + at);
+    }
     const PanelStats &stats = panel.stats, &more = other.stats;
     store(stats.top + at, max_second(load(stats.top + at), load(more.top + at)));
     const Vec weighted = (load(stats.weighted + at) + shift * load(stats.mass + at)) * factor;

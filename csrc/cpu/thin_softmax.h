@@ -114,13 +114,13 @@ void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel&
   for (int64_t r = 0; r < panel.rows; ++r) {
     Real* scores = place.scores + r * kKeyBlock;
     if (edits.any()) edit_row(edits, panel, r, count, place.positions, scores);
-    thin_softmax<Stats>(panel, r, slot == 0, count, place.positions, width, scores, panel.thin_sums + r * width);
+    thin_softmax<Stats>(panel, r, slot == 0, count, place.positions, width, scores, panel.output + r * width);
   }
   // The values of keys that the bias hides from the whole panel may hold inf or NaN.
   for (int64_t key = 0; biased && key < count; ++key) {
     if (bias.best[key] == -kInfinity) place.values.now[key] = place.nothing;
   }
-  products.values(rows_of(place.values), count, problem.value_dim, place.scores, kKeyBlock, panel.thin_sums);
+  products.values(rows_of(place.values), count, problem.value_dim, place.scores, kKeyBlock, panel.output);
 }
 
 // What depends on the type that a thin panel reads.
@@ -143,21 +143,20 @@ inline ThinKind thin_kind(Type type) {
   return thin_kind<Real>();
 }
 
-// The rows of a panel [row][head_dim], scaled, as its products want them, and no output yet.
+// The rows of a panel [row][head_dim], scaled, as its products want them.
 inline void open_thin(const Problem& problem, const Real* rows, const SoftmaxPanel& panel) {
   const ThinKind kind = thin_kind(problem.type);
   const int64_t width = whole_steps(problem.head_dim);
   std::fill_n(panel.thin_queries, panel.rows * width, Real(0));
   for (int64_t r = 0; r < panel.rows; ++r) kind.arrange(rows + r * problem.head_dim, problem.head_dim, panel.thin_queries + r * width);
-  std::fill_n(panel.thin_sums, panel.rows * whole_steps(problem.value_dim), Real(0));
 }
 
-// The output in the layout of all panels.
-inline void close_thin(const Problem& problem, const SoftmaxPanel& panel) {
+// The output as rows [row][value_dim].
+inline void read_thin_output(const Problem& problem, const SoftmaxPanel& panel, Real* rows) {
   const ThinKind kind = thin_kind(problem.type);
   for (int64_t r = 0; r < panel.rows; ++r) {
-    const Real* sums = panel.thin_sums + r * whole_steps(problem.value_dim);
-    for (int64_t x = 0; x < problem.value_dim; ++x) panel.output[x * panel.width() + r] = kind.arranged_at(sums, x);
+    const Real* sums = panel.output + r * whole_steps(problem.value_dim);
+    for (int64_t x = 0; x < problem.value_dim; ++x) *rows++ = kind.arranged_at(sums, x);
   }
 }
 
