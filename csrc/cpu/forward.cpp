@@ -3,19 +3,16 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
-#include <memory>
 
 #include "bias.h"
 #include "keys.h"
 #include "row_stats.h"
 #include "scratch.h"
+#include "split.h"
 #include "thin_softmax.h"
 
 namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 namespace {
-
-constexpr int64_t kMostPanels = 4;
-constexpr int64_t kPartKeys = 4 * kKeyBlock;
 
 // Everything that a thread needs for one block of rows.
 struct Workplace {
@@ -68,12 +65,18 @@ void open_panel(
       panel.sum[r] = panel.high[r] == -kInfinity ? 0.f : 1.f;
     }
   }
-  read_panel(problem, problem.query, group, panel, problem.head_dim, problem.head_dim, buffer);
-  scale_row(buffer, width * problem.head_dim, query_factor(problem));
-  if (panel.thin()) {
-    open_thin(problem, buffer, panel);
+  const Real factor = query_factor(problem);
+  if (const Real* in_place = panel_in_place(problem, problem.query, group, panel); in_place && !panel.thin()) {
+    transpose(in_place, problem.query.row, width, problem.head_dim, panel.queries, width);
+    scale_row(panel.queries, width * problem.head_dim, factor);
   } else {
-    transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
+    read_panel(problem, problem.query, group, panel, problem.head_dim, problem.head_dim, buffer);
+    scale_row(buffer, width * problem.head_dim, factor);
+    if (panel.thin()) {
+      open_thin(problem, buffer, panel);
+    } else {
+      transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
+    }
   }
   std::fill_n(panel.output, panel.thin() ? rows * whole_steps(problem.value_dim) : width * problem.value_dim, 0.f);
   std::fill_n(panel.stats.top, width, -kInfinity);
@@ -88,7 +91,8 @@ void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, co
   if (bias && !read_bias(problem.bias, batch, panel, keys, slot, count, place.bias)) return;
   if (bias) turn_bias(panel, count, place.bias);
   const Edits edits = edits_of(problem, panel, keys, slot, count, bias);
-  score_block<Vecs>(key.data, key.stride, count, panel.queries, problem.head_dim, place.scores);
+  score_block<Vecs>(
+      key.data, key.stride, count, panel.queries, problem.head_dim, place.scores, {value.data, value.stride, problem.value_dim});
   if (edits.any()) edit_scores<Vecs>(edits, panel, keys, slot, count, place.scores);
   softmax_step<Vecs, Stats>(panel, keys, slot, count, problem.value_dim, place.scores);
   // Keys that the bias hides from the whole panel are left out: their values may hold inf or NaN.
@@ -124,8 +128,6 @@ void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel&
   }
   if (stats) record_stats(problem, group, panel, buffer, *stats);
 }
-
-int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 void close(const Forward& problem, const Group& group, const SoftmaxPanel& panel, Workplace& place, RowStats* stats) {
   (panel.vecs == 1 ? close_panel<1> : close_panel<kPanelVecs>)(problem, group, panel, place.rows, stats);
@@ -181,20 +183,13 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
     place_state(panel, states ? states : place.states[p], problem.value_dim);
     if (states) states += state_floats(rows, problem.value_dim);
     open_panel(problem, group, keys, block.first_row + done, rows, block.part <= 0, panel, place.rows);
+    if (!states) ask_for_output(problem, group, panel);
     from = std::min(from, std::max(block.from, panel.slots_from));
     to = std::max(to, std::min(block.to, panel.slots_to));
   }
   walk_keys(problem, group, keys, panels, from, to, stats, place);
   for (int64_t p = 0; !states && p < panels; ++p) close(problem, group, place.panels[p], place, stats);
 }
-
-// The rows of a group that are split over the keys: its parts are blocks, numbered from `part` 0 on; their states lie one
-// after the other.
-struct Split {
-  int64_t group, rows, parts, part_floats;
-  std::unique_ptr<Real[]> states;
-  Real* state(int64_t part) { return states.get() + part * part_floats; }
-};
 
 void join_parts(const Forward& problem, const Group& group, const Keys& keys, Split& split, Workplace& place, RowStats* stats) {
   SoftmaxPanel& panel = place.panels[0];
@@ -234,26 +229,6 @@ int64_t rows_per_block(const Problem& problem, const std::vector<Group>& groups,
   return kPanelRows;
 }
 
-// Groups of few rows and many keys are split over the keys, so that all threads have work. Where they are split does not
-// depend on the number of threads, nor does the result.
-Split split_of(const Problem& problem, const Group& group, const Keys& keys, int64_t number, std::vector<Block>& blocks) {
-  Split split{number, group.rows(problem), 0, 0, {}};
-  if (split.rows > kMostPanels * kPanelRows) return split;
-  const auto [from, to] = slots_of(problem, group, keys, 0, problem.sequences[group.batch].query_len - 1);
-  const int64_t first = from / kPartKeys, last = (to + kPartKeys - 1) / kPartKeys;
-  if (last - first < 2) return split;
-  split.parts = last - first;
-  for (int64_t part = 0; part < split.parts; ++part) {
-    const int64_t start = (first + part) * kPartKeys;
-    blocks.push_back({number, 0, split.rows, std::max(from, start), std::min(to, start + kPartKeys), part});
-  }
-  for (int64_t row = 0; row < split.rows; row += kPanelRows) {
-    split.part_floats += state_floats(std::min<int64_t>(kPanelRows, split.rows - row), problem.value_dim);
-  }
-  split.states = std::make_unique_for_overwrite<Real[]>(split.parts * split.part_floats);
-  return split;
-}
-
 }  // namespace
 
 void attention_forward(const Forward& problem) {
@@ -289,7 +264,8 @@ void attention_forward(const Forward& problem) {
       run_block(problem, group, keys[group.batch], block, states, place, problem.stats ? &stats : nullptr);
     }
   });
-  at::parallel_for(0, static_cast<int64_t>(splits.size()), 1, [&](int64_t from, int64_t to) {
+  const bool any_split = std::find(is_split.begin(), is_split.end(), true) != is_split.end();
+  at::parallel_for(0, any_split ? static_cast<int64_t>(splits.size()) : 0, 1, [&](int64_t from, int64_t to) {
     Workplace place = set_up(problem);
     for (int64_t i = from; i < to; ++i) {
       const Group& group = groups[i];

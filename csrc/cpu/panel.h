@@ -42,6 +42,12 @@ inline Real query_factor(const Problem& problem) {
   return problem.softcap != 0.f ? problem.scale / problem.softcap : problem.scale * kLog2e;
 }
 
+// Where all rows of the panel, equally far apart, lie in the type that we compute in; null where they do not.
+inline const Real* panel_in_place(const Problem& problem, const Operand& operand, const Group& group, const Panel& panel) {
+  if (problem.type != kRealType || group.heads.size() != 1 || panel.rows != panel.width()) return nullptr;
+  return reinterpret_cast<const Real*>(query_row(problem, operand, group.batch, panel.head[0], panel.query[0]));
+}
+
 // The panel's rows of the query or what is laid out like it, as fp32 rows `width` >= dim floats wide, filled up with 0.
 inline void read_panel(
     const Problem& problem, const Operand& operand, const Group& group, const Panel& panel, int64_t dim, int64_t width, Real* rows) {
@@ -50,6 +56,15 @@ inline void read_panel(
     std::fill_n(rows + r * width + dim, width - dim, 0.f);
   }
   std::fill_n(rows + panel.rows * width, (panel.width() - panel.rows) * width, 0.f);
+}
+
+// The panel's rows of the output, to be written in the end.
+inline void ask_for_output(const Forward& problem, const Group& group, const Panel& panel) {
+  const int64_t bytes = problem.value_dim * element_size(problem.type);
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    const char* row = query_row(problem, problem.output, group.batch, panel.head[r], panel.query[r]);
+    for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(row + x, 1, 2);
+  }
 }
 
 // What is done to the raw scores of one block of keys of a panel.

@@ -51,11 +51,26 @@ inline void multiply_tail(
   }
 }
 
-// scores[key][row] = sum_x keys[key][x] * queries[x][row]
+constexpr int64_t kLine = 64 / sizeof(Real);  // of the cache
+
+// Rows that are read after a product, asked for while it runs.
+struct Coming {
+  const Real* rows;
+  int64_t stride, width;
+  void ask_for(int64_t from, int64_t to) const {
+    for (int64_t row = from; row < to; ++row) {
+      for (int64_t x = 0; x < width; x += kLine) __builtin_prefetch(rows + row * stride + x, 0, 2);
+    }
+  }
+};
+
+// scores[key][row] = sum_x keys[key][x] * queries[x][row]; `coming` has one row for each key.
 template <int Vecs>
-void score_block(const Real* keys, int64_t stride, int64_t count, const Real* queries, int64_t head_dim, Real* scores) {
+void score_block(
+    const Real* keys, int64_t stride, int64_t count, const Real* queries, int64_t head_dim, Real* scores, const Coming& coming = {}) {
   constexpr int rows = Vecs * kLanes;
   for (int64_t key = 0; key < count; key += kTile) {
+    coming.ask_for(key, std::min(key + kTile, count));
     multiply_tail<Vecs, false, false>(
         std::min<int64_t>(kTile, count - key), keys + key * stride, stride, queries, rows, head_dim, scores + key * rows, rows);
   }
