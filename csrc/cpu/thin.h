@@ -153,7 +153,7 @@ inline void thin_columns(Rows<T> values, int64_t count, int64_t column, int64_t 
 template <typename T, int Heads>
 void thin_values(Rows<T> values, int64_t count, int64_t dim, const Real* probs, int64_t stride, Real* sums) {
   constexpr int steps = kThinAccumulators / (2 * Heads) >= 4 ? 4 : kThinAccumulators / (2 * Heads) >= 2 ? 2 : 1;
-  constexpr int64_t few = 16;  // keys whose rows stay in the first cache between one range of columns and the next
+  const int64_t few = dim <= steps * kStep ? count : 16;  // keys whose rows stay in the first cache between two ranges of columns
   const int64_t width = whole_steps(dim), whole = dim / kStep * kStep;
   for (int64_t key = 0; key < count; key += few) {
     const int64_t here = std::min(few, count - key);
