@@ -80,6 +80,21 @@ Tensor gradient_of_row_bias(const Problem& problem, const Tensor& bias, const Te
   return rows.view({problem.batches, problem.query_heads, queries, 1}).sum_to_size(bias.sizes());
 }
 
+// Memory for a gradient, laid out like its tensor where the kernels can write so.
+Tensor gradient_like(const Tensor& tensor, bool zeroed) {
+  const Tensor grad = at::empty_like(tensor);
+  const Tensor found = rows_contiguous(grad).is_same(grad) ? grad : at::empty(tensor.sizes(), tensor.options());
+  return zeroed ? found.zero_() : found;
+}
+
+// Whether the backward pass leaves out no row of the keys' and values' gradients.
+bool writes_all_keys(const Problem& problem) {
+  if (problem.key_mask || problem.gate || problem.numbers.batch == 0 || !problem.numbers.head) return false;
+  int64_t read = 0;
+  for (int64_t head = 0; head < problem.query_heads; ++head) read += !head || problem.kv_of_query[head] != problem.kv_of_query[head - 1];
+  return read == problem.kv_heads;
+}
+
 Tensor zeroed_bias_gradient(Backward& backward, const Tensor& bias) {
   std::vector<int64_t> shape(4 - bias.dim(), 1);
   shape.insert(shape.end(), bias.sizes().begin(), bias.sizes().end());
@@ -123,21 +138,19 @@ std::array<Tensor, 6> gradients(const Held& held, const Options& options, const 
   backward.delta = delta.const_data_ptr<Real>();
   Tensor query_sums;
   if (need_query) {
-    grads[0] = at::zeros_like(given.query);
-    const bool in_place = held.problem.type == kRealType && rows_contiguous(grads[0]).is_same(grads[0]);
+    const bool in_place = held.problem.type == kRealType;
+    grads[0] = gradient_like(given.query, in_place);
     query_sums = in_place ? grads[0] : at::zeros(given.query.sizes(), given.query.options().dtype(kReal));
     backward.grad_query = operand(query_sums);
   }
-  Tensor grad_key, grad_value;
-  if (need_key) backward.grad_key = operand(grad_key = at::zeros(given.key.sizes(), given.key.options()));
-  if (need_value) backward.grad_value = operand(grad_value = at::zeros(given.value.sizes(), given.value.options()));
+  const bool zeroed = !writes_all_keys(held.problem);
+  if (need_key) backward.grad_key = operand(grads[1] = gradient_like(given.key, zeroed));
+  if (need_value) backward.grad_value = operand(grads[2] = gradient_like(given.value, zeroed));
   if (packed) {
     for (Operand* one : {&backward.grad_output, &backward.grad_query, &backward.grad_key, &backward.grad_value}) one->batch = 0;
   }
   attention_backward(backward);
   if (need_query && !query_sums.is_same(grads[0])) grads[0].copy_(query_sums);
-  grads[1] = grad_key;
-  grads[2] = grad_value;
   if (backward.grad_bias.data) grads[3] = grads[3].view(options.bias->sizes()).to(options.bias->scalar_type());
   return grads;
 }

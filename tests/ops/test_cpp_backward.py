@@ -9,6 +9,7 @@ from attention_calls import EPSILON, OPTIONS, Shape, in_fp64, make_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headprune import HeadMap
 from headprune.ops import attention, reference
 from headprune.ops.call import AttentionCall
 from headprune.ops.cpp import attention_backward, attention_forward, missing
@@ -221,3 +222,24 @@ def test_autograd_reaches_the_kernels_through_the_public_operator():
     output = attention(*leaves[:3], call.head_map, causal=True, scale=call.scale, gate=leaves[3])
     for grad, other in zip(torch.autograd.grad(output, leaves, grad_output), [*expected[:3], expected[5]]):
         assert torch.equal(grad, other)
+
+
+@pytest.mark.parametrize("layout", ["heads", "tokens"])
+def test_gradients_lie_as_their_tensors_do(layout):
+    call = make_call(Shape(), (), layout=layout)
+    _, found = gradients(call)
+    for name, grad in zip(NAMES[:3], found):
+        assert grad.stride() == torch.empty_like(getattr(call, name)).stride(), name
+
+
+def test_keys_that_no_query_sees_have_a_gradient_of_zero_in_memory_that_held_others():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, length, 16) for length in (5, 400, 400))
+    call = AttentionCall(query, key, value, HeadMap.uniform(3), True, 4, 0.25, 0.0, *[None] * 6, False)
+    for _ in range(3):
+        used = [torch.full_like(key, float("nan")) for _ in range(8)]
+        del used
+        _, (_, grad_key, grad_value, *_) = gradients(call)
+        for grad in (grad_key, grad_value):
+            assert (grad[:, :, :392] == 0).all()
+            assert (grad[:, :, 392:] != 0).any(dim=-1).all()
