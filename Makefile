@@ -72,6 +72,9 @@ release-check: venv
 aot: venv
 	$(BIN)/python bench/aot.py
 
+# The heap keeps what it has got: pages that the kernel clears anew for a call cost ours and the peers alike, more than a small attention.
+bench: export MALLOC_TRIM_THRESHOLD_ = 1000000000
+bench: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 bench: venv
 	$(BIN)/python -m pytest -q -m "not gpu" bench --benchmark-quiet
 	$(BIN)/python bench/table.py
