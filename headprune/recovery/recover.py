@@ -79,8 +79,8 @@ def recover(
         token_mask: which tokens count in distillation, as for `observe`.
         callbacks: more of transformers' TrainerCallback.
         progress: called with (done, all) after each step.
-        training_arguments: any of transformers.TrainingArguments (bf16, gradient_accumulation_steps, report_to, fsdp,
-            save_steps, ...). Under torchrun each rank trains on its share of the batches.
+        training_arguments: any of transformers.TrainingArguments (bf16, gradient_accumulation_steps, report_to, deepspeed,
+            save_steps, ...). Under torchrun each rank trains on its share of the batches; deepspeed takes ZeRO stages 0 to 2.
 
     A loss that becomes NaN ends the training: the model goes back to its last good state and `stopped_because` says where.
 

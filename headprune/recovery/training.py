@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -203,13 +204,36 @@ def training_arguments(folder: Path, budget: TrainingBudget, seed: int, options:
     }  # fmt: skip
     try:
         found = TrainingArguments(**chosen)
-    except ImportError:
-        raise InvalidInput('recover needs accelerate: pip install "headprune[recovery]".') from None
+    except ImportError as error:
+        missing = "deepspeed" if find_spec("accelerate") else '"headprune[recovery]"'
+        raise InvalidInput(f"recover: {' '.join(str(error).split())} Run pip install {missing}.") from None
     except TypeError as error:
         raise InvalidInput(f"recover: {error}; expected its own arguments or those of transformers.TrainingArguments.") from None
+    refuse_partitioned(found)
     found._setup_devices  # noqa: B018 (decides how many devices there are, which is then overruled)
     found._n_gpu = min(found._n_gpu, 1)  # whole batches cannot be spread by DataParallel; torchrun runs several
     return found
+
+
+def refuse_partitioned(arguments: Any) -> None:
+    """The trained model must be whole on each rank, here and when its best state is kept."""
+    plugin = getattr(arguments, "deepspeed_plugin", None)
+    if plugin is not None and plugin.hf_ds_config.is_zero3():
+        raise InvalidInput(
+            "recover: DeepSpeed's ZeRO stage 3 leaves each rank a part of every parameter, and the model would end empty; "
+            "use stage 2 (with offload_optimizer, if memory is short)."
+        )
+
+
+def leave_deepspeed(trainer: Trainer) -> None:
+    """Each parameter has memory of its own again: DeepSpeed lays all of them into one tensor."""
+    engine = getattr(trainer, "deepspeed", None)
+    if engine is None:
+        return
+    engine.destroy()
+    model: Any = trainer.model
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def history(trainer: Trainer, key: str) -> tuple[tuple[int, float], ...]:
