@@ -73,10 +73,11 @@ aot: venv
 	$(BIN)/python bench/aot.py
 
 # The heap keeps what it has got: pages that the kernel clears anew for a call cost ours and the peers alike, more than a small attention.
-bench: export MALLOC_TRIM_THRESHOLD_ = 1000000000
-bench: export MALLOC_MMAP_THRESHOLD_ = 1000000000
+KEPT_HEAP := MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
+IN_NEW_MEMORY := bench/bench_cpu_surgery.py bench/bench_cpu_large.py
 bench: venv
-	$(BIN)/python -m pytest -q -m "not gpu" bench --benchmark-quiet
+	$(KEPT_HEAP) $(BIN)/python -m pytest -q -m "not gpu" bench --benchmark-quiet $(IN_NEW_MEMORY:%=--ignore=%)
+	$(BIN)/python -m pytest -q $(IN_NEW_MEMORY) --benchmark-quiet
 	$(BIN)/python bench/table.py
 
 quality: venv

@@ -36,7 +36,7 @@ def test_ragged(versus, dtype):
     q, k, v, lengths, reads = cache(dtype)
     versus(
         f"CPU decode, ragged 24/8 heads d128, cache 4096, batch 4, {dtype}", lambda: attention_decode(q, k, v, lengths, RAGGED),
-        {"expand + SDPA": lambda: expanded_sdpa(q, k, v, RAGGED)}, at_least=10, of_floor=0.8, reads=reads, rounds=9,
+        {"expand + SDPA": lambda: expanded_sdpa(q, k, v, RAGGED)}, at_least=10, of_floor=0.8, reads=reads,
     )  # fmt: skip
 
 
@@ -59,5 +59,5 @@ def test_paged(versus, dtype):
         f"CPU decode, ragged 24/8 heads d128, cache 4096 in pages of {PAGE}, batch 4, {dtype}",
         lambda: attention_decode(q, k, v, lengths, RAGGED, page_table=pages),
         {"gather + expand + SDPA": lambda: expanded_sdpa(q, gathered(k, table), gathered(v, table), RAGGED)},
-        at_least=10, of_floor=0.8, reads=reads, rounds=7,
+        at_least=10, of_floor=0.8, reads=reads,
     )  # fmt: skip

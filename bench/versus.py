@@ -18,7 +18,8 @@ from headprune.evaluation.memory import peak_bytes
 
 GPU_ROUND_SECONDS = 4e-3  # calls are repeated until one timed round on a GPU lasts about this long
 MOST_CALLS = 200
-CPU_SECONDS = 1.5  # rows of a CPU get rounds until they have taken about this long: short calls are moved most by what else runs
+ROUNDS = 15
+CPU_SECONDS = 1.5  # short calls are moved most by what else runs, so that they get more rounds
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Ceilings:
 def measure(
     run: Mapping[str, Callable[[], object]],
     device: torch.device,
-    rounds: int,
+    rounds: int | None,
     graphs: bool = True,
     before: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """(seconds per call of every round, `rounds` or more, why a peer did not run). The first of `run` is ours and must run."""
+    """(seconds per call of every round, why a peer did not run). The first of `run` is ours and must run."""
     prepared, failed = {}, {}
     for name, function in run.items():
         try:
@@ -65,9 +66,9 @@ def measure(
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     times: dict[str, list[float]] = {name: [] for name in prepared}
     gc.collect()
-    least = CPU_SECONDS if device.type == "cpu" else 0.0
-    started, done = time.perf_counter(), 0
-    while done < rounds or time.perf_counter() - started < least:
+    until = time.perf_counter() + (CPU_SECONDS if rounds is None and device.type == "cpu" else 0.0)
+    done = 0
+    while done < (rounds or ROUNDS) or time.perf_counter() < until:
         done += 1
         for name, (timed, calls) in prepared.items():
             before()
@@ -127,7 +128,7 @@ def compare(
     gbyte: float = 0.0,
     ceilings: Ceilings | None = None,
     reads: Callable[[], object] | None = None,
-    rounds: int = 15,
+    rounds: int | None = None,
     memory: bool = False,
     graphs: bool = True,
     before: Callable[[], object] = lambda: None,
@@ -142,6 +143,7 @@ def compare(
         gflop, gbyte: what the call must compute and move at least; the larger of their times at `ceilings` is the floor.
         reads: a plain library call that reads as many bytes; timed in the same rounds, its time is a floor too. For machines
             whose bandwidth is shared and changes from minute to minute.
+        rounds: exactly so many; default: ROUNDS, on a CPU more until CPU_SECONDS are over.
         memory: measure the peak memory of one call of each too.
         graphs: replay CUDA graphs where they can be captured; not for calls that copy to the host.
         before: called, untimed, before each round of each: what both need to start from.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +77,19 @@ def write_all(file: io.RawIOBase, view: memoryview) -> None:
 
 
 def copy_range(stored: Stored, target: int) -> None:
-    """Appends the bytes of `stored` to the open file `target`, inside the kernel."""
+    """Appends the bytes of `stored` to the open file `target`."""
     with opened(stored.path) as source:
         done = 0
         while done < stored.nbytes:
-            copied = os.sendfile(target, source.fileno(), stored.start + done, min(CHUNK, stored.nbytes - done))
+            copied = copy_some(source, target, stored.start + done, min(CHUNK, stored.nbytes - done))
             if not copied:
                 raise CorruptCheckpoint(f"{stored.path} ended early while it was copied; was it changed?")
             done += copied
+
+
+def copy_some(source: io.FileIO, target: int, start: int, count: int) -> int:
+    """How many bytes went over: inside the kernel on Linux; elsewhere sendfile takes sockets alone, or is not there."""
+    if sys.platform == "linux":
+        return os.sendfile(target, source.fileno(), start, count)
+    source.seek(start)
+    return os.write(target, source.read(count))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,3 +209,15 @@ def test_a_weight_file_that_goes_away_meanwhile_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write_shards", gone)
     with pytest.raises(CorruptCheckpoint, match=r"model-.*cannot be read any more"):
         hp.prune_folder(folder, plan, tmp_path / "pruned")
+
+
+def test_where_the_kernel_copies_between_no_files_the_bytes_are_the_same(tmp_path, monkeypatch):
+    folder = sharded_folder("llama", tmp_path / "model")
+    plan = random_plan(folder)
+    hp.prune_folder(folder, plan, tmp_path / "kernel")
+    monkeypatch.setattr("headprune.surgery.shard_writer.sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr("headprune.surgery.shard_writer.CHUNK", 1000)
+    hp.prune_folder(folder, plan, tmp_path / "memory")
+    files = sorted(path.name for path in (tmp_path / "kernel").glob("*.safetensors*"))
+    assert files
+    assert all((tmp_path / "kernel" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes() for name in files)
