@@ -72,12 +72,13 @@ release-check: venv
 aot: venv
 	$(BIN)/python bench/aot.py
 
-# The heap keeps what it has got: pages that the kernel clears anew for a call cost ours and the peers alike, more than a small attention.
+# Short calls: the heap keeps what it has got, because pages that the kernel clears anew cost ours and the peers alike, more than a small
+# attention. Rows of whole models: all large tensors are new memory, of ours and of the peers, whatever the heap holds from before.
 KEPT_HEAP := MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 IN_NEW_MEMORY := bench/bench_cpu_surgery.py bench/bench_cpu_large.py
 bench: venv
 	$(KEPT_HEAP) $(BIN)/python -m pytest -q -m "not gpu" bench --benchmark-quiet $(IN_NEW_MEMORY:%=--ignore=%)
-	$(BIN)/python -m pytest -q $(IN_NEW_MEMORY) --benchmark-quiet
+	MALLOC_MMAP_THRESHOLD_=1000000 $(BIN)/python -m pytest -q $(IN_NEW_MEMORY) --benchmark-quiet --add
 	$(BIN)/python bench/table.py
 
 quality: venv

@@ -20,6 +20,7 @@ ROWS: list[tuple[str, Row]] = []
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--results", help="where to write the rows (JSON); default bench/results/<machine>-<date>.json")
+    parser.addoption("--add", action="store_true", help="keep the rows of other names that the result file has of this machine")
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -44,7 +45,7 @@ def versus(request, benchmark):
             benchmark.pedantic(ours, rounds=1)
         benchmark.extra_info.update(asdict(row))
         ROWS.append((device, row))
-        keep_rows(request.config.getoption("--results"))
+        keep_rows(request.config.getoption("--results"), request.config.getoption("--add"))
         print(line(row))
         return row
 
@@ -52,11 +53,16 @@ def versus(request, benchmark):
     return run
 
 
-def keep_rows(given: str | None) -> None:
+def keep_rows(given: str | None, add: bool) -> None:
     """Writes all rows so far, through a temporary name: a run that is cut short keeps what it measured."""
     found = machine("cuda" if any(device == "cuda" for device, _ in ROWS) else "cpu")
     target = Path(given or Path(__file__).parent / "results" / f"{found['slug']}-{datetime.date.today():%Y-%m-%d}.json")
-    document = {"machine": found, "rows": [asdict(row) for _, row in ROWS]}
+    rows = [asdict(row) for _, row in ROWS]
+    if add and target.exists():
+        there = json.loads(target.read_text(encoding="utf-8"))
+        names = {row["name"] for row in rows}
+        rows = [row for row in there["rows"] if there["machine"] == found and row["name"] not in names] + rows
+    document = {"machine": found, "rows": rows}
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=target.parent)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
