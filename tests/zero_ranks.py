@@ -12,6 +12,7 @@ import headprune as hp
 from headprune.errors import InvalidInput
 
 STEPS = 6
+STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "partitioned": 3}
 
 
 class Stop(TrainerCallback):
@@ -34,7 +35,7 @@ def main() -> None:
     dense, model = pruned_llama()
     options = {"steps": STEPS, "lr": 1e-2, "teacher": dense}
     if case != "plain":
-        options["deepspeed"] = zero(3 if case == "partitioned" else 2)
+        options["deepspeed"] = zero(STAGES.get(case, 2))
     if case in ("stopped", "resumed"):
         options |= {"output_dir": folder / "run", "save_steps": 2}
     if case == "stopped":

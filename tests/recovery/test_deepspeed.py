@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from headprune.errors import InvalidInput
 from headprune.recovery.training import refuse_partitioned
 
-CASES = ("plain", "optimizer", "stopped", "resumed", "partitioned")
+CASES = ("plain", "none", "optimizer", "gradients", "stopped", "resumed", "partitioned")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def weights(folder, case: str, rank: int):
     return load_file(folder / f"{case}{rank}.safetensors")
 
 
-@pytest.mark.parametrize("case", ["optimizer", "resumed"])
-def test_ranks_that_share_the_optimizer_train_as_plain_ones_do(folder, case):
+@pytest.mark.parametrize("case", ["none", "optimizer", "gradients", "resumed"])
+def test_ranks_that_share_what_a_stage_says_train_as_plain_ones_do(folder, case):
     expected = weights(folder, "plain", 0)
     for rank in (0, 1):
         assert (folder / f"{case}{rank}.txt").read_text() == "finished"
