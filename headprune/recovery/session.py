@@ -100,7 +100,8 @@ def trained(model: nn.Module, session: Session) -> Recovery:
             raise InvalidInput(f"{problem}, before anything was trained; look for empty labels or overflow.") from None
         broken = f"{problem}; {WENT_BACK} {good.step}"
         log.warning("recovery stopped: %s", broken)
-    training.leave_deepspeed(trainer)
+    finally:
+        training.leave_deepspeed(trainer)
     went_back = broken is not None or good.value is not None
     if went_back:
         good.restore()

@@ -202,11 +202,12 @@ def training_arguments(folder: Path, budget: TrainingBudget, seed: int, options:
         "output_dir": str(folder), "max_steps": budget.max_steps, "learning_rate": budget.peak,
         "seed": seed, "eval_strategy": "no", "save_strategy": "no", "remove_unused_columns": False,
     }  # fmt: skip
+    if chosen.get("deepspeed") and find_spec("deepspeed") is None:
+        raise InvalidInput("recover: deepspeed=... needs the package: pip install deepspeed.")
     try:
         found = TrainingArguments(**chosen)
-    except ImportError as error:
-        missing = "deepspeed" if find_spec("accelerate") else '"headprune[recovery]"'
-        raise InvalidInput(f"recover: {' '.join(str(error).split())} Run pip install {missing}.") from None
+    except ImportError:
+        raise InvalidInput('recover needs accelerate: pip install "headprune[recovery]".') from None
     except TypeError as error:
         raise InvalidInput(f"recover: {error}; expected its own arguments or those of transformers.TrainingArguments.") from None
     refuse_partitioned(found)
@@ -221,7 +222,7 @@ def refuse_partitioned(arguments: Any) -> None:
     if plugin is not None and plugin.hf_ds_config.is_zero3():
         raise InvalidInput(
             "recover: DeepSpeed's ZeRO stage 3 leaves each rank a part of every parameter, and the model would end empty; "
-            "use stage 2 (with offload_optimizer, if memory is short)."
+            "use stage 2."
         )
 
 

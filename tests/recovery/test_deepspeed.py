@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pruned_pairs import pruned_llama, text_batches
 from safetensors.torch import load_file
 
+import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.recovery.training import refuse_partitioned
 
@@ -63,3 +65,10 @@ def test_the_stage_is_read_from_the_plugin_wherever_it_came_from(stage, refused)
     else:
         refuse_partitioned(arguments)
     refuse_partitioned(SimpleNamespace(deepspeed_plugin=None))
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_not_there_is_named(tmp_path):
+    _, model = pruned_llama()
+    with pytest.raises(InvalidInput, match="pip install deepspeed"):
+        hp.recover(model, text_batches(), steps=1, output_dir=tmp_path / "run", deepspeed={"zero_optimization": {"stage": 2}})
