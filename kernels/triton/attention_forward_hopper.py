@@ -14,7 +14,8 @@ from tile to tile, the same in every warp, because all derive it from the same t
 
     full[s]    1 arrival + the bytes of the copy. The producer arrives and starts the copy; consumers wait before reading.
     empty[s]   k, v: one arrival per consumer; q: 1, because every consumer has its own q slots. Consumers arrive when their
-               products that read the slot are complete (q: when the output that took its place has been copied out);
+               products that read the slot are complete (q: when the output that took its place has been copied out, which
+               they ask only after the first product of the next tile, so that the copy costs them nothing);
                the producer waits before writing. Item c waits for completion number c // n - 1 of its slot: none for c < n.
     turns[w]   1 arrival, by the consumer before w (cyclically), after each of its issues. Consumer w waits before each.
                Issue i of consumer 0 needs i completions, issue i of the others i + 1: the order 0, 1, 2, 0, 1, 2, ... .
@@ -24,7 +25,8 @@ arrived on empty[s], nor empty[s] before the producer, the only one who waits on
 has passed the turn on. So one bit of phase suffices. There is no deadlock: all warps handle the items in one order
 (k[0], q, then k[j+1], v[j], ..., v[last]); the producer waits only for items that lie STAGES back, which consumers release
 without waiting for anything that comes later in the order than what the producer has already started, provided STAGES >= 2
-(a consumer waits for v[j] before it releases v[j-1]); and the holder of a turn waits for nothing at all.
+(a consumer waits for v[j] before it releases v[j-1]) and Q_STAGES >= 2 (it waits for the next tile's q before it releases q); and
+the holder of a turn waits for nothing at all.
 tests/kernels/test_hopper_schedule.py runs these functions on a model of the barriers.
 
 Sources: the schedule, and 240 and 24 registers for consumers and producer, from FlashAttention-3; what Gluon's barriers and
@@ -40,7 +42,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from headprune.kernels.hopper_schedule import filled_phase, freed_phase, key_blocks, place_of, slot, tile_of, turn_phase
+from headprune.kernels.hopper_schedule import filled_phase, freed_phase, key_blocks, place_of, slot, turn_phase, turns_of
 
 # Triton 3.9 renamed the two copies.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -50,11 +52,10 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def work_of(tile, gates, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, HAS_GATE: gl.constexpr):
+def work_of(place, block, gates, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, HAS_GATE: gl.constexpr):
     """(sample, head, first row, key blocks, masked ones among them, gate): a head gated to 0 has no key blocks."""
     heads, batch_heads, row_blocks, q_len, kv_len, section = sizes
     gate_ptr, stride_gb = gates
-    place, block = place_of(tile, batch_heads, row_blocks, section)
     sample = place // heads
     head = place - sample * heads
     count, masked = key_blocks(block, q_len, kv_len, BLOCK_M, BLOCK_N, CAUSAL)
@@ -86,13 +87,14 @@ def produce(descs, rings, bars, gates, kv_of_query_ptr, sizes, config: gl.conste
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
     heads, batch_heads, row_blocks, q_len, kv_len, section = sizes
     programs = gl.num_programs(0)
-    tiles = batch_heads * row_blocks
     q_count = 0
     kv_count = 0
-    for turn in range(gl.cdiv(tiles, programs)):
-        tile = tile_of(gl.program_id(0), turn, programs)
-        if tile < tiles:
-            sample, head, first, count, masked, gate = work_of(tile, gates, sizes, CONSUMERS * ROWS, BLOCK_N, CAUSAL, HAS_GATE)
+    for turn in range(turns_of(programs, batch_heads, row_blocks, section)):
+        place, block = place_of(gl.program_id(0), turn, programs, batch_heads, row_blocks, section)
+        if block >= 0:
+            sample, head, first, count, masked, gate = work_of(
+                place, block, gates, sizes, CONSUMERS * ROWS, BLOCK_N, CAUSAL, HAS_GATE
+            )
             if count > 0:
                 kv_head = gl.load(kv_of_query_ptr + head)
                 for step in range(count + 1):
@@ -207,6 +209,13 @@ def skip_tile(sample, head, first, outputs, heads, q_len, dtype: gl.constexpr, D
 
 
 @gluon.jit
+def release_query(count, q_empty, WHO: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Gives the slot of the count-th query tile back, once the output that took the queries' place has been copied out."""
+    tma.store_wait(0)
+    mbarrier.arrive(q_empty.index(slot(count, Q_STAGES) * CONSUMERS + WHO), count=1)
+
+
+@gluon.jit
 def consume(descs, rings, bars, outputs, gates, sizes, scale, config: gl.constexpr, WHO: gl.constexpr):
     BLOCK_N: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[1]
@@ -226,13 +235,14 @@ def consume(descs, rings, bars, outputs, gates, sizes, scale, config: gl.constex
     ROW: gl.constexpr = gl.SliceLayout(1, s_layout)
     offset = kv_len - q_len
     programs = gl.num_programs(0)
-    tiles = batch_heads * row_blocks
     q_count = 0
     kv_count = 0
-    for turn in range(gl.cdiv(tiles, programs)):
-        tile = tile_of(gl.program_id(0), turn, programs)
-        if tile < tiles:
-            sample, head, first, count, masked, gate = work_of(tile, gates, sizes, CONSUMERS * ROWS, BLOCK_N, CAUSAL, HAS_GATE)
+    for turn in range(turns_of(programs, batch_heads, row_blocks, section)):
+        place, block = place_of(gl.program_id(0), turn, programs, batch_heads, row_blocks, section)
+        if block >= 0:
+            sample, head, first, count, masked, gate = work_of(
+                place, block, gates, sizes, CONSUMERS * ROWS, BLOCK_N, CAUSAL, HAS_GATE
+            )
             first += WHO * ROWS
             if count == 0:
                 skip_tile(sample, head, first, outputs, heads, q_len, k_s.dtype, DIM)
@@ -245,6 +255,8 @@ def consume(descs, rings, bars, outputs, gates, sizes, scale, config: gl.constex
                 mbarrier.arrive(turns.index((WHO + 1) % CONSUMERS), count=1)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 mbarrier.arrive(k_empty.index(slot(kv_count, STAGES)), count=1)
+                if q_count > 0:
+                    release_query(q_count - 1, q_empty, WHO, Q_STAGES, CONSUMERS)
                 m_i = gl.full([ROWS], float("-inf"), gl.float32, ROW)
                 start = (count - 1) * BLOCK_N
                 p32, alpha, m_i, l_i = softmax_step(s, m_i, m_i, scale, rows, start, offset, kv_len, CAUSAL, True, True)
@@ -272,10 +284,9 @@ def consume(descs, rings, bars, outputs, gates, sizes, scale, config: gl.constex
                 q.store(acc.to(k_s.dtype))
                 fence_async_shared()
                 copy_out(o_desc, [sample, head, first, 0], q_s.index(q_at))
-                tma.store_wait(0)
-                mbarrier.arrive(q_empty.index(q_at), count=1)
                 q_count += 1
                 kv_count += count
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -299,6 +310,7 @@ def attention_forward_hopper_kernel(
     HAS_GATE: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES >= 2, "a consumer waits for one block's v before it releases the one before")
+    gl.static_assert(Q_STAGES >= 2, "a consumer waits for one tile's q before it releases the one before")
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * Q_STAGES] + q_desc.block_type.shape, q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)

@@ -16,7 +16,8 @@ from headprune.kernels.attention_forward_hopper import ROWS, attention_forward_h
 from headprune.kernels.launch import AotVariant, Launch, head_table
 
 LOG2E = math.log2(math.e)
-SECTION_BYTES = 24 << 20  # keys and values that stay in L2 (50 MB) together, next to queries and outputs
+L2_BYTES = 24 << 20  # keys and values that stay in L2 (50 MB) together, next to queries and outputs
+IN_STEP = 4  # programs that work on the same keys at about the same time: with so many, L2 need not hold all keys
 GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -37,7 +38,7 @@ class Tiles:
 
 TILES = {64: Tiles(128, 3, 2, 2), 128: Tiles(128, 2, 2, 2)}
 # What else compiles without spilling: the candidates of bench/bench_gpu_hopper.py.
-CANDIDATES = {64: (TILES[64], Tiles(128, 2, 1, 2), Tiles(64, 4, 2, 3)), 128: (TILES[128], Tiles(128, 2, 1, 2), Tiles(64, 4, 2, 2))}
+CANDIDATES = {64: (TILES[64], Tiles(128, 2, 2, 2), Tiles(64, 4, 2, 3)), 128: (TILES[128], Tiles(64, 4, 2, 2))}
 
 
 def unfit(name: str, tensor: Tensor) -> str | None:
@@ -69,17 +70,22 @@ def attention_forward_hopper(query: Tensor, *tensors, **options) -> None:
 def hopper_launch(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, kv_of_query: tuple[int, ...],
     *, causal: bool, scale: float, gate: Tensor | None, tiles: Tiles | None = None, programs: int | None = None,
+    together: int | None = None,
 ) -> Launch:  # fmt: skip
     """Fills output [batch, query_heads, query_len, dim] and lse fp32 [batch, query_heads, query_len], contiguous.
 
     query [batch, query_heads, query_len, dim], key, value [batch, kv_heads, kv_len, dim]: fp16 or bf16, dim 64 or 128, no empty
     dimension, fit for the copy engine (`unfit`), as is output. scale > 0. gate [query_heads] or [batch, query_heads]. programs:
-    how many run at once, by default one per multiprocessor.
+    how many run at once, by default one per multiprocessor. together: in place of `section`.
     """
     batch, heads, q_len, dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     tiles = tiles or TILES[dim]
     row_blocks = -(-q_len // (tiles.consumers * ROWS.value))
+    programs = programs or multiprocessors(query.device)
+    if together is None:
+        kv_bytes = 2 * kv_len * dim * key.element_size()
+        together = section(batch * heads, row_blocks, kv_bytes, heads / kv_heads, programs, causal)
     arguments = {
         "q_desc": descriptor(query, ROWS.value), "k_desc": descriptor(key, tiles.block_n),
         "v_desc": descriptor(value, tiles.block_n), "o_desc": descriptor(output, ROWS.value), "o_ptr": output, "lse_ptr": lse,
@@ -87,22 +93,29 @@ def hopper_launch(
         "stride_gb": gate.stride(0) if gate is not None and gate.dim() == 2 else 0, "stride_ob": output.stride(0),
         "stride_oh": output.stride(1), "stride_om": output.stride(2), "heads": heads, "batch_heads": batch * heads,
         "row_blocks": row_blocks, "q_len": q_len, "kv_len": kv_len,
-        "section": section(batch * heads, heads / kv_heads, kv_len * dim, causal), "scale": scale * LOG2E,
+        "section": together, "scale": scale * LOG2E,
     }  # fmt: skip
     constants = {
         "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "Q_STAGES": tiles.q_stages, "CONSUMERS": tiles.consumers,
         "CAUSAL": causal, "HAS_GATE": gate is not None, "REGISTERS": tiles.registers,
     }  # fmt: skip
-    grid = (min(programs or multiprocessors(query.device), batch * heads * row_blocks),)
+    grid = (min(programs, batch * heads * row_blocks),)
     return Launch(attention_forward_hopper_kernel, grid, arguments, constants, warps=4, stages=1)
 
 
-def section(batch_heads: int, group: float, elements: int, causal: bool) -> int:
-    """How many query heads are worked on together (`place_of`): under a causal mask as many as L2 has room for, so that the
-    longest blocks of all of them come first; else one after the other."""
+def section(batch_heads: int, row_blocks: int, kv_bytes: int, group: float, programs: int, causal: bool) -> int:
+    """How many query heads are worked on together (`place_of`).
+
+    Without a causal mask all tiles cost the same: one head after the other. With one, the longest tiles of all heads come first,
+    which leaves no program idle. Where their keys and values (kv_bytes, for `group` query heads) are too many for L2 and too few
+    programs share them, a program takes pairs of tiles of one head (0), unless their number leaves many programs idle at the end.
+    """
     if not causal:
         return 1
-    return max(1, min(batch_heads, int(SECTION_BYTES / (4 * elements) * group)))
+    pairs = batch_heads * -(-row_blocks // 2)
+    idle = -(-pairs // programs) * programs / pairs
+    fits = batch_heads / group * kv_bytes <= L2_BYTES or programs * group >= IN_STEP * batch_heads
+    return batch_heads if fits or idle > 1.08 else 0
 
 
 @lru_cache(maxsize=64)

@@ -36,25 +36,41 @@ def turn_phase(count, WHO):
 
 
 @gluon.jit
-def tile_of(program, turn, programs):
-    """The tile that a persistent program computes in its turn-th turn, back and forth over the programs: who got a long tile
-    in one turn gets a short one in the next."""
-    return turn * programs + (program if turn % 2 == 0 else programs - 1 - program)
+def turns_of(programs, batch_heads, row_blocks, section):
+    """How often every persistent program asks `place_of` for a tile."""
+    tiles = batch_heads * row_blocks
+    pairs = batch_heads * ((row_blocks + 1) // 2)
+    return (tiles + programs - 1) // programs if section > 0 else (pairs + programs - 1) // programs * 2
 
 
 @gluon.jit
-def place_of(tile, batch_heads, row_blocks, section):
-    """(sample * heads + head, block of rows) of a tile.
+def place_of(program, turn, programs, batch_heads, row_blocks, section):
+    """(sample * heads + head, block of rows) of a program's tile in its turn-th turn; block -1: none.
 
-    Heads come in sections, so few that their keys and values stay in L2 together; inside a section the last block of every
-    head comes first (under a causal mask the longest).
+    section > 0: the heads come in sections of so many. Inside a section the last block of every head comes first (under a causal
+    mask the longest), and the tiles go back and forth over the programs: who got a long tile in one turn gets a short one in the
+    next.
+    section 0: a program takes the last block of a head and then the first, the last but one and the second, and so on: two tiles
+    that cost the same together under a causal mask, whatever the number of heads. Neighbours work on the same head.
     """
-    first_head = tile // (section * row_blocks) * section
+    size = section if section > 0 else 1
+    tile = turn * programs + (program if turn % 2 == 0 else programs - 1 - program)
+    first_head = tile // (size * row_blocks) * size
     inside = tile - first_head * row_blocks
     left = batch_heads - first_head
-    width = left if left < section else section
-    turn = inside // width
-    return first_head + inside - turn * width, row_blocks - 1 - turn
+    width = size if size < left or left < 1 else left
+    tile_block = row_blocks - 1 - inside // width if tile < batch_heads * row_blocks else -1
+
+    half = (row_blocks + 1) // 2
+    pair = turn // 2 * programs + program
+    low = pair % half
+    high = row_blocks - 1 - low
+    second = low if low < high else -1  # the block in the middle is alone
+    pair_block = high if turn % 2 == 0 else second
+    pair_block = pair_block if pair < batch_heads * half else -1
+
+    place = first_head + inside % width if section > 0 else pair // half
+    return place, tile_block if section > 0 else pair_block
 
 
 @gluon.jit

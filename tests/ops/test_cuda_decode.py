@@ -160,6 +160,7 @@ SANITIZED = """
 import torch
 from decode_cases import CASES, build
 from headprune.ops import cuda
+assert cuda.missing() is None, cuda.missing()
 for name in ("ragged, lengths 0 and 1", "pages of 16", "every option", "wide heads by token"):
     assert cuda.attention_decode(build(CASES[name], torch.float16, "cuda").call, 2).isfinite().all()
 """
