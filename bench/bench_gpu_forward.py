@@ -1,4 +1,5 @@
-"""Forward attention on a GPU: uniform heads, ragged groups, statistics, and pruned against dense (GOALS.md)."""
+"""Forward attention on a GPU (GOALS.md): uniform heads through the plain Triton kernel; ragged groups, statistics and pruned against
+dense through what runs by default, on Hopper the warp-specialised kernel of bench_gpu_hopper.py."""
 
 from __future__ import annotations
 
@@ -28,12 +29,16 @@ def inputs(batch: int, length: int, heads: int, kv_heads: int, dim: int, device:
     )
 
 
-def ours(query: Tensor, key: Tensor, value: Tensor, head_map: HeadMap, **options) -> Callable[[], object]:
+def plain(query: Tensor, key: Tensor, value: Tensor, head_map: HeadMap, **options) -> Callable[[], object]:
     def run():
         with backend("triton"):
             return attention(query, key, value, head_map, **options)
 
     return run
+
+
+def ours(query: Tensor, key: Tensor, value: Tensor, head_map: HeadMap, **options) -> Callable[[], object]:
+    return lambda: attention(query, key, value, head_map, **options)
 
 
 def sdpa(kind: SDPBackend, query: Tensor, key: Tensor, value: Tensor, **options) -> Callable[[], Tensor]:
@@ -94,8 +99,8 @@ def test_uniform_heads(versus, length, dim, causal):
     heads, batch = 2048 // dim, max(1, TOKENS // length)
     tensors = inputs(batch, length, heads, heads, dim)
     versus(
-        f"forward {heads} heads d{dim} S{length} batch {batch}{' causal' * causal}",
-        ours(*tensors, HeadMap.uniform(heads), causal=causal),
+        f"forward plain Triton {heads} heads d{dim} S{length} batch {batch}{' causal' * causal}",
+        plain(*tensors, HeadMap.uniform(heads), causal=causal),
         {
             "flash SDPA": sdpa(SDPBackend.FLASH_ATTENTION, *tensors, is_causal=causal),
             "cuDNN SDPA": sdpa(SDPBackend.CUDNN_ATTENTION, *tensors, is_causal=causal),
@@ -112,8 +117,8 @@ def test_uniform_heads_against_flash(versus, length, dim):
     heads, batch = 2048 // dim, max(1, TOKENS // length)
     tensors = inputs(batch, length, heads, heads, dim)
     versus(
-        f"forward {heads} heads d{dim} S{length} batch {batch} causal against flash alone",
-        ours(*tensors, HeadMap.uniform(heads), causal=True),
+        f"forward plain Triton {heads} heads d{dim} S{length} batch {batch} causal against flash alone",
+        plain(*tensors, HeadMap.uniform(heads), causal=True),
         {"flash SDPA": sdpa(SDPBackend.FLASH_ATTENTION, *tensors, is_causal=True)},
         dtype=DTYPE, at_least=1.2, gflop=gflop(batch, heads, length, dim, True),
     )  # fmt: skip

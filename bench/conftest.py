@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,9 @@ ROWS: list[tuple[str, Row]] = []
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--results", help="where to write the rows (JSON); default bench/results/<machine>-<date>.json")
+    parser.addoption(
+        "--warm", action="store_true", help="measure nothing: run each function once, so that it is compiled (with -n)"
+    )
     parser.addoption("--add", action="store_true", help="keep the rows of other names that the result file has of this machine")
 
 
@@ -31,13 +35,18 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture
 def versus(request, benchmark):
-    """`versus(name, ours, peers, ...)` as `versus.compare`; dtype names the matrix product that the floor is counted by.
+    """`versus(name, ours, peers, ...)` as `versus.compare`; dtype names the matrix product that the floor is counted by. None where
+    nothing is measured (`--warm`).
 
     The benchmark fixture times ours once more by itself, so that pytest-benchmark's own files and comparisons work too.
     """
     device = "cuda" if request.node.get_closest_marker("gpu") else "cpu"
 
-    def run(name: str, ours, peers, *, dtype: torch.dtype = torch.float32, **options) -> Row:
+    def run(name: str, ours, peers, *, dtype: torch.dtype = torch.float32, **options) -> Row | None:
+        if request.config.getoption("--warm"):
+            with torch.no_grad() if not options.get("grad", False) else torch.enable_grad():
+                warm(ours, *peers.values())
+            return None
         if options.get("gflop") or options.get("gbyte"):
             options["ceilings"] = ceilings(device, dtype)
         with torch.no_grad() if not options.pop("grad", False) else torch.enable_grad():
@@ -51,6 +60,12 @@ def versus(request, benchmark):
 
     benchmark.group = request.node.path.stem
     return run
+
+
+def warm(*functions) -> None:
+    for function in functions:
+        with suppress(Exception):  # the run that measures says what does not work
+            function()
 
 
 def keep_rows(given: str | None, add: bool) -> None:

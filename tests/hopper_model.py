@@ -8,6 +8,7 @@ written while somebody may still read it, raises Race; when nobody can go on, De
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from types import FunctionType, ModuleType, SimpleNamespace
 
@@ -75,6 +76,12 @@ class View:
 
     def permute(self, order) -> View:
         return View(self.device, self.buffer, self.data.permute(order))
+
+    def load(self, _layout) -> torch.Tensor:
+        if self.buffer.writing or self.buffer.unfenced:
+            raise Race("a buffer is read before it is filled")
+        self.device.step()
+        return registers(self.data.clone())
 
     def store(self, value: torch.Tensor) -> None:
         self.buffer.check_free("stored into")
@@ -288,7 +295,8 @@ def language(device: Device, rings: list[Ring]) -> dict:
         rings.append(Ring(device, dtype, shape))
         return rings[-1]
 
-    def store(pointer: Pointer, value, mask) -> None:
+    def store(pointer: Pointer, value, mask=True) -> None:
+        mask = torch.as_tensor(mask)
         at, value, mask = torch.broadcast_tensors(pointer.at, value, mask)
         pointer.flat[at[mask]] = value[mask].to(pointer.flat.dtype)
 
@@ -296,7 +304,7 @@ def language(device: Device, rings: list[Ring]) -> dict:
         barrier.arrivals = barrier.missing = count
 
     def maximum(a, b):
-        return torch.maximum(a, b) if isinstance(a, torch.Tensor) else max(a, b)
+        return torch.maximum(a, torch.as_tensor(b)) if isinstance(a, torch.Tensor) else max(a, b)
 
     def make(create):
         return lambda shape, *rest: registers(create(shape, *rest))
@@ -307,7 +315,8 @@ def language(device: Device, rings: list[Ring]) -> dict:
         program_id=lambda _: device.program, num_programs=lambda _: device.programs, allocate_shared_memory=allocate,
         load=lambda pointer: pointer.flat[pointer.at] if pointer.flat.is_floating_point() else int(pointer.flat[pointer.at]),
         store=store, maximum=maximum, where=lambda c, a, b: registers(torch.where(c, a, b)), exp2=torch.exp2, log2=torch.log2,
-        max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _, assert_trivial: x,
+        abs=torch.abs, sqrt=torch.sqrt,
+        max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _, assert_trivial=False: x,
         arange=lambda a, b, _: registers(torch.arange(a, b)), zeros=make(lambda shape, dtype, _: torch.zeros(shape, dtype=dtype)),
         full=make(lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype)), warp_specialize=device.run,
         NVMMADistributedLayout=nothing, DotOperandLayout=nothing, SliceLayout=nothing, BlockedLayout=nothing, static_assert=nothing,
@@ -341,13 +350,19 @@ class ModelKernel:
             for program in range(grid[0]):
                 device = Device(program, grid[0], self.seed + program)
                 names = {}
-                for name, value in vars(self.module).items():
+                for name, value in self.module_names().items():
                     function = getattr(value, "fn", None)
                     names[name] = FunctionType(function.__code__, names) if function else getattr(value, "value", value)
                 names.update(language(device, []) | self.changes)
                 names[self.name](**values)
 
         return launch
+
+    def module_names(self) -> dict:
+        """What the kernel's module and those that its functions come from define."""
+        functions = [value.fn for value in vars(self.module).values() if hasattr(value, "fn")]
+        modules = {function.__module__: sys.modules[function.__module__] for function in functions}
+        return {name: value for module in modules.values() for name, value in vars(module).items()} | vars(self.module)
 
     @staticmethod
     def argument(value):

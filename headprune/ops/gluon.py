@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from headprune.ops.backend import Implementation, forced, register
 from headprune.ops.call import AttentionCall
 
-# (head_dim, causal) of the calls that a GPU has shown right and faster than the plain Triton kernel: tests/ops/test_gluon.py
-# passes, bench/bench_gpu_hopper.py meets its goals. All others run it only inside `ops.backend("gluon")`.
-VERIFIED: frozenset[tuple[int, bool]] = frozenset()
+# (head_dim, causal, statistics) of the calls that a GPU has shown right (tests/ops/test_gluon.py) and faster than the plain Triton
+# kernel (bench/bench_gpu_hopper.py). All others run it only inside `ops.backend("gluon")`.
+VERIFIED = frozenset(product((64, 128), (False, True), (False, True)))
 
 
 @lru_cache(maxsize=1)
@@ -28,7 +29,7 @@ def missing() -> str | None:
 
 def refuses(call: AttentionCall) -> str | None:
     head_dim, device = call.query.shape[3], call.query.device
-    if forced() != "gluon" and (head_dim, call.causal) not in VERIFIED:
+    if forced() != "gluon" and (head_dim, call.causal, call.stats) not in VERIFIED:
         return "not verified on a GPU yet; ops.backend('gluon') forces it"
     if device.type != "cuda":
         return f"runs on CUDA devices, not {device.type}"
@@ -50,8 +51,10 @@ def unsupported(call: AttentionCall) -> str | None:
         return "an empty dimension"
     if call.scale <= 0:
         return f"scale {call.scale} (above 0)"
-    options = {"window": call.window, "softcap": call.softcap, "stats": call.stats}
+    options = {"window": call.window, "softcap": call.softcap}
     tensors = {"bias": call.bias, "alibi_slopes": call.alibi_slopes, "sinks": call.sinks, "key_mask": call.key_mask}
+    if call.stats:
+        tensors["query_mask"] = call.query_mask
     used = [name for name, value in options.items() if value] + [name for name, value in tensors.items() if value is not None]
     if used:
         return f"no {', '.join(used)}"
@@ -62,12 +65,13 @@ def unsupported(call: AttentionCall) -> str | None:
 def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover (needs a CUDA device)
     from headprune.kernels.hopper_launch import attention_forward_hopper
 
-    output, lse = call.empty_output(), call.empty_lse()
+    output, lse, stats = call.empty_output(), call.empty_lse(), call.empty_stats()
     gate = None if call.gate is None else call.gate.contiguous()
     attention_forward_hopper(
-        call.query, call.key, call.value, output, lse, call.head_map.kv_of_query, causal=call.causal, scale=call.scale, gate=gate
-    )
-    return output, lse, call.empty_stats()
+        call.query, call.key, call.value, output, lse, call.head_map.kv_of_query, causal=call.causal, scale=call.scale, gate=gate,
+        stats=stats if call.stats else None,
+    )  # fmt: skip
+    return output, lse, stats
 
 
 def register_gluon() -> None:

@@ -220,6 +220,9 @@ def merge_splits_kernel(
     tl.store(lse_ptr + sample * rows + row, lse * _LN2)
 
 
+PROGRAMS = 3  # that one multiprocessor of Hopper has the shared memory for (head_dim 128, 16-bit types)
+
+
 @dataclass(frozen=True)
 class Tiles:
     """How a shape is computed: rows and keys of a tile, warps, pipeline stages."""
@@ -264,7 +267,7 @@ def launches(
     table = tile_table(group_offsets, new, sizes.block_m, query.device)
     programs, rows = batch * table.shape[0], heads * new
     if splits is None:
-        splits = split_count(programs, capacity, 2 * multiprocessors(query.device))
+        splits = split_count(programs, capacity, PROGRAMS * multiprocessors(query.device))
     # One allocation for both partial results.
     parts = query.new_empty((batch * rows * splits * (value_dim + 1) if splits > 1 else 1,), dtype=torch.float32)
     unused = query  # a pointer that is never read
@@ -296,7 +299,9 @@ def launches(
     first = Launch(
         attention_decode_kernel, (programs, splits), shared | attend, constants | attend_constants, sizes.warps, sizes.stages
     )
-    merge = Launch(merge_splits_kernel, (batch * rows,), shared, constants | {"BLOCK_S": 8}, 2, 1)
+    # A row's splits in one go where they are not too many: every further one waits for memory again.
+    at_once = 8 if splits <= 8 else 64 if value_dim <= 128 else 32
+    merge = Launch(merge_splits_kernel, (batch * rows,), shared, constants | {"BLOCK_S": at_once}, 2 if splits <= 8 else 4, 1)
     return [first, merge] if splits > 1 else [first]
 
 

@@ -43,12 +43,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from headprune.kernels.hopper_schedule import filled_phase, freed_phase, key_blocks, place_of, slot, turn_phase, turns_of
+from headprune.kernels.hopper_statistics import (
+    LN2,
+    ROWS,
+    WARP_ROWS,
+    block_patterns,
+    first_score,
+    sides,
+    store_no_patterns,
+    store_patterns,
+)
 
 # Triton 3.9 renamed the two copies.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-ROWS = gl.constexpr(64)  # of one consumer: the M of a warpgroup's matrix instruction
-LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -121,12 +129,13 @@ def produce(descs, rings, bars, gates, kv_of_query_ptr, sizes, config: gl.conste
 
 @gluon.jit
 def softmax_step(
-    s, m_i, l_i, scale, rows, start, offset, kv_len, CAUSAL: gl.constexpr, MASKED: gl.constexpr, FIRST: gl.constexpr
+    s, m_i, l_i, e_i, d_i, scale, rows, start, offset, kv_len, CAUSAL: gl.constexpr, MASKED: gl.constexpr, FIRST: gl.constexpr,
+    STATS: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
-    """One block of the online softmax: (p, alpha, m, l).
+    """One block of the online softmax: (p, alpha, m, l, e, d).
 
     l is kept as 8 sums per row, each within one thread; reducing over groups of 8 columns first also gives the maximum several
-    independent chains.
+    independent chains. With STATS so are e, the sum of p times its base-2 logarithm, and d, the sum of p times the distance.
     """
     ROW: gl.constexpr = m_i.type.layout
     BLOCK_N: gl.constexpr = s.shape[1]
@@ -142,12 +151,26 @@ def softmax_step(
     if MASKED:
         # A row that has seen no key yet keeps -inf; 0 stands in for it so that no -inf minus -inf arises.
         m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2(s * scale - m_safe[:, None])
+    x = s * scale - m_safe[:, None]
+    p = gl.exp2(x)
     alpha = gl.exp2(m_i - m_safe)
     sums = gl.sum(p.reshape([ROWS, BLOCK_N // 8, 8]), 1)
+    if STATS:
+        if MASKED:
+            x = gl.maximum(x, -1.0e4)
+        e_new, d_new = block_patterns(p, x, sums, rows, start, offset, SIDE)
     if not FIRST:
-        sums += l_i * gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout), assert_trivial=True)[:, None]
-    return p, alpha, m_new, sums
+        SUM: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+        old = gl.convert_layout(alpha, SUM, assert_trivial=True)[:, None]
+        if STATS:
+            shift = gl.where(m_i == float("-inf"), 0.0, m_i - m_safe)
+            e_new += old * (e_i + l_i * gl.convert_layout(shift, SUM, assert_trivial=True)[:, None])
+            d_new += old * d_i
+        sums += l_i * old
+    if STATS:
+        e_i = e_new
+        d_i = d_new
+    return p, alpha, m_new, sums, e_i, d_i
 
 
 @gluon.jit
@@ -167,10 +190,21 @@ def scores(q, k_s, kv_count, step, k_full, turns, WHO: gl.constexpr, STAGES: gl.
 
 @gluon.jit
 def consume_blocks(
-    begin, end, count, kv_count, q, p, acc, m_i, l_i, rows, offset, kv_len, scale, k_s, v_s, k_full, k_empty, v_full, v_empty,
-    turns, WHO: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
+    begin, end, state, q, tile, rings, bars, scale, config: gl.constexpr, WHO: gl.constexpr, MASKED: gl.constexpr,
+    SIDE: gl.constexpr,
 ):  # fmt: skip
-    """Steps begin..end of a tile. On entry and exit p holds the exponentials of the step before, whose v has arrived."""
+    """Steps begin..end of a tile. On entry and exit p holds the exponentials of the step before, whose v has arrived.
+
+    SIDE: where the keys lie that the rows see (`block_patterns`).
+    """
+    STAGES: gl.constexpr = config[1]
+    CONSUMERS: gl.constexpr = config[3]
+    CAUSAL: gl.constexpr = config[4]
+    STATS: gl.constexpr = config[6]
+    p, acc, m_i, l_i, e_i, d_i = state
+    rows, count, kv_count, offset, kv_len = tile
+    q_s, k_s, v_s = rings
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
     BLOCK_N: gl.constexpr = k_s.shape[3]
     DIM: gl.constexpr = k_s.shape[4]
     for step in range(begin, end):
@@ -182,7 +216,9 @@ def consume_blocks(
         s = warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(k_empty.index(slot(item, STAGES)), count=1)
         start = (count - 1 - step) * BLOCK_N
-        p32, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale, rows, start, offset, kv_len, CAUSAL, MASKED, False)
+        p32, alpha, m_i, l_i, e_i, d_i = softmax_step(
+            s, m_i, l_i, e_i, d_i, scale, rows, start, offset, kv_len, CAUSAL, MASKED, False, STATS, SIDE
+        )
         p_next = gl.convert_layout(p32.to(k_s.dtype), p.type.layout, assert_trivial=True)
         # The wait for this block's v also keeps ptxas from moving the wait for acc up, in front of the exponentials: it moves
         # it across arithmetic, not across a branch.
@@ -190,7 +226,7 @@ def consume_blocks(
         acc, p = warpgroup_mma_wait(0, deps=(acc, p_next))
         mbarrier.arrive(v_empty.index(slot(item - 1, STAGES)), count=1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)[:, None]
-    return p, acc, m_i, l_i
+    return p, acc, m_i, l_i, e_i, d_i
 
 
 @gluon.jit
@@ -216,18 +252,22 @@ def release_query(count, q_empty, WHO: gl.constexpr, Q_STAGES: gl.constexpr, CON
 
 
 @gluon.jit
-def consume(descs, rings, bars, outputs, gates, sizes, scale, config: gl.constexpr, WHO: gl.constexpr):
+def consume(descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config: gl.constexpr, WHO: gl.constexpr):
     BLOCK_N: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[1]
     Q_STAGES: gl.constexpr = config[2]
     CONSUMERS: gl.constexpr = config[3]
     CAUSAL: gl.constexpr = config[4]
     HAS_GATE: gl.constexpr = config[5]
+    STATS: gl.constexpr = config[6]
     q_desc, k_desc, v_desc, o_desc = descs
     q_s, k_s, v_s = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
+    kv_of_query_ptr, k_ptr, stride_kb, stride_kh = keys
+    partial_ptr, parts = partials
     o_ptr, lse_ptr, stride_ob, stride_oh, stride_om = outputs
     heads, batch_heads, row_blocks, q_len, kv_len, section = sizes
+    plane = gl.cast(batch_heads, gl.int64) * parts
     DIM: gl.constexpr = q_s.shape[4]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
@@ -244,8 +284,11 @@ def consume(descs, rings, bars, outputs, gates, sizes, scale, config: gl.constex
                 place, block, gates, sizes, CONSUMERS * ROWS, BLOCK_N, CAUSAL, HAS_GATE
             )
             first += WHO * ROWS
+            partial = partial_ptr + (gl.cast(sample, gl.int64) * heads + head) * parts + first // WARP_ROWS
             if count == 0:
                 skip_tile(sample, head, first, outputs, heads, q_len, k_s.dtype, DIM)
+                if STATS:
+                    store_no_patterns(partial, plane, ROW)
             else:
                 q_at = slot(q_count, Q_STAGES) * CONSUMERS + WHO
                 q = q_s.index(q_at).reshape([ROWS, DIM])
@@ -259,28 +302,47 @@ def consume(descs, rings, bars, outputs, gates, sizes, scale, config: gl.constex
                     release_query(q_count - 1, q_empty, WHO, Q_STAGES, CONSUMERS)
                 m_i = gl.full([ROWS], float("-inf"), gl.float32, ROW)
                 start = (count - 1) * BLOCK_N
-                p32, alpha, m_i, l_i = softmax_step(s, m_i, m_i, scale, rows, start, offset, kv_len, CAUSAL, True, True)
+                p32, alpha, m_i, l_i, e_i, d_i = softmax_step(
+                    s, m_i, m_i, m_i, m_i, scale, rows, start, offset, kv_len, CAUSAL, True, True, STATS, -1 if CAUSAL else 0
+                )
                 p = gl.convert_layout(p32.to(k_s.dtype), p_layout, assert_trivial=True)
                 acc = gl.zeros([ROWS, DIM], gl.float32, o_layout)
                 mbarrier.wait(v_full.index(slot(kv_count, STAGES)), filled_phase(kv_count, STAGES))
+                state = (p, acc, m_i, l_i, e_i, d_i)
+                row_tile = (rows, count, kv_count, offset, kv_len)
                 if CAUSAL:
-                    p, acc, m_i, l_i = consume_blocks(
-                        1, masked, count, kv_count, q, p, acc, m_i, l_i, rows, offset, kv_len, scale, k_s, v_s, k_full, k_empty,
-                        v_full, v_empty, turns, WHO, CONSUMERS, STAGES, True, True,
-                    )  # fmt: skip
-                p, acc, m_i, l_i = consume_blocks(
-                    gl.maximum(masked, 1), count, count, kv_count, q, p, acc, m_i, l_i, rows, offset, kv_len, scale, k_s, v_s,
-                    k_full, k_empty, v_full, v_empty, turns, WHO, CONSUMERS, STAGES, CAUSAL, False,
-                )  # fmt: skip
+                    begin = gl.maximum(masked, 1)
+                    state = consume_blocks(1, masked, state, q, row_tile, rings, bars, scale, config, WHO, True, -1)
+                    state = consume_blocks(begin, count, state, q, row_tile, rings, bars, scale, config, WHO, False, -1)
+                elif STATS:
+                    middle, rest = sides(first, count, offset, BLOCK_N)
+                    state = consume_blocks(1, middle, state, q, row_tile, rings, bars, scale, config, WHO, False, 1)
+                    state = consume_blocks(middle, rest, state, q, row_tile, rings, bars, scale, config, WHO, False, 0)
+                    state = consume_blocks(rest, count, state, q, row_tile, rings, bars, scale, config, WHO, False, -1)
+                else:
+                    state = consume_blocks(1, count, state, q, row_tile, rings, bars, scale, config, WHO, False, 0)
+                p, acc, m_i, l_i, e_i, d_i = state
                 last = slot(kv_count + count - 1, STAGES)
                 acc = warpgroup_mma(p, v_s.index(last).reshape([BLOCK_N, DIM]), acc, is_async=True)
                 total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
+                # A row that sees no key: output 0, lse -inf.
+                total = gl.where(total == 0.0, 1.0, total)
                 lse_ptrs = lse_ptr + (gl.cast(sample, gl.int64) * heads + head) * q_len + rows
                 gl.store(lse_ptrs, (m_i + gl.log2(total)) * LN2, mask=rows < q_len)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 mbarrier.arrive(v_empty.index(last), count=1)
                 # The output leaves through the buffer that held q.
                 acc = acc * gl.convert_layout(gate / total, gl.SliceLayout(1, o_layout), assert_trivial=True)[:, None]
+                if STATS:
+                    kv_head = gl.cast(gl.load(kv_of_query_ptr + head), gl.int64)
+                    s_0 = first_score(q, k_ptr + gl.cast(sample, gl.int64) * stride_kb + kv_head * stride_kh, DIM, ROW)
+                    store_patterns(
+                        partial, plane, (rows < q_len) & (m_i > float("-inf")), m_i, total,
+                        gl.exp2(s_0 * scale - m_i) / total,
+                        gl.convert_layout(gl.sum(e_i, 1), ROW, assert_trivial=True),
+                        gl.convert_layout(gl.sum(d_i, 1), ROW, assert_trivial=True),
+                        gl.convert_layout(gl.sqrt(gl.sum(acc * acc, 1)), ROW, assert_trivial=True),
+                    )  # fmt: skip
                 q.store(acc.to(k_s.dtype))
                 fence_async_shared()
                 copy_out(o_desc, [sample, head, first, 0], q_s.index(q_at))
@@ -300,14 +362,15 @@ def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 # No integer is specialised: one compilation serves every length and head count, also those of 1.
 @gluon.jit(
     do_not_specialize=[
-        "stride_gb", "stride_ob", "stride_oh", "stride_om", "heads", "batch_heads", "row_blocks", "q_len", "kv_len", "section",
+        "stride_gb", "stride_ob", "stride_oh", "stride_om", "stride_kb", "stride_kh", "heads", "batch_heads", "row_blocks", "q_len",
+        "kv_len", "section", "parts",
     ]
 )  # fmt: skip
 def attention_forward_hopper_kernel(
-    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, gate_ptr, kv_of_query_ptr, stride_gb, stride_ob, stride_oh, stride_om,
-    heads, batch_heads, row_blocks, q_len, kv_len, section, scale,
+    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, gate_ptr, kv_of_query_ptr, k_ptr, partial_ptr, stride_gb, stride_ob, stride_oh,
+    stride_om, stride_kb, stride_kh, heads, batch_heads, row_blocks, q_len, kv_len, section, parts, scale,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
-    HAS_GATE: gl.constexpr, REGISTERS: gl.constexpr,
+    HAS_GATE: gl.constexpr, STATS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES >= 2, "a consumer waits for one block's v before it releases the one before")
     gl.static_assert(Q_STAGES >= 2, "a consumer waits for one tile's q before it releases the one before")
@@ -321,12 +384,13 @@ def attention_forward_hopper_kernel(
     outputs = (o_ptr, lse_ptr, stride_ob, stride_oh, stride_om)
     sizes = (heads, batch_heads, row_blocks, q_len, kv_len, section)
     descs, rings, gates = (q_desc, k_desc, v_desc, o_desc), (q_s, k_s, v_s), (gate_ptr, stride_gb)
-    config: gl.constexpr = (BLOCK_N, STAGES, Q_STAGES, CONSUMERS, CAUSAL, HAS_GATE)
+    keys, partials = (kv_of_query_ptr, k_ptr, stride_kb, stride_kh), (partial_ptr, parts)
+    config: gl.constexpr = (BLOCK_N, STAGES, Q_STAGES, CONSUMERS, CAUSAL, HAS_GATE, STATS)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (descs, rings, bars, outputs, gates, sizes, scale, config, 0)),
-                (consume, (descs, rings, bars, outputs, gates, sizes, scale, config, 1)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 0)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 1)),
                 (produce, (descs, rings, bars, gates, kv_of_query_ptr, sizes, config)),
             ],
             [4, 1],
@@ -335,9 +399,9 @@ def attention_forward_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (descs, rings, bars, outputs, gates, sizes, scale, config, 0)),
-                (consume, (descs, rings, bars, outputs, gates, sizes, scale, config, 1)),
-                (consume, (descs, rings, bars, outputs, gates, sizes, scale, config, 2)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 0)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 1)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 2)),
                 (produce, (descs, rings, bars, gates, kv_of_query_ptr, sizes, config)),
             ],
             [4, 4, 1],

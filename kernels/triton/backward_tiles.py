@@ -1,6 +1,7 @@
 """Tile sizes of the backward kernels, by architecture, dtype and head_dim: a checked-in table.
 
-UNTUNED: no row has been measured on a GPU yet. They are the largest whose inner loops keep everything in registers (`make aot`).
+Those of Hopper, head_dim 64 and 128, are the fastest of the candidates in bench/NOTES.md, measured on an H200 (bf16, 4096 tokens).
+All others are untuned: the largest whose inner loops keep everything in registers (`make aot`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ ROWS_OF_DELTA = 64
 # 16-bit types, by (architecture family, max(head_dim, value_dim) up to).
 _DKDV = {
     (80, 64): Tile(64, 128, 8, 2), (80, 128): Tile(64, 64, 8, 2), (80, 256): Tile(32, 32, 8, 1),
-    (90, 64): Tile(64, 128, 8, 2), (90, 128): Tile(32, 128, 8, 2), (90, 256): Tile(32, 64, 8, 2),
+    (90, 64): Tile(32, 128, 4, 2), (90, 128): Tile(32, 64, 4, 2), (90, 256): Tile(32, 64, 8, 2),
     (100, 64): Tile(32, 128, 8, 2), (100, 128): Tile(32, 64, 8, 2), (100, 256): Tile(32, 64, 8, 1),
 }  # fmt: skip
 _DQ = {
     (80, 64): Tile(128, 64, 8, 2), (80, 128): Tile(64, 64, 8, 2), (80, 256): Tile(32, 32, 8, 1),
-    (90, 64): Tile(128, 128, 8, 2), (90, 128): Tile(128, 64, 8, 2), (90, 256): Tile(64, 32, 8, 2),
+    (90, 64): Tile(64, 64, 4, 3), (90, 128): Tile(128, 64, 8, 3), (90, 256): Tile(64, 32, 8, 2),
     (100, 64): Tile(128, 64, 8, 2), (100, 128): Tile(128, 64, 8, 2), (100, 256): Tile(64, 32, 8, 1),
 }  # fmt: skip
 

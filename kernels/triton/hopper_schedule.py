@@ -79,9 +79,12 @@ def key_blocks(block, q_len, kv_len, BLOCK_M, BLOCK_N, CAUSAL):
     stop = kv_len
     unmasked = kv_len // BLOCK_N
     if CAUSAL:
-        # The first row sees the keys up to its own position, the last row BLOCK_M - 1 more.
+        # The first row sees the keys up to its own position, the last row BLOCK_M - 1 more. With fewer keys than queries the rows
+        # in front of the first key see nothing.
         seen = block * BLOCK_M + kv_len - q_len + 1
-        stop = seen + BLOCK_M - 1 if seen + BLOCK_M - 1 < kv_len else kv_len
+        last = seen + BLOCK_M - 1 if seen + BLOCK_M > 1 else 0
+        seen = seen if seen > 0 else 0
+        stop = last if last < kv_len else kv_len
         unmasked = seen // BLOCK_N if seen // BLOCK_N < unmasked else unmasked
     count = (stop + BLOCK_N - 1) // BLOCK_N
     return count, count - unmasked

@@ -1,7 +1,7 @@
 """Tile sizes of the forward kernel: a checked-in table, so that nothing is tuned at import or at a first call.
 
-UNTUNED: no row has been measured on a GPU yet. They are what register and shared-memory use ahead of time (`make aot`) and
-published kernels suggest: 128 queries a tile, as many keys as fit with two or three stages.
+Those of Hopper, head_dim 64 and 128, are the fastest of the candidates in bench/NOTES.md, measured on an H200 (bf16, 4096 tokens).
+All others are untuned: what register and shared-memory use ahead of time (`make aot`) and published kernels suggest.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _HALF = {
     (80, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2)),
     (80, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 32, 4, 2)),
     (80, 256): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-    (90, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2)),
-    (90, 128): Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    (90, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
+    (90, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 2)),
     (90, 256): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (100, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
     (100, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),

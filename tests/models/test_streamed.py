@@ -67,7 +67,8 @@ def test_on_a_gpu_the_layers_run_there_and_score_as_in_its_memory(tmp_path):
     model, whole = hp.open_streamed(folder, device="cuda"), hp.load(folder).cuda()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, whole(**batch).logits)
+    before = torch.cuda.memory_allocated()  # with the workspace of the matrix products
     found, expected = (hp.score(one, [batch], "fisher", loss_fn=hp.causal_losses) for one in (model, whole))
     for name, heads in expected.items():
         torch.testing.assert_close(found[name], heads, rtol=1e-5, atol=0)
-    assert torch.cuda.memory_allocated() < 2 * sum(parameter.nbytes for parameter in whole.parameters()) + (64 << 20)
+    assert torch.cuda.memory_allocated() - before < sum(parameter.nbytes for parameter in whole.parameters())

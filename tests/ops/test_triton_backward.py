@@ -116,8 +116,9 @@ def check(call, needs=None, peer=eager, names=NAMES, clean=None) -> None:
         assert ours.dtype == getattr(call, name).dtype, name
         assert ours.isfinite().all(), name
         error, allowed = (ours.double() - true).abs().max(), 2 * (other.double() - true).abs().max()
-        # Eager attention does not go through a saved lse, whose own rounding is a relative error of every probability.
-        rounding = 2 * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * largest(lse)
+        # Eager attention does not go through a saved lse, whose own rounding is a relative error of every probability; a GPU's
+        # exponential errs by two units in the last place.
+        rounding = 4 * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * largest(lse)
         floor = rounding * max(1.0, true.abs().max())
         assert error <= allowed + floor, f"d{name}: {error:.2e} > {allowed:.2e} + {floor:.2e}"
 
