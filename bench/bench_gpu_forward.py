@@ -1,5 +1,5 @@
-"""Forward attention on a GPU (GOALS.md): uniform heads through the plain Triton kernel; ragged groups, statistics and pruned against
-dense through what runs by default, on Hopper the warp-specialised kernel of bench_gpu_hopper.py."""
+"""Forward attention on a GPU (GOALS.md): uniform heads through the plain Triton kernel; ragged groups, statistics and pruned
+against dense through what runs by default, on Hopper the warp-specialised kernel of bench_gpu_hopper.py."""
 
 from __future__ import annotations
 

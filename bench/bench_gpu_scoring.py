@@ -8,7 +8,7 @@ import pytest
 import torch
 from scoring_peers import Batch, head_mask_backward, loss_of, plain_backward
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import headprune as hp
 
@@ -22,14 +22,16 @@ def llama_3_8b() -> LlamaConfig:
     )  # fmt: skip
 
 
-def model_and_batches(config: LlamaConfig, shape: tuple[int, int], device: str) -> tuple[nn.Module, list[Batch]]:
+def model_and_batches(
+    config: LlamaConfig, shape: tuple[int, int], device: str, kind: type[nn.Module] = LlamaModel
+) -> tuple[nn.Module, list[Batch]]:
     """Built where it runs, in bf16, so that no fp32 copy ever exists."""
     default = torch.get_default_dtype()
     torch.manual_seed(0)
     try:
         torch.set_default_dtype(torch.bfloat16)
         with torch.device(device):
-            model = LlamaModel(config)
+            model = kind(config)
     finally:
         torch.set_default_dtype(default)
     model.config.use_cache = False
@@ -67,3 +69,27 @@ def test_gate_gradients_and_fisher_beside_head_masks(versus, llama):
         lambda: scores_alone(*llama), {"head masks with autograd": lambda: head_mask_backward(*llama)},
         at_least=1.5, rounds=5, grad=True, memory=True, graphs=False,
     )  # fmt: skip
+
+
+def llama_2_7b() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, head_dim=128, vocab_size=32000
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "config", "most"),
+    [("Llama-3-8B", llama_3_8b, lambda weights: 1.25 * weights), ("Llama-2-7B", llama_2_7b, lambda _: 24e9)],
+)
+def test_memory(versus, name, config, most):
+    """Fisher scores of 4 x 2048 tokens with the loss over the vocabulary: weights and everything else at most so many bytes."""
+    model, batches = model_and_batches(config(), (4, 2048), "cuda", LlamaForCausalLM)
+    batch = {**batches[0], "labels": batches[0]["input_ids"]}
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    row = versus(
+        f"GPU Fisher scores, {name} shape, {weights / 1e9:.1f} GB of weights, 4 x 2048 tokens, checkpointing",
+        lambda: hp.score(model, [batch], "fisher", loss_fn=hp.causal_losses, checkpointing=True),
+        {"plain forward + backward of the trunk": lambda: plain_backward(model.model, batches[:1])}, rounds=2, grad=True, memory=True, graphs=False,
+    )  # fmt: skip
+    assert row is None or weights + 1e6 * row.peak_mb["ours"] <= most(weights)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from bench_gpu_scoring import llama_3_8b, model_and_batches
 from torch import nn
+from transformers import StaticCache
 
 from headprune.models import attention_sites
 from headprune.surgery import cut
@@ -48,6 +49,23 @@ def decode(model: nn.Module, ids: torch.Tensor, cache):
     cache.crop(-1)
 
 
+def in_a_graph(model: nn.Module, ids: torch.Tensor):
+    """One more token for every sequence through a static cache, for a CUDA graph: the cache is as long as before at the start."""
+    length = ids.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=length + 64)
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    token = ids[:, -1:].clone()
+
+    @torch.inference_mode()
+    def step():
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(length)
+        return model(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
+
+    return step
+
+
 def prefill_and_decode(versus, dense: nn.Module, fraction: float, device: str, prompt: int, cache: int, batch: int) -> None:
     small = pruned_copy(dense, fraction)
     for model in (dense, small):
@@ -63,6 +81,11 @@ def prefill_and_decode(versus, dense: nn.Module, fraction: float, device: str, p
     versus(
         f"GPU decode, {note}, {batch} x {cache} cached", lambda: decode(small, many, caches[0]),
         {"dense": lambda: decode(dense, many, caches[1])}, rounds=5, graphs=False,
+    )  # fmt: skip
+    caches.clear()
+    versus(
+        f"GPU decode in a CUDA graph, {note}, {batch} x {cache} cached", in_a_graph(small, many),
+        {"dense": in_a_graph(dense, many)}, rounds=5,
     )  # fmt: skip
 
 
