@@ -90,6 +90,7 @@ def test_memory(versus, name, config, most):
     row = versus(
         f"GPU Fisher scores, {name} shape, {weights / 1e9:.1f} GB of weights, 4 x 2048 tokens, checkpointing",
         lambda: hp.score(model, [batch], "fisher", loss_fn=hp.causal_losses, checkpointing=True),
-        {"plain forward + backward of the trunk": lambda: plain_backward(model.model, batches[:1])}, rounds=2, grad=True, memory=True, graphs=False,
+        {"plain forward + backward of the trunk": lambda: plain_backward(model.model, batches[:1])},
+        rounds=2, grad=True, memory=True, graphs=False,
     )  # fmt: skip
     assert row is None or weights + 1e6 * row.peak_mb["ours"] <= most(weights)
