@@ -13,9 +13,9 @@ from headprune.errors import InvalidPlan, UnsupportedModel
 from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
-from headprune.models.site import AttentionSite, Foreign, HeadModules, HeadTensor, ProjectionHeads
+from headprune.models.site import AttentionSite, Foreign, HeadModules, ProjectionHeads
 from headprune.nn.replace import on_own_attention
-from headprune.surgery.gather import gathered
+from headprune.surgery.gather import gathered, gathered_at_once
 from headprune.surgery.record import record_cut
 from headprune.surgery.rehearse import rehearse
 
@@ -112,11 +112,17 @@ def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
         if not projection.whole or not heads:
             features = projection.features[list(heads)].flatten()
             by_module.setdefault(id(projection.module), []).append((projection, features))
+    slices: list[Slice] = []
     for parts in by_module.values():
         # Fused projections keep their layout: the features that stay, in their old order.
-        keep_features(parts[0][0], torch.cat([features for _, features in parts]).sort().values)
+        slices += slices_of(parts[0][0], torch.cat([features for _, features in parts]).sort().values)
     for extra in site.extras:
-        keep_entries(extra, kept_kv if extra.per_kv_head else kept)
+        features = extra.features(kept_kv if extra.per_kv_head else kept)
+        slices.append(Slice(extra.module, extra.attribute, extra.dim, features))
+    keep_slices(slices)
+    for parts in by_module.values():
+        module: Foreign = parts[0][0].module
+        set_sizes(module, *module.weight.shape)
     for part in site.head_modules:
         keep_modules(part, kept_kv if part.per_kv_head else kept)
     dispatcher: Foreign = site.dispatcher
@@ -124,28 +130,41 @@ def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
     adapter.after_cut(site, head_map, kept)
 
 
-def keep_features(projection: ProjectionHeads, features: Tensor) -> None:
-    """Slices the projection's weight (and bias, where it lies along the heads) to `features`."""
-    module, dim = projection.module, projection.weight_dim
-    module.weight = sliced(module.weight, dim, features)
-    if projection.bias_per_head:
-        module.bias = sliced(module.bias, 0, features)
-    set_sizes(module, *module.weight.shape)
+@dataclass(frozen=True)
+class Slice:
+    """`features` (int64, on the CPU) of a module's tensor along `dim` are to take its place."""
+
+    module: Foreign
+    attribute: str
+    dim: int
+    features: Tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        found: Tensor = getattr(self.module, self.attribute)
+        return found
 
 
-def keep_entries(extra: HeadTensor, heads: Sequence[int]) -> None:
-    setattr(extra.module, extra.attribute, sliced(extra.tensor, extra.dim, extra.features(heads)))
+def slices_of(projection: ProjectionHeads, features: Tensor) -> list[Slice]:
+    """The projection's weight and, where it lies along the heads, its bias."""
+    weight = Slice(projection.module, "weight", projection.weight_dim, features)
+    return [weight, Slice(projection.module, "bias", 0, features)] if projection.bias_per_head else [weight]
+
+
+def keep_slices(slices: Sequence[Slice]) -> None:
+    """On a GPU in one launch; else one tensor after the other, so that no more than one is there twice. A parameter stays one; a
+    buffer or plain tensor too."""
+    copies = gathered_at_once([(one.tensor.detach(), one.dim, one.features) for one in slices])
+    for number, one in enumerate(slices):
+        old = one.tensor
+        data = copies[number] if copies else gathered(old.detach(), one.dim, one.features)
+        new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
+        setattr(one.module, one.attribute, new)
 
 
 def keep_modules(part: HeadModules, heads: Sequence[int]) -> None:
     modules = getattr(part.module, part.attribute)
     setattr(part.module, part.attribute, nn.ModuleList(modules[head] for head in heads))
-
-
-def sliced(tensor: Tensor, dim: int, features: Tensor) -> Tensor:
-    """A parameter stays one; a buffer or plain tensor too."""
-    data = gathered(tensor.detach(), dim, features)
-    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
 def set_sizes(module: Foreign, rows: int, columns: int) -> None:

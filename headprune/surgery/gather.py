@@ -1,4 +1,5 @@
-"""The copy that surgery is: entries of a tensor along one dimension into new memory, in blocks as long as they come.
+"""The copy that surgery is: entries of a tensor along one dimension into new memory, in blocks as long as they come; on a GPU those
+of all tensors of a layer in one launch.
 
 A large result lies in memory that the process touches for the first time, page by page, which takes longer than the copy; on
 Linux it therefore asks for huge pages, as PyTorch's own CPU allocator does under THP_MEM_ALLOC_ENABLE=1.
@@ -7,7 +8,9 @@ Linux it therefore asks for huge pages, as PyTorch's own CPU allocator does unde
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +19,33 @@ from torch import Tensor
 HUGE_PAGE = 2**21
 LARGE = 2**25  # bytes; smaller blocks the C library takes out of memory that it has, once there is some
 MADV_HUGEPAGE = 14  # linux/mman.h
+
+
+Request = tuple[Tensor, int, Tensor]  # arguments of `gathered`
+
+
+def gathered_at_once(requests: Sequence[Request]) -> list[Tensor] | None:
+    """`gathered` of each request in one launch; None where they do not all lie on one CUDA device, contiguous."""
+    devices = {tensor.device for tensor, _, _ in requests}
+    plain = all(tensor.is_contiguous() for tensor, _, _ in requests)
+    if len(devices) != 1 or devices.pop().type != "cuda" or not plain or not importlib.util.find_spec("triton"):
+        return None
+    return launched(requests)
+
+
+def launched(requests: Sequence[Request]) -> list[Tensor]:
+    from headprune.kernels.gather_heads import Gather, gather_launch
+
+    found, gathers = [], []
+    for tensor, dim, entries in requests:
+        target = tensor.new_empty((*tensor.shape[:dim], len(entries), *tensor.shape[dim + 1 :]))
+        found.append(target)
+        if target.numel():
+            block, inner = block_of(entries, tensor.shape[dim]), tensor.shape[dim + 1 :].numel()
+            gathers.append(Gather(tensor, target, tensor.shape[:dim].numel(), entries[::block] // block, block * inner))
+    if gathers:
+        gather_launch(gathers).run()
+    return found
 
 
 def gathered(tensor: Tensor, dim: int, entries: Tensor) -> Tensor:
