@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from headprune import ops
 from headprune.head_map import HeadMap
 from headprune.ops import reference
 from headprune.ops.call import AttentionCall, VarlenCall, check_call, check_varlen
@@ -307,3 +308,35 @@ def test_gradients_in_the_interpreter_are_as_exact_as_pytorchs(interpreted, case
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_on_a_gpu_are_as_exact_as_pytorchs(case, dtype):
     CASES[case](dtype=dtype, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_gradients_through_the_operator_on_a_gpu_at_the_sizes_of_real_layers(dim, dtype, causal):
+    """Several tiles of each kernel, ragged groups, the forward that runs by default."""
+    generator = torch.Generator(device="cuda").manual_seed(dim)
+    heads = head_map((3, 1, 4))
+    make = lambda count, length: torch.randn(2, length, count, dim, device="cuda", generator=generator).to(dtype).transpose(1, 2)  # noqa: E731
+    tensors = [make(8, 413), make(3, 601), make(3, 601)]
+    gate, grad_output = torch.arange(1, 17, device="cuda").view(2, 8) / 16, make(8, 413)  # gates that every dtype holds
+
+    def differentiate(function, dtype):
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors] + [gate.double().to(dtype).requires_grad_()]
+        return torch.autograd.grad(function(*leaves), leaves, grad_output.to(dtype))
+
+    def ours(q, k, v, gate):
+        return ops.attention(q, k, v, heads, causal=causal, gate=gate.float())
+
+    def plain(q, k, v, gate):
+        index = list(heads.kv_of_query)
+        visible = torch.ones(413, 601, device="cuda").tril(601 - 413 if causal else 601).bool()
+        output = torch.nn.functional.scaled_dot_product_attention(q, k[:, index], v[:, index], attn_mask=visible)
+        return output * gate[..., None, None]
+
+    exact = differentiate(plain, torch.float64)
+    for found, theirs, true in zip(differentiate(ours, dtype), differentiate(plain, dtype), exact, strict=True):
+        allowed = 2 * (theirs.double() - true).abs().max() + 4 * torch.finfo(dtype).eps * max(1.0, true.abs().max())
+        assert (found.double() - true).abs().max() <= allowed
