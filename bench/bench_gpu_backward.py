@@ -9,6 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headprune import ops
 from headprune.head_map import HeadMap
+from headprune.ops.attention import operands
+from headprune.ops.call import AttentionCall
 
 pytestmark = pytest.mark.gpu
 TOKENS = 16384
@@ -64,15 +66,22 @@ def test_ragged_groups(versus, length):
 
 @pytest.mark.parametrize("length", [2048, 8192])
 def test_gate_gradients(versus, length):
+    """The backward operator itself, without autograd, so that it replays in a CUDA graph."""
     head_map = HeadMap.uniform(16)
-    q, k, v, grad = tensors(head_map, length, 128)
-    gate = torch.ones(TOKENS // length, 16, device="cuda", requires_grad=True)
-    run = lambda *wanted: torch.autograd.grad(output, wanted, grad, retain_graph=True)  # noqa: E731
-    with torch.enable_grad():
-        output = ops.attention(q, k, v, head_map, causal=True, gate=gate)
+    q, k, v, grad = (tensor.detach() for tensor in tensors(head_map, length, 128))
+    gate = torch.ones(TOKENS // length, 16, device="cuda")
+    call = AttentionCall(
+        q, k, v, head_map, causal=True, window=0, scale=128**-0.5, softcap=0.0, bias=None, alibi_slopes=None, sinks=None,
+        key_mask=None, query_mask=None, gate=gate, stats=False,
+    )  # fmt: skip
+    output, lse, _ = torch.ops.headprune.attention(*operands(call))
+
+    def backward(of_gate):
+        return lambda: torch.ops.headprune.attention_backward(
+            grad, output, lse, [True, True, True, False, False, of_gate], *operands(call)
+        )
+
     versus(
-        f"backward with gate gradients, d 128, {length}, causal",
-        lambda: run(q, k, v, gate),
-        {"ourselves without": lambda: run(q, k, v)},
-        at_most=1.02, grad=True,
+        f"backward with gate gradients, d 128, {length}, causal", backward(True), {"ourselves without": backward(False)},
+        at_most=1.02,
     )  # fmt: skip

@@ -111,6 +111,9 @@ def captured(function: Callable[[], object], calls: int) -> Callable[[], None] |
                 function()
     except Exception:
         torch.cuda.synchronize()
+        # Left as it is, the generator believes that it is being captured, and no random number is drawn any more.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         return None
     return graph.replay
 

@@ -50,7 +50,10 @@ def asked_first(faster: dict) -> str:
 
 
 def unasked() -> str:
-    where = [f"head dim {dim}{', causal' if causal else ''}" for dim, causal in sorted(gluon.VERIFIED)]
+    where = [
+        f"head dim {dim}{', causal' if causal else ''}{', statistics' if stats else ''}"
+        for dim, causal, stats in sorted(gluon.VERIFIED)
+    ]
     return f"taken unasked where a GPU has shown it right and faster: {'; '.join(where) or 'nowhere yet'}"
 
 

@@ -6,7 +6,7 @@ Everything is recomputed from the saved lse; no [query_len, kv_len] matrix exist
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from headprune.kernels.aligned import aligned, concerned, narrowed
 from headprune.kernels.attention_closed_gate import closed_gate_kernel
 from headprune.kernels.attention_delta import delta_kernel
 from headprune.kernels.attention_dkdv import dkdv_kernel
@@ -86,10 +87,19 @@ class Problem:
 
 def attention_backward(problem: Problem, needs: Needs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias, sinks and gate, each in its tensor's dtype; None where `needs` says no."""
-    grads = Gradients.allocate(problem, needs)
-    for launch in backward_launches(problem, grads, capability_of(problem.query.device)):
+    regular = in_regular_rows(problem) if concerned(problem.query) else problem
+    grads = Gradients.allocate(regular, needs)
+    for launch in backward_launches(regular, grads, capability_of(problem.query.device)):
         launch.run()
-    return grads.finished(problem)
+    query, key, value, *rest = grads.finished(regular)
+    head_dim, value_dim = problem.dims
+    return narrowed(query, head_dim), narrowed(key, head_dim), narrowed(value, value_dim), *rest
+
+
+def in_regular_rows(problem: Problem) -> Problem:
+    query, key = aligned(problem.query, problem.key)
+    value, output, grad_output = aligned(problem.value, problem.output, problem.grad_output)
+    return replace(problem, query=query, key=key, value=value, output=output, grad_output=grad_output)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headprune.kernels.aligned import aligned, concerned
 from headprune.kernels.head_statistics import empty_partials, statistics_launch, store_empty_tile, store_tile
 from headprune.kernels.launch import Launch, as_bytes, capability_of, head_table
 from headprune.kernels.schedule import section_pairs, tile_of
@@ -185,21 +186,13 @@ def attention_forward(
     **options,
 ) -> None:  # fmt: skip
     """Fills output, lse and (where given) stats; the arguments are those of `forward_launches`."""
-    capability, columns = capability_of(query.device), output.shape[3]
-    if capability == 90 and output.dtype != torch.float32:
-        value = whole_tiles(value)
-    wide = output if value.shape[3] == columns else output.new_empty((*output.shape[:3], value.shape[3]))
-    for launch in forward_launches(query, key, value, wide, lse, stats, kv_of_query, capability, **options):
+    (wide_value,) = aligned(value) if concerned(value) else (value,)
+    wide = output if wide_value is value else output.new_empty((*output.shape[:3], wide_value.shape[3]))
+    capability = capability_of(query.device)
+    for launch in forward_launches(query, key, wide_value, wide, lse, stats, kv_of_query, capability, **options):
         launch.run()
     if wide is not output:
-        output.copy_(wide[..., :columns])
-
-
-def whole_tiles(value: Tensor) -> Tensor:
-    """`value`, or a copy with columns of zeros behind it that fill the second of two tiles: on Hopper, in 16-bit types, Triton 3.6
-    computed wrong outputs for a value_dim of 33 in tiles of 32 and 16 (the interpreter, fp32 and whole tiles are right)."""
-    first, second = split_dim(value.shape[3])
-    return torch.nn.functional.pad(value, (0, first + second - value.shape[3])) if second else value
+        output.copy_(wide[..., : output.shape[3]])
 
 
 def forward_launches(

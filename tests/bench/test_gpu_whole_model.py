@@ -20,7 +20,7 @@ def test_prefill_and_decode_give_a_row_each_and_leave_the_cache_as_long_as_it_wa
     bench_gpu_whole_model.prefill_and_decode(
         lambda name, ours, peers, **options: rows.append(compare(name, ours, peers, **options)), dense, 0.5, "cpu", 16, 16, 2
     )
-    assert [row.name.split()[1].rstrip(",") for row in rows] == ["prefill", "decode"]
+    assert [row.name.split(",")[0] for row in rows] == ["GPU prefill", "GPU decode", "GPU decode in a CUDA graph"]
     assert all(math.isfinite(row.ratio) and row.peer == "dense" for row in rows)
     ids = torch.ones(2, 16, dtype=torch.long)
     cache = bench_gpu_whole_model.prefill(dense, ids)

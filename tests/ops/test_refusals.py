@@ -85,8 +85,9 @@ def test_the_cuda_decode_takes_half_precision_and_aligned_rows_of_known_width():
     assert "the rows of key_cache are not 16-byte aligned" in cuda.refuses_tensors(decode(cache=apart))
 
 
-def test_the_kernel_for_hopper_is_off_until_asked_for_and_says_what_it_does_not_do():
-    assert gluon.refuses(attention()) == "not verified on a GPU yet; ops.backend('gluon') forces it"
+def test_the_kernel_for_hopper_runs_where_it_was_verified_and_says_what_it_does_not_do():
+    assert gluon.refuses(attention()) == "runs on CUDA devices, not cpu"
+    assert gluon.refuses(replace(attention(), stats=True)) == "not verified on a GPU yet; ops.backend('gluon') forces it"
     assert gluon.unsupported(attention()) is None
     for call, reason in [
         (attention(dtype=torch.float32), "runs bf16 and fp16, not torch.float32"),
