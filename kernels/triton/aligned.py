@@ -1,5 +1,5 @@
-"""Copies against a miscompilation, seen on an H200 (bench/NOTES.md): on Hopper, in 16-bit types, Triton 3.6 multiplies what it holds
-in registers (the probabilities) wrongly with a matrix in two tiles whose rows may begin anywhere, which it does not load
+"""Copies against a miscompilation, seen on an H200 (bench/NOTES.md): on Hopper, in 16-bit types, Triton 3.6 multiplies what it
+holds in registers (the probabilities) wrongly with a matrix in two tiles whose rows may begin anywhere, which it does not load
 asynchronously then. The interpreter, fp32, single tiles and rows at multiples of 16 elements are right. Such tensors are rare (a
 head_dim of 33 to 120 that is no multiple of 16, views with odd strides) and slow to load anyway.
 """

@@ -114,7 +114,7 @@ def section(batch_heads: int, row_blocks: int, kv_bytes: int, group: float, prog
     program idle under a causal mask and reads the keys and values (kv_bytes, for `group` query heads) while they are in L2.
 
     Where the pairs are few and would leave programs idle at the end: the longest tiles of all heads first under a causal mask
-    (measured: 5 to 14 % slower where keys and values exceed L2), one head after the other without.
+    (measured: 5 to 24 % slower where keys and values exceed L2), one head after the other without.
     """
     pairs = batch_heads * -(-row_blocks // 2)
     idle = -(-pairs // programs) * programs / pairs
