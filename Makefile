@@ -117,7 +117,7 @@ gpu: export PYTHONPATH := $(CURDIR)
 gpu:
 	ln -sfn ../kernels/triton headprune/kernels
 	-$(PYTHON) setup.py --quiet build_ext --inplace
-	-timeout -s INT 160 $(PYTHON) -m pytest -q -m gpu -n 12 $(GPU_TESTS)
-	-timeout -s INT 50 $(PYTHON) -m pytest -q -m gpu -n 12 bench --warm $(LARGE_MODELS:%=--ignore=%)
+	-timeout -s INT 160 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 $(GPU_TESTS)
+	-timeout -s INT 50 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 bench --warm $(LARGE_MODELS:%=--ignore=%)
 	-timeout -s INT 250 $(PYTHON) -m pytest -q -m gpu bench --benchmark-quiet
 	$(PYTHON) bench/table.py

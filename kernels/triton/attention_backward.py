@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from headprune.kernels.aligned import aligned, concerned, narrowed
-from headprune.kernels.attention_closed_gate import closed_gate_kernel
+from headprune.kernels.attention_closed_gate import PROGRAMS, closed_gate_kernel
 from headprune.kernels.attention_delta import delta_kernel
 from headprune.kernels.attention_dkdv import dkdv_kernel
 from headprune.kernels.attention_dq import dq_kernel
@@ -202,13 +202,14 @@ def dq_launch(problem: Problem, grads: Gradients, tile: Tile) -> Launch:
 
 
 def closed_gate_launch(problem: Problem, grads: Gradients, tile: Tile) -> Launch:
+    blocks = triton.cdiv(problem.lengths[0], ROWS_OF_DELTA)
     known = recompute_arguments(problem, grads) | {
-        "dgate_ptr": grads.gate, "sinks_ptr": contiguous(problem.sinks), "tiny": tiny_gate(problem.query.dtype),
+        "blocks": blocks, "dgate_ptr": grads.gate, "sinks_ptr": contiguous(problem.sinks), "tiny": tiny_gate(problem.query.dtype),
         "kv_of_query_ptr": head_table(problem.kv_of_query, problem.query.device),
     }  # fmt: skip
     constants = recompute_constants(problem, tile)
     arguments = {name: known[name] for name in closed_gate_kernel.arg_names if name not in constants}
-    grid = (problem.heads, triton.cdiv(problem.lengths[0], ROWS_OF_DELTA), problem.samples)
+    grid = (problem.heads, min(blocks, PROGRAMS), problem.samples)
     return Launch(closed_gate_kernel, grid, arguments, constants, tile.warps, tile.stages)
 
 
