@@ -16,8 +16,8 @@ from headprune.kernels.spans import key_span, sequence
 _LOG2E = tl.constexpr(LOG2E)
 
 
-# Of each head. To start one for every block of rows, only to see that no gate is closed, would take longer (predicted, 4096 programs on
-# an H200: 25 us) than gates' gradients may (2 % of a backward pass).
+# Of each head. To start one for every block of rows, only to see that no gate is closed, would take longer (predicted, 4096
+# programs on an H200: 25 us) than the gates' gradients may (2 % of a backward pass).
 PROGRAMS = 8
 
 
