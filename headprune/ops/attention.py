@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -141,7 +142,7 @@ def attention(
 
 def attend(call: AttentionCall) -> tuple[Tensor, HeadStats | None]:
     """`attention` of a checked call: its output and, where it asks for them, its statistics."""
-    output, _, packed = torch.ops.headprune.attention(*operands(call))
+    output, _, packed = torch.ops.headprune.attention.default(*operands(call))
     return output, HeadStats.from_packed(packed) if call.stats else None
 
 
@@ -152,7 +153,13 @@ def operands(call: AttentionCall) -> tuple[Any, ...]:
 
 
 def as_call(query: Tensor, key: Tensor, value: Tensor, kv_of_query: Sequence[int], *options: Any) -> AttentionCall:
-    return AttentionCall(query, key, value, HeadMap(tuple(kv_of_query), key.shape[1]), *options)
+    return AttentionCall(query, key, value, head_map_of(tuple(kv_of_query), key.shape[1]), *options)
+
+
+@lru_cache(maxsize=4096)
+def head_map_of(kv_of_query: tuple[int, ...], kv_heads: int) -> HeadMap:
+    """Checked once, not in every call of the operator."""
+    return HeadMap(kv_of_query, kv_heads)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

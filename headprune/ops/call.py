@@ -246,11 +246,12 @@ def check_decode(call: DecodeCall) -> DecodeCall:
 def check_alike(tensors: dict[str, Tensor], dims: tuple[str, ...]) -> None:
     """All of the same dtype (after autocast, where it is on) and device, with the named dimensions."""
     first, leader = next(iter(tensors.items()))
-    dtype = dtype_under_autocast(leader)
+    dtype, device = leader.dtype, leader.device
     for name, tensor in tensors.items():
         if tensor.dim() != len(dims):
             raise InvalidInput(f"{name} has shape {list(tensor.shape)}; expected {len(dims)} dimensions [{', '.join(dims)}].")
-        if dtype_under_autocast(tensor) != dtype or tensor.device != leader.device:
+        alike = tensor.dtype == dtype or dtype_under_autocast(tensor) == dtype_under_autocast(leader)
+        if not alike or tensor.device != device:
             raise InvalidInput(
                 f"{name} is {tensor.dtype} on {tensor.device}, {first} is {leader.dtype} on {leader.device}; they must agree."
             )
