@@ -31,6 +31,7 @@ from torch import nn
 import headprune as hp
 from headprune.demo.stdlib_lm import Decoder, initial_model
 from headprune.demo.training import Training, random_windows, train
+from headprune.evaluation.retrieval import encoded
 from headprune.evaluation.tasks import build_task
 from headprune.evaluation.tasks.docstring_retrieval import shuffled
 from headprune.evaluation.tasks.docstrings import docstring_pairs
@@ -41,12 +42,13 @@ from headprune.sources import open_model
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it is recovered with. train: batches. feed_forward: whether compensation re-solves feed-forwards too.
-    arguments: more of hp.recover's. early: an earlier checkpoint, where there is one."""
+    """A model and what it is recovered with. train: batches for the task's loss; taught: for distillation. feed_forward: whether
+    compensation re-solves feed-forwards too. arguments: more of hp.recover's. early: an earlier checkpoint, where there is one."""
 
     dense: nn.Module
     task: Any
     train: list[Any]
+    taught: list[Any]
     criterion: str
     distil: hp.Distillation
     rates: dict[str, float]
@@ -56,18 +58,24 @@ class Subject:
 
 
 def minilm(validation: bool, seed: int) -> Subject:
-    """Batches as the task's: the sentences of 16 pairs, then their documents."""
+    """Batches as the task's, the sentences of some pairs, then their documents: 32 pairs of up to 48 tokens for the task's own
+    loss, which lives on the other documents of a batch, 16 of up to 96 for distillation (chosen on validation pairs, NOTES.md)."""
     dense, tokenizer = open_model("minilm")
     task = build_task("docstring-retrieval", tokenizer, validation=validation)
     pairs = docstring_pairs(validation)[0]
     random.Random(seed).shuffle(pairs)
     pairs = [pair for start in range(0, len(pairs), 256) for pair in sorted(pairs[start : start + 256], key=length)]
-    groups = [pairs[start : start + 16] for start in range(0, len(pairs), 16)]
-    train = [task.encoded([pair.query for pair in group] + [pair.document for pair in group]) for group in shuffled(groups)]
+
+    def batches(size: int, max_tokens: int) -> list[Any]:
+        groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        texts = ([pair.query for pair in group] + [pair.document for pair in group] for group in shuffled(groups))
+        return [encoded(tokenizer, some, max_tokens) for some in texts]
+
     embed = lambda output, batch: pooled(output.last_hidden_state, batch["attention_mask"])  # noqa: E731
     distil = hp.Distillation(hidden=1.0, embedding=1.0, similarity=1.0, embed=embed)
     arguments = {"bf16": torch.cpu._is_avx512_bf16_supported()}
-    return Subject(dense, task, train, "fisher_least_squares", distil, RATES["minilm"], True, arguments, lambda: dense)
+    train, taught = batches(32, 48), batches(16, 96)
+    return Subject(dense, task, train, taught, "fisher_least_squares", distil, RATES["minilm"], True, arguments, lambda: dense)
 
 
 def length(pair: Any) -> int:
@@ -88,7 +96,7 @@ def decoder(validation: bool, seed: int) -> Subject:
 
     distil = hp.Distillation(logits=1.0, hidden=0.5, temperature=1.0)
     early = lambda: early_decoder(tokenizer, stream)  # noqa: E731
-    return Subject(dense, task, batches, "fisher", distil, RATES["stdlib-lm"], True, {}, early)
+    return Subject(dense, task, batches, batches, "fisher", distil, RATES["stdlib-lm"], True, {}, early)
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,8 @@ def early_decoder(tokenizer: Any, stream: torch.Tensor) -> nn.Module:
 
 RATES = {
     "minilm": {
-        "full": 2e-5,
-        "lora": 2e-4,
+        "full": 1e-4,
+        "lora": 5e-4,
         "distillation": 1e-4,
         "distillation_and_task": 5e-5,
         "rewinding": 1e-4,
@@ -144,26 +152,26 @@ def lora(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Reco
 
 def distillation(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     return hp.recover(
-        model, subject.train, teacher=subject.dense, distil=subject.distil, lr=subject.rates["distillation"], **options
+        model, subject.taught, teacher=subject.dense, distil=subject.distil, lr=subject.rates["distillation"], **options
     )  # fmt: skip
 
 
 def distillation_and_task(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     """What the teacher gives and the task's own loss, as Hinton et al. 2015 add them."""
     return hp.recover(
-        model, subject.train, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
+        model, subject.taught, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
         lr=subject.rates["distillation_and_task"], **options,
     )  # fmt: skip
 
 
 def lora_distillation(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     rate = subject.rates["lora_distillation"]
-    return hp.recover(model, subject.train, teacher=subject.dense, distil=subject.distil, method="lora", lr=rate, **options)
+    return hp.recover(model, subject.taught, teacher=subject.dense, distil=subject.distil, method="lora", lr=rate, **options)
 
 
 def lora_distillation_and_task(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     return hp.recover(
-        model, subject.train, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
+        model, subject.taught, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
         method="lora", lr=subject.rates["lora_distillation_and_task"], **options,
     )  # fmt: skip
 
@@ -171,7 +179,7 @@ def lora_distillation_and_task(model: nn.Module, subject: Subject, options: dict
 def rewinding(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     """Distillation from the early weights (MiniLM comes without any: from the dense weights, uncompensated)."""
     return hp.recover(
-        model, subject.train, teacher=subject.dense, distil=subject.distil, lr=subject.rates["rewinding"], rewind=subject.early(),
+        model, subject.taught, teacher=subject.dense, distil=subject.distil, lr=subject.rates["rewinding"], rewind=subject.early(),
         **options,
     )  # fmt: skip
 
