@@ -110,8 +110,10 @@ engines-vllm: venv
 # Takes the Python that has torch with CUDA (PYTHON=...), installs nothing and needs no network: the kernels are found through a
 # link, the extension is built in place. A build or tests that fail do not keep the benchmarks from running, rows are kept as they are
 # measured, all is cut off so that it fits nine minutes (interrupted, so that failures are still shown), and the table comes last.
-# Before they are measured, the benchmarks of single kernels run once on all processors: compilation takes longer than measuring.
+# Before they are measured, the benchmarks of single kernels run once on all processors: compilation takes longer than measuring. Those
+# with many rows and with long calls come last.
 GPU_TESTS := tests/ops tests/kernels tests/models/test_streamed.py tests/models/test_cuda_graphs.py tests/surgery/test_gather.py
+GPU_BENCH := forward backward weight_stats scoring whole_model decode hopper masks
 LARGE_MODELS := bench/bench_gpu_scoring.py bench/bench_gpu_whole_model.py bench/bench_gpu_masks.py
 gpu: export PYTHONPATH := $(CURDIR)
 gpu:
@@ -119,5 +121,5 @@ gpu:
 	-$(PYTHON) setup.py --quiet build_ext --inplace
 	-timeout -s INT 160 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 $(GPU_TESTS)
 	-timeout -s INT 50 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 bench --warm $(LARGE_MODELS:%=--ignore=%)
-	-timeout -s INT 250 $(PYTHON) -m pytest -q -m gpu bench --benchmark-quiet
+	-timeout -s INT 250 $(PYTHON) -m pytest -q -m gpu --benchmark-quiet $(GPU_BENCH:%=bench/bench_gpu_%.py)
 	$(PYTHON) bench/table.py
