@@ -93,6 +93,7 @@ class PackedCase:
     extras: str = ""
     stats: bool = False
     head_map: HeadMap = RAGGED
+    value_dim: int = 16
 
 
 PACKED_CASES = [
@@ -157,7 +158,8 @@ def build_packed(case: PackedCase, device: str, dtype: torch.dtype) -> VarlenCal
     heads, kv_heads = case.head_map.query_heads, case.head_map.kv_heads
     extras = extra_tensors(case.extras, heads, len(case.lengths_q), 0, 0)
     # Tokens behind the last sequence belong to nobody.
-    shapes = ((sum(case.lengths_q) + 2, heads, 16), (sum(case.lengths_k), kv_heads, 16), (sum(case.lengths_k), kv_heads, 16))
+    tokens = sum(case.lengths_k)
+    shapes = ((sum(case.lengths_q) + 2, heads, 16), (tokens, kv_heads, 16), (tokens, kv_heads, case.value_dim))
     starts = (torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (case.lengths_q, case.lengths_k))
     return VarlenCall(
         *(torch.randn(shape).to(device, dtype) for shape in shapes), *starts, max(case.lengths_q), max(case.lengths_k),

@@ -46,6 +46,8 @@ CASES = {
         options=("softcap", "sinks", "alibi", "key_mask", "sample_gate"),
     ),
     "wide heads by token": Case(grouped(2, 3), (270, 31), dim=96, value_dim=96, by_token=True, options=("sinks",)),
+    # More than the merge takes at once; the shorter samples use fewer of them.
+    "many splits": Case(grouped(2, 1), (17000, 2600, 0), splits=70),
     "every head gated off": Case(RAGGED, (300,), options=("no_gate",), splits=2),
 }  # fmt: skip
 # Value heads of another size: a kernel may refuse them.

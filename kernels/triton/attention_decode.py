@@ -330,13 +330,14 @@ def aot_variants(capability: int) -> Iterator[AotVariant]:
         if options:
             extras |= {name: empty(8 * group, dtype=torch.float32) for name in ("alibi_slopes", "sinks", "gate")}
             extras["key_mask"] = empty(4, 4096, dtype=torch.bool)
+        splits = 48 if options else 8
         attend, merge = launches(
             query, cache, cache, output, empty(4, 8 * group, 1 + options, dtype=torch.float32),
-            tuple(range(0, 8 * group + 1, group)), lengths=empty(4, dtype=torch.int32), scale=0.1, splits=8,
+            tuple(range(0, 8 * group + 1, group)), lengths=empty(4, dtype=torch.int32), scale=0.1, splits=splits,
             page_table=empty(4, 4096 // page, dtype=torch.int32) if page else None, **extras,
         )  # fmt: skip
         # From sm_90 on the tensor cores' own instructions begin at 64 rows; smaller tiles run on mma.sync.
         cores = dtype != torch.float32 and (capability == 80 or group == 64)
         yield AotVariant(f"decode {name}", attend, cores)
         if options:
-            yield AotVariant(f"decode merge {name}", merge, tensor_cores=False)
+            yield AotVariant(f"decode merge {name}, {splits} splits", merge, tensor_cores=False)

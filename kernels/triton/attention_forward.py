@@ -187,7 +187,8 @@ def attention_forward(
 ) -> None:  # fmt: skip
     """Fills output, lse and (where given) stats; the arguments are those of `forward_launches`."""
     (wide_value,) = aligned(value) if concerned(value) else (value,)
-    wide = output if wide_value is value else output.new_empty((*output.shape[:3], wide_value.shape[3]))
+    # Zeros: no tile writes the tokens behind the last packed sequence.
+    wide = output if wide_value is value else output.new_zeros((*output.shape[:3], wide_value.shape[3]))
     capability = capability_of(query.device)
     for launch in forward_launches(query, key, wide_value, wide, lse, stats, kv_of_query, capability, **options):
         launch.run()

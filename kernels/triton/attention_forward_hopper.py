@@ -61,7 +61,7 @@ copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_sh
 
 @gluon.jit
 def work_of(place, block, gates, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, HAS_GATE: gl.constexpr):
-    """(sample, head, first row, key blocks, masked ones among them, gate): a head gated to 0 has no key blocks."""
+    """(sample, head, first row, key blocks, masked ones among them, gate): none for a head gated to 0."""
     heads, batch_heads, row_blocks, q_len, kv_len, section = sizes
     gate_ptr, stride_gb = gates
     sample = place // heads
@@ -231,7 +231,7 @@ def consume_blocks(
 
 @gluon.jit
 def skip_tile(sample, head, first, outputs, heads, q_len, dtype: gl.constexpr, DIM: gl.constexpr):
-    """The rows of a head gated to 0: output 0, lse -inf."""
+    """Rows of a head gated to 0, or that see no key: output 0, lse -inf."""
     o_ptr, lse_ptr, stride_ob, stride_oh, stride_om = outputs
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))

@@ -71,23 +71,21 @@ def attention_forward_hopper(query: Tensor, *tensors, **options) -> None:
 def hopper_launches(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, kv_of_query: tuple[int, ...],
     *, causal: bool, scale: float, gate: Tensor | None, stats: Tensor | None = None, tiles: Tiles | None = None,
-    programs: int | None = None, together: int | None = None,
+    programs: int | None = None,
 ) -> list[Launch]:  # fmt: skip
     """Fill output [batch, query_heads, query_len, dim], lse fp32 [batch, query_heads, query_len], contiguous, and, where given,
     stats fp32 [6, batch, query_heads].
 
     query [batch, query_heads, query_len, dim], key, value [batch, kv_heads, kv_len, dim]: fp16 or bf16, dim 64 or 128, no empty
     dimension, fit for the copy engine (`unfit`), as is output. scale > 0. gate [query_heads] or [batch, query_heads]. programs:
-    how many run at once, by default one per multiprocessor. together: in place of `section`.
+    how many run at once, by default one per multiprocessor.
     """
     batch, heads, q_len, dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     tiles = tiles or TILES[dim]
     row_blocks = -(-q_len // (tiles.consumers * ROWS.value))
     programs = programs or multiprocessors(query.device)
-    if together is None:
-        kv_bytes = 2 * kv_len * dim * key.element_size()
-        together = section(batch * heads, row_blocks, kv_bytes, heads / kv_heads, programs, causal)
+    kv_bytes = 2 * kv_len * dim * key.element_size()
     parts = row_blocks * tiles.consumers * (ROWS.value // WARP_ROWS.value)
     partials = None if stats is None else empty_partials(stats, parts)
     arguments = {
@@ -98,7 +96,7 @@ def hopper_launches(
         "parts": parts, "stride_gb": gate.stride(0) if gate is not None and gate.dim() == 2 else 0, "stride_ob": output.stride(0),
         "stride_oh": output.stride(1), "stride_om": output.stride(2), "heads": heads, "batch_heads": batch * heads,
         "row_blocks": row_blocks, "q_len": q_len, "kv_len": kv_len,
-        "section": together, "scale": scale * LOG2E,
+        "section": section(batch * heads, row_blocks, kv_bytes, heads / kv_heads, programs, causal), "scale": scale * LOG2E,
     }  # fmt: skip
     constants = {
         "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "Q_STAGES": tiles.q_stages, "CONSUMERS": tiles.consumers,

@@ -82,7 +82,7 @@ def store_patterns(ptr, plane, counted, m_i, total, first_mass, e_i, d_i, norm):
 
 @gluon.jit
 def store_no_patterns(ptr, plane, layout: gl.constexpr):
-    """What a consumer writes for a head gated to 0."""
+    """What a consumer writes for rows of which none counts."""
     warps = gl.arange(0, ROWS // WARP_ROWS, layout)
     for field in gl.static_range(7):
         gl.store(

@@ -34,8 +34,9 @@ def with_copies() -> list[str]:
     from headprune.kernels import attention_forward
 
     attention_forward.concerned = lambda tensor: True
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written holds NaN
     odd = [case for case in CASES if case.name in ("head_dim 96, value_dim 33", "everything", "statistics")]
-    return failures([*odd, PACKED_CASES[-1]], "cpu", torch.float16, "triton")
+    return failures([*odd, replace(PACKED_CASES[-1], value_dim=33)], "cpu", torch.float16, "triton")
 
 
 def test_triton_in_its_interpreter_is_as_exact_as_pytorch():
