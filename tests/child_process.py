@@ -51,6 +51,14 @@ def forked(script: Path, *arguments: str, folder: Path, preload: list[str], rank
     return printed
 
 
+def leave() -> None:
+    """Ends a rank at once: gloo's threads may still hold its last tensors, and a Python that is being taken down aborts when they
+    let go of them (https://github.com/pytorch/pytorch/pull/179291)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def as_main(script: Path, arguments: tuple[str, ...], file: Path, variables: dict[str, str]) -> None:
     os.chdir(file.parent)
     with file.open("w", encoding="utf-8") as output:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from child_process import leave
 from pruned_pairs import pruned_llama, text_batches
 from safetensors.torch import save_file
 from tiny_models import llama
@@ -93,3 +94,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from child_process import leave
 from pruned_pairs import pruned_llama, text_batches
 from safetensors.torch import save_file
 from transformers import TrainerCallback
@@ -55,3 +56,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

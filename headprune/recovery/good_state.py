@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headprune.files import whole_file
+from headprune.recovery.sharding import reshard
 
 
 class GoodState:
-    """A copy of what training changes (parameters that ask for gradients, floating-point buffers), on the CPU and, with `path`,
-    on disk, so that a killed run still has it."""
+    """A copy of what training changes (parameters that ask for gradients, floating-point buffers; of a sharded model this rank's
+    parts), on the CPU and, with `path`, on disk, so that a killed run still has it."""
 
     def __init__(self, model: nn.Module, path: Path | None = None, writes: bool = True) -> None:
         self.model, self.path, self.writes = model, path, writes
@@ -24,8 +26,10 @@ class GoodState:
         self.saved: dict[str, Tensor] = {}
 
     def changing(self) -> dict[str, Tensor]:
-        found = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return found | {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
+        reshard(self.model)
+        found: dict[str, Any] = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        found |= {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
+        return {name: tensor.to_local() if hasattr(tensor, "to_local") else tensor for name, tensor in found.items()}
 
     @torch.no_grad()
     def keep(self, step: int, value: float | None = None) -> bool:

@@ -44,8 +44,9 @@ class Objective:
         self.checked = False
 
     @contextmanager
-    def ready(self, device: torch.device, batch: Any = None) -> Iterator[None]:
-        """Inside the block the teacher stands ready on `device`. batch: decides what is distilled where that was not said."""
+    def ready(self, device: torch.device, batch: Any = None, shards: bool = False) -> Iterator[None]:
+        """Inside the block the teacher stands ready on `device`. batch: decides what is distilled where that was not said.
+        shards: each rank holds a part of a teacher at hand."""
         if self.source is None:
             yield
             return
@@ -55,7 +56,7 @@ class Objective:
         self.wanted = wanted_features(self.distil, self.sites)
         self.site_mask = token_masks(self.model, self.token_mask)
         if isinstance(self.source, nn.Module):
-            self.teacher = ModelTeacher(self.source, self.wanted, self.loss_fn)
+            self.teacher = ModelTeacher(self.source, self.wanted, self.loss_fn, shards)
         else:
             self.teacher = StoredLogits(self.source, self.distil)
         self.teacher.check(self.model)

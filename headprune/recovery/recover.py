@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from headprune.recovery.objective import Objective
 from headprune.recovery.result import WHAT, Recovery, first_rank, keep_result, taken_up, told_apart
 from headprune.recovery.rewind import RateRewind, Source, rewind_weights
 from headprune.recovery.session import Session, as_it_was, own_random_state, trained
+from headprune.recovery.sharding import sharded, wants_sharding
 from headprune.scoring.batch_identity import data_identity
 from headprune.scoring.observer import LossFunction
 from headprune.settings import described, write_settings
@@ -80,7 +81,8 @@ def recover(
         callbacks: more of transformers' TrainerCallback.
         progress: called with (done, all) after each step.
         training_arguments: any of transformers.TrainingArguments (bf16, gradient_accumulation_steps, report_to, deepspeed,
-            save_steps, ...). Under torchrun each rank trains on its share of the batches; deepspeed takes ZeRO stages 0 to 2.
+            save_steps, ...). Under torchrun each rank trains on its share of the batches; fsdp=True shards the model and a teacher
+            at hand over the ranks (FSDP2) and gathers them afterwards; deepspeed takes ZeRO stages 0 to 2.
 
     A loss that becomes NaN ends the training: the model goes back to its last good state and `stopped_because` says where.
 
@@ -89,6 +91,7 @@ def recover(
     """
     chosen = get_method(method)
     chosen.refuse_unknown(method_options or {})
+    shards = wants_sharding(training_arguments)
     if isinstance(rewind, RateRewind):
         lr, steps, warmup = rewind if lr is None else lr, steps or (None if minutes else rewind.steps), warmup or 0
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
@@ -113,15 +116,17 @@ def recover(
         work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headprune-")))
         session = Session(
             data, held_out, objective, budget, work, folder is not None, clock, metric, patience, seed,
-            teacher is None if dropout is None else dropout, data_collator, callbacks, progress, training_arguments,
+            teacher is None if dropout is None else dropout, data_collator, callbacks, progress, shards, training_arguments,
         )  # fmt: skip
         device, place = session.device, next(model.parameters()).device
+        at_first = place if shards else device  # sharded layers go there one by one
         stack.enter_context(as_it_was(model))
         stack.enter_context(own_random_state(seed))
-        model.to(device)
+        model.to(at_first)
         stack.callback(model.to, place)
-        stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), device)))
-        with chosen.prepare(model, **(method_options or {})), objective.sharing(), session.checkpointing(model):
+        stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), at_first), shards))
+        spread = sharded(model, device) if shards else nullcontext()
+        with chosen.prepare(model, **(method_options or {})), objective.sharing(), spread, session.checkpointing(model):
             if folder is not None and first_rank():
                 write_settings(folder, WHAT, settings)
             result = trained(model, session)

@@ -21,6 +21,7 @@ from headprune.settings import refuse_other_settings
 
 log = logging.getLogger("headprune")
 WHAT, RESULT, WEIGHTS, BEST = "recovery", "recovery.json", "recovered.safetensors", "best.safetensors"
+BEST_PART = "best-{}-of-{}.safetensors"  # of one rank of a sharded model
 
 WENT_BACK = "the weights are those of step"  # behind what was not finite
 
@@ -87,7 +88,8 @@ def keep_result(model: nn.Module, folder: Path | None, result: Recovery) -> None
     with whole_file(folder / WEIGHTS) as draft:
         save_model(model, str(draft))
     write_json(folder / RESULT, "recovery", result.to_json())
-    (folder / BEST).unlink(missing_ok=True)
+    for best in (folder / BEST, *folder.glob(BEST_PART.format("*", "*"))):
+        best.unlink(missing_ok=True)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
 

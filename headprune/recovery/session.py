@@ -22,7 +22,8 @@ from headprune.recovery.batches import collator_of
 from headprune.recovery.budget import TrainingBudget, TrainingClock
 from headprune.recovery.good_state import GoodState
 from headprune.recovery.objective import Objective
-from headprune.recovery.result import BEST, WENT_BACK, Recovery
+from headprune.recovery.result import BEST, BEST_PART, WENT_BACK, Recovery
+from headprune.recovery.sharding import OPTIONS as FSDP
 
 log = logging.getLogger("headprune")
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
@@ -31,7 +32,7 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the ol
 @dataclass(frozen=True)
 class Session:
     """All that a training is told; see `recover`. folder: where checkpoints go; keeps: whether they are to outlive a kill.
-    options: of transformers.TrainingArguments."""
+    sharded: whether each rank holds a part of the model. options: of transformers.TrainingArguments."""
 
     data: Any
     held_out: Any
@@ -47,6 +48,7 @@ class Session:
     collator: Callable[..., Any] | None
     callbacks: Sequence[Any]
     progress: Callable[[int, int], None] | None
+    sharded: bool
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -54,7 +56,7 @@ class Session:
         """transformers.TrainingArguments; under torchrun the ranks meet when they are made."""
         from headprune.recovery.training import training_arguments  # Trainer takes a second to import, and needs accelerate
 
-        left_out = ("eval_steps", "save_steps", *(() if self.dropout else CHECKPOINTING))
+        left_out = ("eval_steps", "save_steps", *FSDP, *(() if self.dropout else CHECKPOINTING))
         own = {name: value for name, value in self.options.items() if name not in left_out}
         return training_arguments(self.folder, self.budget, self.seed, own)
 
@@ -76,10 +78,16 @@ class Session:
 def trained(model: nn.Module, session: Session) -> Recovery:
     """Trains those parameters of `model` that ask for gradients. Raises InvalidInput where the first loss is not finite."""
     from headprune.recovery import training
+    from headprune.recovery.sharded_training import ShardedTrainer
 
     arguments = session.arguments
-    good = GoodState(model, session.folder / BEST if session.keeps else None, arguments.process_index == 0)
-    trainer = training.RecoveryTrainer(
+    if any(parameter.numel() == 0 for parameter in model.parameters()):  # of a layer without heads, which no gradient reaches
+        arguments.ddp_find_unused_parameters = True
+    rank, ranks = arguments.process_index, arguments.world_size
+    best = session.folder / (BEST_PART.format(rank, ranks) if session.sharded else BEST)
+    good = GoodState(model, best if session.keeps else None, writes=session.sharded or rank == 0)
+    kind = ShardedTrainer if session.sharded else training.RecoveryTrainer
+    trainer = kind(
         objective=session.objective, measure=session.metric, dropout=session.dropout, budget=session.budget,
         clock=TrainingClock(session.clock), good=good, model=model, args=arguments, train_dataset=session.data,
         eval_dataset=session.held_out, data_collator=collator_of(session.data, session.collator), callbacks=list(session.callbacks),

@@ -14,15 +14,18 @@ from headprune.models.adapters import attention_sites
 from headprune.nn.replace import own_attention
 from headprune.recovery.distillation import logits_of
 from headprune.recovery.features import Features, catching
+from headprune.recovery.sharding import sharded
 from headprune.scoring.observer import LossFunction
 from headprune.scoring.passes import in_eval_mode
 
 
 class ModelTeacher:
-    """A model beside the student. wanted: as in `catching`."""
+    """A model beside the student. wanted: as in `catching`. shards: over the ranks."""
 
-    def __init__(self, model: nn.Module, wanted: Mapping[str, Iterable[str]], loss_fn: LossFunction | None = None) -> None:
-        self.model, self.wanted, self.loss_fn = model, wanted, loss_fn
+    def __init__(
+        self, model: nn.Module, wanted: Mapping[str, Iterable[str]], loss_fn: LossFunction | None = None, shards: bool = False
+    ) -> None:
+        self.model, self.wanted, self.loss_fn, self.shards = model, wanted, loss_fn, shards
 
     @torch.no_grad()
     def features(self, batch: Any) -> Features:
@@ -49,11 +52,13 @@ class ModelTeacher:
         place = next(model.parameters()).device
         with ExitStack() as stack:
             stack.enter_context(own_attention(model))
-            if place != device:
+            if place != device and not self.shards:
                 model.to(device)
                 stack.callback(model.to, place)
             self.sites = attention_sites(model) if any(self.wanted.values()) else ()
             stack.enter_context(in_eval_mode(model))
+            if self.shards:
+                stack.enter_context(sharded(model, device))
             yield
 
 

@@ -222,7 +222,7 @@ def refuse_partitioned(arguments: Any) -> None:
     if plugin is not None and plugin.hf_ds_config.is_zero3():
         raise InvalidInput(
             "recover: DeepSpeed's ZeRO stage 3 leaves each rank a part of every parameter, and the model would end empty; "
-            "use stage 2."
+            "use stage 2, or fsdp=True, which shards the same and gathers the model afterwards."
         )
 
 
