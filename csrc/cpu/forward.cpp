@@ -21,9 +21,10 @@ struct Workplace {
   Real *keys, *values, *scores, *rows;
   BiasBlock bias;
   ThinPlace thin;
+  ThinKind thin_kind;
 };
 
-Workplace set_up(const Problem& problem) {
+Workplace set_up(const Forward& problem) {
   const int64_t dim = std::max(problem.head_dim, problem.value_dim);
   const int64_t key_steps = whole_steps(problem.head_dim), value_steps = whole_steps(problem.value_dim);
   const int64_t most_floats = std::max(state_floats(kThinRows, problem.value_dim), state_floats(kPanelRows, problem.value_dim));
@@ -31,6 +32,7 @@ Workplace set_up(const Problem& problem) {
   Scratch& scratch = thread_scratch();
   scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + 3 * kPanelRows + 2) + kPanelRows * dim + value_steps);
   Workplace place;
+  place.thin_kind = thin_kind(problem.type, problem.stats);
   for (int64_t p = 0; p < kMostPanels; ++p) {
     SoftmaxPanel& panel = place.panels[p];
     panel.queries = scratch.take(problem.head_dim * kPanelRows);
@@ -54,7 +56,7 @@ Workplace set_up(const Problem& problem) {
 
 void open_panel(
     const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, bool sinks, SoftmaxPanel& panel,
-    Real* buffer) {
+    const ThinKind& thin_kind, Real* buffer) {
   place_panel(problem, group, keys, first, rows, panel);
   const int64_t width = panel.width();
   std::fill_n(panel.sum, width, 0.f);
@@ -71,10 +73,10 @@ void open_panel(
     scale_row(panel.queries, width * problem.head_dim, factor);
   } else {
     read_panel(problem, problem.query, group, panel, problem.head_dim, problem.head_dim, buffer);
-    scale_row(buffer, width * problem.head_dim, factor);
     if (panel.thin()) {
-      open_thin(problem, buffer, panel);
+      open_thin(thin_kind, problem, buffer, panel);
     } else {
+      scale_row(buffer, width * problem.head_dim, factor);
       transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
     }
   }
@@ -107,7 +109,8 @@ void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, co
 }
 
 template <int Vecs>
-void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, Real* buffer, RowStats* stats) {
+void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const ThinKind& thin_kind, Real* buffer,
+                 RowStats* stats) {
   Real lse[kPanelRows], gate[kPanelRows], factors[kPanelRows];
   for (int64_t r = 0; r < panel.width(); ++r) gate[r] = problem.gate_of(group.batch, panel.head[r]);
   for (int v = 0; v < Vecs; ++v) {
@@ -116,7 +119,7 @@ void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel&
     store(lse + v * kLanes, load(panel.high + v * kLanes) * Vec(kLn2) + sum.log());
   }
   if (panel.thin()) {
-    read_thin_output(problem, panel, buffer);
+    read_thin_output(thin_kind, problem, panel, buffer);
   } else {
     transpose(panel.output, panel.width(), problem.value_dim, panel.width(), buffer, problem.value_dim);
   }
@@ -130,7 +133,7 @@ void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel&
 }
 
 void close(const Forward& problem, const Group& group, const SoftmaxPanel& panel, Workplace& place, RowStats* stats) {
-  (panel.vecs == 1 ? close_panel<1> : close_panel<kPanelVecs>)(problem, group, panel, place.rows, stats);
+  (panel.vecs == 1 ? close_panel<1> : close_panel<kPanelVecs>)(problem, group, panel, place.thin_kind, place.rows, stats);
 }
 
 struct Blocks {
@@ -143,11 +146,9 @@ Blocks read_blocks(const Problem& problem, const Group& group, const Keys& keys,
           row_block(problem, problem.value, group, keys, slot, count, value_dim, value_dim, place.values)};
 }
 
-// The keys from slot `from` up to `to` for all panels of a block of rows, read once for all.
-void walk_keys(const Forward& problem, const Group& group, const Keys& keys, int64_t panels, int64_t from, int64_t to, bool stats,
-               Workplace& place) {
-  const ThinKind kind = thin_kind(problem.type);
-  const auto thin = stats ? kind.attend_with_stats : kind.attend;
+// The keys from slot `from` up to `to` for all panels of a block of rows, read once for all; up to `ahead` they are asked for.
+void walk_keys(const Forward& problem, const Group& group, const Keys& keys, int64_t panels, int64_t from, int64_t to, int64_t ahead,
+               bool stats, Workplace& place) {
   const bool all_thin = panels == 1 && place.panels[0].thin();
   // Blocks start at multiples of their size, so that a panel's sums do not depend on the panels beside it.
   for (int64_t slot = from, end; slot < to; slot = end) {
@@ -158,7 +159,7 @@ void walk_keys(const Forward& problem, const Group& group, const Keys& keys, int
       const int64_t first = std::max(slot, panel.slots_from), last = std::min(end, panel.slots_to);
       if (first >= last) continue;
       if (panel.thin()) {
-        thin(problem, group, panel, keys, first, last - first, std::min(to, panel.slots_to), place.bias, place.thin);
+        place.thin_kind.attend(problem, group, panel, keys, first, last - first, std::min(ahead, panel.slots_to), place.bias, place.thin);
         continue;
       }
       const RowBlock key{blocks.key.data + (first - slot) * blocks.key.stride, blocks.key.stride};
@@ -170,9 +171,10 @@ void walk_keys(const Forward& problem, const Group& group, const Keys& keys, int
   }
 }
 
-// `states` is where the panels of a part are left, state_floats apart; null: the rows are closed here.
-void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, Real* states, Workplace& place,
-               RowStats* stats) {
+// `states` is where the panels of a part are left, state_floats apart; null: the rows are closed here. `ahead`: up to which slot
+// this thread goes on, in this block and those that follow.
+void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, int64_t ahead, Real* states,
+               Workplace& place, RowStats* stats) {
   const int64_t panels = panels_of(block.rows);
   int64_t from = keys.count, to = 0;
   for (int64_t p = 0; p < panels; ++p) {
@@ -182,12 +184,12 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
     panel.rows = rows;
     place_state(panel, states ? states : place.states[p], problem.value_dim);
     if (states) states += state_floats(rows, problem.value_dim);
-    open_panel(problem, group, keys, block.first_row + done, rows, block.part <= 0, panel, place.rows);
+    open_panel(problem, group, keys, block.first_row + done, rows, block.part <= 0, panel, place.thin_kind, place.rows);
     if (!states) ask_for_output(problem, group, panel);
     from = std::min(from, std::max(block.from, panel.slots_from));
     to = std::max(to, std::min(block.to, panel.slots_to));
   }
-  walk_keys(problem, group, keys, panels, from, to, stats, place);
+  walk_keys(problem, group, keys, panels, from, to, ahead, stats, place);
   for (int64_t p = 0; !states && p < panels; ++p) close(problem, group, place.panels[p], place, stats);
 }
 
@@ -244,24 +246,28 @@ void attention_forward(const Forward& problem) {
     splits.push_back(split_of(problem, groups[g], keys[groups[g].batch], static_cast<int64_t>(g), blocks));
     is_split.push_back(splits[g].parts > 0);
   }
-  // Small groups wait for memory and large ones compute: the threads take parts of all groups in turn, so that both have work.
-  std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.part < b.part; });
+  const int64_t together = parts_together(static_cast<int64_t>(blocks.size()), threads);
+  std::stable_sort(blocks.begin(), blocks.end(), [&](const Block& a, const Block& b) { return a.part / together < b.part / together; });
   const std::vector<Block> whole = blocks_of(problem, groups, keys, is_split, rows_per_block(problem, groups, threads));
   blocks.insert(blocks.end(), whole.begin(), whole.end());
+  const std::vector<Run> runs = runs_of(blocks, together);
   RowStats stats;
   if (problem.stats) {
     stats.rows = problem.numbers.count;
     stats.values.assign(7 * stats.rows, 0.f);
   }
-  const int64_t total = static_cast<int64_t>(blocks.size());
+  const int64_t total = static_cast<int64_t>(runs.size());
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, total), 1, [&](int64_t, int64_t) {
     Workplace place = set_up(problem);
     for (int64_t i; (i = next.fetch_add(1)) < total;) {
-      const Block& block = blocks[i];
-      const Group& group = groups[block.group];
-      Real* states = block.part < 0 ? nullptr : splits[block.group].state(block.part);
-      run_block(problem, group, keys[group.batch], block, states, place, problem.stats ? &stats : nullptr);
+      const auto [first, last] = runs[i];
+      for (int64_t b = first; b <= last; ++b) {
+        const Block& block = blocks[b];
+        const Group& group = groups[block.group];
+        Real* states = block.part < 0 ? nullptr : splits[block.group].state(block.part);
+        run_block(problem, group, keys[group.batch], block, blocks[last].to, states, place, problem.stats ? &stats : nullptr);
+      }
     }
   });
   const bool any_split = std::find(is_split.begin(), is_split.end(), true) != is_split.end();

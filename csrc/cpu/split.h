@@ -41,4 +41,27 @@ inline Split split_of(const Problem& problem, const Group& group, const Keys& ke
   return split;
 }
 
+// So many parts of a group are best taken one after the other: memory that nobody has asked for yet is met once. Small groups wait for
+// memory and large ones compute, so that every thread still takes turns with all groups.
+inline int64_t parts_together(int64_t parts, int64_t threads) { return std::max<int64_t>(1, parts / (16 * threads)); }
+
+// Blocks `first` to `last` that one thread takes: parts of a group that follow one another, or a block alone.
+struct Run {
+  int64_t first, last;
+};
+
+inline std::vector<Run> runs_of(const std::vector<Block>& blocks, int64_t together) {
+  std::vector<Run> runs;
+  for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i) {
+    const Block& block = blocks[i];
+    const bool goes_on = i && block.part > 0 && block.part % together && blocks[i - 1].group == block.group;
+    if (goes_on) {
+      runs.back().last = i;
+    } else {
+      runs.push_back({i, i});
+    }
+  }
+  return runs;
+}
+
 }  // namespace headprune::cpu::HEADPRUNE_PRECISION

@@ -2,7 +2,6 @@
 // keys and values are read as they lie and in their own type, once, through one pointer for each row.
 #pragma once
 
-#include <bit>
 #include <cstring>
 
 #include "rows.h"
@@ -70,7 +69,7 @@ template <typename T>
   for (size_t bytes = 0; bytes < kStep * sizeof(T); bytes += 64) __builtin_prefetch(reinterpret_cast<const char*>(elements) + bytes, 0, 2);
 }
 
-// Rows of keys or values: `now` (the last one repeated up to a multiple of kLanes), and what is read some rows after each.
+// Rows of keys or values: `now` (the last one repeated kLanes times), and what is read some rows after each.
 template <typename T>
 struct Rows {
   const T* const* now;
@@ -78,11 +77,26 @@ struct Rows {
   Rows from(int64_t row) const { return {now + row, later + row}; }
 };
 
-// scores[row][key] = sum_x keys[key][x] * queries[row][x]; rows of scores are `stride` apart, a multiple of kLanes, those of
-// queries whole_steps(dim), arranged.
+// The scores of as many keys from `first` on as fit the lanes, [row][key], into rows that are `stride` apart.
+template <int Heads>
+inline void store_scores(Vec scores, int64_t first, Real* rows, int64_t stride) {
+  constexpr int tile = kLanes / Heads;
+  Real found[kLanes];
+  store(found, scores);
+  for (int r = 0; r < Heads; ++r) {
+    if (first + tile <= stride) {
+      std::memcpy(rows + r * stride + first, found + r * tile, tile * sizeof(Real));
+    } else {
+      std::copy_n(found + r * tile, stride - first, rows + r * stride + first);
+    }
+  }
+}
+
+// scores[row][key] = factor * sum_x keys[key][x] * queries[row][x]; rows of scores are `stride` >= count apart, those of queries
+// whole_steps(dim), arranged. Rows of keys up to kLanes behind the last one are read too.
 template <typename T, int Heads>
-void thin_scores(Rows<T> keys, int64_t count, int64_t dim, const Real* queries, Real* scores, int64_t stride) {
-  constexpr int slots = std::bit_ceil(static_cast<unsigned>(Heads)), tile = kLanes / slots;
+void thin_scores(Rows<T> keys, int64_t count, int64_t dim, const Real* queries, Real factor, Real* scores, int64_t stride) {
+  constexpr int tile = kLanes / Heads;
   const int64_t width = whole_steps(dim), whole = dim / kStep * kStep;
   for (int64_t first = 0; first < count; first += tile) {
     Vec sums[kLanes];
@@ -108,10 +122,7 @@ void thin_scores(Rows<T> keys, int64_t count, int64_t dim, const Real* queries, 
       multiply(x, [](const T* from, Vec& low, Vec& high) { Reader<T>::read(from, low, high); });
     }
     if (whole < dim) multiply(whole, [&](const T* from, Vec& low, Vec& high) { read_rest(from, dim - whole, low, high); });
-    Real found[kLanes];
-    store(found, lane_sums(sums));
-    #pragma GCC unroll 16
-    for (int r = 0; r < Heads; ++r) std::memcpy(scores + r * stride + first, found + r * tile, tile * sizeof(Real));
+    store_scores<Heads>(lane_sums(sums) * Vec(factor), first, scores, stride);
   }
 }
 
@@ -149,10 +160,13 @@ inline void thin_columns(Rows<T> values, int64_t count, int64_t column, int64_t 
   for (int i = 0; i < Heads * 2 * Steps; ++i) store(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes, sum[i]);
 }
 
+// So many steps of the columns are summed at once, for the registers.
+constexpr int steps_at_once(int heads) { return kThinAccumulators / (2 * heads) >= 4 ? 4 : kThinAccumulators / (2 * heads) >= 2 ? 2 : 1; }
+
 // sums[row][column] += sum_key values[key][column] * probs[row][key]; rows of sums are whole_steps(dim) apart, arranged.
 template <typename T, int Heads>
 void thin_values(Rows<T> values, int64_t count, int64_t dim, const Real* probs, int64_t stride, Real* sums) {
-  constexpr int steps = kThinAccumulators / (2 * Heads) >= 4 ? 4 : kThinAccumulators / (2 * Heads) >= 2 ? 2 : 1;
+  constexpr int steps = steps_at_once(Heads);
   const int64_t few = dim <= steps * kStep ? count : 16;  // keys whose rows stay in the first cache between two ranges of columns
   const int64_t width = whole_steps(dim), whole = dim / kStep * kStep;
   for (int64_t key = 0; key < count; key += few) {
@@ -173,12 +187,16 @@ struct ThinProducts {
   decltype(&thin_values<T, 1>) values;
 };
 
-template <typename T, int Heads = kThinRows>
-ThinProducts<T> thin_products(int64_t rows) {
+template <typename T, int Heads>
+ThinProducts<T> thin_products_up_to(int64_t rows) {
   if constexpr (Heads > 1) {
-    if (rows < Heads) return thin_products<T, Heads - 1>(rows);
+    if (rows < Heads) return thin_products_up_to<T, Heads - 1>(rows);
   }
   return {thin_scores<T, Heads>, thin_values<T, Heads>};
+}
+template <typename T>
+ThinProducts<T> thin_products(int64_t rows) {
+  return thin_products_up_to<T, kThinRows>(rows);
 }
 
 }  // namespace headprune::cpu::HEADPRUNE_PRECISION

@@ -3,7 +3,7 @@
 
 #include "bias.h"
 #include "softmax.h"
-#include "thin.h"
+#include "pairs.h"
 
 namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
@@ -33,7 +33,7 @@ void point_at_rows(const Problem& problem, const Operand& operand, const Group& 
 template <typename T>
 void point(const Problem& problem, const Group& group, const Keys& keys, int64_t slot, int64_t count, int64_t end, ThinPlace& place) {
   const void* next[kRowsAhead];
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes, coming = std::min(kRowsAhead, end - slot - count);
+  const int64_t padded = count + kLanes, coming = std::min(kRowsAhead, end - slot - count);
   point_at_rows<T>(problem, problem.key, group, keys, slot, count, place.keys.now);
   point_at_rows<T>(problem, problem.value, group, keys, slot, count, place.values.now);
   point_at_rows<T>(problem, problem.key, group, keys, slot + count, coming, next);
@@ -94,19 +94,19 @@ void thin_softmax(const SoftmaxPanel& panel, int64_t r, bool first_block, int64_
 }
 
 // Slots `slot` up to `slot + count` taken into the softmax and the output of a thin panel; `end`: behind the last slot that it sees.
-template <typename T, bool Stats>
+template <typename T, bool Stats, ThinProducts<T> (*products_of)(int64_t rows)>
 void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
                  int64_t end, BiasBlock& bias, ThinPlace& place) {
   const bool biased = problem.bias.data;
   if (biased && !read_bias(problem.bias, group.batch, panel, keys, slot, count, bias)) return;
   const Edits edits = edits_of(problem, panel, keys, slot, count, biased ? bias.rows : nullptr);
-  const ThinProducts<T> products = thin_products<T>(panel.rows);
+  const ThinProducts<T> products = products_of(panel.rows);
   const int64_t width = whole_steps(problem.value_dim);
   point<T>(problem, group, keys, slot, count, end, place);
   const auto rows_of = [](const auto& rows) {
     return Rows<T>{reinterpret_cast<const T* const*>(rows.now), reinterpret_cast<const T* const*>(rows.later)};
   };
-  products.scores(rows_of(place.keys), count, problem.head_dim, panel.thin_queries, place.scores, kKeyBlock);
+  products.scores(rows_of(place.keys), count, problem.head_dim, panel.thin_queries, query_factor(problem), place.scores, kKeyBlock);
   if (edits.any() || Stats) {
     for (int64_t key = 0; key < count; ++key) place.positions[key] = static_cast<Real>(keys.at(slot + key));
     std::fill_n(place.positions + count, kLanes, Real(0));
@@ -123,37 +123,41 @@ void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel&
   products.values(rows_of(place.values), count, problem.value_dim, place.scores, kKeyBlock, panel.output);
 }
 
-// What depends on the type that a thin panel reads.
+// What depends on the type that thin panels read, on whether they take statistics, and on the processor.
 struct ThinKind {
   void (*arrange)(const Real* row, int64_t dim, Real* arranged);
   Real (*arranged_at)(const Real* arranged, int64_t x);
-  decltype(&attend_thin<Real, false>) attend, attend_with_stats;
+  void (*attend)(const Problem&, const Group&, const SoftmaxPanel&, const Keys&, int64_t slot, int64_t count, int64_t end, BiasBlock&, ThinPlace&);
 };
 
 template <typename T>
-constexpr ThinKind thin_kind() {
-  return {arrange<T>, arranged_at<T>, attend_thin<T, false>, attend_thin<T, true>};
+ThinKind thin_kind(bool stats) {
+  return {arrange<T>, arranged_at<T>, stats ? attend_thin<T, true, thin_products<T>> : attend_thin<T, false, thin_products<T>>};
 }
 
-inline ThinKind thin_kind(Type type) {
-#if !defined(HEADPRUNE_FP64)
-  if (type == Type::bfloat16) return thin_kind<at::BFloat16>();
-  if (type == Type::float16) return thin_kind<at::Half>();
+// Statistics are of probabilities that are not rounded.
+inline ThinKind thin_kind(Type type, bool stats) {
+#if defined(HEADPRUNE_AVX512)
+  if (type == Type::bfloat16 && !stats && multiplies_pairs()) {
+    return {Pairs::arrange, Pairs::arranged_at, attend_thin<at::BFloat16, false, paired_products>};
+  }
 #endif
-  return thin_kind<Real>();
+#if !defined(HEADPRUNE_FP64)
+  if (type == Type::bfloat16) return thin_kind<at::BFloat16>(stats);
+  if (type == Type::float16) return thin_kind<at::Half>(stats);
+#endif
+  return thin_kind<Real>(stats);
 }
 
-// The rows of a panel [row][head_dim], scaled, as its products want them.
-inline void open_thin(const Problem& problem, const Real* rows, const SoftmaxPanel& panel) {
-  const ThinKind kind = thin_kind(problem.type);
+// The rows of a panel [row][head_dim] as its products want them.
+inline void open_thin(const ThinKind& kind, const Problem& problem, const Real* rows, const SoftmaxPanel& panel) {
   const int64_t width = whole_steps(problem.head_dim);
   std::fill_n(panel.thin_queries, panel.rows * width, Real(0));
   for (int64_t r = 0; r < panel.rows; ++r) kind.arrange(rows + r * problem.head_dim, problem.head_dim, panel.thin_queries + r * width);
 }
 
 // The output as rows [row][value_dim].
-inline void read_thin_output(const Problem& problem, const SoftmaxPanel& panel, Real* rows) {
-  const ThinKind kind = thin_kind(problem.type);
+inline void read_thin_output(const ThinKind& kind, const Problem& problem, const SoftmaxPanel& panel, Real* rows) {
   for (int64_t r = 0; r < panel.rows; ++r) {
     const Real* sums = panel.output + r * whole_steps(problem.value_dim);
     for (int64_t x = 0; x < problem.value_dim; ++x) *rows++ = kind.arranged_at(sums, x);

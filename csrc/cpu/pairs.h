@@ -1,0 +1,130 @@
+// The products of thin panels (thin.h) on processors that multiply pairs of bf16 and add them in fp32 (AVX512_BF16): keys, queries and
+// values are not widened, and one instruction does the work of two. Probabilities are rounded to bf16, as flash attention does.
+#pragma once
+
+#include "thin.h"
+
+#if defined(HEADPRUNE_AVX512)
+
+namespace headprune::cpu::inline HEADPRUNE_PRECISION {
+
+#define HEADPRUNE_PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")))
+
+inline bool multiplies_pairs() {
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found;
+}
+
+struct Pairs {
+  // Queries stay as they are, in bf16.
+  static void arrange(const Real* row, int64_t dim, Real* arranged) {
+    auto* to = reinterpret_cast<at::BFloat16*>(arranged);
+    for (int64_t x = 0; x < dim; ++x) to[x] = row[x];
+  }
+  // Two rows of values are interleaved within each 128 bits: the lower four of eight columns, then the upper four.
+  static Real arranged_at(const Real* arranged, int64_t x) {
+    const int64_t at = x % kStep, lane = at / 8, within = at % 8;
+    return arranged[x / kStep * kStep + within / 4 * kLanes + lane * 4 + within % 4];
+  }
+};
+
+// The columns of a step that are there, of `left`.
+HEADPRUNE_PAIRS inline __mmask32 columns_there(int64_t left) { return left >= kStep ? ~__mmask32(0) : (__mmask32(1) << left) - 1; }
+
+template <int Heads>
+HEADPRUNE_PAIRS void paired_scores(
+    Rows<at::BFloat16> keys, int64_t count, int64_t dim, const Real* queries, Real factor, Real* scores, int64_t stride) {
+  constexpr int tile = kLanes / Heads;
+  const int64_t width = whole_steps(dim);
+  for (int64_t first = 0; first < count; first += tile) {
+    Vec sums[kLanes];
+    __m512 sum[Heads * tile];
+    #pragma GCC unroll 16
+    for (int i = 0; i < Heads * tile; ++i) sum[i] = _mm512_setzero_ps();
+    for (int64_t x = 0; x < dim; x += kStep) {
+      const __mmask32 there = columns_there(dim - x);
+      __m512bh query[Heads];
+      #pragma GCC unroll 16
+      for (int r = 0; r < Heads; ++r) query[r] = (__m512bh)_mm512_loadu_si512(reinterpret_cast<const at::BFloat16*>(queries + r * width) + x);
+      #pragma GCC unroll 16
+      for (int k = 0; k < tile; ++k) {
+        ask_for(keys.later[first + k] + x);
+        const auto key = (__m512bh)_mm512_maskz_loadu_epi16(there, keys.now[first + k] + x);
+        #pragma GCC unroll 16
+        for (int r = 0; r < Heads; ++r) sum[r * tile + k] = _mm512_dpbf16_ps(sum[r * tile + k], key, query[r]);
+      }
+    }
+    #pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) sums[i] = i < Heads * tile ? Vec(sum[i]) : Vec(0);
+    store_scores<Heads>(lane_sums(sums) * Vec(factor), first, scores, stride);
+  }
+}
+
+// Probabilities [row][key], rounded and in pairs of keys, each as one number.
+HEADPRUNE_PAIRS inline void pair_up(const Real* probs, int64_t rows, int64_t count, int64_t stride, uint32_t* pairs) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t key = 0; key < count; key += kStep) {
+      const __m512 low = _mm512_loadu_ps(probs + r * stride + key), high = _mm512_loadu_ps(probs + r * stride + key + kLanes);
+      _mm512_storeu_si512(pairs + (r * stride + key) / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+}
+
+template <int Heads, int Steps>
+HEADPRUNE_PAIRS inline void paired_columns(Rows<at::BFloat16> values, int64_t count, int64_t column, int64_t left, const uint32_t* pairs,
+                                           int64_t stride, Real* sums, int64_t width) {
+  __m512 sum[Heads * 2 * Steps];
+  #pragma GCC unroll 24
+  for (int i = 0; i < Heads * 2 * Steps; ++i) sum[i] = _mm512_loadu_ps(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes);
+  const __mmask32 last = columns_there(left - (Steps - 1) * kStep);
+  for (int64_t key = 0; key < count; key += 2) {
+    #pragma GCC unroll 4
+    for (int s = 0; s < Steps; ++s) {
+      const int64_t at = column + s * kStep;
+      const __mmask32 there = s == Steps - 1 ? last : ~__mmask32(0);
+      ask_for(values.later[key] + at);
+      ask_for(values.later[key + 1] + at);
+      const __m512i even = _mm512_maskz_loadu_epi16(there, values.now[key] + at);
+      const __m512i odd = _mm512_maskz_loadu_epi16(there, values.now[key + 1] + at);
+      const auto low = (__m512bh)_mm512_unpacklo_epi16(even, odd), high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+      #pragma GCC unroll 8
+      for (int r = 0; r < Heads; ++r) {
+        const auto prob = (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[(r * stride + key) / 2]));
+        const int to = (r * Steps + s) * 2;
+        sum[to] = _mm512_dpbf16_ps(sum[to], prob, low);
+        sum[to + 1] = _mm512_dpbf16_ps(sum[to + 1], prob, high);
+      }
+    }
+  }
+  #pragma GCC unroll 24
+  for (int i = 0; i < Heads * 2 * Steps; ++i) _mm512_storeu_ps(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes, sum[i]);
+}
+
+template <int Heads>
+HEADPRUNE_PAIRS void paired_values(Rows<at::BFloat16> values, int64_t count, int64_t dim, const Real* probs, int64_t stride, Real* sums) {
+  constexpr int steps = steps_at_once(Heads);
+  const int64_t few = dim <= steps * kStep ? count : 16, width = whole_steps(dim);
+  alignas(64) uint32_t pairs[kThinRows * kKeyBlock / 2 + kLanes];
+  pair_up(probs, Heads, count, stride, pairs);
+  for (int64_t key = 0; key < count; key += few) {
+    const int64_t here = std::min(few, count - key);
+    int64_t column = 0;
+    for (; column + (steps - 1) * kStep < dim; column += steps * kStep) {
+      paired_columns<Heads, steps>(values.from(key), here, column, dim - column, pairs + key / 2, stride, sums, width);
+    }
+    for (; column < dim; column += kStep) paired_columns<Heads, 1>(values.from(key), here, column, dim - column, pairs + key / 2, stride, sums, width);
+  }
+}
+
+template <int Heads>
+ThinProducts<at::BFloat16> paired_products_up_to(int64_t rows) {
+  if constexpr (Heads > 1) {
+    if (rows < Heads) return paired_products_up_to<Heads - 1>(rows);
+  }
+  return {paired_scores<Heads>, paired_values<Heads>};
+}
+inline ThinProducts<at::BFloat16> paired_products(int64_t rows) { return paired_products_up_to<kThinRows>(rows); }
+
+}  // namespace headprune::cpu::HEADPRUNE_PRECISION
+
+#endif
