@@ -120,6 +120,7 @@ void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel&
   for (int64_t key = 0; biased && key < count; ++key) {
     if (bias.best[key] == -kInfinity) place.values.now[key] = place.nothing;
   }
+  place.values.now[count] = place.nothing;  // the partner of the last of an odd number of keys
   products.values(rows_of(place.values), count, problem.value_dim, place.scores, kKeyBlock, panel.output);
 }
 

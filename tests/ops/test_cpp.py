@@ -105,11 +105,12 @@ def test_random_calls_match_the_reference(call):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mask", ["key_mask", "bool_bias", "bias"])
-def test_masked_keys_and_values_may_hold_anything(mask, poison):
-    call = make_call(Shape(groups=(2, 1), query_len=40, kv_len=300), ("stats",))
-    hidden = torch.rand(2, 300, generator=torch.Generator().manual_seed(1)) < 0.4
-    hidden[:, 200:] = True
-    added = torch.zeros(2, 1, 1, 300).masked_fill(hidden[:, None, None], float("-inf"))
+@pytest.mark.parametrize(("queries", "keys", "options", "dtype"), [(40, 300, ("stats",), torch.float32), (3, 37, (), torch.bfloat16)])
+def test_masked_keys_and_values_may_hold_anything(mask, poison, queries, keys, options, dtype):
+    call = make_call(Shape(groups=(2, 1), query_len=queries, kv_len=keys), options, dtype)
+    hidden = torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.4
+    hidden[:, 2 * keys // 3 :] = True
+    added = torch.zeros(2, 1, 1, keys).masked_fill(hidden[:, None, None], float("-inf"))
     call = replace(
         call, **{"key_mask": {"key_mask": ~hidden}, "bool_bias": {"bias": ~hidden[:, None, None]}, "bias": {"bias": added}}[mask]
     )
