@@ -35,7 +35,7 @@ def assert_alike(found, expected):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["taught", "accumulated", "adapters", "no heads"])
+@pytest.mark.parametrize("case", ["taught", "accumulated", "adapters", "encoder", "plain torch", "projections", "no heads"])
 def test_sharded_ranks_train_as_whole_ones(folder, case):
     expected = load_file(folder / f"{case}-whole0.safetensors")
     for rank in (0, 1):
