@@ -147,7 +147,7 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, veri
 
 
 def check_attention(chosen: Any) -> None:
-    """InvalidInput where `attn_implementation` is none that transformers has; kernels of its hub ("owner/name") are its own to find."""
+    """InvalidInput where `attn_implementation` is none that transformers has; of its hub ("owner/name") it finds them itself."""
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     for name in chosen.values() if isinstance(chosen, dict) else [chosen]:
         if name is not None and name not in known and "/" not in str(name):

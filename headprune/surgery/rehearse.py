@@ -111,8 +111,8 @@ def default_run(model: nn.Module) -> Run | None:
 
 
 def gated_calls(model: nn.Module, cuts: Sequence[Cut], run: Run, calls: dict[str, Call]) -> None:
-    """Adds to `calls`, by site name, the first call of each site in a forward pass in which all removed heads are gated; those before
-    a failure too."""
+    """Adds to `calls`, by site name, the first call of each site in a forward pass in which all removed heads are gated; those
+    before a failure too."""
     training = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         for site, kept in cuts:

@@ -34,7 +34,7 @@ def on_stand_ins(site: AttentionSite, of: Callable[[Tensor], Tensor] = same) -> 
 
 
 def stand_in(module: nn.Module, made: dict[nn.Module, nn.Module], of: Callable[[Tensor], Tensor] = same) -> nn.Module:
-    """The same module tree in new module objects: what is cut or hooked there leaves `module` alone. made: module -> its stand-in."""
+    """The same module tree in new module objects: what is cut or hooked there leaves `module` alone. made: module -> stand-in."""
     if module not in made:
         twin = made[module] = type(module).__new__(type(module))
         for name, value in module.__dict__.items():
