@@ -44,8 +44,8 @@ def recovered(make, folder: Path | None = None, **options):
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}, result
 
 
-def kernel_norm(model) -> float:
-    """Some measure of the model, in which its whole parameters take part."""
+def output_norm(model) -> float:
+    """Some measure of the model."""
     with torch.no_grad():
         return float(model(**padded_batches()[0]).last_hidden_state.norm())
 
@@ -56,7 +56,7 @@ def cases(folder: Path):
         "taught": (pruned_llama, {"taught": True, "eval": text_batches(2)}),
         "accumulated": (pruned_llama, {"gradient_accumulation_steps": 3, "steps": 3, "max_grad_norm": 0.1}),
         "adapters": (pruned_llama, {"method": "lora", "taught": True}),
-        "encoder": (pruned_bert, {"taught": True, "batches": padded_batches(), "metric": kernel_norm}),
+        "encoder": (pruned_bert, {"taught": True, "batches": padded_batches(), "metric": output_norm}),
         "plain torch": (lambda: pruned_classifier()[:2], dict(zip(("batches", "loss_fn"), pruned_classifier()[2:]))),
         "projections": (pruned_llama, {"method": "projections"}),
         "no heads": (without_a_layer, {"gradient_checkpointing": True}),

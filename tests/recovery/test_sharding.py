@@ -32,7 +32,8 @@ def said(folder, rank):
 def assert_alike(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+        if not name.endswith(("key.bias", "k_proj.bias")):  # their gradients are 0, and Adam makes steps of what rounding leaves
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["taught", "accumulated", "adapters", "encoder", "plain torch", "projections", "no heads"])
