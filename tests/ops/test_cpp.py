@@ -105,7 +105,9 @@ def test_random_calls_match_the_reference(call):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mask", ["key_mask", "bool_bias", "bias"])
-@pytest.mark.parametrize(("queries", "keys", "options", "dtype"), [(40, 300, ("stats",), torch.float32), (3, 37, (), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "options", "dtype"), [(40, 300, ("stats",), torch.float32), (3, 37, (), torch.bfloat16)]
+)
 def test_masked_keys_and_values_may_hold_anything(mask, poison, queries, keys, options, dtype):
     call = make_call(Shape(groups=(2, 1), query_len=queries, kv_len=keys), options, dtype)
     hidden = torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.4
