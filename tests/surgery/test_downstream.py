@@ -103,7 +103,7 @@ def test_quantisers_leave_an_emptied_attention_alone(quantise):
     assert hidden(quantised, input_ids=tokens()).isfinite().all()
 
 
-@pytest.mark.parametrize("make", [bert, ENCODERS["deberta_v3"].make, SEQ2SEQ["t5"].make, VISION["swin"].make])
+@pytest.mark.parametrize("make", [bert, ENCODERS["deberta_v3"].make, SEQ2SEQ["t5"].make, VISION["vit"].make])
 def test_attention_weights_keep_their_places(make):
     model = make()
     model.set_attn_implementation("eager")
