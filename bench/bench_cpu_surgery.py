@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from headprune.evaluation.memory import peak_bytes
 from headprune.models import attention_sites
 from headprune.surgery import cut
-from headprune.surgery.rehearse import stand_in
+from headprune.surgery.stand_in import stand_in
 
 ROUNDS = 7
 # Attentions alone matter: vocabulary and feed-forward are small, so that the model fits beside its copies.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from headprune.errors import InvalidInput
+from headprune.head_map import integers
 from headprune.models import AttentionSite, attention_sites
 from headprune.nn.replace import on_own_attention
 from headprune.surgery.cut import cut
@@ -26,6 +27,8 @@ def prune_heads(model: nn.Module, heads_to_prune: Mapping[int, Iterable[int]], *
     Cross attention stays whole; `headprune.cut` reaches it by name.
     Raises InvalidInput for a layer or a head that does not exist, or where it is not clear which stack is meant.
     """
+    if not isinstance(heads_to_prune, Mapping):
+        raise InvalidInput(f"heads_to_prune is {heads_to_prune!r:.100}; expected a dict: layer number -> the heads to remove.")
     layers = self_attentions(model, within)
     record = record_of(model).get("sites", {})
     keep: dict[str, list[int]] = {}
@@ -33,7 +36,7 @@ def prune_heads(model: nn.Module, heads_to_prune: Mapping[int, Iterable[int]], *
         if layer not in layers:
             raise InvalidInput(f"layer {layer} has no self-attention; the layers that have one are {sorted(layers)}.")
         for site in layers[layer]:
-            keep[site.name] = kept_after(site, record.get(site.name), set(heads))
+            keep[site.name] = kept_after(site, record.get(site.name), set(integers(heads)))
     cut(model, keep)
 
 

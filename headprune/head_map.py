@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 
 from headprune.errors import InvalidInput
 
@@ -90,8 +91,8 @@ class HeadMap:
         return HeadMap(tuple(renumbered[self.kv_of_query[head]] for head in kept), len(kv))
 
     def checked(self, query_heads: Iterable[int]) -> tuple[int, ...]:
-        """`query_heads` sorted; InvalidInput where one is out of range or named twice."""
-        heads = sorted(int(head) for head in query_heads)
+        """`query_heads` sorted; InvalidInput where they are no integers, one is out of range or named twice."""
+        heads = sorted(integers(query_heads))
         for head in heads:
             if not 0 <= head < self.query_heads:
                 raise InvalidInput(f"query head {head} does not exist: there are {self.query_heads} (0..{self.query_heads - 1}).")
@@ -106,3 +107,14 @@ class HeadMap:
         if self.is_uniform:
             return f"{self.query_heads}q/{self.kv_heads}kv"
         return f"{self.query_heads}q/{self.kv_heads}kv ragged {'+'.join(map(str, self.group_sizes))}"
+
+
+def integers(heads: Iterable[int]) -> list[int]:
+    """`heads` as they are, of any integer type. A mask is refused: its True and False would pass for heads 1 and 0."""
+    try:
+        found = list(heads)
+        if any("bool" in str(getattr(head, "dtype", type(head))) for head in found):
+            raise TypeError
+        return [index(head) for head in found]
+    except TypeError:
+        raise InvalidInput(f"query heads are {heads!r:.100}; expected the numbers of the heads, such as [0, 2, 3].") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from child_process import leave
-from pruned_pairs import pruned_bert, pruned_llama, text_batches
+from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
 from safetensors.torch import save_file
 from tiny_models import llama
 from transformers import TrainerCallback
@@ -38,9 +38,16 @@ def recovered(make, folder: Path | None = None, **options):
     dense, model = make()
     if options.pop("taught", False):
         options["teacher"] = dense
-    result = hp.recover(model, text_batches(6), **{**OPTIONS, **options})
+    batches = options.pop("batches", None) or text_batches(6)
+    result = hp.recover(model, batches, **{**OPTIONS, **options})
     assert not any(hasattr(tensor, "to_local") for tensor in (*model.parameters(), *model.buffers()))
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}, result
+
+
+def output_norm(model) -> float:
+    """Some measure of the model."""
+    with torch.no_grad():
+        return float(model(**padded_batches()[0]).last_hidden_state.norm())
 
 
 def cases(folder: Path):
@@ -49,6 +56,9 @@ def cases(folder: Path):
         "taught": (pruned_llama, {"taught": True, "eval": text_batches(2)}),
         "accumulated": (pruned_llama, {"gradient_accumulation_steps": 3, "steps": 3, "max_grad_norm": 0.1}),
         "adapters": (pruned_llama, {"method": "lora", "taught": True}),
+        "encoder": (pruned_bert, {"taught": True, "batches": padded_batches(), "metric": output_norm}),
+        "plain torch": (lambda: pruned_classifier()[:2], dict(zip(("batches", "loss_fn"), pruned_classifier()[2:]))),
+        "projections": (pruned_llama, {"method": "projections"}),
         "no heads": (without_a_layer, {"gradient_checkpointing": True}),
     }
 

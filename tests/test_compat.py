@@ -81,3 +81,9 @@ def test_what_does_not_exist_is_refused(heads, reason):
     with pytest.raises(hp.InvalidInput, match=reason):
         prune_heads(model, {1: [0], **heads})
     assert set(heads_of(model).values()) == {4}
+
+
+@pytest.mark.parametrize("heads", [[0], None, {0: 3}, {0: "1"}, {0: [0.5]}])
+def test_what_is_no_dict_of_heads_is_refused(heads):
+    with pytest.raises(hp.InvalidInput, match="; expected "):
+        prune_heads(bert(), heads)

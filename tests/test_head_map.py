@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,3 +65,14 @@ def test_uniform_maps_and_their_names():
 def test_impossible_maps_are_refused_by_name(make, names):
     with pytest.raises(InvalidInput, match=names.replace("/", "/")):
         make()
+
+
+@pytest.mark.parametrize("heads", [[0.9, 1.9], "31", None, 3, [True, False], torch.tensor([True, False]), [None], np.float32(1)])
+def test_heads_that_are_no_integers_are_refused(heads):
+    with pytest.raises(InvalidInput, match=r"query heads are .*; expected the numbers of the heads, such as \[0, 2, 3\]"):
+        HeadMap.uniform(4).checked(heads)
+
+
+@pytest.mark.parametrize("heads", [[3, 1], (1, 3), {1, 3}, np.array([1, 3]), torch.tensor([3, 1]), iter([1, 3])])
+def test_heads_may_be_of_any_integer_type(heads):
+    assert HeadMap.uniform(4).checked(heads) == (1, 3)

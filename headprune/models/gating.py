@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headprune.errors import InvalidPlan, unknown_name
+from headprune.errors import InvalidInput, InvalidPlan, unknown_name
 from headprune.models.adapters import attention_sites
 from headprune.models.feed_forward import FeedForward
 from headprune.models.site import AttentionSite
@@ -71,7 +71,14 @@ def sites_by_name(model: nn.Module) -> dict[str, AttentionSite]:
 
 def checked_keep(sites: Mapping[str, AttentionSite], keep: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """`keep` with sorted heads, each of which exists; InvalidPlan or InvalidInput otherwise."""
-    for name in keep:
+    if not isinstance(keep, Mapping):
+        raise InvalidInput(f"keep is {keep!r:.100}; expected a dict or plan: site name -> the query heads to keep.")
+    found = {}
+    for name, heads in keep.items():
         if name not in sites:
             raise InvalidPlan(str(unknown_name("attention site", name, sites)))
-    return {name: sites[name].head_map.checked(heads) for name, heads in keep.items()}
+        try:
+            found[name] = sites[name].head_map.checked(heads)
+        except InvalidInput as error:
+            raise InvalidInput(f"{name}: {error}") from None
+    return found

@@ -13,6 +13,7 @@ from headprune.models.specialise import empty
 
 SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MARKS = ("kv_b_proj", "o_proj", "kv_lora_rank", "expand_kv", *SIZES)  # expand_kv: after the cache, so that it holds latents
+QUERIES = ("q_b_proj", "q_proj")  # the first is None where queries are not compressed
 
 
 class Latent:
@@ -23,11 +24,14 @@ class Latent:
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         if not all(hasattr(module, part) for part in MARKS):
             return None
+        query = next((part for part in QUERIES if getattr(module, part, None) is not None), None)
+        if query is None:
+            return None
         nope, rope, value = (getattr(module, size) for size in SIZES)
         check_projection(f"{name}.o_proj", module.o_proj)
         hidden, features = module.o_proj.weight.shape
         head_map = head_map_of(module, features, features, value, name)
-        heads, query = head_map.query_heads, "q_proj" if getattr(module, "q_b_proj", None) is None else "q_b_proj"
+        heads = head_map.query_heads
         q = contiguous_heads("query", f"{name}.{query}", getattr(module, query), heads, nope + rope)
         path, both = f"{name}.kv_b_proj", module.kv_b_proj
         k = heads_at("key", path, both, heads, nope, 0, nope + value)

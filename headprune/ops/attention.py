@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headprune.head_map import HeadMap
 from headprune.ops.backend import choose
-from headprune.ops.call import AttentionCall, check_call
+from headprune.ops.call import AttentionCall, check_call, equal_groups
 from headprune.ops.stats import HeadStats
 
 # window and softcap are 0 where they are off; kv_of_query and kv_heads are the head map.
@@ -116,7 +116,7 @@ def attention(
 
     Raises InvalidInput for shapes, dtypes or options that do not fit each other.
     """
-    head_map = HeadMap.uniform(query.shape[1], key.shape[1]) if head_map is None else head_map
+    head_map = equal_groups(query.shape[1], key.shape[1]) if head_map is None else head_map
     call = check_call(
         AttentionCall(
             query,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -170,6 +171,16 @@ class DecodeCall:
     def empty_output(self) -> Tensor:
         """[batch, query_heads, new, value_dim], laid out token by token."""
         return self.query.new_empty((self.batch, self.new, self.query_heads, self.value_dim)).transpose(1, 2)
+
+
+def equal_groups(query_heads: int, kv_heads: int) -> HeadMap:
+    """HeadMap.uniform, made once for each shape."""
+    if torch.compiler.is_compiling():  # which does not look into caches
+        return HeadMap.uniform(query_heads, kv_heads)
+    return made_once(query_heads, kv_heads)
+
+
+made_once = lru_cache(maxsize=1024)(HeadMap.uniform)
 
 
 def check_call(call: AttentionCall) -> AttentionCall:

@@ -12,7 +12,7 @@ from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.ops.attention import library
 from headprune.ops.backend import choose
-from headprune.ops.call import DecodeCall, check_decode
+from headprune.ops.call import DecodeCall, check_decode, equal_groups
 
 library.define(
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor? page_table, int[] kv_of_query, "
@@ -53,7 +53,7 @@ def attention_decode(
     Not differentiable. Raises InvalidInput for shapes, dtypes or options that do not fit each other, and for tensors that
     require gradients outside torch.no_grad().
     """
-    head_map = HeadMap.uniform(query.shape[1], key_cache.shape[1]) if head_map is None else head_map
+    head_map = equal_groups(query.shape[1], key_cache.shape[1]) if head_map is None else head_map
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key_cache, value_cache)):
         raise InvalidInput("attention_decode has no gradient; use attention, or call it under torch.no_grad().")
     call = check_decode(

@@ -11,6 +11,7 @@ from torch import Tensor
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.ops.attention import attention
+from headprune.ops.call import equal_groups
 
 
 def scaled_dot_product_attention(
@@ -50,7 +51,7 @@ def scaled_dot_product_attention(
         heads = _broadcast("heads (dimension -3)", *(tensor.shape[-3:-2] for tensor in tensors))
         tensors = [tensor.expand(*tensor.shape[:-3], *heads, *tensor.shape[-2:]) for tensor in tensors]
     query, key, value = (_one_batch_dimension(tensor, batch) for tensor in tensors)
-    head_map = head_map or HeadMap.uniform(query.shape[1], key.shape[1])
+    head_map = head_map or equal_groups(query.shape[1], key.shape[1])
     mask = attn_mask if attn_mask is None or attn_mask.dim() <= 3 else _one_batch_dimension(attn_mask, batch)
     if dropout_p:
         key, value = (repeated_heads(tensor, head_map) for tensor in (key, value))

@@ -12,7 +12,7 @@ from torch import Tensor
 from headprune.head_map import HeadMap
 from headprune.ops.attention import library, whole_gradient
 from headprune.ops.backend import choose
-from headprune.ops.call import VarlenCall, check_varlen
+from headprune.ops.call import VarlenCall, check_varlen, equal_groups
 from headprune.ops.stats import HeadStats
 
 _OPTIONS = (
@@ -117,7 +117,7 @@ def attention_varlen(
 
     Raises InvalidInput for shapes, dtypes or options that do not fit each other.
     """
-    head_map = HeadMap.uniform(query.shape[1], key.shape[1]) if head_map is None else head_map
+    head_map = equal_groups(query.shape[1], key.shape[1]) if head_map is None else head_map
     call = check_varlen(
         VarlenCall(
             query,

@@ -127,7 +127,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
             return cls(keep, shapes, budget, document["criterion"], scores)
         except HeadpruneError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{path} is not a complete pruning_plan file: {error!r}.") from None
 
     def __str__(self) -> str:
@@ -149,6 +149,16 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
                 row.append("■ " if head in heads else "· ", style="green" if head in heads else "dim")
             table.add_row(name, row, str(self.shapes[name].head_map), str(self.head_map(name)))
         return table
+
+
+def check_plan(plan: PruningPlan, model: nn.Module) -> None:
+    """InvalidInput where `plan` is something else, InvalidPlan where it is for another model than `model`."""
+    if not isinstance(plan, PruningPlan):
+        raise InvalidInput(
+            f"the plan is {plan!r:.100}; expected a PruningPlan, as hp.plan, PruningPlan.from_keep(model, {{site: heads}}) and "
+            "PruningPlan.load(path) give it."
+        )
+    plan.check_fits(model)
 
 
 def describe(shape: SiteShape | None) -> str:

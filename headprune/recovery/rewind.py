@@ -177,7 +177,7 @@ def cut_like(earlier: nn.Module, model: nn.Module) -> nn.Module:
                 f"the rewind checkpoint does not fit the model: {name} has {found.get(name, 'no attention')} there, and had "
                 f"{entry['original']} before pruning."
             )
-    cut(earlier, kept, verify=False)
+    cut(earlier, kept, proven=True)
     return earlier
 
 

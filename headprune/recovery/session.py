@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.models.checkpointing import checkpointed
@@ -101,6 +101,7 @@ def trained(model: nn.Module, session: Session) -> Recovery:
     if last is not None:
         log.info("recovery goes on from %s", last)
     broken = None
+    hook = model.register_forward_hook(pooled_too) if ranks > 1 else None
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except training.NotFinite as problem:
@@ -110,6 +111,8 @@ def trained(model: nn.Module, session: Session) -> Recovery:
         log.warning("recovery stopped: %s", broken)
     finally:
         training.leave_deepspeed(trainer)
+        if hook is not None:
+            hook.remove()
     went_back = broken is not None or good.value is not None
     if went_back:
         good.restore()
@@ -122,6 +125,15 @@ def trained(model: nn.Module, session: Session) -> Recovery:
         best_step=good.step if went_back else trainer.state.global_step,
         stopped_because=broken or watch.reason or "the budget is used up",
     )
+
+
+def pooled_too(model: nn.Module, inputs: Any, output: Any) -> Any:
+    """A forward hook: the loss of an encoder reaches its pooler, with gradients of 0. DDP waits for the gradients of all that an
+    output comes from, and many losses read the hidden states alone."""
+    states, pooled = (getattr(output, name, None) for name in ("last_hidden_state", "pooler_output"))
+    if isinstance(states, Tensor) and isinstance(pooled, Tensor) and pooled.requires_grad:
+        output.last_hidden_state = states + 0 * pooled.sum()
+    return output
 
 
 @contextmanager

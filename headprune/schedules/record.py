@@ -133,7 +133,7 @@ def stored(model: nn.Module, path: Path) -> None:
 def framed(dense: nn.Module, keep: Mapping[str, Iterable[int]]) -> nn.Module:
     """A copy of `dense` with the heads `keep` and the dense model's weights."""
     model = copy.deepcopy(dense)
-    cut(model, {name: tuple(heads) for name, heads in keep.items()}, verify=False)
+    cut(model, {name: tuple(heads) for name, heads in keep.items()}, proven=True)
     return model
 
 

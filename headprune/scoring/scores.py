@@ -98,7 +98,7 @@ class HeadScores(Mapping[str, Tensor]):
         document = read_json(path, "head_scores")
         try:
             return cls.from_json(document["criterion"], document["sites"])
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{path} is not a complete head_scores file: {error!r}.") from None
 
     def __str__(self) -> str:

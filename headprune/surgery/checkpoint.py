@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
+from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
 from headprune.surgery import modeling_headprune
@@ -114,6 +115,7 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, veri
     folder = Path(folder)
     if model is not None:
         return load_plain(folder, model, verify=verify)
+    check_attention(options.get("attn_implementation"))
     config = load_config(folder)
     section = getattr(config, SECTION, None)
     kept = kept_heads(section)
@@ -142,6 +144,14 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, veri
         found.set_attn_implementation(options["attn_implementation"])  # the cut chose what runs ragged groups best
     loaded: PreTrainedModel = found
     return loaded
+
+
+def check_attention(chosen: Any) -> None:
+    """InvalidInput where `attn_implementation` is none that transformers has; of its hub ("owner/name") it finds them itself."""
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    for name in chosen.values() if isinstance(chosen, dict) else [chosen]:
+        if name is not None and name not in known and "/" not in str(name):
+            raise unknown_name("attn_implementation", name, known)
 
 
 def skeleton(folder: str | os.PathLike[str]) -> PreTrainedModel:

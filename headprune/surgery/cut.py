@@ -58,8 +58,9 @@ def cut(
     torch.nn.MultiheadAttention becomes a VariableHeadAttention.
 
     Args:
-        verify: first try each cut on a small input and compare with gating (headprune.surgery.rehearse).
-        run: one forward pass of the model for that; default a few random tokens or pixels, where the model takes such.
+        verify: first try each cut on a small input and compare with gating, in fp32 (headprune.surgery.rehearse). An attention
+            that no input reaches is refused, unless it is of a kind that the tests cover: then the log names it.
+        run: one forward pass of the model for that; default a few random tokens, pixels or sounds, where the model takes such.
         proven: this cut of this kind of model was tried before (a saved folder): nothing is tried, of unknown attentions either.
 
     Raises InvalidPlan where nothing would be left, UnsupportedModel where an attention cannot be cut exactly; the model is
@@ -75,8 +76,12 @@ def checked_cut(
     verify: bool = True,
     run: Callable[[nn.Module], Any] | None = None,
     proven: bool = False,
+    otherwise: Callable[[nn.Module], Any] | None = None,
 ) -> CheckedCut:
-    """All that can go wrong with a cut, found before anything is changed. Arguments and errors: see `cut`."""
+    """All that can go wrong with a cut, found before anything is changed. Arguments and errors: see `cut`.
+
+    otherwise: another forward pass, made where `run` or its default does not reach every site.
+    """
     sites = {site.name: site for site in attention_sites(model)}
     kept = checked_keep(sites, keep)
     if not any(len(kept.get(name, range(site.head_map.query_heads))) for name, site in sites.items()):
@@ -87,7 +92,8 @@ def checked_cut(
     if checked.ragged:
         check_dispatches(model)
     if not proven:
-        rehearse(model, [(sites[name], heads) for name, heads in changed.items()], cut_site, run, verify)
+        cuts = [(sites[name], heads) for name, heads in changed.items()]
+        rehearse(model, cuts, cut_site, run, verify, otherwise)
     return checked
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from headprune.models.tiny_inputs import tiny_inputs
 from headprune.nn.replace import on_own_attention
-from headprune.planning.pruning_plan import PruningPlan
+from headprune.planning.pruning_plan import PruningPlan, check_plan
 from headprune.surgery.compensate import Resolved, resolve_outputs
 from headprune.surgery.cut import carry_out, checked_cut
 from headprune.surgery.normal_equations import get_solver
@@ -59,18 +58,18 @@ def prune(
         feed_forward: re-solve the ends of the feed-forwards as well (`resolve_outputs`); better, for more time and memory.
         dry_run: check all and say what would go and what that saves; nothing is changed.
         verify: try the cut of each attention on a small input first and compare it with gating (`headprune.surgery.cut`): a
-            few random tokens or pixels, else the first calibration batch.
+            few random tokens, pixels or sounds, and the first calibration batch for attentions that those do not reach.
 
     Raises InvalidPlan where the plan is for another model, UnsupportedModel where an attention cannot be cut exactly,
     InvalidInput where calibration is empty. The model is untouched then.
     """
-    plan.check_fits(model)
+    check_plan(plan, model)
     get_solver(compensation)
     batches = None if calibration is None else list(calibration)
-    run = None
-    if batches and tiny_inputs(model) is None:
-        run = lambda model: (forward or (lambda model, batch: model(**batch)))(model, batches[0])  # noqa: E731
-    checked = checked_cut(model, plan, verify=verify, run=run)
+    of_batch = None
+    if batches:
+        of_batch = lambda model: (forward or (lambda model, batch: model(**batch)))(model, batches[0])  # noqa: E731
+    checked = checked_cut(model, plan, verify=verify, otherwise=of_batch)
     savings = Savings.of(model, checked.sites, checked.kept)
     if dry_run:
         return PruneReport(savings, (), done=False)

@@ -22,7 +22,7 @@ from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
 from headprune.models.site import AttentionSite
 from headprune.models.streamed import reader_of
 from headprune.models.tiny_inputs import tiny_inputs
-from headprune.planning.pruning_plan import PruningPlan
+from headprune.planning.pruning_plan import PruningPlan, check_plan
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import CLAIM, take_over
 from headprune.surgery.checkpoint import skeleton
@@ -82,7 +82,7 @@ def prune_folder(
         raise InvalidInput(f"{target} {'holds' if source.resolve() != target.resolve() else 'is'} the source; give another folder.")
     get_solver(compensation)
     shards, model = open_shards(source), skeleton(source)
-    plan.check_fits(model)
+    check_plan(plan, model)
     sites = {site.name: site for site in attention_sites(model)}
     kept = {name: heads for name, heads in plan.items() if len(heads) < sites[name].head_map.query_heads}
     for name in kept:

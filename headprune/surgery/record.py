@@ -92,6 +92,8 @@ def kept_heads(section: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:
     newer version or incomplete."""
     if not section:
         return {}
+    if not isinstance(section, Mapping):
+        raise CorruptCheckpoint(f"the headprune section of the config is {section!r:.100}; expected what hp.save wrote there.")
     version = section.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise CorruptCheckpoint(f"the headprune section of the config has version {version}; this headprune reads up to {VERSION}.")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny_decoders import decoder
 from tiny_models import bert, hidden, llama, padded
 from torch import nn
 
@@ -73,6 +74,14 @@ def test_a_wrapped_projection_is_refused():
     attention = model.model.layers[0].self_attn
     attention.q_proj = type("LoraLinear", (nn.Linear,), {})(32, 64)
     with pytest.raises(UnsupportedModel, match="LoraLinear"):
+        models.attention_sites(model)
+
+
+def test_a_latent_attention_without_a_query_projection_that_is_known_is_refused_by_name():
+    model = decoder("deepseek_v2")
+    attention = model.model.layers[0].self_attn
+    attention.q_up, attention.q_proj = attention.q_proj, None
+    with pytest.raises(UnsupportedModel, match=r"no adapter knows model\.layers\.0\.self_attn \(DeepseekV2Attention\)"):
         models.attention_sites(model)
 
 

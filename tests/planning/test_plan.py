@@ -119,6 +119,7 @@ def test_a_plan_can_be_edited_by_hand(tmp_path):
         ('{"kind": "head_scores", "schema_version": 1}', InvalidInput, "holds head_scores"),
         ('{"kind": "pruning_plan", "schema_version": 9}', CorruptCheckpoint, "schema version 9"),
         ('{"kind": "pruning_plan", "schema_version": 1}', InvalidInput, "not a complete"),
+        ('{"kind": "pruning_plan", "schema_version": 1, "criterion": null, "budget": null, "sites": []}', InvalidInput, "complete"),
         ("[]", InvalidInput, "something else"),
     ],
 )

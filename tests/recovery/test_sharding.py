@@ -32,10 +32,11 @@ def said(folder, rank):
 def assert_alike(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+        if not name.endswith(("key.bias", "k_proj.bias")):  # their gradients are 0, and Adam makes steps of what rounding leaves
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["taught", "accumulated", "adapters", "no heads"])
+@pytest.mark.parametrize("case", ["taught", "accumulated", "adapters", "encoder", "plain torch", "projections", "no heads"])
 def test_sharded_ranks_train_as_whole_ones(folder, case):
     expected = load_file(folder / f"{case}-whole0.safetensors")
     for rank in (0, 1):

@@ -217,6 +217,15 @@ def test_a_newer_or_broken_section_is_refused(tmp_path):
     change_config(target, lambda config: config["headprune"].update(version=1, sites={"encoder.layer.0.attention": {}}))
     with pytest.raises(CorruptCheckpoint, match="incomplete"):
         load(target)
+    change_config(target, lambda config: config.update(headprune="keep all"))
+    with pytest.raises(CorruptCheckpoint, match="section of the config is 'keep all'"):
+        load(target)
+
+
+def test_an_unknown_attention_function_is_not_said_to_be_a_corrupt_folder(tmp_path):
+    save(pruned("bert"), tmp_path / "model")
+    with pytest.raises(InvalidInput, match=r"unknown attn_implementation 'sdap'. Did you mean 'sdpa'\?"):
+        load(tmp_path / "model", attn_implementation="sdap")
 
 
 def test_missing_weights_are_named(tmp_path):

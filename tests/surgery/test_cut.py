@@ -134,6 +134,16 @@ def test_the_self_check_sees_a_wrong_cut():
     assert cut_error(model, pruned, keep, run) > 1e-3
 
 
+@pytest.mark.parametrize("keep", [[0, 1], None, {"model.layers.0.self_attn": [0.9, 1.9]}, {"model.layers.0.self_attn": "31"}])
+def test_what_is_no_plan_is_refused_by_value(keep):
+    model = llama()
+    with pytest.raises(InvalidInput, match=r" (is|are) .*; expected "):
+        cut(model, keep)
+    with pytest.raises(InvalidInput, match=r"the plan is .*; expected a PruningPlan"):
+        prune(model, keep)
+    assert model.model.layers[0].self_attn.q_proj.out_features == 64
+
+
 @pytest.mark.parametrize(
     ("keep", "error"),
     [

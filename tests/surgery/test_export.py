@@ -1,4 +1,4 @@
-"""Exports: the unmodified classes, onnxruntime and GGUF files hold what the pruned model is."""
+"""Exports: the unmodified classes and GGUF files hold what the pruned model is."""
 
 import copy
 
@@ -105,32 +105,6 @@ def test_towers_become_stock_again(family, tmp_path):
     name = "logits" if family == "vit" else "logits_per_image"
     with torch.no_grad():
         assert torch.allclose(found(**batch)[name], expected[name], atol=1e-5)
-
-
-@pytest.mark.parametrize("make", [ragged_llama, ragged_bert], ids=["llama", "bert"])
-def test_onnx_runs_on_other_lengths(make, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = make()
-    export(model, "onnx", tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    ids = tokens(2, 23, seed=7)
-    feeds = {one.name: (ids if one.name == "input_ids" else torch.ones_like(ids)).numpy() for one in session.get_inputs()}
-    with torch.no_grad():
-        expected = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
-    assert np.abs(session.run(None, feeds)[0] - expected.numpy()).max() < 1e-4
-
-
-def test_a_model_that_onnx_cannot_say_is_refused(monkeypatch, tmp_path):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-
-    def refuse(*_, **__):  # as it does for DeepSeek-V2, which rotates by complex numbers
-        raise torch.onnx.OnnxExporterError("no ONNX function for aten.view_as_complex.default")
-
-    monkeypatch.setattr(torch.onnx, "export", refuse)
-    with pytest.raises(UnsupportedModel, match="ONNX exporter does not take BertModel: no ONNX function for aten"):
-        export(bert(), "onnx", tmp_path / "model.onnx")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_gguf_holds_each_layers_counts_and_weights(tmp_path):
