@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
-
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.emptied import Emptied, empty
+from headprune.models.emptied import EmptiedTimm
 from headprune.models.fused_layout import blocks
 from headprune.models.head_counts import set_head_counts
 from headprune.models.site import AttentionSite, Foreign, HeadTensor, check_projection, contiguous_heads
+from headprune.models.specialise import empty
 
 TABLE = "relative_position_bias_table"
 PARTS = ("qkv", "proj", "proj_drop", "num_heads", "scale", "fused_attn")
@@ -45,14 +42,6 @@ class Timm:
         set_head_counts(site.module, head_map, site.head_dim)
         if not head_map.query_heads:
             empty(site.module, "proj", EmptiedTimm)
-
-
-class EmptiedTimm(Emptied):
-    proj_drop: nn.Module
-
-    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        dropped: Tensor = self.proj_drop(output)
-        return dropped
 
 
 def refuse_mixing_of_heads(name: str, module: Foreign) -> None:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from headprune.errors import UnsupportedModel
 from headprune.models import attention_sites
 from headprune.models.adapters import adapter_of
-from headprune.models.emptied import Emptied, EmptiedConv1D
+from headprune.models.behaviour import original_class
 from headprune.models.site import AttentionSite, Foreign, ProjectionHeads
-from headprune.models.specialise import original_class
 from headprune.surgery.cut import set_sizes
 from headprune.surgery.export.slots import Slots, cheapest
 from headprune.surgery.record import mark_regularised
@@ -93,8 +92,7 @@ def check(site: AttentionSite, sites: list[AttentionSite]) -> None:
 def lay_out(site: AttentionSite, slots: Slots) -> None:
     """Rebuilds the weights of `site` with the heads of `slots`."""
     for module in (site.dispatcher, *(projection.module for projection in site.projections)):
-        if isinstance(module, Emptied | EmptiedConv1D):
-            module.__class__ = original_class(module)
+        module.__class__ = original_class(module)  # an emptied one's class is another
     old = [(projection, projection.module.weight.detach(), bias_of(projection)) for projection in site.projections]
     old_extras = [extra.tensor.detach() for extra in site.extras]
     heads = {False: slots.query, True: slots.kv}
