@@ -9,9 +9,9 @@ from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.emptied import empty
 from headprune.models.head_counts import set_head_counts
 from headprune.models.site import AttentionSite, Foreign, Kind, Role, contiguous_heads
+from headprune.models.specialise import empty
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 

@@ -1,52 +1,65 @@
 """An attention that has lost all its heads: it adds its output bias alone, and its cache still counts tokens.
 
 transformers reads the length of the past from the cache of one layer (the first of its kind), so an emptied layer keeps a
-placeholder there: one key and one value of one feature per token.
+placeholder there: one key and one value of one feature per token, or as many zeros as were allocated before.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from headprune.models.site import Foreign, is_conv1d
-from headprune.models.specialise import Behaviour, specialise
+from headprune.models.behaviour import Behaviour
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 SOURCES = ("encoder_hidden_states", "key_value_states")
 
 
-def empty(module: Foreign, output: str | None, behaviour: type | None = None) -> None:
-    """Makes `module`, whose projections hold no head any more, a no-op.
-
-    output: the attribute of its output projection; None where `module` returns what a sibling then projects.
-    behaviour: a subclass of Emptied with another `result`.
-    """
-    module.headprune_output = output
-    if output is not None and is_conv1d(getattr(module, output)):
-        specialise(getattr(module, output), EmptiedConv1D)
-    specialise(module, behaviour or Emptied)
-
-
 class Emptied(Behaviour):
-    """The forward of an attention module without heads. What the module would return beside its output is None."""
+    """The forward of an attention module without heads. Its attention weights are those of no head: [batch, 0, queries, keys]."""
 
     headprune_output: str | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         source = next((kwargs[name] for name in SOURCES if kwargs.get(name) is not None), None)
-        count_tokens(self, states if source is None else source, source is not None, kwargs)
+        keys = count_tokens(self, states if source is None else source, source is not None, kwargs)
         nothing = states.new_zeros(*states.shape[:-1], 0)
         # The projection runs, so that hooks on it do too; its bias is what the layer gives without heads.
         output = nothing if self.headprune_output is None else getattr(self, self.headprune_output)(nothing)
-        return self.result(output, args, kwargs)
+        return self.result(output, no_weights(states, keys), args, kwargs)
 
-    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module returns for this output [batch, tokens, features]."""
-        return output, None
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module returns for this output [batch, tokens, features] and these attention weights."""
+        return output, weights
+
+
+class EmptiedBloom(Emptied):
+    """BLOOM's attention adds the residual itself."""
+
+    hidden_dropout: float
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        residual = kwargs["residual"] if "residual" in kwargs else args[1]
+        return residual + F.dropout(output, self.hidden_dropout, self.training), weights
+
+
+class EmptiedTimm(Emptied):
+    """timm's attention returns its output alone."""
+
+    proj_drop: nn.Module
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        dropped: Tensor = self.proj_drop(output)
+        return dropped
+
+
+class EmptiedLinear(NonDynamicallyQuantizableLinear):
+    """Quantisers leave it alone: of a weight without elements they would read memory that nobody wrote."""
 
 
 class EmptiedConv1D(Behaviour):
@@ -59,16 +72,38 @@ class EmptiedConv1D(Behaviour):
         return inputs.new_zeros(*inputs.shape[:-1], self.nf) + self.bias
 
 
-def count_tokens(module: Foreign, states: Tensor, cross: bool, kwargs: dict[str, Any]) -> None:
-    """Puts a placeholder for each token of `states` [batch, tokens, features] into the layer's cache, where there is one."""
+def no_weights(states: Tensor, keys: int) -> Tensor:
+    """[batch, 0, queries, keys]: in a model's attention weights the layers behind keep their places. states: as in count_tokens."""
+    return states.new_empty(states.shape[0], 0, states.shape[1], keys)
+
+
+def count_tokens(module: Any, states: Tensor, cross: bool, kwargs: dict[str, Any]) -> int:
+    """Puts a placeholder for each token of `states` [batch, tokens, features] into the layer's cache, where there is one.
+    Returns how many keys a layer with heads would now read."""
     cache = next((kwargs[name] for name in CACHES if isinstance(kwargs.get(name), Cache)), None)
     if cache is None or module.layer_idx is None:
-        return
+        return states.shape[1]
     if isinstance(cache, EncoderDecoderCache):
-        if cross and cache.is_updated.get(module.layer_idx):
-            return
+        seen = cross and cache.is_updated.get(module.layer_idx)
         if cross:
             cache.is_updated[module.layer_idx] = True
         cache = cache.cross_attention_cache if cross else cache.self_attention_cache
-    placeholder = states.new_zeros(states.shape[0], 1, states.shape[1], 1)
-    cache.update(placeholder, placeholder.clone(), module.layer_idx)
+        if seen:
+            return length_of(cache.layers[module.layer_idx].keys)
+    keys, _ = cache.update(*placeholders(cache, module.layer_idx, states), module.layer_idx)
+    return length_of(keys)
+
+
+def length_of(keys: Tensor) -> int:
+    length: int = keys.shape[-2]  # symbolic in a traced graph
+    return length
+
+
+def placeholders(cache: Cache, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """A key and a value of zeros for each token, of the shape that the cache was made for ahead of time."""
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    shapes = [(1, 1), (1, 1)]  # heads, features
+    if getattr(layer, "is_initialized", False) and layer.keys.dim() == 4:
+        shapes = [(there.shape[1], there.shape[3]) for there in (layer.keys, layer.values)]
+    key, value = (states.new_zeros(states.shape[0], heads, states.shape[1], features) for heads, features in shapes)
+    return key, value

@@ -5,23 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch.nn.functional as F
-from torch import Tensor
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.cached import CachedFeatures
-from headprune.models.emptied import Emptied, empty
+from headprune.models.emptied import Emptied, EmptiedBloom
 from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
-from headprune.models.own_positions import OwnPositions, remember_positions
-from headprune.models.selection import select_heads
+from headprune.models.own_positions import GroupedFalcon, OwnPositions, remember_positions
 from headprune.models.site import AttentionSite, Foreign, Kind, ProjectionHeads, check_projection, contiguous_heads, is_conv1d
-from headprune.models.specialise import specialise
+from headprune.models.specialise import empty, specialise
 
 Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
 
@@ -80,32 +75,14 @@ def positions_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...
 
 
 def falcon_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-    remember_positions(site.module, site.head_map.query_heads, kept)
-    specialise(site.module, GroupedFalcon if site.module.new_decoder_architecture else OwnPositions)
-
-
-class GroupedFalcon(OwnPositions):
-    """Falcon with groups, equal or ragged. The stock module too hands the cache one key/value head per query head."""
-
-    head_dim: int
-    head_map: HeadMap
-
-    def _split_heads(self, fused_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = fused_qkv.unflatten(-1, (-1, self.head_dim))
-        query, key = places_in_groups(self.head_map)
-        key_of_query = [key[kv] for kv in self.head_map.kv_of_query]
-        value_of_query = [place + 1 for place in key_of_query]
-        return select_heads(heads, query, 2), select_heads(heads, key_of_query, 2), select_heads(heads, value_of_query, 2)
-
-
-class EmptiedBloom(Emptied):
-    """BLOOM's attention adds the residual itself."""
-
-    hidden_dropout: float
-
-    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        residual = kwargs["residual"] if "residual" in kwargs else args[1]
-        return residual + F.dropout(output, self.hidden_dropout, self.training), None
+    module: Foreign = site.module
+    remember_positions(module, site.head_map.query_heads, kept)
+    if not module.new_decoder_architecture:
+        specialise(module, OwnPositions)
+        return
+    query, key = places_in_groups(head_map)
+    module.query_places, module.key_places = tuple(query), tuple(key[kv] for kv in head_map.kv_of_query)
+    specialise(module, GroupedFalcon)
 
 
 def is_bloom(module: Foreign) -> bool:

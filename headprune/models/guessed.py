@@ -7,10 +7,11 @@ from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, named_as_attention, register_adapter
-from headprune.models.emptied import empty
+from headprune.models.behaviour import original_class
 from headprune.models.head_counts import QUERY_HEADS, set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.site import AttentionSite, Foreign, Role, contiguous_heads
+from headprune.models.specialise import empty
 
 NAMES: dict[Role, tuple[str, ...]] = {
     "query": ("q_proj", "query", "q", "wq", "w_q", "q_lin", "query_proj", "to_q"),
@@ -61,7 +62,7 @@ def parts_of(module: Foreign) -> dict[Role, str] | None:
     its own."""
     linear = [name for name, child in module.named_children() if getattr(child, "weight", None) is not None]
     found = {role: [name for name in linear if name in names] for role, names in NAMES.items()}
-    plain = len(linear) == 4 and all(type(getattr(module, name)) is nn.Linear for name in linear)
+    plain = len(linear) == 4 and all(original_class(getattr(module, name)) is nn.Linear for name in linear)
     if not plain or any(len(names) != 1 for names in found.values()) or list(module.parameters(recurse=False)):
         return None
     return {role: names[0] for role, names in found.items()}

@@ -6,10 +6,10 @@ from __future__ import annotations
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.cached import CachedFeatures
-from headprune.models.emptied import empty
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.site import AttentionSite, Foreign, check_filled, check_projection, contiguous_heads, heads_at
+from headprune.models.specialise import empty
 
 SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MARKS = ("kv_b_proj", "o_proj", "kv_lora_rank", "expand_kv", *SIZES)  # expand_kv: after the cache, so that it holds latents

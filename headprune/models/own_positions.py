@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from headprune.models.behaviour import Behaviour
 from headprune.models.selection import select_heads
-from headprune.models.site import Foreign
-from headprune.models.specialise import Behaviour
 
 BIASES = ("alibi", "position_bias", "attention_mask")
 
@@ -27,6 +26,23 @@ class OwnPositions(Behaviour):
         return super().forward(*args, **kwargs)
 
 
+class GroupedFalcon(OwnPositions):
+    """Falcon with groups, equal or ragged. The stock module too hands the cache one key/value head per query head.
+
+    query_places, key_places: where each query head, and the key that it reads, lie in the fused projection, in heads; the
+    value follows its key.
+    """
+
+    head_dim: int
+    query_places: tuple[int, ...]
+    key_places: tuple[int, ...]
+
+    def _split_heads(self, fused_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = fused_qkv.unflatten(-1, (-1, self.head_dim))
+        query, key = select_heads(heads, self.query_places, 2), select_heads(heads, self.key_places, 2)
+        return query, key, select_heads(heads, [place + 1 for place in self.key_places], 2)
+
+
 def own_part(bias: Tensor, heads: tuple[int, ...], all_heads: int) -> Tensor:
     """The part of `bias` that belongs to `heads`: [batch * all_heads, 1, kv_len] or [batch, all_heads, query_len, kv_len];
     a bias that is the same for all heads as it is."""
@@ -37,7 +53,7 @@ def own_part(bias: Tensor, heads: tuple[int, ...], all_heads: int) -> Tensor:
     return bias
 
 
-def remember_positions(module: Foreign, heads_before: int, kept: tuple[int, ...]) -> None:
+def remember_positions(module: Any, heads_before: int, kept: tuple[int, ...]) -> None:
     """Sets `position_heads` and `all_position_heads` after a cut of `module`, which may have been cut before."""
     earlier = getattr(module, "position_heads", tuple(range(heads_before)))
     module.all_position_heads = getattr(module, "all_position_heads", heads_before)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headprune.models.behaviour import Behaviour
+
 
 def select_heads(tensor: Tensor, heads: Sequence[int], dim: int, width: int = 1) -> Tensor:
     """The entries of `heads` (ascending or not) along `dim`, where each head has `width` neighbouring ones; a copy unless
@@ -25,3 +27,13 @@ def runs(heads: Sequence[int]) -> list[tuple[int, int]]:
         else:
             found.append((head, 1))
     return found
+
+
+class PicksHeads(Behaviour):
+    """A norm over all heads that hands on `picked_heads` (of the original) alone."""
+
+    picked_heads: tuple[int, ...]
+    picked_width: int
+
+    def forward(self, states: Tensor) -> Tensor:
+        return select_heads(super().forward(states), self.picked_heads, -1, self.picked_width)

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.emptied import empty
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
-from headprune.models.selection import select_heads
+from headprune.models.selection import PicksHeads
 from headprune.models.site import (
     AttentionSite,
     Foreign,
@@ -24,7 +23,7 @@ from headprune.models.site import (
     contiguous_heads,
     heads_at,
 )
-from headprune.models.specialise import Behaviour, specialise
+from headprune.models.specialise import empty, specialise
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 OUTPUTS = ("o_proj", "out_proj", "dense")
@@ -121,16 +120,6 @@ def norms_in_a_list(name: str, module: Foreign, letter: str, heads: int, per_kv_
     if len(holder.norms) != heads:
         raise UnsupportedModel(f"{name} has {len(holder.norms)} norms; expected one for each of {heads} heads.")
     return [HeadModules(name, holder, "norms", per_kv_head)]
-
-
-class PicksHeads(Behaviour):
-    """A norm over all heads that hands on `picked_heads` (of the original) alone."""
-
-    picked_heads: tuple[int, ...]
-    picked_width: int
-
-    def forward(self, states: Tensor) -> Tensor:
-        return select_heads(super().forward(states), self.picked_heads, -1, self.picked_width)
 
 
 def pick_behind_norm(norm: Foreign, kept: tuple[int, ...], head_dim: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
+from headprune.models.behaviour import original_class
 from headprune.models.cached import CachedFeatures
 
 Role = Literal["query", "key", "value", "output"]
@@ -196,7 +197,7 @@ def check_filled(*projections: ProjectionHeads) -> None:
 def check_projection(name: str, module: Foreign) -> None:
     """UnsupportedModel unless `module` is a plain linear layer whose weight can be sliced by head."""
     kind = type(module).__name__
-    if not (type(module) is nn.Linear or kind in PLAIN_LINEAR):
+    if not (original_class(module) is nn.Linear or kind in PLAIN_LINEAR):
         kind = f"{type(module).__module__}.{kind}" if kind == "Linear" else kind  # of a quantisation library
         raise UnsupportedModel(
             f"{name} is a {kind}; heads can be cut out of torch.nn.Linear and Conv1D only. "

@@ -1,27 +1,17 @@
-"""Another forward for one module of a model: the module takes a subclass of its own class, made on the fly.
-
-Everything else stays what it was: weights and their names, hooks, isinstance, the printed class name. deepcopy and pickle
-work, because the class can be made again from the two it consists of.
-"""
+"""Modules of a model that surgery gives another forward."""
 
 from __future__ import annotations
-
-from functools import cache
-from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from headprune.errors import UnsupportedModel
-
-# A behaviour is mixed into a module, and types shall know it; at run time it has no base of its own.
-if TYPE_CHECKING:
-    Behaviour = nn.Module
-else:
-    Behaviour = object
+from headprune.models.behaviour import behave
+from headprune.models.emptied import Emptied, EmptiedConv1D, EmptiedLinear
+from headprune.models.site import Foreign, is_conv1d
 
 
 def specialise(module: nn.Module, behaviour: type) -> None:
-    """`module`'s methods now come from `behaviour` first, then from the class that it had at first.
+    """`module`'s methods now come from `behaviour` first (headprune.models.behaviour).
 
     Raises UnsupportedModel where a tool has put another forward on the instance, which would hide ours.
     """
@@ -30,26 +20,19 @@ def specialise(module: nn.Module, behaviour: type) -> None:
             f"{type(module).__name__} has had its forward replaced (by accelerate's dispatch, say); undo that before pruning "
             "(accelerate.hooks.remove_hook_from_module(model, recurse=True)) and do it again after."
         )
-    module.__class__ = combined(behaviour, original_class(module))
+    behave(module, behaviour)
 
 
-def original_class(module: nn.Module) -> type:
-    original: type = getattr(type(module), "headprune_original", type(module))
-    return original
+def empty(module: Foreign, output: str | None, behaviour: type = Emptied) -> None:
+    """Makes `module`, whose projections hold no head any more, a no-op.
+
+    output: the attribute of its output projection; None where `module` returns what a sibling then projects.
+    behaviour: Emptied, or a subclass with another `result`.
+    """
+    module.headprune_output = output
+    specialise(module, behaviour)
 
 
-@cache
-def combined(behaviour: type, original: type) -> type:
-    namespace = {"__module__": original.__module__, "__reduce__": reduce_combined, "headprune_original": original}
-    return type(original.__name__, (behaviour, original), namespace | {"headprune_behaviour": behaviour})
-
-
-def reduce_combined(module: nn.Module) -> tuple[Any, ...]:
-    kind = type(module)
-    return rebuild, (vars(kind)["headprune_behaviour"], vars(kind)["headprune_original"]), module.__dict__
-
-
-def rebuild(behaviour: type, original: type) -> nn.Module:
-    kind = combined(behaviour, original)
-    made: nn.Module = object.__new__(kind)
-    return made
+def empty_projection(projection: nn.Module) -> None:
+    """For a projection that has no input or output features any more."""
+    specialise(projection, EmptiedConv1D if is_conv1d(projection) else EmptiedLinear)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from weakref import WeakSet
 
-from torch import Tensor, nn
+from torch import nn
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.emptied import Emptied, empty
+from headprune.models.emptied import EmptiedTimm
 from headprune.models.fused_layout import blocks
 from headprune.models.head_counts import set_head_counts
 from headprune.models.site import AttentionSite, Foreign, HeadTensor, check_projection, contiguous_heads
+from headprune.models.specialise import empty
 
 TABLE = "relative_position_bias_table"
 PARTS = ("qkv", "proj", "proj_drop", "num_heads", "scale", "fused_attn")
+
+log = logging.getLogger("headprune")
+left_out: WeakSet[nn.Module] = WeakSet()  # sites are asked for many times; each module is told of once
 
 
 class Timm:
@@ -26,6 +31,7 @@ class Timm:
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         windowed = hasattr(module, TABLE)
         if not all(getattr(module, part, None) is not None for part in PARTS) or not (windowed or hasattr(module, "attn_dim")):
+            tell_of_pooling(name, module)
             return None
         refuse_mixing_of_heads(name, module)
         check_projection(f"{name}.proj", module.proj)
@@ -47,12 +53,11 @@ class Timm:
             empty(site.module, "proj", EmptiedTimm)
 
 
-class EmptiedTimm(Emptied):
-    proj_drop: nn.Module
-
-    def result(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        dropped: Tensor = self.proj_drop(output)
-        return dropped
+def tell_of_pooling(name: str, module: Foreign) -> None:
+    """`global_pool="map"` pools by an attention (AttentionPoolLatent, AttentionPoolPrr) whose code fixes its width."""
+    if type(module).__name__.startswith("AttentionPool") and hasattr(module, "num_heads") and module not in left_out:
+        left_out.add(module)
+        log.warning("%s (%s) pools by attention and keeps all of its %d heads", name, type(module).__name__, module.num_heads)
 
 
 def refuse_mixing_of_heads(name: str, module: Foreign) -> None:

@@ -14,6 +14,7 @@ from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.site import AttentionSite, Foreign, HeadModules, ProjectionHeads
+from headprune.models.specialise import empty_projection
 from headprune.nn.replace import on_own_attention
 from headprune.surgery.gather import gathered, gathered_at_once
 from headprune.surgery.record import record_cut
@@ -129,6 +130,8 @@ def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
     for parts in by_module.values():
         module: Foreign = parts[0][0].module
         set_sizes(module, *module.weight.shape)
+        if not module.weight.numel():
+            empty_projection(module)
     for part in site.head_modules:
         keep_modules(part, kept_kv if part.per_kv_head else kept)
     dispatcher: Foreign = site.dispatcher

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headprune.models import attention_sites
+from headprune.models.behaviour import original_class
 from headprune.models.layer_config import LayerConfig
-from headprune.surgery.modeling_headprune import whole
+from headprune.surgery.modeling_headprune import BEHAVIOURS, whole
 from headprune.surgery.record import as_json
 
 PLAIN = (bool, int, float, str, type(None))
@@ -20,14 +21,15 @@ PASSING = {"training", "gradient_checkpointing"}
 
 
 def layout_of(model: PreTrainedModel, stock: type[PreTrainedModel]) -> dict[str, dict[str, Any]] | None:
-    """Module name -> its parameters' shapes, attributes and head map, where they differ from a fresh `stock` of the same
-    config; None where a difference is more than that (another class of module, a hook, a buffer), so that only headprune
+    """Module name -> its parameters' shapes, attributes, forward and head map, where they differ from a fresh `stock` of the
+    same config; None where a difference is more than that (another class of module, a hook, a buffer), so that only headprune
     can build the model."""
     with whole(model.config) as config, torch.device("meta"):
         fresh = stock(config)
     originals = dict(fresh.named_modules())
     modules = dict(model.named_modules())
-    if set(originals) != set(modules):
+    shorter = tuple(f"{name}." for name, module in modules.items() if length(module) < length(originals.get(name)))
+    if not set(modules) <= set(originals) or not all(name.startswith(shorter) for name in set(originals) - set(modules)):
         return None
     sites = {id(site.dispatcher): site.head_map for site in attention_sites(model)}
     layout: dict[str, dict[str, Any]] = {}
@@ -45,7 +47,10 @@ def layout_of(model: PreTrainedModel, stock: type[PreTrainedModel]) -> dict[str,
 
 def difference(module: nn.Module, original: nn.Module) -> dict[str, Any] | None:
     """What `layout_of` says of one module; None where it cannot be said."""
-    if type(module) is not type(original) or hooks(module) != hooks(original) or buffers(module) != buffers(original):
+    behaviour = vars(type(module)).get("headprune_behaviour")
+    if original_class(module) is not type(original) or (behaviour is not None and behaviour.__name__ not in BEHAVIOURS):
+        return None
+    if hooks(module) != hooks(original) or buffers(module) != buffers(original):
         return None
     shapes = shapes_of(module)
     if set(shapes) != set(shapes_of(original)):
@@ -54,10 +59,27 @@ def difference(module: nn.Module, original: nn.Module) -> dict[str, Any] | None:
     own = getattr(module.config, "own", {}) if isinstance(getattr(module, "config", None), LayerConfig) else {}
     entry = {
         "shapes": {name: shape for name, shape in shapes.items() if shape != shapes_of(original)[name]},
-        "attributes": {name: value for name, value in new.items() if name in old and value != old[name]},
-        "config": {name: value for name, value in own.items() if name != "_attn_implementation"},  # that one follows the groups
+        "attributes": {name: value for name, value in new.items() if name in old and value != old[name]}
+        | ({} if behaviour is None else attributes_of_its_own(module, original)),
+        "config": dict(own),
     }
-    return {part: values for part, values in entry.items() if values}
+    found: dict[str, Any] = {part: values for part, values in entry.items() if values}
+    if behaviour is not None:
+        found["behaviour"] = behaviour.__name__
+    if length(module) < length(original):
+        found["modules"] = length(module)
+    return found
+
+
+def attributes_of_its_own(module: nn.Module, original: nn.Module) -> dict[str, Any]:
+    """What another forward counts on and the stock module has not: names, and numbers of heads."""
+    added = {name: value for name, value in vars(module).items() if name not in vars(original) and name[0] != "_"}
+    return {name: value for name, value in added.items() if isinstance(value, (*PLAIN, tuple))}
+
+
+def length(module: nn.Module | None) -> int:
+    """Of a list of modules, one for each head (StableLM's norms)."""
+    return len(module) if isinstance(module, nn.ModuleList) else 0
 
 
 def shapes_of(module: nn.Module) -> dict[str, list[int]]:

@@ -3,7 +3,8 @@
 headprune writes this file beside the weights, so that `AutoModel*.from_pretrained(folder, trust_remote_code=True)` works
 with nothing but transformers and torch. `HeadPrunedX` is transformers' X. Where headprune is installed it cuts the heads and
 its kernels run layers whose groups differ in size; else the `layout` in the config's `headprune` section says which parameters
-are smaller and which attributes differ, and such layers run through the stock attention on expanded keys and values.
+are smaller, which attributes differ and which modules have another forward (BEHAVIOURS), and layers whose groups differ run
+through the stock attention on expanded keys and values.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from headprune.models.behaviour import behave
+from headprune.models.emptied import Emptied, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedTimm
+from headprune.models.own_positions import GroupedFalcon, OwnPositions
+from headprune.models.selection import PicksHeads
+from headprune.models.t5_positions import EmptiedT5, SharedPositions
+
 try:
     import headprune  # registers attn_implementation="headprune"
 except ImportError:
@@ -27,6 +34,13 @@ except ImportError:
 
 PREFIX = "HeadPruned"
 EXPANDED = "headprune_expanded"
+BEHAVIOURS = {
+    kind.__name__: kind
+    for kind in (
+        Emptied, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedT5, EmptiedTimm, GroupedFalcon, OwnPositions, PicksHeads,
+        SharedPositions,
+    )
+}  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
 EXCHANGEABLE = ("eager", "sdpa", "flex_attention", "flash_attention", "headprune")
 _classes: dict[str, type] = {}
@@ -98,26 +112,27 @@ def renamed(model: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
-    """Gives the modules that `layout` names their shapes, attributes and head maps; the values are set by loading."""
+    """Gives the modules that `layout` names their shapes, attributes, forwards and head maps; the values are set by loading."""
     for name, entry in renamed(model, layout).items():
         module: Any = model.get_submodule(name)
+        if "modules" in entry:
+            del module[entry["modules"] :]
+        if "behaviour" in entry:
+            behave(module, BEHAVIOURS[entry["behaviour"]])
         for parameter, shape in entry.get("shapes", {}).items():
             old = getattr(module, parameter)
             part = old.detach()[tuple(slice(size) for size in shape)].clone()
             setattr(module, parameter, nn.Parameter(part, requires_grad=old.requires_grad))
         for attribute, value in entry.get("attributes", {}).items():
-            setattr(module, attribute, value)
+            setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
         if entry.get("shown"):
             module.extra_repr = functools.partial(str, entry["shown"])  # what print(model) says of its heads
-        own = dict(entry.get("config", {}))
         if "head_map" in entry:
             module.kv_of_query = tuple(entry["head_map"]["kv_of_query"])
             if headprune is not None:
                 module.head_map = headprune.HeadMap(module.kv_of_query, entry["head_map"]["kv_heads"])
-            if is_ragged(module):
-                own["_attn_implementation"] = EXPANDED
-        if own:
-            module.config = LayerConfig(module.config, own)
+        if "config" in entry:
+            module.config = LayerConfig(module.config, entry["config"])
 
 
 class LayerConfig:

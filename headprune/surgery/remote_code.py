@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import transformers
@@ -13,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from headprune.surgery import modeling_headprune
 from headprune.surgery.layout import layout_of
 from headprune.surgery.modeling_headprune import PREFIX
+from headprune.surgery.one_file import one_file
 from headprune.surgery.record import SECTION
 
 FILE = Path(modeling_headprune.__file__)
@@ -27,7 +27,7 @@ def write_remote_code(model: PreTrainedModel, folder: Path) -> None:
     if config.get(SECTION):
         config[SECTION]["layout"] = layout_of(model, stock)
         config["auto_map"] = auto_map(model.config)
-        shutil.copyfile(FILE, folder / FILE.name)
+        (folder / FILE.name).write_text(one_file(modeling_headprune), encoding="utf-8")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

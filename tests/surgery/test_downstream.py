@@ -1,10 +1,12 @@
-"""What users do with a pruned model next: adapters, torch.export, torch.compile."""
+"""What users do with a pruned model next: adapters, torch.export, torch.compile, quantisation, attention weights."""
+
+import warnings
 
 import pytest
 import torch
 from tiny_decoders import FAMILIES, decoder
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
-from tiny_models import hidden, llama, tokens
+from tiny_models import bert, hidden, llama, tokens
 
 from headprune.errors import UnsupportedModel
 from headprune.models import attention_sites
@@ -75,3 +77,44 @@ def test_a_pruned_model_compiles_without_a_graph_break(pruned):
     compiled = torch.compile(pruned, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.allclose(compiled(input_ids=ids, use_cache=False).logits, expected, atol=1e-5)
+
+
+def dynamically(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has announced its end
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+
+
+def by_torchao(model):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+@pytest.mark.parametrize("quantise", [dynamically, by_torchao])
+def test_quantisers_leave_an_emptied_attention_alone(quantise):
+    model = llama(attention_bias=True)
+    model.model.layers[0].self_attn.o_proj.bias.data.normal_()
+    cut(model, {"model.layers.0.self_attn": [], "model.layers.1.self_attn": [0, 1, 3]})
+    bias = model.model.layers[0].self_attn.o_proj.bias.detach().clone()
+    quantised = quantise(model)
+    assert type(quantised.model.layers[1].self_attn.o_proj.weight) is not torch.nn.Parameter
+    assert torch.equal(quantised.model.layers[0].self_attn(torch.ones(2, 3, 32))[0], bias.expand(2, 3, 32))
+    assert hidden(quantised, input_ids=tokens()).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [bert, ENCODERS["deberta_v3"].make, SEQ2SEQ["t5"].make, VISION["vit"].make])
+def test_attention_weights_keep_their_places(make):
+    model = make()
+    model.set_attn_implementation("eager")
+    inputs = tiny_inputs(model)
+    names = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+    whole = model(**inputs, output_attentions=True)
+    cut(model, {attention_sites(model)[0].name: []})
+    left = model(**inputs, output_attentions=True)
+    for name in names:
+        before, after = whole.get(name) or (), left.get(name) or ()
+        expected = [[*weights.shape] for weights in before]
+        if expected and name in ("attentions", "encoder_attentions"):
+            expected[0][1] = 0
+        assert [[*weights.shape] for weights in after] == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,51 +11,84 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headprune.errors import UnsupportedModel
-from headprune.models.tiny_inputs import tiny_inputs
-from headprune.surgery.export.same_output import same_output, small_output
+from headprune.surgery.export.example_inputs import CHECKED, TRACED, example_inputs, without_padding
+from headprune.surgery.export.same_output import same_output
 from headprune.surgery.export.target import refuse_unknown, target
 
+log = logging.getLogger("headprune")
 
-class FirstOutput(nn.Module):
-    """A model as a function of its tensors, without a cache."""
+
+class Outputs(nn.Module):
+    """A model as a function of its tensors, without a cache; gives the tensors of its output, by name."""
 
     def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
         self.options = {"use_cache": False} if model.can_generate() else {}
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        output: Tensor = self.model(**dict(zip(self.names, tensors)), **self.options)[0]
-        return output
+    def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
+        found = self.model(**dict(zip(self.names, tensors)), **self.options, return_dict=True)
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 @target("onnx", "ONNX Runtime and other ONNX engines", packages=("onnx", "onnxscript", "onnxruntime"), suffix=".onnx")
+@torch.no_grad()
 def write_onnx(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> list[str]:
     refuse_unknown(options, ("opset",))
+    notes = []
     if model._can_set_attn_implementation():
         # headprune's operator is none of ONNX's; the stock attention runs ragged layers on expanded keys and values.
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
         model.set_experts_implementation("batched_mm")  # the one that is plain tensor operations
-    model.eval()
-    expected = small_output(model)
-    inputs = tiny_inputs(model) or {}  # small_output refuses a model without
-    wrapped, names = FirstOutput(model, list(inputs)).eval(), list(inputs)
-    output = "logits" if model.get_output_embeddings() is not None else "last_hidden_state"
-    axes = tuple(free_axes(value) for value in inputs.values())
+    if any(tensor.dtype == torch.bfloat16 for tensor in model.parameters()):
+        notes.append("bfloat16 is written as float32: onnxruntime has few of its operators for bfloat16")
+        log.info(notes[0])
+        model.float()
+    inputs = example_inputs(model, *TRACED)
+    wrapped = Outputs(model.eval(), list(inputs)).eval()
+    outputs = list(outputs_of(wrapped, inputs))
+    save_graph(wrapped, inputs, outputs, path, options.get("opset", 20))
+    expected, found = [], []
+    for size in (TRACED, *CHECKED):
+        inputs = example_inputs(model, *size)
+        ours, theirs = outputs_of(wrapped, inputs), run(path, inputs, type(model).__name__)
+        for name in outputs:
+            scale = ours[name].abs().max().clamp(min=1e-6)  # each output counts alike, whatever it measures
+            expected.append((without_padding(ours[name], inputs) / scale).flatten())
+            found.append((without_padding(theirs[name].to(scale.device), inputs) / scale).flatten())
+    check = same_output(torch.cat(expected), torch.cat(found), "onnxruntime")
+    return [f"inputs: {', '.join(inputs)}; outputs: {', '.join(outputs)}", *notes, check]
+
+
+def outputs_of(wrapped: Outputs, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Raises UnsupportedModel where the model does not run on the example."""
     try:
-        with torch.no_grad():
-            program = torch.onnx.export(
-                wrapped, tuple(inputs.values()), dynamo=True, verbose=False, input_names=names, output_names=[output],
-                dynamic_shapes=(axes,), opset_version=options.get("opset", 20),
-            )  # fmt: skip
+        found: dict[str, Tensor] = wrapped(*inputs.values())
+    except Exception as error:  # whatever a model raises on an input that it was not made for
+        cause = " ".join(str(error).split())[:300]
+        raise UnsupportedModel(f"{type(wrapped.model).__name__} does not run on {described(inputs)}: {cause}") from error
+    return found
+
+
+def described(inputs: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+
+
+def save_graph(wrapped: Outputs, inputs: dict[str, Tensor], outputs: list[str], path: Path, opset: int) -> None:
+    """Raises UnsupportedModel where torch's exporter does not take the model."""
+    name, axes = type(wrapped.model).__name__, tuple(free_axes(value) for value in inputs.values())
+    try:
+        program = torch.onnx.export(
+            wrapped, tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs), output_names=outputs,
+            dynamic_shapes=(axes,), opset_version=opset,
+        )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UnsupportedModel(f"torch's ONNX exporter does not take {type(model).__name__}: {cause}") from error
+        raise UnsupportedModel(f"torch's ONNX exporter does not take {name}: {cause}") from error
     if program is None:
-        raise UnsupportedModel(f"torch's ONNX exporter gave nothing for {type(model).__name__}.")
+        raise UnsupportedModel(f"torch's ONNX exporter gave nothing for {name}.")
     program.save(str(path))
-    return [f"inputs: {', '.join(names)}; output: {output}", same_output(expected, run(path, inputs), "onnxruntime")]
 
 
 def free_axes(value: Tensor) -> dict[int, Any]:
@@ -62,11 +96,25 @@ def free_axes(value: Tensor) -> dict[int, Any]:
     return dict.fromkeys(range(2 if value.dim() == 2 else 1), torch.export.Dim.AUTO)
 
 
-def run(path: Path, inputs: dict[str, Tensor]) -> Tensor:
-    """The first output of the graph, with padded rows set to 0."""
+def run(path: Path, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The outputs of the graph. Raises UnsupportedModel where onnxruntime does not run it."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    output = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
-    mask = inputs.get("attention_mask")
-    return output * mask[..., None].to(output.dtype) if mask is not None and output.shape[:2] == mask.shape else output
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is in the error
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found = session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})
+    except Exception as error:  # onnxruntime's errors have no other class in common
+        cause = " ".join(str(error).split())[:300]
+        why = "its code computes in bfloat16, whatever the weights are. " if has_bfloat16(path) else ""
+        raise UnsupportedModel(f"onnxruntime does not run the graph of {name} on {described(inputs)}: {why}{cause}") from error
+    return {one.name: torch.from_numpy(value) for one, value in zip(session.get_outputs(), found)}
+
+
+def has_bfloat16(path: Path) -> bool:
+    """Whether a node of the graph casts to it."""
+    import onnx
+
+    casts = (node for node in onnx.load(str(path), load_external_data=False).graph.node if node.op_type == "Cast")
+    return any(attribute.i == onnx.TensorProto.BFLOAT16 for node in casts for attribute in node.attribute)

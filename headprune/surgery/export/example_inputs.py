@@ -1,0 +1,45 @@
+"""Batches of several sizes for a graph whose batch and length are free: one that it is traced on, others that it must fit too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from headprune.errors import HeadpruneError
+from headprune.models.tiny_inputs import tiny_inputs
+
+# (rows, tokens). A trace takes a size of 1 for something that never changes, so it sees none.
+TRACED = (2, 6)
+CHECKED = ((3, 9), (1, 4))
+
+
+def example_inputs(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Arguments of `model.forward`: `rows` texts, pictures or spectrograms; texts have `tokens` tokens, a decoder's one less,
+    and the last row's last one is padding: what stands first or is the largest token may be pooled.
+
+    Raises HeadpruneError where the model does not tell what it takes.
+    """
+    inputs = tiny_inputs(model)
+    if inputs is None:
+        raise HeadpruneError(f"{type(model).__name__} does not tell what input it takes, so the export cannot be checked.")
+    return {name: resized(name, value, rows, tokens) for name, value in inputs.items()}
+
+
+def resized(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
+    if value.is_floating_point():
+        generator = torch.Generator().manual_seed(rows)
+        return torch.randn(rows, *value.shape[1:], generator=generator).to(value)
+    length = tokens - 1 if name.startswith("decoder_") else tokens
+    if name.endswith("mask"):
+        mask = value.new_ones(rows, length)
+        mask[-1, -1] = 0
+        return mask
+    return value.flatten()[torch.arange(rows * length, device=value.device) % value.numel()].view(rows, length)
+
+
+def without_padding(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """`output` with what stands at padded tokens set to 0."""
+    mask = inputs.get("attention_mask")
+    if mask is None or output.shape[:2] != mask.shape:
+        return output
+    return output * mask.to(output).view(*mask.shape, *[1] * (output.dim() - 2))

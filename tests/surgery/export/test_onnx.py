@@ -1,0 +1,129 @@
+"""onnx graphs: onnxruntime gives what the pruned model gives, at batch sizes and lengths that the export did not try."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_decoders import decoder
+from tiny_encoders import CLIP, SEQ2SEQ, TEXT, VISION, Family
+from tiny_models import bert, llama, tokens
+
+from headprune.errors import UnsupportedModel
+from headprune.models import attention_sites
+from headprune.surgery import cut
+from headprune.surgery.export import export
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def ragged(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    sites = attention_sites(model)
+    cut(model, {site.name: [0, 3] if index % 2 else [0, 1, 2] for index, site in enumerate(sites)})
+    return model
+
+
+def small(family: Family, **options) -> Callable[[], transformers.PreTrainedModel]:
+    """Of one layer where that says as much: torch's exporter takes seconds for each."""
+    return replace(family, options={**family.options, **options}).make
+
+
+def classifier() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**{**TEXT, "num_hidden_layers": 1})).eval()
+
+
+def pictures(rows: int) -> torch.Tensor:
+    return torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(rows))
+
+
+def text(rows: int, length: int) -> dict[str, torch.Tensor]:
+    ids = tokens(rows, length, seed=7)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def run(path, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {one.name: inputs[one.name].numpy() for one in session.get_inputs()})
+    return dict(zip([one.name for one in session.get_outputs()], found))
+
+
+CASES = {
+    "llama": (llama, text, ["logits"]),
+    "classifier": (classifier, text, ["logits"]),
+    "swin": (small(VISION["swin"], depths=[2], num_heads=[4]), lambda rows, _: {"pixel_values": pictures(rows)}, ["logits"]),
+    "clip": (
+        small(VISION["clip"], **{part: {**CLIP[part], "num_hidden_layers": 1} for part in ("text_config", "vision_config")}),
+        lambda rows, length: {**text(rows, length), "pixel_values": pictures(rows + 1)},
+        ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"],
+    ),
+    "bart": (
+        small(SEQ2SEQ["bart"], encoder_layers=1, decoder_layers=1),
+        lambda rows, length: {**text(rows, length), "decoder_input_ids": tokens(rows, 11, seed=3)},
+        ["logits", "encoder_last_hidden_state"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_output_is_the_models_at_other_sizes(name, tmp_path):
+    make, batch, outputs = CASES[name]
+    model = ragged(make())
+    export(model, "onnx", tmp_path / "model.onnx")
+    options = {"use_cache": False} if model.can_generate() else {}
+    for rows, length in ((2, 23), (1, 5)):
+        inputs = batch(rows, length)
+        found = run(tmp_path / "model.onnx", inputs)
+        with torch.no_grad():
+            expected = model(**inputs, **options)
+        assert list(found) == outputs
+        for one in outputs:
+            assert np.abs(found[one] - expected[one].numpy()).max() < 1e-4
+
+
+def test_bfloat16_becomes_float32_and_the_export_says_so(tmp_path, caplog):
+    model = ragged(bert(layers=1)).to(torch.bfloat16)
+    with caplog.at_level(logging.INFO, "headprune"):
+        report = export(model, "onnx", tmp_path / "model.onnx")
+    assert "bfloat16 is written as float32" in str(report)
+    assert "bfloat16 is written as float32" in caplog.text
+    assert model.dtype == torch.bfloat16
+    inputs = text(2, 7)
+    with torch.no_grad():
+        expected = model.float()(**inputs)
+    found = run(tmp_path / "model.onnx", inputs)
+    for name in ("last_hidden_state", "pooler_output"):
+        assert np.abs(found[name] - expected[name].numpy()).max() < 1e-4
+
+
+def test_a_graph_that_onnxruntime_does_not_run_is_refused_in_one_line(tmp_path):
+    """Falcon rounds its ALiBi biases to bfloat16, in fp32 too."""
+    with pytest.raises(UnsupportedModel, match=r"graph of FalconForCausalLM .* computes in bfloat16") as found:
+        export(decoder("falcon_alibi", num_hidden_layers=1), "onnx", tmp_path / "model.onnx")
+    assert "\n" not in str(found.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_onnx_cannot_say_is_refused(monkeypatch, tmp_path):
+    def refuse(*_, **__):  # as it does for DeepSeek-V2, which rotates by complex numbers
+        raise torch.onnx.OnnxExporterError("no ONNX function for aten.view_as_complex.default")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(UnsupportedModel, match="ONNX exporter does not take BertModel: no ONNX function for aten"):
+        export(bert(), "onnx", tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_does_not_run_on_the_example_is_refused(tmp_path):
+    model = llama()
+
+    def fail(*_, **__):
+        raise ValueError("Cannot handle batch sizes > 1\nif no padding token is defined.")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(UnsupportedModel, match=r"does not run on input_ids \[2, 6\].*: Cannot handle"):
+        export(model, "onnx", tmp_path / "model.onnx")
