@@ -1,10 +1,13 @@
 """`AutoModel*.from_pretrained(folder, trust_remote_code=True)`, with headprune and where it cannot be imported."""
 
+import copy
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from transformers import (
     configuration_utils,
 )
 
+from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.surgery import cut, load, save
@@ -27,6 +31,7 @@ RAGGED = {"model.layers.0.self_attn": [0, 1, 3, 6], "model.layers.1.self_attn": 
 MODELS = {
     "llama_even": (llama, EVEN, "AutoModelForCausalLM"),
     "llama_ragged": (llama, RAGGED, "AutoModelForCausalLM"),
+    "llama_saved_by_transformers": (llama, RAGGED | {"model.layers.0.self_attn": []}, "AutoModelForCausalLM"),
     "llama_base": (llama, RAGGED, "AutoModel"),
     "bert": (bert, {"encoder.layer.0.attention": [1], "encoder.layer.1.attention": [0, 2, 3]}, "AutoModel"),
 }
@@ -60,11 +65,21 @@ def pruned(name: str):
     return model
 
 
+def by_disk(model):
+    with tempfile.TemporaryDirectory() as folder:
+        return load(save(model, folder))
+
+
+def by_auto_model(model):
+    with tempfile.TemporaryDirectory() as folder:
+        return AutoModelForCausalLM.from_pretrained(save(model, folder), trust_remote_code=True)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("remote")
     for name in MODELS:
-        save(pruned(name), root / name)
+        pruned(name).save_pretrained(root / name) if name == "llama_saved_by_transformers" else save(pruned(name), root / name)
     arguments = [f"{auto}={root / name}" for name, (_, _, auto) in MODELS.items()]
     command = [sys.executable, "-c", WITHOUT_HEADPRUNE, "", *arguments]
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -113,6 +128,30 @@ def test_arguments_can_be_checked_against_the_constructor_s_annotations_as_vllm_
 def test_what_transformers_saved_again_loads_with_headprune(folders):
     again = load(folders / "llama_ragged-again")
     assert torch.equal(hidden(again, **padded()), hidden(load(folders / "llama_ragged"), **padded()))
+
+
+@pytest.mark.parametrize("come", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_disk, by_auto_model])
+def test_save_pretrained_writes_what_auto_model_needs(come, tmp_path):
+    model = come(pruned("llama_ragged"))
+    cut(model, {"model.layers.1.self_attn": [0]})
+    assert type(model).__name__ in ("LlamaForCausalLM", "HeadPrunedLlamaForCausalLM")
+    save(model, tmp_path / "there")  # its digests are those of what stood there before
+    model.lm_head.weight.data.mul_(2)
+    model.save_pretrained(tmp_path / "there")
+    expected = hidden(model, **padded())
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "there", trust_remote_code=True)
+    assert torch.equal(hidden(found, **padded()), expected)
+    assert torch.equal(hidden(load(tmp_path / "there"), **padded()), expected)
+
+
+def test_adapters_are_saved_without_the_model_s_code(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = pruned("llama_ragged")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} & {"config.json", "modeling_headprune.py"} == set()
+    with pytest.raises(InvalidInput, match=r"push_to_hub\(\)"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
 
 
 def test_a_pruned_encoder_becomes_a_classifier(folders):
