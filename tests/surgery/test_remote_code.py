@@ -13,13 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import bert, hidden, llama, padded
-from transformers import (
-    AttentionInterface,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    configuration_utils,
-)
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
@@ -173,7 +167,7 @@ def test_an_engine_with_its_own_attention_is_refused_ragged_groups(folders, monk
     assert AutoModel.from_pretrained(folders / "llama_even", trust_remote_code=True, attn_implementation="engine") is not None
 
 
-def test_even_groups_are_said_in_transformers_own_way_too(folders):
+def test_the_counts_are_said_in_transformers_own_way_too(folders):
     def config(name: str) -> dict:
         return json.loads((folders / name / "config.json").read_text())
 
@@ -182,18 +176,9 @@ def test_even_groups_are_said_in_transformers_own_way_too(folders):
     }  # fmt: skip
     assert config("bert")["per_layer_config"] == {"0": {"num_attention_heads": 1}, "1": {"num_attention_heads": 3}}
     assert config("bert")["head_dim"] == 8
-    assert "per_layer_config" not in config("llama_ragged")
-
-
-@pytest.mark.skipif(
-    not hasattr(configuration_utils, "get_head_shapes"), reason="this transformers makes static caches of one size for chunks"
-)
-def test_chunked_prefill_with_a_static_cache_finds_the_counts_of_each_layer(folders):
-    model = load(folders / "llama_even")
-    ids = padded()["input_ids"][:1]
-    options = {"max_new_tokens": 6, "do_sample": False, "disable_compile": True}
-    static = model.generate(ids, cache_implementation="static", prefill_chunk_size=4, **options)
-    assert torch.equal(static, model.generate(ids, **options))
+    ragged = config("llama_saved_by_transformers")["per_layer_config"]
+    assert ragged["0"] == {"num_attention_heads": 1, "num_key_value_heads": 1, "skip": ["attention"]}  # a placeholder in caches
+    assert ragged["1"] == {"num_attention_heads": 3, "num_key_value_heads": 2}
 
 
 def test_a_further_cut_renews_the_counts(folders):
@@ -201,5 +186,5 @@ def test_a_further_cut_renews_the_counts(folders):
     cut(model, {"model.layers.0.self_attn": [0]})
     assert [layer.num_attention_heads for layer in model.config.per_layer_config] == [1, 1]
     cut(ragged := llama(), {"model.layers.0.self_attn": [0, 1, 2, 3, 4]})
-    assert not ragged.config.is_heterogeneous
+    assert [layer.num_key_value_heads for layer in ragged.config.per_layer_config] == [3, 4]
     assert attention_sites(ragged)[0].head_map == HeadMap((0, 0, 1, 1, 2), 3)
