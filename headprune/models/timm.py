@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from weakref import WeakSet
+
+from torch import nn
+
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
@@ -14,6 +19,9 @@ from headprune.models.specialise import empty
 TABLE = "relative_position_bias_table"
 PARTS = ("qkv", "proj", "proj_drop", "num_heads", "scale", "fused_attn")
 
+log = logging.getLogger("headprune")
+left_out: WeakSet[nn.Module] = WeakSet()  # sites are asked for many times; each module is told of once
+
 
 class Timm:
     """Both kinds take the number of heads from an attribute and the features from what the projections give."""
@@ -23,6 +31,7 @@ class Timm:
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         windowed = hasattr(module, TABLE)
         if not all(getattr(module, part, None) is not None for part in PARTS) or not (windowed or hasattr(module, "attn_dim")):
+            tell_of_pooling(name, module)
             return None
         refuse_mixing_of_heads(name, module)
         check_projection(f"{name}.proj", module.proj)
@@ -42,6 +51,13 @@ class Timm:
         set_head_counts(site.module, head_map, site.head_dim)
         if not head_map.query_heads:
             empty(site.module, "proj", EmptiedTimm)
+
+
+def tell_of_pooling(name: str, module: Foreign) -> None:
+    """`global_pool="map"` pools by an attention (AttentionPoolLatent, AttentionPoolPrr) whose code fixes its width."""
+    if type(module).__name__.startswith("AttentionPool") and hasattr(module, "num_heads") and module not in left_out:
+        left_out.add(module)
+        log.warning("%s (%s) pools by attention and keeps all of its %d heads", name, type(module).__name__, module.num_heads)
 
 
 def refuse_mixing_of_heads(name: str, module: Foreign) -> None:

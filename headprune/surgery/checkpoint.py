@@ -208,7 +208,7 @@ def pruned_class(model_class: type[PreTrainedModel], section: dict[str, Any] | N
         delattr(config, SECTION)  # what is built first is the whole original
         with modeling_headprune.whole(config):
             model_class.__init__(self, config, *args, **options)
-        cut(self, modeling_headprune.renamed(self, kept), verify=False)
+        cut(self, modeling_headprune.renamed(self, kept), proven=True)
         setattr(config, SECTION, saved)
 
     return type(name, (model_class,), {"__init__": __init__, "__module__": module})

@@ -96,6 +96,46 @@ def test_cutting_equals_gating(name, keep):
     assert [site.head_map.query_heads for site in hp.attention_sites(model)][:2] == [2, len(keep)]
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("keep", [[0, 2], []])
+def test_a_pruned_model_comes_back_from_the_disk(name, keep, tmp_path):
+    make, shape = MODELS[name]
+    model, x = make().eval(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    hp.cut(model, {hp.attention_sites(model)[0].name: keep}, run=lambda model: model(x))
+    found = hp.load(hp.save(model, tmp_path / "out"), model=make())
+    with torch.no_grad():
+        assert torch.equal(found(x), model(x))
+    assert [site.head_map for site in hp.attention_sites(found)] == [site.head_map for site in hp.attention_sites(model)]
+
+
+def test_a_pooling_attention_is_left_whole_and_named_once(caplog):
+    make = real("vision_transformer", patch_size=4, embed_dim=32, depth=2, num_heads=4, global_pool="map", class_token=False)
+    model = make().eval()
+    before = {name: value.clone() for name, value in model.attn_pool.state_dict().items()}
+    sites = [site.name for site in hp.attention_sites(model)]
+    assert sites == ["blocks.0.attn", "blocks.1.attn"]
+    hp.cut(model, {site: [1, 3] for site in sites})
+    assert all(torch.equal(value, before[name]) for name, value in model.attn_pool.state_dict().items())
+    assert [record.getMessage() for record in caplog.records if "attn_pool" in record.getMessage()] == [
+        "attn_pool (AttentionPoolLatent) pools by attention and keeps all of its 4 heads"
+    ]
+
+
+REFUSED = {
+    "beit": ("beit", "Beit", r"q_bias \[32\] may belong to single heads"),
+    "eva": ("eva", "Eva", "no adapter knows .*EvaAttention"),
+    "relpos": ("vision_transformer_relpos", "VisionTransformerRelPos", "no adapter knows .*RelPosAttention"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_timms_other_attentions_are_refused_by_name(name):
+    module, kind, reason = REFUSED[name]
+    model = getattr(timm_module(module), kind)(img_size=16, num_classes=3, patch_size=4, embed_dim=32, depth=1, num_heads=4)
+    with pytest.raises(hp.UnsupportedModel, match=reason):
+        hp.attention_sites(model)
+
+
 def loss(reduction: str):
     return lambda model, batch: nn.functional.cross_entropy(model(batch["x"]), batch["labels"], reduction=reduction)
 

@@ -56,11 +56,16 @@ def test_what_heads_own_beside_their_projections_follows_them(family):
     assert torch.allclose(output_of(model), expected, atol=1e-5)
 
 
-def test_heads_picked_out_of_something_made_for_all_are_not_made_even():
-    model = decoder("olmo2")
-    cut(model, {attention_sites(model)[0].name: [0, 1, 3]})
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("olmo2", "picks its heads out of something made for all"), ("stablelm", "a module of its own for each head")],
+)
+@pytest.mark.parametrize("kept", [[0, 1, 3], []], ids=["ragged", "emptied"])
+def test_heads_that_are_more_than_weights_are_not_made_even(family, reason, kept):
+    model = decoder(family)
+    cut(model, {attention_sites(model)[0].name: kept})
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UnsupportedModel, match=r"dead heads cannot be added\. Export to stock"):
+    with pytest.raises(UnsupportedModel, match=rf"{reason}.* dead heads cannot be added\. Export to stock"):
         regularise(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -78,11 +83,14 @@ def test_stock_loads_in_the_unmodified_class(make, tmp_path):
     assert "dead heads" in str(report)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen3", "phi3", "bloom", "deepseek_v3", "gpt_oss", "cohere", "olmo2"])
-def test_other_families_become_stock_again(family, tmp_path):
+@pytest.mark.parametrize(
+    "family", ["gpt2", "gpt_neox", "qwen3", "phi3", "bloom", "deepseek_v3", "gpt_oss", "cohere", "olmo2", "stablelm"]
+)
+@pytest.mark.parametrize("kept", [[2], []], ids=["ragged", "emptied"])
+def test_other_families_become_stock_again(family, kept, tmp_path):
     model = decoder(family)
     names = [site.name for site in attention_sites(model)]
-    cut(model, {names[0]: [0, 1, 3], names[1]: [2]})
+    cut(model, {names[0]: [0, 1, 3], names[1]: kept})
     expected = output_of(model)
     export(model, "stock", tmp_path / "out")
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -138,8 +146,10 @@ def test_an_attention_without_heads_but_with_an_output_bias_is_no_no_op_in_gguf(
     assert counts == {False: 0, True: 1}
 
 
-def test_vllm_gets_a_folder_of_equal_groups_that_loads(tmp_path):
-    model = ragged_llama()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "cohere", "deepseek_v3", "gemma3"])
+def test_vllm_gets_a_folder_of_equal_groups_that_loads(family, tmp_path):
+    model = decoder(family)
+    cut(model, {site.name: heads for site, heads in zip(attention_sites(model), ([0, 1, 3], []))})
     expected = output_of(model)
     export(model, "vllm", tmp_path / "out")
     found = load(tmp_path / "out")

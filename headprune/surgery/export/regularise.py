@@ -51,7 +51,7 @@ def regularise(model: nn.Module, slots: Mapping[str, Slots] | None = None) -> Re
         slots = {site.name: cheapest(site.head_map, *(site.parameters_per_head(kv) for kv in (False, True))) for site in sites}
     changed = [site for site in sites if slots[site.name].head_map != site.head_map]
     for site in changed:
-        check(site)
+        check(site, sites)
     before, cache = sum(site.parameters() for site in sites), cache_values(sites)
     for site in changed:
         lay_out(site, slots[site.name])
@@ -74,13 +74,19 @@ def cache_values(sites: list[AttentionSite]) -> int:
     return sum(site.cache.of(site.head_map) for site in sites)
 
 
-def check(site: AttentionSite) -> None:
-    """UnsupportedModel where a head is more than its weights."""
-    if hasattr(site.module, "position_heads") or site.head_modules or any(part.whole for part in site.projections):
-        raise UnsupportedModel(
-            f"{site.name} ({type(site.module).__name__}) picks its heads out of something made for all heads of the original, "
-            "so dead heads cannot be added. Export to stock, or plan so that groups stay equal (target=...)."
-        )
+def check(site: AttentionSite, sites: list[AttentionSite]) -> None:
+    """UnsupportedModel where a head is more than its weights. One without heads does not show it; others of its kind do."""
+    alike = [other for other in sites if original_class(other.module) is original_class(site.module)]
+    if any(other.head_modules for other in alike):
+        reason = "has a module of its own for each head, which a dead head lacks"
+    elif hasattr(site.module, "position_heads") or any(part.whole for other in alike for part in other.projections):
+        reason = "picks its heads out of something made for all heads of the original"
+    else:
+        return
+    raise UnsupportedModel(
+        f"{site.name} ({type(site.module).__name__}) {reason}, so dead heads cannot be added. Export to stock, or plan so that "
+        "groups stay equal (target=...)."
+    )
 
 
 def lay_out(site: AttentionSite, slots: Slots) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
-from headprune.models.site import AttentionSite
+from headprune.models.site import AttentionSite, HeadModules
 from headprune.surgery.export.regularise import fill
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, common_counts, in_groups
@@ -45,8 +46,12 @@ def stock_model(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
     of_heads = {name for site in sites for name in parameters_of_heads(model, site)}
     rest = {name: value for name, value in model.state_dict().items() if name not in of_heads}
     missing, unexpected = dense.load_state_dict(rest, strict=False)
-    if unexpected or not set(missing) <= {name for site in twins.values() for name in parameters_of_heads(dense, site)}:
-        raise UnsupportedModel(f"{type(model).__name__} has other weights than {stock.__name__}, so it cannot become one.")
+    lacking = set(missing) - {name for site in sites for name in parameters_of_heads(dense, twins[site.name], site)}
+    if unexpected or lacking:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot become the unmodified {stock.__name__}: {(sorted(lacking) + unexpected)[0]} is in one "
+            "of them only."
+        )
     for site in sites:
         fill_site(site, twins[site.name], slots[site.name])
     check = same_output(expected, small_output(dense), stock.__name__)
@@ -55,12 +60,14 @@ def stock_model(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
     return dense, [f"all layers have {counts} with dead heads: {after - before:+,} parameters", check]
 
 
-def parameters_of_heads(model: torch.nn.Module, site: AttentionSite) -> set[str]:
-    """Names in the state dict of what `fill_site` sets."""
-    projections = [projection for projection in site.projections if not projection.whole]
+def parameters_of_heads(model: nn.Module, site: AttentionSite, source: AttentionSite | None = None) -> set[str]:
+    """Names in the state dict of what `fill_site` sets in `site`. source: where it takes that from; default from `site`."""
+    pairs = zip(site.projections, (source or site).projections)
+    projections = [projection for projection, old in pairs if not old.whole]
     owned = {id(projection.module.weight) for projection in projections}
     owned |= {id(projection.module.bias) for projection in projections if projection.bias_per_head}
     owned |= {id(extra.tensor) for extra in site.extras}
+    owned |= {id(parameter) for part in site.head_modules for parameter in modules_of(part).parameters()}
     return {name for name, value in model.state_dict(keep_vars=True).items() if id(value) in owned}
 
 
@@ -68,7 +75,7 @@ def fill_site(site: AttentionSite, twin: AttentionSite, slots: Slots) -> None:
     """Sets the heads of `twin` to those of `site` in `slots`, all others to zero."""
     heads = {False: slots.query, True: slots.kv}
     for old, new in zip(site.projections, twin.projections):
-        if old.whole:  # all of it is still there, behind a norm over all heads
+        if old.whole:  # all of it is still there, behind a norm over all heads; an attention without heads has none of it
             continue
         chosen = heads[new.per_kv_head]
         zero(new.module.weight, new.weight_dim, new.features)
@@ -80,6 +87,15 @@ def fill_site(site: AttentionSite, twin: AttentionSite, slots: Slots) -> None:
         living = [(place, head) for place, head in enumerate(heads[extra.per_kv_head]) if head is not None]
         places, sources = extra.features([pair[0] for pair in living]), own.features([pair[1] for pair in living])
         extra.tensor.data.index_copy_(extra.dim, places, own.tensor.index_select(own.dim, sources).to(extra.tensor.dtype))
+    for own_part, part in zip(site.head_modules, twin.head_modules):
+        for place, head in enumerate(heads[part.per_kv_head]):
+            if head is not None:
+                modules_of(part)[place].load_state_dict(modules_of(own_part)[head].state_dict())
+
+
+def modules_of(part: HeadModules) -> nn.ModuleList:
+    found: nn.ModuleList = getattr(part.module, part.attribute)
+    return found
 
 
 def zero(tensor: torch.Tensor, dim: int, features: torch.Tensor) -> None:
