@@ -192,3 +192,39 @@ def test_an_attention_with_parameters_that_no_adapter_knows_is_cut_only_where_a_
         hp.cut(holder, {f"0.{name}": heads for name, heads in unknown.items()}, verify=False)
     hp.cut(model, known | unknown)  # nothing reads it
     assert [site.proven for site in hp.attention_sites(model)] == [False, True]
+
+
+class HalfLlamaAttention(LlamaAttention):
+    """As an attention function that has kernels for half precision alone."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if hidden_states.dtype == torch.float32:
+            raise ValueError("only fp16 and bf16 are supported")
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_an_attention_that_runs_in_half_precision_alone_is_checked_in_that_if_it_is_known(proven, caplog):
+    model = ordinary_llama().to(torch.bfloat16)
+    model.model.layers[0].self_attn.__class__ = HalfLlamaAttention
+    site = dataclasses.replace(hp.attention_sites(model)[0], proven=proven)
+    with caplog.at_level(logging.WARNING, "headprune"):
+        if proven:
+            rehearse(model, [(site, (0, 1))], cut_site, None, True)
+            (line,) = of_headprune(caplog)
+            assert "does not run in fp32; its cut is checked in torch.bfloat16 only" in line
+        else:
+            with pytest.raises(UnsupportedModel, match=r"does not run in fp32.* Load the model with dtype=torch.float32"):
+                rehearse(model, [(site, (0, 1))], cut_site, None, True)
+
+
+def test_what_ran_before_a_forward_pass_failed_is_checked_all_the_same(caplog):
+    model = Unreached(own=True)
+
+    def run(model):
+        model(torch.arange(6)[None])
+        raise ValueError("the loss does not take this")
+
+    with caplog.at_level(logging.WARNING, "headprune"):
+        hp.cut(model, KEEP, run=run)
+    assert of_headprune(caplog) == ["Unreached does not run on an input of the check before a cut: the loss does not take this"]
