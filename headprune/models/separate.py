@@ -27,6 +27,7 @@ from headprune.models.specialise import empty, specialise
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 OUTPUTS = ("o_proj", "out_proj", "dense")
+BESIDES = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "sinks", "relative_position_bias")  # what else may hold parameters
 
 
 class Separate:
@@ -35,6 +36,7 @@ class Separate:
     Attention sinks and per-head q/k norms go with their heads; norms of one head_dim are shared by all and stay. A norm
     over all heads at once (OLMo 2) divides every head by a statistic of all of them: there the query and key projections
     and their norms stay whole and the heads are picked behind the norm, so that values, outputs and cache shrink exactly.
+    With parameters that are none of these it is cut only where a forward pass proves it.
     """
 
     name = "separate"
@@ -69,7 +71,7 @@ class Separate:
         kind: Kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
             name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
-            windowed, head_modules=tuple(modules),
+            windowed, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *BESIDES}),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -82,6 +84,11 @@ class Separate:
                 pick_behind_norm(getattr(module, f"{role[0]}_norm"), heads, site.head_dim)
         if not head_map.query_heads:
             empty(module, site.output.name.rpartition(".")[2])
+
+
+def unknown_parameters(module: nn.Module, known: set[str]) -> list[str]:
+    """The parameters of `module` outside its parts `known`: they may belong to heads (biases of relative positions, say)."""
+    return [name for name, _ in module.named_parameters() if name.partition(".")[0] not in known]
 
 
 def projection(role: Role, name: str, module: Foreign, norm: Foreign, heads: int, head_dim: int) -> ProjectionHeads:

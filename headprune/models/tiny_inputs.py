@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 TOKENS = 6
+FRAMES = 64
 
 
 def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Arguments of `model.forward`: two rows of tokens (one of them padded), one picture, one spectrogram, as the model
-    takes them; None where its config does not tell."""
+    """Arguments of `model.forward`: two rows of tokens (one of them padded), one picture, one sound or spectrogram, as the
+    model takes them; None where its config does not tell."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return picture_for_patches(model)
@@ -26,10 +28,13 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     if "pixel_values" in taken:
         inputs |= pixels(getattr(config, "vision_config", config))
     if "input_features" in taken and main == "input_features":
-        inputs |= spectrogram(config)
+        inputs |= spectrogram(model, config)
+    if "input_values" in taken and main == "input_values":
+        inputs |= sound(config)
     if not inputs:
         return None
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
+    decodes = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken
+    if decodes and isinstance(vocabulary, int):
         inputs["decoder_input_ids"] = tokens(vocabulary)["input_ids"][: rows_of(inputs)]
     place = next(model.parameters())
     device = "cpu" if place.is_meta else place.device
@@ -70,8 +75,29 @@ def pixels(config: Any) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)}
 
 
-def spectrogram(config: Any) -> dict[str, Tensor]:
-    if not hasattr(config, "num_mel_bins") or not hasattr(config, "max_source_positions"):
+def spectrogram(model: nn.Module, config: Any) -> dict[str, Tensor]:
+    """[1, bins, frames] where the model's first convolution runs along the frames (Whisper), else [1, frames, bins]."""
+    parts = (config, getattr(config, "encoder_config", None))
+    part = next((part for part in parts if bins_of(part) is not None), None)
+    if part is None:
         return {}
+    bins, generator = bins_of(part), torch.Generator().manual_seed(0)
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv1d)), None)
+    across = hasattr(part, "num_mel_bins") and first is not None and first.in_channels == bins
+    shape = (1, bins, 2 * getattr(part, "max_source_positions", FRAMES // 2)) if across else (1, FRAMES, bins)
+    return {"input_features": torch.randn(shape, generator=generator)}
+
+
+def bins_of(config: Any) -> Any:
+    return getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", None))
+
+
+def sound(config: Any) -> dict[str, Tensor]:
+    """[1, samples] (wav2vec 2.0, HuBERT, Moonshine), or the spectrogram [1, frames, bins] of a transformer over its patches."""
     generator = torch.Generator().manual_seed(0)
-    return {"input_features": torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)}
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        return {"input_values": torch.randn(1, config.max_length, config.num_mel_bins, generator=generator)}
+    if hasattr(config, "audio_channels"):
+        return {}  # a codec
+    stride = math.prod(getattr(config, "conv_stride", (320,)))
+    return {"input_values": torch.randn(1, 2 * TOKENS * stride + 400, generator=generator)}

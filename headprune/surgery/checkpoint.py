@@ -22,6 +22,7 @@ from headprune.surgery.manifest import check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
 from headprune.surgery.record import SECTION, kept_heads, record_of
 from headprune.surgery.remote_code import write_remote_code
+from headprune.surgery.saved_with_code import SavedWithCode, save_with_code
 
 Plain = TypeVar("Plain", bound=nn.Module)
 
@@ -65,7 +66,8 @@ def save(
     with whole_folder(folder) as draft:
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(draft, **options)
-            write_remote_code(model, draft)
+            if not isinstance(model, SavedWithCode):
+                write_remote_code(model, draft)
         else:
             save_plain(model, draft, **options)
         for companion in (tokenizer, processor):
@@ -142,6 +144,8 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, veri
         raise CorruptCheckpoint(f"{folder} lacks weights that its config promises: {', '.join(missing[:3])}.")
     if options.get("attn_implementation") not in (None, found.config._attn_implementation):
         found.set_attn_implementation(options["attn_implementation"])  # the cut chose what runs ragged groups best
+    if section:
+        save_with_code(found, model_class)
     loaded: PreTrainedModel = found
     return loaded
 
@@ -204,7 +208,7 @@ def pruned_class(model_class: type[PreTrainedModel], section: dict[str, Any] | N
         delattr(config, SECTION)  # what is built first is the whole original
         with modeling_headprune.whole(config):
             model_class.__init__(self, config, *args, **options)
-        cut(self, modeling_headprune.renamed(self, kept), verify=False)
+        cut(self, modeling_headprune.renamed(self, kept), proven=True)
         setattr(config, SECTION, saved)
 
     return type(name, (model_class,), {"__init__": __init__, "__module__": module})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from headprune.errors import InvalidPlan, UnsupportedModel
 from headprune.models import attention_interface
@@ -19,6 +20,7 @@ from headprune.nn.replace import on_own_attention
 from headprune.surgery.gather import gathered, gathered_at_once
 from headprune.surgery.record import record_cut
 from headprune.surgery.rehearse import rehearse
+from headprune.surgery.saved_with_code import save_with_code
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def carry_out(model: nn.Module, checked: CheckedCut) -> None:
     for name, heads in checked.kept.items():
         cut_site(checked.sites[name], heads)
     record_cut(model, checked.sites, checked.kept)
+    if isinstance(model, PreTrainedModel):
+        save_with_code(model)
 
 
 def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:

@@ -14,14 +14,15 @@ from headprune.head_map import HeadMap
 def set_layer_config(config: PreTrainedConfig, head_maps: Mapping[str, HeadMap], head_dims: Mapping[str, int]) -> None:
     """Writes the counts of each layer into `config`, or takes old ones away where they cannot be said.
 
-    head_maps and head_dims: by site name. They can be said where every layer has one attention and all groups are equal.
+    head_maps and head_dims: by site name. They can be said where every layer has one attention and all have one head_dim; how
+    ragged groups are made up stands in the `headprune` section alone.
     `head_dim` is made explicit, because it no longer follows from the number of heads; the global counts stay those of the
     original.
     """
     config.per_layer_config = None
     numbered = by_layer(head_maps)
     fits = sorted(numbered) == list(range(getattr(config, "num_hidden_layers", None) or 0)) and len(numbered) == len(head_maps)
-    if not fits or len(set(head_dims.values())) != 1 or not all(head_map.is_uniform for head_map in head_maps.values()):
+    if not fits or len(set(head_dims.values())) != 1:
         return
     if getattr(config, "head_dim", None) is None:
         config.head_dim = next(iter(head_dims.values()))
@@ -39,9 +40,8 @@ def by_layer(head_maps: Mapping[str, HeadMap]) -> dict[int, HeadMap]:
 
 
 def counts(config: PreTrainedConfig, head_map: HeadMap) -> dict[str, Any]:
-    if not head_map.query_heads:
-        return {"skip": ["attention"]}
-    found = {"num_attention_heads": head_map.query_heads}
+    """An attention without heads counts as one head: so large a placeholder has a cache that is allocated ahead of time."""
+    found: dict[str, Any] = {"num_attention_heads": max(head_map.query_heads, 1)}
     if hasattr(config, "num_key_value_heads"):
-        found["num_key_value_heads"] = head_map.kv_heads
-    return found
+        found["num_key_value_heads"] = max(head_map.kv_heads, 1)
+    return found if head_map.query_heads else {**found, "skip": ["attention"]}

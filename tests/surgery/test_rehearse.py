@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from tiny_decoders import FAMILIES, decoder
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
 from torch import nn
@@ -127,3 +128,67 @@ def test_of_another_kind_it_is_refused_until_a_forward_pass_or_the_user_vouches(
 def test_the_tested_kinds_are_those_of_the_families_in_the_tests():
     models = [decoder(family) for family in FAMILIES] + [family.make() for family in (ENCODERS | SEQ2SEQ | VISION).values()]
     assert {type(site.module).__name__ for model in models for site in hp.attention_sites(model)} == set(TESTED["transformers"])
+
+
+SOUND = {
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 8),
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+COUNTS = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+LISTENERS = {
+    "Wav2Vec2Model": ("Wav2Vec2Config", {**SMALL, **SOUND}),
+    "HubertModel": ("HubertConfig", {**SMALL, **SOUND}),
+    "ASTModel": ("ASTConfig", {**SMALL, "max_length": 32, "num_mel_bins": 16}),
+    "LasrEncoder": ("LasrEncoderConfig", {**SMALL, "num_mel_bins": 16, "subsampling_conv_channels": 8}),
+    "Speech2TextModel": (
+        "Speech2TextConfig",
+        {
+            "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+            "conv_channels": 16, "input_feat_per_channel": 8, "vocab_size": 61, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+        },
+    ),
+}  # fmt: skip
+
+
+def listener(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config, options = LISTENERS[name]
+    return getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
+
+
+@pytest.mark.parametrize("name", LISTENERS)
+def test_the_check_has_an_input_for_models_that_listen(name, caplog):
+    model = listener(name)
+    with caplog.at_level(logging.WARNING, "headprune"):
+        hp.cut(model, {site.name: [0, 2] for site in hp.attention_sites(model)})
+    assert not of_headprune(caplog)
+
+
+@pytest.mark.parametrize("name", ["MoonshineForConditionalGeneration", "ParakeetEncoder"])
+def test_models_that_would_break_at_the_next_forward_pass_are_refused(name):
+    """Both read head counts from their config; Parakeet's biases of relative positions belong to heads."""
+    options = {"ParakeetEncoder": {**SMALL, "num_mel_bins": 16, "subsampling_conv_channels": 8}}.get(name)
+    if options is None:
+        stacks = {f"{part}_{count}": value for part in ("encoder", "decoder") for count, value in COUNTS.items()}
+        options = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 61, **stacks}
+    config = {"ParakeetEncoder": "ParakeetEncoderConfig"}.get(name, "MoonshineConfig")
+    model = getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
+    first = hp.attention_sites(model)[0]
+    assert first.proven == (name != "ParakeetEncoder")
+    with pytest.raises(UnsupportedModel, match=rf"{first.name} .* cannot be cut: without those heads it fails"):
+        hp.cut(model, {first.name: [0, 1]})
+
+
+def test_an_attention_with_parameters_that_no_adapter_knows_is_cut_only_where_a_forward_pass_proves_it():
+    model = ordinary_llama()
+    model.model.layers[0].self_attn.head_scale = nn.Parameter(torch.ones(8))
+    known, unknown = ({f"model.layers.{layer}.self_attn": [0, 1]} for layer in (1, 0))
+    holder = nn.Sequential(model)  # for which no input is known
+    with pytest.raises(UnsupportedModel, match="is not a known attention, and no forward pass"):
+        hp.cut(holder, {f"0.{name}": heads for name, heads in unknown.items()}, verify=False)
+    hp.cut(model, known | unknown)  # nothing reads it
+    assert [site.proven for site in hp.attention_sites(model)] == [False, True]

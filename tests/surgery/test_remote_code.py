@@ -1,23 +1,21 @@
 """`AutoModel*.from_pretrained(folder, trust_remote_code=True)`, with headprune and where it cannot be imported."""
 
+import copy
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import bert, hidden, llama, padded
-from transformers import (
-    AttentionInterface,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    configuration_utils,
-)
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.surgery import cut, load, save
@@ -27,6 +25,7 @@ RAGGED = {"model.layers.0.self_attn": [0, 1, 3, 6], "model.layers.1.self_attn": 
 MODELS = {
     "llama_even": (llama, EVEN, "AutoModelForCausalLM"),
     "llama_ragged": (llama, RAGGED, "AutoModelForCausalLM"),
+    "llama_saved_by_transformers": (llama, RAGGED | {"model.layers.0.self_attn": []}, "AutoModelForCausalLM"),
     "llama_base": (llama, RAGGED, "AutoModel"),
     "bert": (bert, {"encoder.layer.0.attention": [1], "encoder.layer.1.attention": [0, 2, 3]}, "AutoModel"),
 }
@@ -60,11 +59,21 @@ def pruned(name: str):
     return model
 
 
+def by_disk(model):
+    with tempfile.TemporaryDirectory() as folder:
+        return load(save(model, folder))
+
+
+def by_auto_model(model):
+    with tempfile.TemporaryDirectory() as folder:
+        return AutoModelForCausalLM.from_pretrained(save(model, folder), trust_remote_code=True)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("remote")
     for name in MODELS:
-        save(pruned(name), root / name)
+        pruned(name).save_pretrained(root / name) if name == "llama_saved_by_transformers" else save(pruned(name), root / name)
     arguments = [f"{auto}={root / name}" for name, (_, _, auto) in MODELS.items()]
     command = [sys.executable, "-c", WITHOUT_HEADPRUNE, "", *arguments]
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -115,6 +124,30 @@ def test_what_transformers_saved_again_loads_with_headprune(folders):
     assert torch.equal(hidden(again, **padded()), hidden(load(folders / "llama_ragged"), **padded()))
 
 
+@pytest.mark.parametrize("come", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_disk, by_auto_model])
+def test_save_pretrained_writes_what_auto_model_needs(come, tmp_path):
+    model = come(pruned("llama_ragged"))
+    cut(model, {"model.layers.1.self_attn": [0]})
+    assert type(model).__name__ in ("LlamaForCausalLM", "HeadPrunedLlamaForCausalLM")
+    save(model, tmp_path / "there")  # its digests are those of what stood there before
+    model.lm_head.weight.data.mul_(2)
+    model.save_pretrained(tmp_path / "there")
+    expected = hidden(model, **padded())
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "there", trust_remote_code=True)
+    assert torch.equal(hidden(found, **padded()), expected)
+    assert torch.equal(hidden(load(tmp_path / "there"), **padded()), expected)
+
+
+def test_adapters_are_saved_without_the_model_s_code(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = pruned("llama_ragged")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} & {"config.json", "modeling_headprune.py"} == set()
+    with pytest.raises(InvalidInput, match=r"push_to_hub\(\)"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+
+
 def test_a_pruned_encoder_becomes_a_classifier(folders):
     model = AutoModelForSequenceClassification.from_pretrained(folders / "bert", trust_remote_code=True, num_labels=3)
     assert [str(site.head_map) for site in attention_sites(model)] == ["1q/1kv", "3q/3kv"]
@@ -134,7 +167,7 @@ def test_an_engine_with_its_own_attention_is_refused_ragged_groups(folders, monk
     assert AutoModel.from_pretrained(folders / "llama_even", trust_remote_code=True, attn_implementation="engine") is not None
 
 
-def test_even_groups_are_said_in_transformers_own_way_too(folders):
+def test_the_counts_are_said_in_transformers_own_way_too(folders):
     def config(name: str) -> dict:
         return json.loads((folders / name / "config.json").read_text())
 
@@ -143,18 +176,9 @@ def test_even_groups_are_said_in_transformers_own_way_too(folders):
     }  # fmt: skip
     assert config("bert")["per_layer_config"] == {"0": {"num_attention_heads": 1}, "1": {"num_attention_heads": 3}}
     assert config("bert")["head_dim"] == 8
-    assert "per_layer_config" not in config("llama_ragged")
-
-
-@pytest.mark.skipif(
-    not hasattr(configuration_utils, "get_head_shapes"), reason="this transformers makes static caches of one size for chunks"
-)
-def test_chunked_prefill_with_a_static_cache_finds_the_counts_of_each_layer(folders):
-    model = load(folders / "llama_even")
-    ids = padded()["input_ids"][:1]
-    options = {"max_new_tokens": 6, "do_sample": False, "disable_compile": True}
-    static = model.generate(ids, cache_implementation="static", prefill_chunk_size=4, **options)
-    assert torch.equal(static, model.generate(ids, **options))
+    ragged = config("llama_saved_by_transformers")["per_layer_config"]
+    assert ragged["0"] == {"num_attention_heads": 1, "num_key_value_heads": 1, "skip": ["attention"]}  # a placeholder in caches
+    assert ragged["1"] == {"num_attention_heads": 3, "num_key_value_heads": 2}
 
 
 def test_a_further_cut_renews_the_counts(folders):
@@ -162,5 +186,5 @@ def test_a_further_cut_renews_the_counts(folders):
     cut(model, {"model.layers.0.self_attn": [0]})
     assert [layer.num_attention_heads for layer in model.config.per_layer_config] == [1, 1]
     cut(ragged := llama(), {"model.layers.0.self_attn": [0, 1, 2, 3, 4]})
-    assert not ragged.config.is_heterogeneous
+    assert [layer.num_key_value_heads for layer in ragged.config.per_layer_config] == [3, 4]
     assert attention_sites(ragged)[0].head_map == HeadMap((0, 0, 1, 1, 2), 3)
