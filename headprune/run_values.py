@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
 from headprune.evaluation.tasks import Task
+from headprune.models.identity import ModelIdentity
 from headprune.models.streamed import streamed_of
 from headprune.planning import Budget, PruningPlan, Sensitivity, plan, sensitivity
 from headprune.recipe import Recipe
@@ -59,7 +61,8 @@ def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> Head
         if portray:
             portraits(observed).save(folder / "portraits.json")
         for name in sorted(missing, key=lambda name: name == main):  # the run's own last: with it, this stage is done
-            score_observations(observed, name, recipe.score.normalize).save(paths[name])
+            found = score_observations(observed, name, recipe.score.normalize)
+            replace(found, made_for=ModelIdentity.of(model)).save(paths[name])
     shutil.rmtree(folder / STATES, ignore_errors=True)
     return HeadScores.load(paths[main])
 

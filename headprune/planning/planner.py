@@ -74,7 +74,7 @@ def plan(
     get_allocation(allocation)(selection, sorted(units, key=lambda unit: unit.mean_score))
     keep = {name: tuple(sorted(heads)) for name, heads in selection.kept.items()}
     warn_of_unsettled(scores, keep)
-    return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores)
+    return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores, scores.made_for)
 
 
 def granularity_for(granularity: str | None, engine: Engine, budget: Budget) -> str:

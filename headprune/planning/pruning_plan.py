@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from headprune.files import read_json, write_json
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.gating import checked_keep
+from headprune.models.identity import ModelIdentity
 from headprune.nn.replace import own_attention
 from headprune.planning.budget import Budget
-from headprune.scoring.scores import HeadScores
+from headprune.scoring.scores import HeadScores, model_json
 from headprune.scoring.site_shape import SiteShape
 
 
@@ -26,8 +27,9 @@ from headprune.scoring.site_shape import SiteShape
 class PruningPlan(Mapping[str, tuple[int, ...]]):
     """Site name -> the query heads to keep, ascending, for every site of one model.
 
-    shapes: the sites' geometry, by which a plan for another model is refused. budget, criterion and scores say where the
-    plan came from; None in a plan made by hand.
+    shapes: the sites' geometry; made_for: the model's kind, sizes and a sample of its weights (None in plans of earlier versions).
+    By both a plan for another model is refused. budget, criterion and scores say where the plan came from; None in a plan made by
+    hand.
     """
 
     keep: dict[str, tuple[int, ...]]
@@ -35,6 +37,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
     budget: Budget | None = None
     criterion: str | None = None
     scores: HeadScores | None = None
+    made_for: ModelIdentity | None = None
 
     def __post_init__(self) -> None:
         if set(self.keep) != set(self.shapes):
@@ -62,7 +65,8 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
             except InvalidInput as error:
                 raise InvalidPlan(str(error)) from None
             shapes = {name: SiteShape.of(site) for name, site in sites.items()}
-        return cls({name: given.get(name, tuple(range(shapes[name].head_map.query_heads))) for name in sites}, shapes)
+        kept = {name: given.get(name, tuple(range(shapes[name].head_map.query_heads))) for name in sites}
+        return cls(kept, shapes, made_for=ModelIdentity.of(model))
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         return self.keep[name]
@@ -90,7 +94,8 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
         return sum(shape.parameters(shape.head_map) - shape.parameters(self.head_map(name)) for name, shape in self.shapes.items())
 
     def check_fits(self, model: nn.Module) -> None:
-        """InvalidPlan unless `model` has exactly the sites, head maps and sizes that the plan was made for."""
+        """InvalidPlan unless `model` has exactly the sites, head maps and sizes that the plan was made for, and is of the same
+        kind; where only its weights are others the log says so."""
         with own_attention(model):
             found = {site.name: SiteShape.of(site) for site in attention_sites(model)}
         for name in [*self.shapes, *found]:
@@ -99,6 +104,8 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
                 raise InvalidPlan(
                     f"the plan is for another model: at {name} it expects {describe(planned)}, the model has {describe(there)}."
                 )
+        if self.made_for is not None:
+            self.made_for.check(model)
 
     def to_json(self) -> dict[str, Any]:
         """What plan.json holds beside its kind and schema version."""
@@ -106,7 +113,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
         for name, found in self.scores.to_json().items() if self.scores is not None else ():
             sites[name].update(found)
         budget = None if self.budget is None else self.budget.to_json()
-        return {"criterion": self.criterion, "budget": budget, "sites": sites}
+        return {"criterion": self.criterion, "budget": budget, **model_json(self.made_for), "sites": sites}
 
     def save(self, path: str | Path) -> None:
         """Writes plan.json, through a temporary name; "keep" in it may be edited by hand."""
@@ -120,11 +127,11 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
             sites = document["sites"]
             shapes = {name: SiteShape.from_json(site["shape"]) for name, site in sites.items()}
             budget = None if document["budget"] is None else Budget.of(document["budget"])
-            scores = None
+            scores, made_for = None, ModelIdentity.from_json(document.get("model"))
             if sites and all("scores" in site for site in sites.values()):
-                scores = HeadScores.from_json(document["criterion"], sites)
+                scores = replace(HeadScores.from_json(document["criterion"], sites), made_for=made_for)
             keep = {name: tuple(site["keep"]) for name, site in sites.items()}
-            return cls(keep, shapes, budget, document["criterion"], scores)
+            return cls(keep, shapes, budget, document["criterion"], scores, made_for)
         except HeadpruneError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -179,7 +179,7 @@ def plan_document(run: RunFolder) -> Json:
     plan = run.plan
     if plan is None:
         ranking = next(iter(run.scores.values()))
-        plan = PruningPlan(everything(run), run.shapes, None, ranking.criterion, ranking)
+        plan = PruningPlan(everything(run), run.shapes, None, ranking.criterion, ranking, ranking.made_for)
     document = {"kind": "pruning_plan", "schema_version": SCHEMA_VERSION, **plan.to_json()}
     values = [site.get(part) or [] for site in document["sites"].values() for part in ("scores", "spread")]
     if not all(map(math.isfinite, (value for part in values for value in part))):  # JSON has no infinity

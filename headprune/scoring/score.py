@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import unknown_name
+from headprune.models.identity import ModelIdentity
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.observations import Observations
 from headprune.scoring.observe import observe
@@ -79,5 +80,6 @@ def score(
     names = [criterion] if isinstance(criterion, str) else list(criterion)
     needs = frozenset().union(*(get_criterion(name).needs for name in names))
     observed = observe(model, batches, needs, **options)
-    scores = {name: score_observations(observed, name, normalize) for name in names}
+    made_for = ModelIdentity.of(model)
+    scores = {name: replace(score_observations(observed, name, normalize), made_for=made_for) for name in names}
     return scores[criterion] if isinstance(criterion, str) else scores

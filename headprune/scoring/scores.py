@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.files import read_json, write_json
+from headprune.models.identity import ModelIdentity
 from headprune.scoring.agreement import Agreement, agreement
 from headprune.scoring.site_shape import SiteShape
 
@@ -24,6 +25,7 @@ class HeadScores(Mapping[str, Tensor]):
 
     spread: site name -> fp32 [query_heads], the bootstrap standard deviation of each score over the calibration samples, where the
     criterion is one of samples. unreached: sites that no calibration data ran through; their scores are NaN, plans keep them.
+    made_for: the model that was scored, for the plans to come; None in scores of earlier versions.
     """
 
     criterion: str
@@ -31,6 +33,7 @@ class HeadScores(Mapping[str, Tensor]):
     shapes: dict[str, SiteShape]
     spread: dict[str, Tensor] | None = None
     unreached: frozenset[str] = field(default_factory=frozenset)
+    made_for: ModelIdentity | None = None
 
     def __post_init__(self) -> None:
         if list(self.scores) != list(self.shapes):
@@ -90,14 +93,15 @@ class HeadScores(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Writes scores.json, through a temporary name."""
-        write_json(path, "head_scores", {"criterion": self.criterion, "sites": self.to_json()})
+        write_json(path, "head_scores", {"criterion": self.criterion, **model_json(self.made_for), "sites": self.to_json()})
 
     @classmethod
     def load(cls, path: str | Path) -> HeadScores:
         """Raises InvalidInput where the file is no scores.json, CorruptCheckpoint where it is of a newer version."""
         document = read_json(path, "head_scores")
         try:
-            return cls.from_json(document["criterion"], document["sites"])
+            scores = cls.from_json(document["criterion"], document["sites"])
+            return replace(scores, made_for=ModelIdentity.from_json(document.get("model")))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{path} is not a complete head_scores file: {error!r}.") from None
 
@@ -120,3 +124,8 @@ class HeadScores(Mapping[str, Tensor]):
                 row.append(f"{100 * rank:3.0f}", style=f"{ink} on rgb({level // 3},{level},{int(level * 0.7)})")
             table.add_row(name, row)
         return table
+
+
+def model_json(made_for: ModelIdentity | None) -> dict[str, Any]:
+    """The entry of a file that says which model it is for."""
+    return {} if made_for is None else {"model": made_for.to_json()}
