@@ -19,6 +19,7 @@ from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.surgery import cut, load, save
+from headprune.surgery.export import regularise
 
 EVEN = {"model.layers.0.self_attn": [0, 1, 6, 7], "model.layers.1.self_attn": [2]}
 RAGGED = {"model.layers.0.self_attn": [0, 1, 3, 6], "model.layers.1.self_attn": [2, 4, 5]}
@@ -188,3 +189,15 @@ def test_a_further_cut_renews_the_counts(folders):
     cut(ragged := llama(), {"model.layers.0.self_attn": [0, 1, 2, 3, 4]})
     assert [layer.num_key_value_heads for layer in ragged.config.per_layer_config] == [3, 4]
     assert attention_sites(ragged)[0].head_map == HeadMap((0, 0, 1, 1, 2), 3)
+
+
+def test_a_regularised_model_that_then_loses_an_attention_survives_the_disk(tmp_path):
+    model = pruned("llama_ragged")
+    regularise(model)
+    cut(model, {attention_sites(model)[0].name: []})
+    expected = hidden(model, **padded())
+    assert torch.allclose(hidden(load(save(model, tmp_path / "there")), **padded()), expected, atol=2e-6)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "there", trust_remote_code=True)
+    assert torch.allclose(hidden(found, **padded()), expected, atol=2e-6)
+    assert regularise(found).layers
+    assert torch.allclose(hidden(found, **padded()), expected, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headprune.errors import UnsupportedModel
+from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.surgery.export.example_inputs import CHECKED, TRACED, example_inputs, without_padding
 from headprune.surgery.export.same_output import same_output
 from headprune.surgery.export.target import refuse_unknown, target
 
 log = logging.getLogger("headprune")
+
+ONE_FILE = 3 * 2**29  # bytes of weights; from there on torch puts them into a second file beside the graph
 
 
 class Outputs(nn.Module):
@@ -45,14 +48,16 @@ def write_onnx(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
         notes.append("bfloat16 is written as float32: onnxruntime has few of its operators for bfloat16")
         log.info(notes[0])
         model.float()
+    refuse_two_files(model, path)
     inputs = example_inputs(model, *TRACED)
     wrapped = Outputs(model.eval(), list(inputs)).eval()
     outputs = list(outputs_of(wrapped, inputs))
     save_graph(wrapped, inputs, outputs, path, options.get("opset", 20))
+    session = opened(path, type(model).__name__)
     expected, found = [], []
     for size in (TRACED, *CHECKED):
         inputs = example_inputs(model, *size)
-        ours, theirs = outputs_of(wrapped, inputs), run(path, inputs, type(model).__name__)
+        ours, theirs = outputs_of(wrapped, inputs), run(session, path, inputs, type(model).__name__)
         for name in outputs:
             scale = ours[name].abs().max().clamp(min=1e-6)  # each output counts alike, whatever it measures
             expected.append((without_padding(ours[name], inputs) / scale).flatten())
@@ -96,19 +101,39 @@ def free_axes(value: Tensor) -> dict[int, Any]:
     return dict.fromkeys(range(2 if value.dim() == 2 else 1), torch.export.Dim.AUTO)
 
 
-def run(path: Path, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The outputs of the graph. Raises UnsupportedModel where onnxruntime does not run it."""
+def refuse_two_files(model: PreTrainedModel, path: Path) -> None:
+    """A file is written under another name first, which its second file would keep; a folder holds both."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if size > ONE_FILE and path.suffix != ".onnx":
+        raise InvalidInput(
+            f"the weights take {size / 2**30:.1f} GiB; from {ONE_FILE / 2**30:.1f} on an ONNX graph keeps them in a second file. "
+            "Give a folder to write to, which gets model.onnx and model.onnx.data."
+        )
+
+
+def run_or_refuse(work: Callable[[], Any], path: Path, what: str) -> Any:
+    """UnsupportedModel where onnxruntime fails at `work`, which is done to the graph of `what`."""
+    try:
+        return work()
+    except Exception as error:  # onnxruntime's errors have no other class in common
+        cause = " ".join(str(error).split())[:300]
+        why = "its code computes in bfloat16, whatever the weights are. " if has_bfloat16(path) else ""
+        raise UnsupportedModel(f"onnxruntime does not run the graph of {what}: {why}{cause}") from error
+
+
+def opened(path: Path, name: str) -> Any:
+    """An onnxruntime.InferenceSession on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is in the error
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        found = session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})
-    except Exception as error:  # onnxruntime's errors have no other class in common
-        cause = " ".join(str(error).split())[:300]
-        why = "its code computes in bfloat16, whatever the weights are. " if has_bfloat16(path) else ""
-        raise UnsupportedModel(f"onnxruntime does not run the graph of {name} on {described(inputs)}: {why}{cause}") from error
+    return run_or_refuse(lambda: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), path, name)
+
+
+def run(session: Any, path: Path, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The outputs of the graph, by name."""
+    arrays = {key: value.cpu().numpy() for key, value in inputs.items()}
+    found = run_or_refuse(lambda: session.run(None, arrays), path, f"{name} on {described(inputs)}")
     return {one.name: torch.from_numpy(value) for one, value in zip(session.get_outputs(), found)}
 
 

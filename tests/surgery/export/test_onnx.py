@@ -12,10 +12,10 @@ from tiny_decoders import decoder
 from tiny_encoders import CLIP, SEQ2SEQ, TEXT, VISION, Family
 from tiny_models import bert, llama, tokens
 
-from headprune.errors import UnsupportedModel
+from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
 from headprune.surgery import cut
-from headprune.surgery.export import export
+from headprune.surgery.export import export, onnx
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -102,9 +102,16 @@ def test_bfloat16_becomes_float32_and_the_export_says_so(tmp_path, caplog):
 
 def test_a_graph_that_onnxruntime_does_not_run_is_refused_in_one_line(tmp_path):
     """Falcon rounds its ALiBi biases to bfloat16, in fp32 too."""
-    with pytest.raises(UnsupportedModel, match=r"graph of FalconForCausalLM .* computes in bfloat16") as found:
+    with pytest.raises(UnsupportedModel, match=r"graph of FalconForCausalLM: its code computes in bfloat16") as found:
         export(decoder("falcon_alibi", num_hidden_layers=1), "onnx", tmp_path / "model.onnx")
     assert "\n" not in str(found.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_a_second_file_need_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx, "ONE_FILE", 1000)
+    with pytest.raises(InvalidInput, match=r"Give a folder to write to, which gets model\.onnx and model\.onnx\.data"):
+        export(bert(), "onnx", tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
