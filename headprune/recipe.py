@@ -105,6 +105,7 @@ class RecoverSection(Section):
     method: str = Field(default="full", description="full, projections or lora")
     lr: float | None = Field(default=None, ge=0, description="peak learning rate; the method's own where none is given")
     distil: bool = Field(default=True, description="learn from the dense model; else by the task's own loss")
+    last: float = Field(default=1.0, gt=0, description="of a schedule: so many times as long after its last cut")
 
     @field_validator("method")
     @classmethod
@@ -188,6 +189,8 @@ class Recipe(Section):
             raise InvalidInput(
                 f"schedule {self.schedule.name} makes its own plans, so plan.file={self.plan.file} would not be read."
             )
+        if self.schedule is None and self.recover is not None and self.recover.last != 1:
+            raise InvalidInput(f"recover.last={self.recover.last:g} is of a schedule, and there is none; give recover.steps alone.")
         return self
 
     def to_yaml(self) -> str:

@@ -79,7 +79,7 @@ def calibration(task: Task, limited: bool) -> tuple[list[Any], list[Any]]:
 def recovery_settings(section: RecoverSection | None) -> RecoverySettings | None:
     if section is None:
         return None
-    return RecoverySettings(section.steps, section.minutes, section.lr, section.method, teacher=section.distil)
+    return RecoverySettings(section.steps, section.minutes, section.lr, section.method, section.distil, last=section.last)
 
 
 @contextmanager

@@ -87,6 +87,8 @@ def test_unknown_schedules_and_options_are_named_before_anything_runs(recipe):
             recipe(**wrong)
     with pytest.raises(InvalidInput, match="min_heads"):
         parse_recipe({"model": "m", "task": {"name": "t"}, "output": "o", "plan": {"min_head": 3}}, "test")
+    with pytest.raises(InvalidInput, match=r"recover\.last=3 is of a schedule"):
+        parse_recipe({"model": "m", "task": {"name": "t"}, "output": "o", "recover": {"steps": 2, "last": 3}}, "test")
     with pytest.raises(InvalidInput, match=r"plan\.file"):
         parse_recipe(
             {"model": "m", "task": {"name": "t"}, "output": "o", "plan": {"file": "p"}, "schedule": {"name": "one_shot"}}, "test"

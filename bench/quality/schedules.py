@@ -5,8 +5,9 @@
     python bench/quality/schedules.py minilm --heads 0.5 -o schedules-minilm.json
 
 Every way sees the same number of batches of the same size out of the same texts, distils from the same dense model and compensates
-on the same batches: one shot trains for all steps after its cut, iterative for an equal part of them after each of its cuts,
-pruning-aware for half of them with gates and for half after the cut. Training texts are never test texts.
+on the same batches: one shot trains for all steps after its cut, iterative for an equal part of them after each of its cuts (late:
+for 0.7 of them after the last), pruning-aware for half of them with gates and for half after the cut. Training texts are never test
+texts.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Subject:
     distil: hp.Distillation
     lr: float
 
-    def recovery(self, steps: int) -> hp.RecoverySettings:
-        return hp.RecoverySettings(steps=steps, lr=self.lr, teacher=True, options={"distil": self.distil})
+    def recovery(self, steps: int, last: float = 1) -> hp.RecoverySettings:
+        return hp.RecoverySettings(steps=steps, lr=self.lr, teacher=True, options={"distil": self.distil}, last=last)
 
 
 def minilm(validation: bool, seed: int) -> Subject:
@@ -73,9 +74,9 @@ def one_shot(subject: Subject, call: dict[str, Any], steps: int) -> hp.ScheduleR
     return hp.one_shot(recover=subject.recovery(steps), **call)
 
 
-def iterative(spacing: str) -> Way:
+def iterative(spacing: str, last: int = 1) -> Way:
     def run(subject: Subject, call: dict[str, Any], steps: int) -> hp.ScheduleResult:
-        return hp.iterative(steps=CUTS, spacing=spacing, recover=subject.recovery(steps // CUTS), **call)
+        return hp.iterative(steps=CUTS, spacing=spacing, recover=subject.recovery(steps // (CUTS - 1 + last), last), **call)
 
     return run
 
@@ -93,6 +94,7 @@ WAYS: dict[str, Way] = {
     "one_shot": one_shot,
     "iterative_linear": iterative("linear"),
     "iterative_cubic": iterative("cubic"),
+    "iterative_late": iterative("linear", last=7),
     **{f"pruning_aware_{name}": pruning_aware(name) for name in sorted(hp.schedules.gate_methods())},
 }
 

@@ -34,8 +34,9 @@ Recover = Callable[[nn.Module, Round], Any]
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """How `hp.recover` is called after each cut: its arguments of these names. steps or minutes are of each round; teacher: distil
-    from the dense model. options: further arguments (distil, dropout, patience, bf16, ...)."""
+    """How `hp.recover` is called after each cut: its arguments of these names. steps or minutes are of each round, and `last` times
+    as many of the last one: what is trained before heads go is in part trained in vain (bench/NOTES.md). teacher: distil from the
+    dense model. options: further arguments (distil, dropout, patience, bf16, ...)."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -43,17 +44,19 @@ class RecoverySettings:
     method: str = "full"
     teacher: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    last: float = 1.0
 
     def __call__(self, model: nn.Module, round: Round) -> Recovery:
         """Raises HeadpruneError where the loss became NaN: a schedule does not go on from there."""
+        times = self.last if round.number == round.of else 1.0
         found = recover(
             model,
             round.train,
             loss_fn=round.loss_fn,
             teacher=round.dense if self.teacher else None,
             method=self.method,
-            steps=self.steps,
-            minutes=self.minutes,
+            steps=None if self.steps is None else max(1, int(self.steps * times + 0.5)),
+            minutes=None if self.minutes is None else self.minutes * times,
             lr=self.lr,
             seed=round.seed,
             output_dir=round.folder,

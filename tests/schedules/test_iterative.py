@@ -182,10 +182,10 @@ def test_a_killed_schedule_goes_on_and_ends_the_same(tmp_path):
 
 
 def test_recovery_by_the_trainer_follows_each_cut_and_leaves_only_its_report(tmp_path):
-    settings = hp.RecoverySettings(steps=3, lr=1e-3, teacher=True)
+    settings = hp.RecoverySettings(steps=3, lr=1e-3, teacher=True, last=2)
     model, folder = tiny(), tmp_path / "run"
     found = schedules.iterative(model, batches(), hp.Budget(heads=0.5), steps=2, loss_fn=loss, recover=settings, folder=folder)
-    assert [step.details["recovery"]["steps"] for step in found.history[1:]] == [3, 3]
+    assert [step.details["recovery"]["steps"] for step in found.history[1:]] == [3, 6]
     assert {path.name for path in folder.iterdir()} == {"settings.json", "history.json", "step-002", "plan.json", "model"}
     again = schedules.iterative(model, batches(), hp.Budget(heads=0.5), steps=2, loss_fn=loss, recover=settings, folder=folder)
     assert again.history == found.history
