@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, Au
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
-from headprune.surgery import cut, load, save
+from headprune.surgery import cut, load, modeling_headprune, save
 from headprune.surgery.export import regularise
 
 EVEN = {"model.layers.0.self_attn": [0, 1, 6, 7], "model.layers.1.self_attn": [2]}
@@ -112,6 +112,15 @@ def test_with_headprune_the_same_folder_runs_its_kernels_and_can_be_pruned_furth
     cut(model, keep)
     cut(expected, keep)
     assert torch.allclose(hidden(model, **padded()), hidden(expected, **padded()), atol=2e-6)
+
+
+def test_what_only_headprune_can_build_says_so_elsewhere(tmp_path, monkeypatch):
+    model = pruned("llama_even")
+    model.model.layers[0].mlp.act_fn = torch.nn.Tanh()  # not what the stock class has there
+    folder = save(model, tmp_path / "there")
+    monkeypatch.setattr(modeling_headprune, "headprune", None)
+    with pytest.raises(ImportError, match="pip install headprune"):
+        modeling_headprune.HeadPrunedLlamaForCausalLM.from_pretrained(folder)
 
 
 def test_arguments_can_be_checked_against_the_constructor_s_annotations_as_vllm_does(folders):
