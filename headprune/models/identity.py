@@ -17,8 +17,8 @@ from headprune.models.adapters import attention_sites
 from headprune.nn.replace import own_attention
 
 log = logging.getLogger("headprune")
-SIZES = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_experts",
+SIZES = (  # no vocabulary: tokens may be added between scoring and pruning
+    "model_type", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_experts",
     "num_local_experts", "n_routed_experts", "image_size", "patch_size", "num_mel_bins",
 )  # fmt: skip
 SITES, ENTRIES = 16, 4  # of so many attentions so many rows' entries are looked at

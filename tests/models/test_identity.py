@@ -33,7 +33,12 @@ def plan() -> hp.PruningPlan:
             lambda: decoder("mistral", num_attention_heads=8, num_key_value_heads=4, head_dim=8),
             "its model_type is llama, .* is mistral",
         ),
-        (lambda: resized(llama(), 64), "its vocab_size is 61, the given model's is 64"),
+        (
+            lambda: decoder(
+                "llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=False, intermediate_size=80
+            ),
+            "its intermediate_size is 48, the given model's is 80",
+        ),
     ],
 )
 def test_another_model_whose_attentions_have_the_same_shapes_is_refused(plan, other, names):
@@ -56,14 +61,14 @@ def test_other_weights_are_taken_with_a_warning(plan, caplog):
     assert "made for other weights of this architecture" in line
 
 
-def test_the_same_model_in_another_dtype_or_trained_further_or_without_weights_is_taken_in_silence(plan, caplog, tmp_path):
+def test_the_same_model_in_another_dtype_trained_further_or_with_new_tokens_is_taken_in_silence(plan, caplog, tmp_path):
     trained = llama()
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
     trained(input_ids=tokens(), labels=tokens()).loss.backward()
     optimizer.step()
     hp.save(llama(), tmp_path / "model")
     with caplog.at_level(logging.WARNING, "headprune"):
-        for model in (llama().to(torch.bfloat16), trained, skeleton(tmp_path / "model")):
+        for model in (llama().to(torch.bfloat16), trained, resized(llama(), 64), skeleton(tmp_path / "model")):
             plan.check_fits(model)
     assert not warnings_of(caplog)
 
@@ -76,7 +81,7 @@ def test_scores_hand_it_on_to_plans_and_files_of_both_keep_it(tmp_path):
     made.save(tmp_path / "plan.json")
     loaded = hp.PruningPlan.load(tmp_path / "plan.json")
     assert loaded.made_for == loaded.scores.made_for == scores.made_for == ModelIdentity.of(model)
-    assert loaded.made_for.architecture["vocab_size"] == 61
+    assert loaded.made_for.architecture["hidden_size"] == model.config.hidden_size
     assert 0 < len(loaded.made_for.weights) <= 64
 
 
