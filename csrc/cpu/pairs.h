@@ -38,24 +38,22 @@ HEADPRUNE_PAIRS void paired_scores(
   const int64_t width = whole_steps(dim);
   for (int64_t first = 0; first < count; first += tile) {
     Vec sums[kLanes];
-    __m512 sum[Heads * tile];
+    std::fill_n(sums, kLanes, Vec(0));
     #pragma GCC unroll 16
-    for (int i = 0; i < Heads * tile; ++i) sum[i] = _mm512_setzero_ps();
-    for (int64_t x = 0; x < dim; x += kStep) {
-      const __mmask32 there = columns_there(dim - x);
-      __m512bh query[Heads];
-      #pragma GCC unroll 16
-      for (int r = 0; r < Heads; ++r) query[r] = (__m512bh)_mm512_loadu_si512(reinterpret_cast<const at::BFloat16*>(queries + r * width) + x);
-      #pragma GCC unroll 16
-      for (int k = 0; k < tile; ++k) {
+    for (int k = 0; k < tile; ++k) {
+      __m512 sum[Heads];
+      std::fill_n(sum, Heads, _mm512_setzero_ps());
+      for (int64_t x = 0; x < dim; x += kStep) {
         ask_for(keys.later[first + k] + x);
-        const auto key = (__m512bh)_mm512_maskz_loadu_epi16(there, keys.now[first + k] + x);
-        #pragma GCC unroll 16
-        for (int r = 0; r < Heads; ++r) sum[r * tile + k] = _mm512_dpbf16_ps(sum[r * tile + k], key, query[r]);
+        const auto key = (__m512bh)_mm512_maskz_loadu_epi16(columns_there(dim - x), keys.now[first + k] + x);
+        #pragma GCC unroll 8
+        for (int r = 0; r < Heads; ++r) {
+          const auto* query = reinterpret_cast<const at::BFloat16*>(queries + r * width) + x;
+          sum[r] = _mm512_dpbf16_ps(sum[r], key, (__m512bh)_mm512_loadu_si512(query));
+        }
       }
+      for (int r = 0; r < Heads; ++r) sums[r * tile + k] = sum[r];
     }
-    #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) sums[i] = i < Heads * tile ? Vec(sum[i]) : Vec(0);
     store_scores<Heads>(lane_sums(sums) * Vec(factor), first, scores, stride);
   }
 }
