@@ -25,7 +25,7 @@ from headprune.models.tiny_inputs import tiny_inputs
 from headprune.planning.pruning_plan import PruningPlan, check_plan
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import CLAIM, take_over
-from headprune.surgery.checkpoint import skeleton
+from headprune.surgery.checkpoint import load_config, skeleton
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.compensate import Resolved
 from headprune.surgery.cut import cut
@@ -175,9 +175,11 @@ class Steps:
 def check_folder(
     source: Path, draft: Path, kept: Mapping[str, Sequence[int]], solved: Mapping[str, Stored], device: torch.device | str
 ) -> None:
-    """HeadpruneError unless `draft` gives what `source` gives with the removed heads gated and the solved weights in place."""
+    """HeadpruneError unless `draft` gives, in fp32, what `source` gives with the removed heads gated and the solved weights in
+    place, which the files of `draft` have rounded to their own dtype."""
+    stored = load_config(source).dtype or torch.float32
     try:
-        gated_model, pruned = open_streamed(source, device=device), open_streamed(draft, device=device)
+        gated_model, pruned = (open_streamed(folder, device=device, dtype=torch.float32) for folder in (source, draft))
     except UnsupportedModel as error:
         log.warning("the pruned folder was not checked by a forward pass: %s", error)
         return
@@ -190,7 +192,7 @@ def check_folder(
     with gated(gated_model, kept):
         expected = gated_model(**placed)[0].double()
     off = float((pruned(**placed)[0].double() - expected).norm() / expected.norm())
-    if not off <= max(TOLERANCE, 16 * torch.finfo(pruned.dtype).eps):
+    if not off <= (max(TOLERANCE, 16 * torch.finfo(stored).eps) if solved else TOLERANCE):
         shutil.rmtree(draft)
         raise HeadpruneError(
             f"the pruned folder failed its own check: its outputs are {off:.1e} off (relative) those of {source} with the same "
