@@ -3,11 +3,14 @@
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def environment() -> dict[str, str]:
@@ -49,6 +52,27 @@ def forked(script: Path, *arguments: str, folder: Path, preload: list[str], rank
     printed = "".join(file.read_text(encoding="utf-8") for file in files)
     assert not any(child.exitcode for child in children), printed
     return printed
+
+
+def by_two_ranks(script: str, tmp_path_factory, worker_id: str) -> Path:
+    """The folder that tests/SCRIPT, run on two ranks, has filled; once for all workers of pytest-xdist."""
+    if worker_id == "master":
+        return filled_by_ranks(script, tmp_path_factory.mktemp(script))
+    folder = tmp_path_factory.getbasetemp().parent / script
+    with FileLock(f"{folder}.lock"):
+        return folder if folder.exists() else filled_by_ranks(script, folder)
+
+
+def filled_by_ranks(script: str, folder: Path) -> Path:
+    draft = folder.with_name(f"{folder.name}-draft")
+    draft.mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(Path(__file__).with_name(script)), str(draft)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    shutil.rmtree(folder, ignore_errors=True)  # an empty one of pytest's
+    draft.rename(folder)
+    return folder
 
 
 def leave() -> None:

@@ -1,12 +1,10 @@
 """Recovery of a model that is sharded over two ranks (FSDP2) gives what two ranks with whole models give."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from child_process import by_two_ranks
 from pruned_pairs import pruned_classifier, pruned_llama, text_batches
 from safetensors.torch import load_file
 
@@ -16,13 +14,8 @@ from headprune.recovery.sharding import refuse_scalars
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
-    script = Path(__file__).parents[1] / "sharded_ranks.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(folder)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+def folder(tmp_path_factory, worker_id):
+    return by_two_ranks("sharded_ranks.py", tmp_path_factory, worker_id)
 
 
 def said(folder, rank):

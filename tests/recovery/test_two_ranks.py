@@ -1,12 +1,10 @@
 """Scoring and recovery on two gloo ranks give what one rank gives, on each of them."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from child_process import by_two_ranks
 from pruned_pairs import pruned_llama, text_batches
 from safetensors.torch import load_file
 from two_ranks import BUDGET, CRITERIA, observed, steps_of
@@ -15,13 +13,8 @@ import headprune as hp
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).parents[1] / "two_ranks.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(script), str(folder)], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+def folder(tmp_path_factory, worker_id):
+    return by_two_ranks("two_ranks.py", tmp_path_factory, worker_id)
 
 
 def said(folder, rank):
