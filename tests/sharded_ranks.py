@@ -10,6 +10,7 @@ from child_process import leave
 from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
 from safetensors.torch import save_file
 from tiny_models import llama
+from torch.distributed import fsdp
 from transformers import TrainerCallback
 
 import headprune as hp
@@ -82,6 +83,7 @@ def main(folder: Path) -> None:
     dist.barrier()
     said["left"] = sorted(path.name for path in (folder / "run").iterdir())
     said["differing"] = differing_ranks(rank)
+    said["half sharded"] = half_sharded()
     (folder / f"said{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
 
@@ -97,6 +99,29 @@ def differing_ranks(rank: int) -> list[float]:
     assert model.encoder.layer[0].output.dense.weight is weight
     assert parts == {id(parameter) for parameter in model.parameters()}
     return [before, inside, float(weight.mean())]
+
+
+def half_sharded() -> list[bool]:
+    """Whether a failure at the second unit came through, and the model then gives what it gave."""
+    _, model = pruned_llama()
+    batch, own, calls = text_batches(1)[0], fsdp.fully_shard, []
+
+    def failing(module, **options):
+        calls.append(module)
+        if len(calls) == 2:
+            raise ValueError("not this one")
+        return own(module, **options)
+
+    before, failed = model(**batch).logits, False
+    fsdp.fully_shard = failing
+    try:
+        with sharded(model, torch.device("cpu")):
+            pass
+    except ValueError:
+        failed = True
+    finally:
+        fsdp.fully_shard = own
+    return [failed, torch.equal(model(**batch).logits, before)]
 
 
 if __name__ == "__main__":

@@ -57,18 +57,17 @@ def sharded(model: nn.Module, device: torch.device) -> Iterator[None]:
     refuse_scalars(model)
     before = [(module, type(module), attributes(module), dict(module._parameters)) for module in model.modules()]
     place = {parameter: parameter.device for parameter in model.parameters()}
-    places = {buffer: buffer.device for buffer in model.buffers()}
-    home = next(iter([*place.values(), *places.values()]))
+    home = next(iter(place.values()))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     empty = {parameter for parameter in place if parameter.numel() == 0}
-    for part in (*outermost(model), model):
-        part.to(device)
-        of_first_rank(part)
-        fully_shard(part, mesh=mesh, ignored_params=empty)
-    for parameter in place.keys() - empty:
-        parameter.data = parameter.data.new_empty(0)
     agreed = False
     try:
+        for part in (*outermost(model), model):
+            part.to(device)
+            of_first_rank(part)
+            fully_shard(part, mesh=mesh, ignored_params=empty)
+        for parameter in place.keys() - empty:
+            parameter.data = parameter.data.new_empty(0)
         yield
         agreed = True
     except HeadpruneError:  # ours are raised on every rank
@@ -126,10 +125,10 @@ def put_back(before: list[Any], place: Mapping[nn.Parameter, torch.device], gath
             if parameter is None or parameter in done:
                 continue
             done.add(parameter)
-            now: Tensor = module._parameters[name]
-            if gather and hasattr(now, "full_tensor"):
+            now: Tensor = module._parameters[name] if gather else parameter
+            if hasattr(now, "full_tensor"):
                 parameter.data = now.full_tensor().to(place[parameter], copy=True)  # or it may be a part of a longer storage
-            elif gather:
+            else:
                 parameter.data = now.data.to(place[parameter])
         kept = {name: module.__dict__[name] for name in TENSORS}
         module.__class__ = kind

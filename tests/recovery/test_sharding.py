@@ -54,6 +54,10 @@ def test_ranks_begin_from_the_first_ones_weights_and_end_with_their_own_paramete
     assert said(folder, 1)["differing"] == [2.0, 1.0, 1.0]
 
 
+def test_a_model_that_cannot_be_sharded_stays_as_it_was(folder):
+    assert [said(folder, rank)["half sharded"] for rank in (0, 1)] == [[True, True]] * 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
