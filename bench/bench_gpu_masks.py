@@ -39,7 +39,7 @@ def test_leave_one_out(versus, name):
     masks = by_site(one_out(counts), counts)
     versus(
         f"leave-one-out, {name}, 1 x 128 tokens", lambda: masked_losses(model, batch, masks),
-        {"naive loop": lambda: one_by_one(model, OwnLoss(), batch, masks)}, at_least=5.0, rounds=2,
+        {"naive loop": lambda: one_by_one(model, OwnLoss(), batch, masks)}, at_least=5.0, rounds=2, graphs=False,
     )  # fmt: skip
 
 
@@ -51,5 +51,5 @@ def test_random_masks(versus, name):
     masks = by_site(random_masks(counts, 512, 0.8, torch.Generator().manual_seed(0)), counts)
     versus(
         f"512 random masks of one sample, {name}, 128 tokens", lambda: masked_losses(model, batch, masks),
-        {"512 forwards": lambda: one_by_one(model, OwnLoss(), batch, masks)}, rounds=2,
+        {"512 forwards": lambda: one_by_one(model, OwnLoss(), batch, masks)}, rounds=2, graphs=False,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import headprune as hp
 
-BATCHES, SHAPE = 2, (2, 2048)  # 15 GB of weights and, for head masks, as much of gradients
+BATCHES, SHAPE = 4, (2, 2048)  # 15 GB of weights and, for head masks, as much of gradients
 
 
 def llama_3_8b() -> LlamaConfig:
@@ -58,7 +58,7 @@ def test_gate_gradients_fisher_and_statistics_beside_a_backward_pass(versus, lla
     versus(
         f"GPU scores and statistics, Llama-3-8B shape, {BATCHES} batches of {SHAPE[0]} x {SHAPE[1]} tokens",
         lambda: scores_and_statistics(*llama), {"plain forward + backward": lambda: plain_backward(*llama)},
-        at_most=1.10, rounds=5, grad=True, memory=True, graphs=False,
+        at_most=1.10, rounds=3, grad=True, memory=True, graphs=False,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_gate_gradients_and_fisher_beside_head_masks(versus, llama):
     versus(
         f"GPU scores, Llama-3-8B shape, {BATCHES} batches of {SHAPE[0]} x {SHAPE[1]} tokens",
         lambda: scores_alone(*llama), {"head masks with autograd": lambda: head_mask_backward(*llama)},
-        at_least=1.5, rounds=5, grad=True, memory=True, graphs=False,
+        at_least=1.5, rounds=3, grad=True, memory=True, graphs=False,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from headprune.evaluation.memory import peak_bytes
 
 GPU_ROUND_SECONDS = 4e-3  # calls are repeated until one timed round on a GPU lasts about this long
 MOST_CALLS = 200
+SLOW_SECONDS = 0.5  # a call this long needs no graph, and one call before it to warm up
 ROUNDS = 15
 CPU_SECONDS = 1.5  # short calls are moved most by what else runs, so that they get more rounds
 
@@ -82,16 +83,23 @@ def measure(
 
 
 def prepare(function: Callable[[], object], device: torch.device, graphs: bool) -> tuple[Callable[[], None], int]:
-    """(what one round runs, how many calls of `function` that is), warmed up."""
-    function()
+    """(what one round runs, how many calls of `function` that is), warmed up; what takes long is run fewer times for that."""
     function()
     if device.type != "cuda":
+        function()
         return function, 1
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    calls = max(1, min(MOST_CALLS, math.ceil(GPU_ROUND_SECONDS / (time.perf_counter() - start))))
+
+    def seconds() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    took = seconds()
+    if took > SLOW_SECONDS:
+        return (lambda: (function(), torch.cuda.synchronize())), 1
+    calls = max(1, min(MOST_CALLS, math.ceil(GPU_ROUND_SECONDS / seconds())))
     replay = (captured(function, calls) if graphs else None) or (lambda: [function() for _ in range(calls)])
 
     def timed() -> None:

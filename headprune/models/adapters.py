@@ -52,7 +52,7 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     sites: list[AttentionSite] = []
     unknown: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{site.name}.") for site in sites):
+        if sites and name.startswith(f"{sites[-1].name}."):  # what is inside a module comes directly behind it
             continue
         # What has no children has no projections; most modules are such.
         site = find_site(name, module) if module._modules else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -167,9 +168,17 @@ class AttentionSite:
 
 def contiguous_heads(role: Role, name: str, module: nn.Module, heads: int, width: int) -> ProjectionHeads:
     """Heads that lie one after another and fill the projection: head h owns features h * width up to (h + 1) * width."""
-    projection = heads_at(role, name, module, heads, width)
-    check_filled(projection)
+    check_projection(name, module)
+    projection = ProjectionHeads(role, name, module, features_in_order(heads, width))
+    if module.weight.shape[projection.weight_dim] != heads * width:
+        check_filled(projection)
     return projection
+
+
+@lru_cache(maxsize=64)
+def features_in_order(heads: int, width: int) -> Tensor:
+    """[heads, width], shared by all that ask: large models have hundreds of equal projections."""
+    return torch.arange(heads * width, device="cpu").view(heads, width)
 
 
 def heads_at(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from headprune.errors import InvalidInput
@@ -33,6 +35,12 @@ def as_dataset(data: Any, name: str) -> Any:
 
 def is_rows(data: Any) -> bool:
     return (isinstance(data, Dataset) and not isinstance(data, DataLoader)) or hasattr(data, "column_names")
+
+
+def on_the_host(dataset: Any) -> bool:
+    """Whether the tensors of its first item lie on the CPU, as a loader that pins their memory takes for granted."""
+    first = dataset[0] if dataset is not None and hasattr(dataset, "__getitem__") else None
+    return all(leaf.device.type == "cpu" for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
 
 
 def only_item(items: list[Any]) -> Any:

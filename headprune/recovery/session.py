@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.models.checkpointing import checkpointed
-from headprune.recovery.batches import collator_of
+from headprune.recovery.batches import collator_of, on_the_host
 from headprune.recovery.budget import TrainingBudget, TrainingClock
 from headprune.recovery.good_state import GoodState
 from headprune.recovery.objective import Objective
@@ -58,7 +58,8 @@ class Session:
 
         left_out = ("eval_steps", "save_steps", *FSDP, *(() if self.dropout else CHECKPOINTING))
         own = {name: value for name, value in self.options.items() if name not in left_out}
-        return training_arguments(self.folder, self.budget, self.seed, own)
+        pinned = torch.cuda.is_available() and on_the_host(self.data) and on_the_host(self.held_out)
+        return training_arguments(self.folder, self.budget, self.seed, {"dataloader_pin_memory": pinned, **own})
 
     @property
     def device(self) -> torch.device:

@@ -196,7 +196,7 @@ def training_arguments(folder: Path, budget: TrainingBudget, seed: int, options:
     chosen = {
         "report_to": "none", "disable_tqdm": True, "logging_steps": per_step, "logging_nan_inf_filter": False, "weight_decay": 0.0,
         "max_grad_norm": 1.0, "save_total_limit": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-        "dataloader_pin_memory": torch.cuda.is_available(), "log_level": "error",
+        "log_level": "error",
         "use_cpu": not torch.accelerator.is_available(),  # or several ranks on the CPU would not meet
         **options,
         "output_dir": str(folder), "max_steps": budget.max_steps, "learning_rate": budget.peak,

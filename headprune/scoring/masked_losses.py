@@ -78,6 +78,7 @@ class MaskedLosses:
             raise InvalidInput(f"rows is {rows}; expected at least 1 sample a pass.")
         self.model, self.loss_fn = model, loss_fn or OwnLoss()
         self.place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.fills = self.place.type != "cpu"  # passes, with masks that start at different sites (MaskedBatch.together)
         self.rows = rows or ROWS.get(self.place.type, ROWS_ELSEWHERE)
         self.sites = {site.name: site for site in sites}
         self.structure: RunStructure | None = None
@@ -134,9 +135,6 @@ class MaskedLosses:
             of_one_fold = dense.losses.new_full(dense.losses.shape, torch.nan)
         if not close(of_one_fold, dense.losses, self.model):
             return self.run_singly("the loss function reads more than each sample's outputs, for instance their mean loss")
-        whole = [name for name in structure.gate_dim if not structure.replays(name)]
-        if whole:
-            self.say(f"a pass cannot start again at {whole[0]}{' and others' if whole[1:] else ''}: it is run as a whole")
         self.structure = structure
         return None
 
@@ -215,13 +213,10 @@ class MaskedBatch:
         gates = self.checked(masks)
         found = self.dense.repeat(len(next(iter(gates.values()))), 1)
         changed = torch.stack([(rows != 1).any(dim=1) for rows in gates.values()])
-        start = changed.float().argmax(dim=0)
         with self.owner.still():
-            for position, name in enumerate(gates):
-                chosen = (changed.any(dim=0) & (start == position)).nonzero().flatten()
-                if len(chosen):
-                    later = dict(list(gates.items())[position:])
-                    found[chosen] = self.starting_at(name, {other: rows[chosen] for other, rows in later.items()})
+            for position, chosen in self.together(changed):
+                later = dict(list(gates.items())[position:])
+                found[chosen] = self.starting_at(list(gates)[position], {name: rows[chosen] for name, rows in later.items()})
         if not torch.isfinite(found).all():
             raise InvalidInput("the loss is NaN or infinite under some head masks; is the model in too low a precision?")
         return found
@@ -242,6 +237,21 @@ class MaskedBatch:
         opened = {name: torch.ones(*counts, sites[name].head_map.query_heads) for name in self.reached}
         return {name: masks[name].detach().float().cpu() if name in masks else rows for name, rows in opened.items()}
 
+    def together(self, changed: Tensor) -> list[tuple[int, Tensor]]:
+        """(first site that some mask changes, masks) of the passes. changed: bool [sites, masks].
+
+        On a CPU only masks that start at the same site share a pass: arithmetic is what it costs. Elsewhere the many small kernels
+        of a short pass are, so that passes are filled.
+        """
+        start = changed.float().argmax(dim=0)
+        order = start.argsort(stable=True)
+        order = order[changed.any(dim=0)[order]]
+        if self.owner.fills:
+            parts = order.split(max(1, self.owner.rows // self.samples))
+        else:
+            parts = order.split(start[order].unique_consecutive(return_counts=True)[1].tolist())
+        return [(int(start[part[0]]), part) for part in parts if len(part)]
+
     def starting_at(self, name: str, gates: dict[str, Tensor]) -> Tensor:
         """[masks, samples] of masks that change nothing before site `name`."""
         owner = self.owner
@@ -249,6 +259,8 @@ class MaskedBatch:
             singly = [{other: rows[0] for other, rows in part.items()} for part in self.parts(gates, rows=1)]
             return torch.stack([self.by_sample(owner.alone(self.batch, row)) for row in singly]).cpu()
         start = name if owner.structure.replays(name) else None
+        if start is None:
+            owner.say("a pass cannot start again at every attention: some are run as a whole")
         return torch.cat([self.run(part, start) for part in self.parts(gates)])
 
     def parts(self, gates: dict[str, Tensor], rows: int | None = None) -> list[dict[str, Tensor]]:

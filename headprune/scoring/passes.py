@@ -34,13 +34,15 @@ def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backw
 
 
 def differentiate(loss: Tensor) -> None:
+    if loss.requires_grad:
+        loss.sum().backward()
+    # Looked at behind the backward pass: a device would stand still in between.
     if not torch.isfinite(loss).all():
         raise InvalidInput(
             "the loss is NaN or infinite on a calibration batch; look for empty labels or overflow in low precision."
         )
     if not loss.requires_grad:
         raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
-    loss.sum().backward()
 
 
 def snapshot(setting: Setting, observers: Sequence[Observer], seen: Sequence[int]) -> Observations:

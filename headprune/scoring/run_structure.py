@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, Attribute
 class RunStructure:
     """form: the tree of the model's arguments. calls: of its modules, in the order of entry. arguments, output: batch dimensions of
     the model's call. dims: those of each call's result, None where it cannot be stored. gate_dim: site -> batch dimension of its
-    output projection's input, in the order in which sites are reached. plans: site -> how to replay up to its gates; empty where a
-    pass cannot start again there."""
+    output projection's input, in the order in which sites are reached. plans: site -> how to replay up to its gates, empty where
+    nothing is over before. proof: whether a replay by a plan, with all heads, gives what the pass gave; asked once for each site at
+    which a pass is to start again."""
 
     form: TreeSpec
     arguments: Dims
@@ -38,6 +39,8 @@ class RunStructure:
     dims: tuple[Dims | None, ...]
     gate_dim: dict[str, int]
     plans: dict[str, Plan]
+    proof: Callable[[Plan], bool]
+    _proven: dict[str, bool] = field(default_factory=dict)
 
     @property
     def wanted(self) -> set[int]:
@@ -45,7 +48,9 @@ class RunStructure:
         return {index for plan in self.plans.values() for taken in plan.values() for index in taken if index is not None}
 
     def replays(self, name: str) -> bool:
-        return bool(self.plans[name])
+        if name not in self._proven:
+            self._proven[name] = bool(self.plans[name]) and self.proof(self.plans[name])
+        return self._proven[name]
 
 
 def run_structure(model: nn.Module, sites: Mapping[str, AttentionSite], call: Arguments, tolerance: float) -> RunStructure | None:
@@ -91,26 +96,21 @@ def structure_along(
         return None
     storable = [found is not None and one.storable for found, one in zip(dims, traced)]
     plans = {name: plan_until(traced, storable, sites[name].output.module) for name in gate_dim}
-    found = RunStructure(tree_flatten(call)[1], arguments, dims[0], tuple(traced), dims, gate_dim, plans)
-    return with_sound_plans(found, model, sample, dense, tolerance)
-
-
-def with_sound_plans(found: RunStructure, model: nn.Module, sample: Arguments, dense: Any, tolerance: float) -> RunStructure:
-    """Without the plans whose replay, with all heads, does not give what the pass gave."""
     stored: dict[int, Any] = {}
-    with recording(found.calls, list(found.plans.values()), stored):
+    with recording(traced, list(plans.values()), stored):
         run(model, sample)
-    plans = {}
-    for name, plan in found.plans.items():
+
+    def proof(plan: Plan) -> bool:
         try:
-            with replaying(plan, stored, found.dims, 1):
-                sound = alike(run(model, sample), 1, 0, dense, found.output, tolerance)
+            with replaying(plan, stored, dims, 1):
+                return alike(run(model, sample), 1, 0, dense, output, tolerance)
         except torch.OutOfMemoryError:
             raise
         except REFUSALS:
-            sound = False
-        plans[name] = plan if sound else {}
-    return RunStructure(found.form, found.arguments, found.output, found.calls, found.dims, found.gate_dim, plans)
+            return False
+
+    output = dims[0]
+    return RunStructure(tree_flatten(call)[1], arguments, output, tuple(traced), dims, gate_dim, plans, proof)
 
 
 def run(model: nn.Module, call: Arguments) -> Any:

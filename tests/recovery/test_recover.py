@@ -15,6 +15,7 @@ from tiny_models import hidden
 
 import headprune as hp
 from headprune.errors import InvalidInput
+from headprune.recovery.batches import Batches, on_the_host
 
 
 def same_state(one, other, **tolerance):
@@ -362,3 +363,10 @@ def test_a_bad_argument_leaves_a_model_that_was_to_be_rewound_alone():
     with pytest.raises(InvalidInput, match=r"lr is -1\.0"):
         hp.recover(model, text_batches(), lr=-1.0, rewind=earlier)
     same_state(model, before)
+
+
+def test_batches_that_lie_on_a_device_are_told_from_those_on_the_host():
+    """Only memory of the host can be pinned."""
+    there, here = ({"input_ids": torch.zeros(2, dtype=torch.long, device=device)} for device in ("meta", "cpu"))
+    assert not on_the_host(Batches([there]))
+    assert all(map(on_the_host, (Batches([here]), Batches(["text"]), None)))

@@ -37,13 +37,14 @@ def masks_for(model) -> dict[str, torch.Tensor]:
     return by_site(torch.cat([one_out(counts), random_masks(counts, 5, 0.7, generator), gates, torch.ones_like(gates[:1])]), counts)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize(("rows", "fills"), [(1, False), (7, False), (64, False), (7, True), (64, True)])
 @pytest.mark.parametrize("case", CASES)
-def test_losses_under_masks_are_those_of_one_pass_per_mask(case, rows):
+def test_losses_under_masks_are_those_of_one_pass_per_mask(case, rows, fills):
     make, runs = CASES[case]
     model, loss_fn, batch = make()
     masks = masks_for(model)
     masked = MaskedLosses(model, attention_sites(model), loss_fn, rows)
+    masked.fills = fills
     found = masked.on(batch).losses(masks)
     expected = one_by_one(model, loss_fn, batch, masks)
     expected = expected if expected.dim() == 2 else expected[:, None].expand_as(found)
@@ -51,7 +52,8 @@ def test_losses_under_masks_are_those_of_one_pass_per_mask(case, rows):
     heads = sum(gates.shape[1] for gates in masks.values())
     assert (expected[:heads] != expected[-1]).any(dim=1).all(), "a head without effect shows nothing"
     structure = masked.structure
-    way = "singly" if structure is None else "replayed" if all(map(structure.replays, structure.gate_dim)) else "folded"
+    with masked.still():
+        way = "singly" if structure is None else "replayed" if all(map(structure.replays, structure.gate_dim)) else "folded"
     assert way == runs
 
 
@@ -80,6 +82,8 @@ def test_batches_of_other_sizes_use_what_the_first_one_showed():
 def test_a_replay_computes_only_what_comes_behind_the_heads():
     model, _, batch = CASES["encoder-decoder"][0]()
     found = MaskedLosses(model, attention_sites(model)).on(batch)
+    one_closed = {"model.decoder.layers.1.self_attn": torch.tensor([[0.0, 1, 1, 1]])}
+    found.losses(one_closed)  # which also proves that a pass can start again there
     ran = []
 
     def noted(name, forward):
@@ -88,7 +92,7 @@ def test_a_replay_computes_only_what_comes_behind_the_heads():
     for name, module in model.named_modules():
         if name.endswith(("fc1", "q_proj")):
             module.forward = noted(name.removeprefix("model.decoder.layers."), module.forward)
-    found.losses({"model.decoder.layers.1.self_attn": torch.tensor([[0.0, 1, 1, 1]])})
+    found.losses(one_closed)
     assert ran == ["1.encoder_attn.q_proj", "1.fc1"]
 
 

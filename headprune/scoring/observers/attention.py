@@ -11,7 +11,8 @@ from headprune.ops.call import AttentionCall
 from headprune.ops.stats import HeadStats
 from headprune.scoring.observations import Need
 from headprune.scoring.observer import Setting, observes
-from headprune.scoring.observers.watched_attention import SampleRows, WatchedAttention
+from headprune.scoring.observers.sample_rows import SampleRows
+from headprune.scoring.observers.watched_attention import WatchedAttention
 
 FIELDS = ("entropy", "max_prob", "max_logit", "first_mass", "distance", "output_norm")
 

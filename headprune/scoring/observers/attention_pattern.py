@@ -17,7 +17,8 @@ from headprune.ops.rows import Rows, row_blocks
 from headprune.ops.stats import HeadStats
 from headprune.scoring.observations import Need
 from headprune.scoring.observer import Setting, observes
-from headprune.scoring.observers.watched_attention import SampleRows, WatchedAttention
+from headprune.scoring.observers.sample_rows import SampleRows
+from headprune.scoring.observers.watched_attention import WatchedAttention
 
 NEAR = 4  # tokens on either side that count as local
 OF_POSITIONS = ("previous_mass", "self_mass", "local_mass", "evenness")

@@ -21,6 +21,7 @@ from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
 from headprune.scoring.observations import Need
 from headprune.scoring.observer import Observer, Setting, observes
+from headprune.scoring.observers.sample_rows import SampleRows
 
 
 class _Tap(torch.autograd.Function):
@@ -61,9 +62,10 @@ class GateGradients(Observer):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self._rows: dict[str, list[Tensor]] = {site.name: [] for site in setting.sites}
+        self._rows = SampleRows(setting, ("gate_gradient",))
         self._batch: dict[str, Tensor] = {}
         self._reached: set[str] = set()
+        self._owners = {site.name: site.head_of_column() for site in setting.sites}
 
     def watching_batch(self, batch: Any) -> AbstractContextManager[object]:
         self._batch.clear()
@@ -78,28 +80,26 @@ class GateGradients(Observer):
             grads = self._batch.get(site.name, torch.zeros(samples, site.head_map.query_heads))
             if site.windowed:
                 grads = grads.unflatten(0, (samples, -1)).sum(dim=1)
-            self._rows[site.name].append((grads * samples if loss.dim() == 0 else grads).cpu())
+            self._rows.add(site.name, gate_gradient=grads * samples if loss.dim() == 0 else grads)
         self._batch.clear()
 
     def found(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            site.name: {"gate_gradient": torch.cat([torch.zeros(0, site.head_map.query_heads), *self._rows[site.name]])}
-            for site in self.setting.sites
-        }
+        return self._rows.found()
 
     def reached(self) -> set[str]:
         return set(self._reached)
 
     def _tap(self, site: AttentionSite) -> Callable[[Tensor], Tensor | None]:
-        owner, heads = site.head_of_column(), site.head_map.query_heads
+        name, heads = site.name, site.head_map.query_heads
 
         def seen(inputs: Tensor, grad: Tensor) -> None:
             if inputs.dim() != 3:
                 raise InvalidInput(f"{site.output.name} receives {list(inputs.shape)}; expected [batch, tokens, features].")
             columns = inputs.to(torch.float32, copy=True).mul_(grad).sum(dim=1)
-            found = columns.new_zeros(columns.shape[0], heads).index_add_(1, owner.to(columns.device), columns)
-            earlier = self._batch.get(site.name)
-            self._batch[site.name] = found if earlier is None else earlier + found
+            owner = self._owners[name] = self._owners[name].to(columns.device)
+            found = columns.new_zeros(columns.shape[0], heads).index_add_(1, owner, columns)
+            earlier = self._batch.get(name)
+            self._batch[name] = found if earlier is None else earlier + found
 
         def tap(inputs: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():

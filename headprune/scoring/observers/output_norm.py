@@ -14,7 +14,7 @@ from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.observations import Need
 from headprune.scoring.observer import Observer, Setting, observes
-from headprune.scoring.observers.watched_attention import SampleRows
+from headprune.scoring.observers.sample_rows import SampleRows
 
 
 @observes(Need.OUTPUT_NORM)

@@ -71,22 +71,3 @@ class WatchedAttention(Observer):
                 self.see(site, batch, call, stats)
 
         return Watcher(seen, self.stats, lambda query: self.counted(site, batch, query))
-
-
-class SampleRows:
-    """Field -> one row [query_heads] per sequence that ran through a site, for all sites."""
-
-    def __init__(self, setting: Setting, fields: tuple[str, ...]) -> None:
-        self._heads = {site.name: site.head_map.query_heads for site in setting.sites}
-        self._rows: dict[str, dict[str, list[Tensor]]] = {name: {field: [] for field in fields} for name in self._heads}
-
-    def add(self, site: str, **rows: Tensor) -> None:
-        """rows: [sequences, query_heads] for each field."""
-        for field, values in rows.items():
-            self._rows[site][field].append(values.detach().float().cpu())
-
-    def found(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            name: {field: torch.cat([torch.zeros(0, self._heads[name]), *values]) for field, values in fields.items()}
-            for name, fields in self._rows.items()
-        }
