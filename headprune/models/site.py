@@ -170,7 +170,7 @@ def contiguous_heads(role: Role, name: str, module: nn.Module, heads: int, width
     """Heads that lie one after another and fill the projection: head h owns features h * width up to (h + 1) * width."""
     check_projection(name, module)
     projection = ProjectionHeads(role, name, module, features_in_order(heads, width))
-    if module.weight.shape[projection.weight_dim] != heads * width:
+    if projection.module.weight.shape[projection.weight_dim] != heads * width:
         check_filled(projection)
     return projection
 

@@ -42,7 +42,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from headprune.kernels.hopper_schedule import filled_phase, freed_phase, key_blocks, place_of, slot, turn_phase, turns_of
+from headprune.kernels.hopper_schedule import filled_phase, freed_phase, key_blocks, paired, slot, turn_phase
 from headprune.kernels.hopper_statistics import (
     LN2,
     ROWS,
@@ -60,9 +60,29 @@ copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_sh
 
 
 @gluon.jit
+def turns_of(schedule):
+    """How often every persistent program asks `place_of` for a tile."""
+    table_ptr, rounds, rest = schedule
+    return 2 * rounds + rest
+
+
+@gluon.jit
+def place_of(turn, schedule, row_blocks):
+    """(sample * heads + head, block of rows) of this program's tile in its turn-th turn; block -1: none."""
+    table_ptr, rounds, rest = schedule
+    program = gl.program_id(0)
+    place, block = paired(program, turn, gl.num_programs(0), row_blocks)
+    if turn >= 2 * rounds:
+        tile = gl.load(table_ptr + (program * rest + turn - 2 * rounds))
+        place = tile // row_blocks
+        block = tile % row_blocks if tile >= 0 else -1
+    return place, block
+
+
+@gluon.jit
 def work_of(place, block, gates, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, HAS_GATE: gl.constexpr):
     """(sample, head, first row, key blocks, masked ones among them, gate): none for a head gated to 0."""
-    heads, batch_heads, row_blocks, q_len, kv_len, section = sizes
+    heads, batch_heads, row_blocks, q_len, kv_len = sizes
     gate_ptr, stride_gb = gates
     sample = place // heads
     head = place - sample * heads
@@ -83,7 +103,7 @@ def load(desc, ring, at, full, empty, freed, where):
 
 
 @gluon.jit
-def produce(descs, rings, bars, gates, kv_of_query_ptr, sizes, config: gl.constexpr):
+def produce(descs, rings, bars, gates, kv_of_query_ptr, sizes, schedule, config: gl.constexpr):
     BLOCK_N: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[1]
     Q_STAGES: gl.constexpr = config[2]
@@ -93,12 +113,11 @@ def produce(descs, rings, bars, gates, kv_of_query_ptr, sizes, config: gl.conste
     q_desc, k_desc, v_desc, o_desc = descs
     q_s, k_s, v_s = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
-    heads, batch_heads, row_blocks, q_len, kv_len, section = sizes
-    programs = gl.num_programs(0)
+    heads, batch_heads, row_blocks, q_len, kv_len = sizes
     q_count = 0
     kv_count = 0
-    for turn in range(turns_of(programs, batch_heads, row_blocks, section)):
-        place, block = place_of(gl.program_id(0), turn, programs, batch_heads, row_blocks, section)
+    for turn in range(turns_of(schedule)):
+        place, block = place_of(turn, schedule, row_blocks)
         if block >= 0:
             sample, head, first, count, masked, gate = work_of(
                 place, block, gates, sizes, CONSUMERS * ROWS, BLOCK_N, CAUSAL, HAS_GATE
@@ -252,7 +271,9 @@ def release_query(count, q_empty, WHO: gl.constexpr, Q_STAGES: gl.constexpr, CON
 
 
 @gluon.jit
-def consume(descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config: gl.constexpr, WHO: gl.constexpr):
+def consume(
+    descs, rings, bars, outputs, keys, partials, gates, sizes, schedule, scale, config: gl.constexpr, WHO: gl.constexpr
+):  # fmt: skip
     BLOCK_N: gl.constexpr = config[0]
     STAGES: gl.constexpr = config[1]
     Q_STAGES: gl.constexpr = config[2]
@@ -266,7 +287,7 @@ def consume(descs, rings, bars, outputs, keys, partials, gates, sizes, scale, co
     kv_of_query_ptr, k_ptr, stride_kb, stride_kh = keys
     partial_ptr, parts = partials
     o_ptr, lse_ptr, stride_ob, stride_oh, stride_om = outputs
-    heads, batch_heads, row_blocks, q_len, kv_len, section = sizes
+    heads, batch_heads, row_blocks, q_len, kv_len = sizes
     plane = gl.cast(batch_heads, gl.int64) * parts
     DIM: gl.constexpr = q_s.shape[4]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -274,11 +295,10 @@ def consume(descs, rings, bars, outputs, keys, partials, gates, sizes, scale, co
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, s_layout)
     offset = kv_len - q_len
-    programs = gl.num_programs(0)
     q_count = 0
     kv_count = 0
-    for turn in range(turns_of(programs, batch_heads, row_blocks, section)):
-        place, block = place_of(gl.program_id(0), turn, programs, batch_heads, row_blocks, section)
+    for turn in range(turns_of(schedule)):
+        place, block = place_of(turn, schedule, row_blocks)
         if block >= 0:
             sample, head, first, count, masked, gate = work_of(
                 place, block, gates, sizes, CONSUMERS * ROWS, BLOCK_N, CAUSAL, HAS_GATE
@@ -363,12 +383,12 @@ def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit(
     do_not_specialize=[
         "stride_gb", "stride_ob", "stride_oh", "stride_om", "stride_kb", "stride_kh", "heads", "batch_heads", "row_blocks", "q_len",
-        "kv_len", "section", "parts",
+        "kv_len", "rounds", "rest", "parts",
     ]
 )  # fmt: skip
 def attention_forward_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, gate_ptr, kv_of_query_ptr, k_ptr, partial_ptr, stride_gb, stride_ob, stride_oh,
-    stride_om, stride_kb, stride_kh, heads, batch_heads, row_blocks, q_len, kv_len, section, parts, scale,
+    stride_om, stride_kb, stride_kh, table_ptr, rounds, rest, heads, batch_heads, row_blocks, q_len, kv_len, parts, scale,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     HAS_GATE: gl.constexpr, STATS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -382,16 +402,16 @@ def attention_forward_hopper_kernel(
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, barriers(CONSUMERS, 1))
     outputs = (o_ptr, lse_ptr, stride_ob, stride_oh, stride_om)
-    sizes = (heads, batch_heads, row_blocks, q_len, kv_len, section)
+    sizes, schedule = (heads, batch_heads, row_blocks, q_len, kv_len), (table_ptr, rounds, rest)
     descs, rings, gates = (q_desc, k_desc, v_desc, o_desc), (q_s, k_s, v_s), (gate_ptr, stride_gb)
     keys, partials = (kv_of_query_ptr, k_ptr, stride_kb, stride_kh), (partial_ptr, parts)
     config: gl.constexpr = (BLOCK_N, STAGES, Q_STAGES, CONSUMERS, CAUSAL, HAS_GATE, STATS)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 0)),
-                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 1)),
-                (produce, (descs, rings, bars, gates, kv_of_query_ptr, sizes, config)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, schedule, scale, config, 0)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, schedule, scale, config, 1)),
+                (produce, (descs, rings, bars, gates, kv_of_query_ptr, sizes, schedule, config)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -399,10 +419,10 @@ def attention_forward_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 0)),
-                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 1)),
-                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, scale, config, 2)),
-                (produce, (descs, rings, bars, gates, kv_of_query_ptr, sizes, config)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, schedule, scale, config, 0)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, schedule, scale, config, 1)),
+                (consume, (descs, rings, bars, outputs, keys, partials, gates, sizes, schedule, scale, config, 2)),
+                (produce, (descs, rings, bars, gates, kv_of_query_ptr, sizes, schedule, config)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],

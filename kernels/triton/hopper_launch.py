@@ -14,10 +14,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from headprune.kernels.attention_forward_hopper import ROWS, WARP_ROWS, attention_forward_hopper_kernel
 from headprune.kernels.head_statistics import empty_partials, statistics_launch
+from headprune.kernels.hopper_schedule import pair_rounds, rest_of_tiles
 from headprune.kernels.launch import AotVariant, Launch, head_table
 
 LOG2E = math.log2(math.e)
-L2_BYTES = 24 << 20  # keys and values that stay in L2 (50 MB) together, next to queries and outputs
 GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -81,11 +81,13 @@ def hopper_launches(
     how many run at once, by default one per multiprocessor.
     """
     batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
+    kv_len = key.shape[2]
     tiles = tiles or TILES[dim]
     row_blocks = -(-q_len // (tiles.consumers * ROWS.value))
-    programs = programs or multiprocessors(query.device)
-    kv_bytes = 2 * kv_len * dim * key.element_size()
+    programs = min(programs or multiprocessors(query.device), batch * heads * row_blocks)
+    table = rest_of_tiles(
+        batch * heads, row_blocks, tiles.consumers * ROWS.value, kv_len - q_len if causal else None, kv_len, programs, query.device
+    )  # fmt: skip
     parts = row_blocks * tiles.consumers * (ROWS.value // WARP_ROWS.value)
     partials = None if stats is None else empty_partials(stats, parts)
     arguments = {
@@ -96,29 +98,15 @@ def hopper_launches(
         "parts": parts, "stride_gb": gate.stride(0) if gate is not None and gate.dim() == 2 else 0, "stride_ob": output.stride(0),
         "stride_oh": output.stride(1), "stride_om": output.stride(2), "heads": heads, "batch_heads": batch * heads,
         "row_blocks": row_blocks, "q_len": q_len, "kv_len": kv_len,
-        "section": section(batch * heads, row_blocks, kv_bytes, heads / kv_heads, programs, causal), "scale": scale * LOG2E,
+        "table_ptr": table, "rounds": pair_rounds(batch * heads, row_blocks, programs), "rest": table.shape[1],
+        "scale": scale * LOG2E,
     }  # fmt: skip
     constants = {
         "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "Q_STAGES": tiles.q_stages, "CONSUMERS": tiles.consumers,
         "CAUSAL": causal, "HAS_GATE": gate is not None, "STATS": stats is not None, "REGISTERS": tiles.registers,
     }  # fmt: skip
-    grid = (min(programs, batch * heads * row_blocks),)
-    launches = [Launch(attention_forward_hopper_kernel, grid, arguments, constants, warps=4, stages=1)]
+    launches = [Launch(attention_forward_hopper_kernel, (programs,), arguments, constants, warps=4, stages=1)]
     return launches if stats is None else [*launches, statistics_launch(partials, stats, WARP_ROWS.value, None)]
-
-
-def section(batch_heads: int, row_blocks: int, kv_bytes: int, group: float, programs: int, causal: bool) -> int:
-    """How many query heads are worked on together (`place_of`): 0, a program takes pairs of tiles of one head, which leaves no
-    program idle under a causal mask and reads the keys and values (kv_bytes, for `group` query heads) while they are in L2.
-
-    Where the pairs are few and would leave programs idle at the end: the longest tiles of all heads first under a causal mask
-    (measured: 5 to 24 % slower where keys and values exceed L2), one head after the other without.
-    """
-    pairs = batch_heads * -(-row_blocks // 2)
-    idle = -(-pairs // programs) * programs / pairs
-    if idle <= (1.04 if batch_heads / group * kv_bytes <= L2_BYTES or not causal else 1.08):
-        return 0
-    return batch_heads if causal else 1
 
 
 @lru_cache(maxsize=64)

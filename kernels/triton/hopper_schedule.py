@@ -1,11 +1,23 @@
 """The integer arithmetic that the warps of `attention_forward_hopper` agree on: which tile, which buffer, which phase.
 
 Gluon functions on the GPU; `.fn` of each is the same function in plain Python, which is how the tests run them.
+
+Tiles are handed out in pairs that cost the same (`paired`) for as many rounds as all programs have one. What is left then, between
+one and two rounds, is too few for that: who got one pair more would leave all others idle. The host spreads it tile by tile
+(`rest_of_tiles`) into a table of what each program does last.
 """
 
 from __future__ import annotations
 
+import heapq
+from functools import lru_cache
+
+import numpy
+import torch
+from torch import Tensor
 from triton.experimental import gluon
+
+PER_TILE = 192  # keys for which a tile's start and end stand
 
 
 @gluon.jit
@@ -36,41 +48,16 @@ def turn_phase(count, WHO):
 
 
 @gluon.jit
-def turns_of(programs, batch_heads, row_blocks, section):
-    """How often every persistent program asks `place_of` for a tile."""
-    tiles = batch_heads * row_blocks
-    pairs = batch_heads * ((row_blocks + 1) // 2)
-    return (tiles + programs - 1) // programs if section > 0 else (pairs + programs - 1) // programs * 2
-
-
-@gluon.jit
-def place_of(program, turn, programs, batch_heads, row_blocks, section):
-    """(sample * heads + head, block of rows) of a program's tile in its turn-th turn; block -1: none.
-
-    section > 0: the heads come in sections of so many. Inside a section the last block of every head comes first (under a causal
-    mask the longest), and the tiles go back and forth over the programs: who got a long tile in one turn gets a short one in the
-    next.
-    section 0: a program takes the last block of a head and then the first, the last but one and the second, and so on: two tiles
-    that cost the same together under a causal mask, whatever the number of heads. Neighbours work on the same head.
-    """
-    size = section if section > 0 else 1
-    tile = turn * programs + (program if turn % 2 == 0 else programs - 1 - program)
-    first_head = tile // (size * row_blocks) * size
-    inside = tile - first_head * row_blocks
-    left = batch_heads - first_head
-    width = size if size < left or left < 1 else left
-    tile_block = row_blocks - 1 - inside // width if tile < batch_heads * row_blocks else -1
-
+def paired(program, turn, programs, row_blocks):
+    """(sample * heads + head, block of rows) of a program's tile in its turn-th turn: the last block of a head, then the first, the
+    last but one and the second, and so on. Two such tiles cost the same together under a causal mask, and neighbours work on the
+    same head. Block -1: none, the block in the middle is alone."""
     half = (row_blocks + 1) // 2
     pair = turn // 2 * programs + program
     low = pair % half
     high = row_blocks - 1 - low
-    second = low if low < high else -1  # the block in the middle is alone
-    pair_block = high if turn % 2 == 0 else second
-    pair_block = pair_block if pair < batch_heads * half else -1
-
-    place = first_head + inside % width if section > 0 else pair // half
-    return place, tile_block if section > 0 else pair_block
+    second = low if low < high else -1
+    return pair // half, high if turn % 2 == 0 else second
 
 
 @gluon.jit
@@ -88,3 +75,36 @@ def key_blocks(block, q_len, kv_len, BLOCK_M, BLOCK_N, CAUSAL):
         unmasked = seen // BLOCK_N if seen // BLOCK_N < unmasked else unmasked
     count = (stop + BLOCK_N - 1) // BLOCK_N
     return count, count - unmasked
+
+
+def pair_rounds(batch_heads: int, row_blocks: int, programs: int) -> int:
+    """How many rounds of pairs are handed out before the rest is spread."""
+    return max(0, batch_heads * ((row_blocks + 1) // 2) // programs - 1)
+
+
+@lru_cache(maxsize=256)
+def rest_of_tiles(
+    batch_heads: int, row_blocks: int, block_m: int, ahead: int | None, kv_len: int, programs: int, device: torch.device
+) -> Tensor:
+    """int32 [programs, turns]: place * row_blocks + block of the tiles that each program takes behind the `pair_rounds`, -1 where
+    it has no more. The longest first, each to the program with the least to do (Graham 1969, longest processing time).
+
+    ahead: kv_len - q_len under a causal mask, None without.
+    """
+    ends = numpy.arange(1, row_blocks + 1) * block_m + (kv_len if ahead is None else ahead)
+    work = ends.clip(0, kv_len) + PER_TILE
+    half, rounds = (row_blocks + 1) // 2, pair_rounds(batch_heads, row_blocks, programs)
+    of_pair = work[::-1][:half] + work[:half]
+    of_pair[half - 1] -= work[half - 1] if row_blocks % 2 else 0
+    loads = of_pair[numpy.arange(rounds * programs) % half].reshape(rounds, programs).sum(axis=0)
+    programs_by_load = [(int(load), program) for program, load in enumerate(loads)]
+    heapq.heapify(programs_by_load)
+    left = range(rounds * programs, batch_heads * half)
+    tiles = {pair // half * row_blocks + block for pair in left for block in (pair % half, row_blocks - 1 - pair % half)}
+    own: list[list[int]] = [[] for _ in range(programs)]
+    for tile in sorted(tiles, key=lambda tile: (-work[tile % row_blocks], tile)):
+        load, program = heapq.heappop(programs_by_load)
+        own[program].append(tile)
+        heapq.heappush(programs_by_load, (load + int(work[tile % row_blocks]), program))
+    turns = max(map(len, own))
+    return torch.tensor([mine + [-1] * (turns - len(mine)) for mine in own], dtype=torch.int32, device=device)
