@@ -8,9 +8,10 @@ import pytest
 import torch
 from scoring_peers import Batch, head_mask_backward, loss_of, plain_backward
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
 import headprune as hp
+from headprune.models.checkpointing import checkpointed
 
 BATCHES, SHAPE = 4, (2, 2048)  # 15 GB of weights and, for head masks, as much of gradients
 
@@ -23,7 +24,7 @@ def llama_3_8b() -> LlamaConfig:
 
 
 def model_and_batches(
-    config: LlamaConfig, shape: tuple[int, int], device: str, kind: type[nn.Module] = LlamaModel
+    config: PreTrainedConfig, shape: tuple[int, int], device: str, kind: type[nn.Module] = LlamaModel
 ) -> tuple[nn.Module, list[Batch]]:
     """Built where it runs, in bf16, so that no fp32 copy ever exists."""
     default = torch.get_default_dtype()
@@ -77,20 +78,36 @@ def llama_2_7b() -> LlamaConfig:
     )
 
 
+def qwen3_32b() -> Qwen3Config:
+    return Qwen3Config(
+        hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936, max_position_embeddings=8192,
+    )  # fmt: skip
+
+
+MEMORY = {
+    "Llama-3-8B": (llama_3_8b, LlamaForCausalLM, lambda weights: 1.25 * weights),
+    "Llama-2-7B": (llama_2_7b, LlamaForCausalLM, lambda _: 24e9),
+    "Qwen3-32B": (qwen3_32b, Qwen3ForCausalLM, lambda weights: 1.25 * weights),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("name", "config", "most"),
-    [("Llama-3-8B", llama_3_8b, lambda weights: 1.25 * weights), ("Llama-2-7B", llama_2_7b, lambda _: 24e9)],
-)
-def test_memory(versus, name, config, most):
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory(versus, name):
     """Fisher scores of 4 x 2048 tokens with the loss over the vocabulary: weights and everything else at most so many bytes."""
-    model, batches = model_and_batches(config(), (4, 2048), "cuda", LlamaForCausalLM)
+    config, kind, most = MEMORY[name]
+    model, batches = model_and_batches(config(), (4, 2048), "cuda", kind)
     batch = {**batches[0], "labels": batches[0]["input_ids"]}
     weights = sum(parameter.nbytes for parameter in model.parameters())
+
+    def plain() -> None:
+        with checkpointed(model.model):
+            plain_backward(model.model, batches[:1])
+
     row = versus(
         f"GPU Fisher scores, {name} shape, {weights / 1e9:.1f} GB of weights, 4 x 2048 tokens, checkpointing",
         lambda: hp.score(model, [batch], "fisher", loss_fn=hp.causal_losses, checkpointing=True),
-        {"plain forward + backward of the trunk": lambda: plain_backward(model.model, batches[:1])},
-        rounds=2, grad=True, memory=True, graphs=False,
+        {"plain forward + backward of the trunk, checkpointing": plain}, rounds=2, grad=True, memory=True, graphs=False,
     )  # fmt: skip
     assert row is None or weights + 1e6 * row.peak_mb["ours"] <= most(weights)

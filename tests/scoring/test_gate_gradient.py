@@ -1,15 +1,19 @@
 """Gate gradients under activation checkpointing, in shared layers, and what they leave behind."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from scoring.test_scores import gate_gradients_by_definition, language_batches, per_sample_loss
 from tiny_models import llama
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from headprune import scoring
 from headprune.errors import InvalidInput
-from headprune.models import attention_sites
+from headprune.evaluation.memory import peak_bytes
+from headprune.models import attention_sites, checkpointing
 from headprune.models.checkpointing import checkpointed
 from headprune.scoring import Need, Observations, block_fisher
 from headprune.scoring.observers.gate_gradient import sample_count
@@ -74,6 +78,40 @@ def test_checkpointing_keeps_far_less():
     (batch,) = language_batches(1, batch=8)
     full, less = (kept_bytes(llama(layers=6), batch, checkpointing) for checkpointing in (False, True))
     assert less < full / 2
+
+
+def wide_llama():
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=1024))
+    return model
+
+
+def test_feed_forwards_take_some_samples_at_a_time(monkeypatch):
+    """The same scores, and less of the gradients of the inner width at once."""
+    monkeypatch.setattr(checkpointing, "PART_TOKENS", 16)
+    (batch,) = language_batches(1, batch=8)
+    scores: list[scoring.HeadScores] = []
+    peaks: list[int] = []
+
+    def score(model):
+        scores.append(scoring.score(model, [batch], loss_fn=per_sample_loss, checkpointing=True))
+
+    for parts in (1, 4):
+        monkeypatch.setattr(checkpointing, "PARTS", parts)
+        torch.manual_seed(0)
+        peaks.append(peak_bytes(partial(score, wide_llama())))
+    for name, found in scores[0].items():
+        assert torch.allclose(found, scores[1][name], rtol=1e-4)
+    assert peaks[1] < 0.85 * peaks[0]
+
+
+def test_one_sample_is_taken_some_tokens_at_a_time(monkeypatch):
+    monkeypatch.setattr(checkpointing, "PART_TOKENS", 3)
+    states, sizes = torch.randn(1, 10, 4), []
+    found = checkpointing.in_parts(lambda part: (sizes.append(part.shape[1]), 2 * part)[1], states)
+    assert torch.equal(found, 2 * states)
+    assert sizes == [4, 4, 2]
 
 
 def test_checkpointing_is_gone_afterwards_even_after_an_error():
