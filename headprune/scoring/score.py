@@ -40,14 +40,14 @@ def score_observations(observed: Observations, criterion: str, normalize: str = 
     reached = Observations({name: site for name, site in observed.items() if site.reached}, observed.seen)
     by_layer = NORMALIZATIONS[normalize]
     normalized = replace(chosen, whole_model=True, function=lambda some: {k: by_layer(v) for k, v in chosen.scores(some).items()})
-    found, spread = normalized.scores(reached), spread_of(reached, normalized)
+    found = normalized.scores(reached)
     nothing = {name: torch.full((site.shape.head_map.query_heads,), torch.nan) for name, site in observed.items()}
     label = criterion if normalize == "none" else f"{criterion}/{normalize}"
     return HeadScores(
         label,
         {**nothing, **found},
         {name: site.shape for name, site in observed.items()},
-        None if spread is None else {**nothing, **spread},
+        spread_of(reached, normalized, nothing),
         frozenset(observed) - frozenset(reached),
     )
 

@@ -31,7 +31,7 @@ class HeadScores(Mapping[str, Tensor]):
     criterion: str
     scores: dict[str, Tensor]
     shapes: dict[str, SiteShape]
-    spread: dict[str, Tensor] | None = None
+    spread: Mapping[str, Tensor] | None = None
     unreached: frozenset[str] = field(default_factory=frozenset)
     made_for: ModelIdentity | None = None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -111,12 +112,40 @@ def sample_rows(site: SiteObservations, chosen: Criterion) -> dict[str, Tensor]:
     return {name: rows for name, rows in found.items() if rows is not None and len(rows)}
 
 
-def spread_of(observed: Observations, chosen: Criterion) -> dict[str, Tensor] | None:
-    """Bootstrap standard deviation of each score, or None where the samples cannot be drawn again."""
+class Spread(Mapping[str, Tensor]):
+    """Site -> bootstrap standard deviation of each score, computed when it is first read: `make` takes as long as some passes."""
+
+    def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _found(self) -> dict[str, Tensor]:
+        return self._make()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
+        return dict, (self._found,)
+
+
+def spread_of(observed: Observations, chosen: Criterion, others: Mapping[str, Tensor]) -> Spread | None:
+    """That of all sites in `observed`, beside `others`; None where the samples cannot be drawn again."""
     if not can_resample(chosen):
         return None
-    rankings = bootstrap(observed, chosen, RESAMPLES)
-    return {name: torch.stack([ranking[name] for ranking in rankings]).std(dim=0) for name in observed}
+
+    def make() -> dict[str, Tensor]:
+        rankings = bootstrap(observed, chosen, RESAMPLES)
+        found = {name: torch.stack([ranking[name] for ranking in rankings]).std(dim=0) for name in observed}
+        return {name: found.get(name, values) for name, values in others.items()}
+
+    return Spread(make)
 
 
 def unsettled_heads(scores: HeadScores, keep: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

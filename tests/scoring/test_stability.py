@@ -1,4 +1,5 @@
 import logging
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -25,11 +26,23 @@ def observed(samples: int, seed: int = 0, noise: float = 1.0) -> Observations:
 
 def test_the_spread_of_a_mean_is_its_standard_error():
     found = observed(400)
-    spread = spread_of(found, scoring.get_criterion("gate_gradient"))
+    spread = spread_of(found, scoring.get_criterion("gate_gradient"), {name: torch.zeros(8) for name in found})
     for name, site in found.items():
         expected = site.gate_gradient.abs().std(dim=0) / 20
         assert torch.allclose(spread[name], expected, rtol=0.5)
         assert (spread[name] / expected).mean() == pytest.approx(1.0, abs=0.15)
+
+
+def test_the_spread_is_computed_once_when_it_is_read(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(stability, "bootstrap", lambda *args: drawn.append(args) or bootstrap(*args))
+    scores = scoring.score_observations(observed(20), "fisher")
+    assert scores.spread is not None
+    assert not drawn
+    copied = pickle.loads(pickle.dumps(scores))
+    for name in scores:
+        assert torch.equal(copied.spread[name], scores.spread[name])
+    assert len(drawn) == 1
 
 
 def test_criteria_that_look_at_values_are_drawn_one_after_another_to_the_same_scores():

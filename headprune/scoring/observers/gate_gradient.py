@@ -65,7 +65,7 @@ class GateGradients(Observer):
         self._rows = SampleRows(setting, ("gate_gradient",))
         self._batch: dict[str, Tensor] = {}
         self._reached: set[str] = set()
-        self._owners = {site.name: site.head_of_column() for site in setting.sites}
+        self._features = {site.name: site.output.features for site in setting.sites}
 
     def watching_batch(self, batch: Any) -> AbstractContextManager[object]:
         self._batch.clear()
@@ -90,14 +90,14 @@ class GateGradients(Observer):
         return set(self._reached)
 
     def _tap(self, site: AttentionSite) -> Callable[[Tensor], Tensor | None]:
-        name, heads = site.name, site.head_map.query_heads
+        name = site.name
 
         def seen(inputs: Tensor, grad: Tensor) -> None:
             if inputs.dim() != 3:
                 raise InvalidInput(f"{site.output.name} receives {list(inputs.shape)}; expected [batch, tokens, features].")
             columns = inputs.to(torch.float32, copy=True).mul_(grad).sum(dim=1)
-            owner = self._owners[name] = self._owners[name].to(columns.device)
-            found = columns.new_zeros(columns.shape[0], heads).index_add_(1, owner, columns)
+            features = self._features[name] = self._features[name].to(columns.device)
+            found = columns[:, features].sum(dim=2)
             earlier = self._batch.get(name)
             self._batch[name] = found if earlier is None else earlier + found
 
