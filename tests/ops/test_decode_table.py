@@ -7,7 +7,7 @@ from headprune.ops import cuda, decode_table
 from headprune.ops.decode_table import faster_backend
 
 
-def test_nothing_is_preferred_to_triton_before_it_is_measured():
+def test_nothing_is_preferred_to_triton_where_nothing_was_faster():
     assert decode_table.FASTER == {}
     assert faster_backend(build(CASES["one head"], torch.float16).call) == "triton"
 
