@@ -41,7 +41,7 @@ def scheduled_model(
             batches,
             Budget.of(recipe.plan.budget),
             loss_fn=task.loss,
-            forward=task.forward,
+            forward=task.readout,
             criterion=recipe.score.criterion,
             normalize=recipe.score.normalize,
             compensate=recipe.prune.compensate,

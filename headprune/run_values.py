@@ -107,6 +107,6 @@ def plan_of(
     if not section.trials:
         return plan(scores, budget, **options)
     return search_plan(
-        model, scores, budget, task.calibration, trials=section.trials, forward=task.forward, seed=recipe.seed, progress=progress,
+        model, scores, budget, task.calibration, trials=section.trials, forward=task.readout, seed=recipe.seed, progress=progress,
         **options,
     ).plan  # fmt: skip

@@ -48,6 +48,14 @@ def test_a_run_leaves_every_value_of_the_way(recipe):
     assert result.stages.__rich__().row_count == len(titles)
 
 
+def test_plans_are_tried_by_what_the_task_reads(recipe, monkeypatch):
+    read = []
+    monkeypatch.setattr(SmallStates, "readout", lambda task, model, batch: read.append(batch) or task.forward(model, batch))
+    content = recipe.model_dump() | {"plan": {"budget": {"heads": 0.5}, "trials": 2}}
+    carried_out(parse_recipe(content, "test"))
+    assert len(read) > len(SmallStates().calibration)  # the dense model and each plan
+
+
 def test_a_run_recovers_where_it_is_asked_to(recipe, tmp_path):
     plain = carried_out(recipe)
     section = RecoverSection(steps=40, lr=1e-3)

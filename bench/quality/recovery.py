@@ -199,7 +199,7 @@ def rows(name: str, fractions: list[float], ways: list[str], minutes: float, see
     yield {"model": name, "split": split, "seed": seed, "heads": 0.0, "way": "dense", **original, "ratio": 1.0}
     scores = hp.score(subject.dense, task.calibration, subject.criterion, loss_fn=task.loss)
     for fraction in fractions:
-        plan = hp.search_plan(subject.dense, scores, hp.Budget(heads=fraction), task.calibration, forward=task.forward).plan
+        plan = hp.search_plan(subject.dense, scores, hp.Budget(heads=fraction), task.calibration, forward=task.readout).plan
         compensated = copy.deepcopy(subject.dense)
         hp.prune(compensated, plan, task.calibration, forward=task.forward, feed_forward=subject.feed_forward)
         for way in ways:

@@ -106,7 +106,7 @@ def tried(
     return with_bar(
         "try plans, pruned and compensated",
         lambda progress: search_plan(
-            dense, scores, budget, data.calibration, trials=trials, forward=data.forward, progress=progress, **options
+            dense, scores, budget, data.calibration, trials=trials, forward=data.readout, progress=progress, **options
         ),
     ).plan
 

@@ -100,7 +100,7 @@ def heads_plan(
     scores, budget = score(model, calibration, criterion, loss_fn=task.loss), Budget(heads=heads)
     if not trials:
         return plan_by_scores(scores, budget)
-    return search_plan(model, scores, budget, calibration, trials=trials, forward=task.forward, seed=seed).plan
+    return search_plan(model, scores, budget, calibration, trials=trials, forward=task.readout, seed=seed).plan
 
 
 def within(progress: Progress, before: int, all_steps: int, step: int, _of: int) -> None:

@@ -136,14 +136,16 @@ def sample_weights(valid: Tensor) -> Tensor:
     return (TYPICAL_LENGTH / counts).expand(valid.shape)[valid]
 
 
-def sums_for(index: int, batches: int, train: NormalEquations, held_out: NormalEquations) -> list[NormalEquations]:
+def sums_for(
+    index: int, batches: int, train: NormalEquations, held_out: NormalEquations, every: int = HELD_OUT_EVERY
+) -> list[NormalEquations]:
     """Which sums the batch `index` goes into; the last of few batches into both."""
-    found = [held_out if batches > 1 and is_held_out(index) else train]
-    return [*found, held_out] if batches < HELD_OUT_EVERY and index == batches - 1 else found
+    found = [held_out if batches > 1 and is_held_out(index, every) else train]
+    return [*found, held_out] if batches < every and index == batches - 1 else found
 
 
-def is_held_out(index: int) -> bool:
-    return index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+def is_held_out(index: int, every: int = HELD_OUT_EVERY) -> bool:
+    return index % every == every - 1
 
 
 @dataclass(frozen=True)

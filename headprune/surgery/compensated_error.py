@@ -15,7 +15,7 @@ from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.passes import in_eval_mode
-from headprune.surgery.compensate import Passes, Target, is_held_out, resolve, sample_weights, sums_for
+from headprune.surgery.compensate import HELD_OUT_EVERY, Passes, Target, is_held_out, resolve, sample_weights, sums_for
 from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.parts import Weights
 from headprune.surgery.walk import Walk
@@ -38,8 +38,8 @@ class CompensatedError:
     """Plans -> one number each, lower is better: how far the pruned, compensated model is from the dense one on held-out batches.
 
     The distance is of the model's output: mean KL divergence of its logits, or the relative squared error of its first output
-    (states, embeddings); over tokens that count, each sample alike. Each fifth batch (of fewer the last) is held out; layers are
-    re-solved as `resolve_outputs` does it. Plans with the same heads in their first layers share what is run there.
+    (states, embeddings); over tokens that count, each sample alike. Each `held_out_every`th batch (of fewer the last) is held out;
+    layers are re-solved as `resolve_outputs` does it. Plans with the same heads in their first layers share what is run there.
     Keeps what the dense model has at every site in memory, so give it few batches. Use it inside `own_attention(model)`.
     """
 
@@ -52,14 +52,15 @@ class CompensatedError:
         forward: Callable[[nn.Module, Any], Any] | None = None,
         token_mask: Callable[[Any], Tensor | None] | None = None,
         method: str = "least_squares",
+        held_out_every: int = HELD_OUT_EVERY,
     ) -> None:
-        self.solver = get_solver(method)
+        self.solver, self._every = get_solver(method), held_out_every
         self._known: dict[tuple[Heads, ...], float] = {}
         self._path: list[tuple[Heads, Stand]] = []
         with in_eval_mode(model), torch.no_grad():
             self.passes = Passes.of(model, sites, batches, forward, token_mask)
             count = len(self.passes.batches)
-            self._held_out = {index for index in range(count) if is_held_out(index)} or {count - 1}
+            self._held_out = {index for index in range(count) if is_held_out(index, held_out_every)} or {count - 1}
             self._targets, self._outputs = self._dense()
 
     def __call__(self, plans: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
@@ -101,7 +102,7 @@ class CompensatedError:
                 inputs, stream = walk.to(site, passes.streams.get(site.name))
             valid = passes.valid(site, index, inputs)
             missing = self._targets[at][index].missing(stream)[valid]
-            for equations in sums_for(index, count, train, held_out):
+            for equations in sums_for(index, count, train, held_out, self._every):
                 equations.add(inputs[valid], missing, sample_weights(valid))
         return Stand(walks, train, held_out, solved)
 

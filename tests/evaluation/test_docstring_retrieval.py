@@ -129,3 +129,12 @@ def test_latency_has_one_entry_per_model():
     found = measure_latency({"a": bert(), "b": bert()}, inputs, repeats=3, warmup=1)
     assert list(found) == ["a", "b"]
     assert all(0 < latency.p50_ms <= latency.p95_ms for latency in found.values())
+
+
+def test_a_search_compares_models_by_their_embeddings(task):
+    model, batch = bert().eval(), task.calibration[0]
+    with torch.no_grad():
+        read, states = task.readout(model, batch), model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
+    assert torch.allclose(read, mean / mean.norm(dim=1, keepdim=True), atol=1e-6)

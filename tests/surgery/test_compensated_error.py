@@ -13,7 +13,7 @@ from headprune.scoring import score
 from headprune.surgery import compensate, cut
 from headprune.surgery.compensate import resolve_outputs
 from headprune.surgery.compensated_error import CompensatedError
-from headprune.surgery.search_plan import first_batches, search_plan
+from headprune.surgery.search_plan import first_batches, search_batches, search_plan
 
 
 def batches_for(count: int) -> list[dict]:
@@ -65,6 +65,23 @@ def test_the_error_is_that_of_the_model_compensated_for_real(make, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def mean_embedding(model, batch) -> torch.Tensor:
+    return F.normalize((model(**batch).last_hidden_state * batch["attention_mask"][..., None]).sum(dim=1), dim=-1)
+
+
+def test_models_are_compared_by_what_forward_returns(monkeypatch):
+    monkeypatch.setattr(compensate, "resolve", partial(compensate.resolve, join=False))
+    model, batches = bert(), batches_for(5)
+    sites, keep = attention_sites(model), plan_of(model, [0, 1], [2, 3])
+    pruned = copy.deepcopy(model)
+    resolve_outputs(pruned, attention_sites(pruned), keep, batches)
+    with torch.no_grad(), gated(pruned, keep):
+        changed = mean_embedding(pruned, batches[4]) - mean_embedding(model, batches[4])
+    [found] = CompensatedError(model, sites, batches, forward=mean_embedding)([keep])
+    assert found == pytest.approx(float(changed.square().sum(dim=-1).mean()), rel=1e-3)
+    assert found != pytest.approx(CompensatedError(model, sites, batches)([keep])[0], rel=0.1)
+
+
 def test_the_dense_model_has_no_error():
     model = bert()
     error = CompensatedError(model, attention_sites(model), batches_for(2))
@@ -98,6 +115,27 @@ def test_a_search_reads_no_more_batches_than_its_tokens_ask_for():
     assert first_batches(batches, 1) == batches[:2]
     assert first_batches(batches, None) == batches
     assert first_batches(iter(batches[:1]), 1) == batches[:1]
+
+
+def test_where_few_batches_would_be_read_each_gives_some_of_its_samples():
+    batches = batches_for(8)  # 96 tokens each
+    found, every = search_batches(batches, 128)  # 768 / (1.5 * 128): every fourth sample
+    assert every == 3
+    assert [len(batch["input_ids"]) for batch in found] == [2, 1, 2, 1, 2, 1, 2, 1]
+    samples = torch.cat([batch["input_ids"] for batch in batches])[::4]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in found]), samples)
+    assert torch.equal(found[1]["attention_mask"], batches[1]["attention_mask"][2::4])
+    assert search_batches(batches, 384) == (batches[:4], 5)  # enough of them
+    assert search_batches(batches, None) == (batches, 5)
+    assert search_batches(batches[:2], 500) == (batches[:2], 5)  # these are all
+    lists = [[batch["input_ids"], batch["attention_mask"]] for batch in batches]
+    assert search_batches(lists, 100) == (lists[:2], 5)  # nothing says which entry is a sample's
+
+
+def test_every_third_batch_is_held_out_where_that_is_asked_for():
+    model, batches = bert(), batches_for(6)
+    found = CompensatedError(model, attention_sites(model), batches, held_out_every=3)
+    assert found._held_out == {2, 5}
 
 
 def test_a_call_that_was_broken_off_leaves_no_wrong_number_behind(monkeypatch):

@@ -80,6 +80,10 @@ class DocstringRetrieval(Task):
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         return model(**placed(model, batch))
 
+    def readout(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The embeddings: heads whose errors over a text's tokens cancel in the mean are spared by the states, not by these."""
+        return self.embed(model, batch)
+
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
         """accuracy@1 and mean reciprocal rank of each sentence's own document among all test documents."""
         texts = [pair.query for pair in self.test] + [pair.document for pair in self.test]

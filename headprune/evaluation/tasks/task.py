@@ -30,6 +30,10 @@ class Task(EvaluationData):
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Runs the model on a batch, without a loss."""
 
+    def readout(self, model: nn.Module, batch: Any) -> Any:
+        """As `forward`, but gives what the metric reads of it, by which a search compares models; by default all that it gives."""
+        return self.forward(model, batch)
+
     @abstractmethod
     def outputs(self, model: nn.Module) -> Tensor:
         """A small deterministic output, by which two models are compared."""
