@@ -110,16 +110,19 @@ engines-vllm: venv
 # Takes the Python that has torch with CUDA (PYTHON=...), installs nothing and needs no network: the kernels are found through a
 # link, the extension is built in place. A build or tests that fail do not keep the benchmarks from running, rows are kept as they are
 # measured, all is cut off so that it fits nine minutes (interrupted, so that failures are still shown), and the table comes last.
-# Before they are measured, the benchmarks of single kernels run once on all processors: compilation takes longer than measuring. Those
-# with many rows and with long calls come last.
-GPU_TESTS := tests/ops tests/kernels tests/models/test_streamed.py tests/models/test_cuda_graphs.py tests/surgery/test_gather.py
-GPU_BENCH := forward backward weight_stats scoring whole_model decode hopper masks
+# The tests of the Gluon kernel come first, each a process of its own, all at once: what it may do unasked hangs on them.
+# Before they are measured, the benchmarks of single kernels run once on all processors: compilation takes longer than measuring. Rows
+# that were not measured yet, or changed, come first.
+GPU_FIRST := tests/ops/test_gluon.py
+GPU_TESTS := tests/ops tests/kernels tests/scoring/test_ran_batch.py tests/models/test_streamed.py tests/models/test_cuda_graphs.py tests/surgery/test_gather.py
+GPU_BENCH := forward hopper scoring masks whole_model backward decode weight_stats
 LARGE_MODELS := bench/bench_gpu_scoring.py bench/bench_gpu_whole_model.py bench/bench_gpu_masks.py
 gpu: export PYTHONPATH := $(CURDIR)
 gpu:
 	ln -sfn ../kernels/triton headprune/kernels
 	-$(PYTHON) setup.py --quiet build_ext --inplace
-	-timeout -s INT 160 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 $(GPU_TESTS)
+	-timeout -s INT 70 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16 $(GPU_FIRST)
+	-timeout -s INT 110 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 $(GPU_TESTS) $(GPU_FIRST:%=--ignore=%)
 	-timeout -s INT 50 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 bench --warm $(LARGE_MODELS:%=--ignore=%)
 	-timeout -s INT 250 $(PYTHON) -m pytest -q -m gpu --benchmark-quiet $(GPU_BENCH:%=bench/bench_gpu_%.py)
 	$(PYTHON) bench/table.py

@@ -24,6 +24,7 @@ from headprune.scoring.batch_identity import checksum
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
 from headprune.scoring.passes import frozen, in_eval_mode, run_batch, same_keys, snapshot
+from headprune.scoring.ran_batch import RanBatch
 from headprune.scoring.ranks import Distributed, check_mode, merged, own_part, rank_file, refuse_different_batches, world_size
 from headprune.scoring.site_shape import SiteShape
 from headprune.scoring.streamed import observe_streamed
@@ -133,7 +134,9 @@ def run_pass(
     """Runs every batch that `earlier` does not hold, each once for all observers; gives the checksums of those batches."""
     if all(observer.runs == "nothing" for observer in observers):
         return ()
-    held, seen, keys, saved, count = earlier.seen if earlier else (), [], None, time.monotonic(), 0
+    held, keys, saved, count = earlier.seen if earlier else (), None, time.monotonic(), 0
+    seen: list[int] = []
+    unread: list[RanBatch] = []  # at most the last one, which a device is still at
     backward = any(observer.runs == "backward" for observer in observers)
     with in_eval_mode(setting.model), ExitStack() as stack, torch.set_grad_enabled(backward):
         if backward:
@@ -145,13 +148,17 @@ def run_pass(
             if index < len(held):
                 refuse_other_data(held[index], batch, index, checkpoint)
             else:
-                run_batch(setting, batch, observers, backward)
-                seen.append(checksum(batch))
-                if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                unread.append(RanBatch(batch, run_batch(setting, batch, observers, backward)))
+                saving = checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS
+                left = int(unread[-1].under_way and not saving)
+                while len(unread) > left:
+                    seen.append(unread.pop(0).read())
+                if checkpoint and saving:
                     together(earlier, snapshot(setting, observers, seen)).save(checkpoint)
                     saved = time.monotonic()
             if progress:
                 progress(count)
+        seen += [one.read() for one in unread]
     if keys is None:
         raise InvalidInput("the calibration set is empty; a criterion that runs the model needs at least one batch.")
     if count < len(held):

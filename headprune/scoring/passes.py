@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
@@ -15,7 +14,8 @@ from headprune.scoring.observer import Observer, Setting
 from headprune.scoring.site_shape import SiteShape
 
 
-def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backward: bool) -> None:
+def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backward: bool) -> Tensor | None:
+    """One batch for all observers. The loss, detached, where one is computed; whether it is finite is not looked at."""
     loss: Tensor | None = None
     with ExitStack() as whole:
         for observer in observers:
@@ -29,20 +29,23 @@ def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backw
                 setting.run(batch)
         if loss is not None:
             differentiate(loss)
+    found = None if loss is None else loss.detach()
     for observer in observers:
-        observer.after_batch(batch, None if loss is None else loss.detach())
+        observer.after_batch(batch, found)
+    return found
 
 
 def differentiate(loss: Tensor) -> None:
-    if loss.requires_grad:
-        loss.sum().backward()
-    # Looked at behind the backward pass: a device would stand still in between.
-    if not torch.isfinite(loss).all():
+    if not loss.requires_grad:
+        raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
+    loss.sum().backward()
+
+
+def refuse_infinite(finite: bool) -> None:
+    if not finite:
         raise InvalidInput(
             "the loss is NaN or infinite on a calibration batch; look for empty labels or overflow in low precision."
         )
-    if not loss.requires_grad:
-        raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
 
 
 def snapshot(setting: Setting, observers: Sequence[Observer], seen: Sequence[int]) -> Observations:

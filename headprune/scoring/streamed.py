@@ -25,7 +25,7 @@ from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import Observer, Setting, observer_of
-from headprune.scoring.passes import differentiate, in_eval_mode, same_keys, snapshot
+from headprune.scoring.passes import differentiate, in_eval_mode, refuse_infinite, same_keys, snapshot
 
 BY_LAYER = {
     Need.WEIGHTS, Need.GRAM, Need.OUTPUT_NORM, Need.ATTENTION, Need.ATTENTION_PATTERN, Need.ATTENTION_DISTANCE,
@@ -149,6 +149,7 @@ class StreamedPass:
                 with leaving(self.trunk, states, self.entries[index].alone):
                     loss = self.setting.loss(batch)
                 differentiate(loss)
+                refuse_infinite(bool(torch.isfinite(loss).all()))
                 losses.append(loss.detach())
                 if not self.states.has("gradients", last, index):
                     self.states.put("gradients", last, index, gradient_of(states))
