@@ -27,6 +27,7 @@ def setting():
         calibration=batches,
         loss=lambda model, batch: model(**batch).logits.float().square().mean(dim=(1, 2)),
         forward=lambda model, batch: model(**batch, use_cache=False),
+        readout=lambda model, batch: model(**batch, use_cache=False),
     )
     return Setting("stdlib-lm", model, task, seed=0)
 
