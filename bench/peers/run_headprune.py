@@ -1,6 +1,6 @@
 """headprune by the repository's recipe: heads ranked and merely cut, as peers do, or the plan searched and outputs re-solved."""
 
-from child import Request, main
+from child import Request, embedded, main
 
 import headprune as hp
 from headprune.recipe import load_recipe
@@ -19,7 +19,8 @@ def cut(model, scored, request: Request):
     if not request.options["compensate"]:
         hp.prune(model, hp.plan(scored, budget))
         return model
-    plan = hp.search_plan(model, scored, budget, request.calibration, trials=recipe.plan.trials).plan
+    read = embedded if request.kind == "encoder" else None  # what the task reads of the model, as in the recipe
+    plan = hp.search_plan(model, scored, budget, request.calibration, trials=recipe.plan.trials, forward=read).plan
     hp.prune(model, plan, request.calibration, feed_forward=recipe.prune.feed_forward)
     return model
 

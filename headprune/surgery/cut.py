@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class CheckedCut:
     sites: dict[str, AttentionSite]
     kept: dict[str, tuple[int, ...]]
 
-    @property
+    @cached_property
     def ragged(self) -> list[AttentionSite]:
         """The sites that will have groups of different sizes and count on the model's attention function for them."""
         left = {

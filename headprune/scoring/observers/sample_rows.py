@@ -28,12 +28,13 @@ class SampleRows:
     def found(self) -> dict[str, dict[str, Tensor]]:
         """Site -> field -> [sequences, query_heads], fp32, on the CPU."""
         return {
-            name: {field: on_the_host(values, self._heads[name]) for field, values in fields.items()}
+            name: {field: joined(values, self._heads[name]) for field, values in fields.items()}
             for name, fields in self._rows.items()
         }
 
 
-def on_the_host(rows: Sequence[Tensor], heads: int) -> Tensor:
+def joined(rows: Sequence[Tensor], heads: int) -> Tensor:
+    """[all rows, heads] on the CPU; rows of one device are copied together."""
     if len({values.device for values in rows}) == 1:
         return torch.cat(list(rows)).cpu()
     return torch.cat([torch.zeros(0, heads), *(values.cpu() for values in rows)])
