@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.models.checkpointing import checkpointed
+from headprune.nn.linear import through_onednn
 from headprune.recovery.batches import collator_of, on_the_host
 from headprune.recovery.budget import TrainingBudget, TrainingClock
 from headprune.recovery.good_state import GoodState
@@ -104,7 +105,8 @@ def trained(model: nn.Module, session: Session) -> Recovery:
     broken = None
     hook = model.register_forward_hook(pooled_too) if ranks > 1 else None
     try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with through_onednn(model):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except training.NotFinite as problem:
         if not trainer.state.global_step:
             raise InvalidInput(f"{problem}, before anything was trained; look for empty labels or overflow.") from None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, write_json
+from headprune.nn.linear import through_onednn
 from headprune.recovery.distillation import Distillation, TopLogits, logits_of
 from headprune.recovery.features import Features, catching
 from headprune.recovery.result import told_apart
@@ -52,7 +53,7 @@ def store_logits(
     folder = Path(folder)
     setting = {"top": top, "temperature": temperature, **told_apart(teacher)}
     known = refuse_other_settings(folder, WHAT, setting)
-    with in_eval_mode(teacher):
+    with in_eval_mode(teacher), through_onednn(teacher):
         for done, batch in enumerate(batches, 1):
             path = folder / f"{digest(batch)}.safetensors"
             if not path.exists() or not (folder / FILE).exists():

@@ -11,6 +11,7 @@ from torch import nn
 
 from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
+from headprune.nn.linear import through_onednn
 from headprune.nn.replace import own_attention
 from headprune.recovery.distillation import logits_of
 from headprune.recovery.features import Features, catching
@@ -57,6 +58,7 @@ class ModelTeacher:
                 stack.callback(model.to, place)
             self.sites = attention_sites(model) if any(self.wanted.values()) else ()
             stack.enter_context(in_eval_mode(model))
+            stack.enter_context(through_onednn(model))
             if self.shards:
                 stack.enter_context(sharded(model, device))
             yield

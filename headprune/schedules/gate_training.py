@@ -18,6 +18,7 @@ from headprune.errors import HeadpruneError
 from headprune.files import whole_file
 from headprune.models.site import AttentionSite
 from headprune.models.watching import through_headprune
+from headprune.nn.linear import through_onednn
 from headprune.recovery import Objective
 from headprune.schedules.gates import GateLayout, GateMethod, Moment
 from headprune.schedules.gates.reach import gates_in_place, through_operator
@@ -116,6 +117,7 @@ class GateTrainer:
         with ExitStack() as stack:
             stack.callback(self.model.train, training)
             stack.enter_context(through_headprune(self.model))
+            stack.enter_context(through_onednn(self.model))
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(self.objective.ready(next(self.model.parameters()).device, batch))
             if not self.weights:

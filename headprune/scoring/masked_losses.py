@@ -23,6 +23,7 @@ from headprune.models import attention_sites
 from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
+from headprune.nn.linear import through_onednn
 from headprune.scoring.folding import batch_size, fold
 from headprune.scoring.observer import LossFunction, checked_losses
 from headprune.scoring.passes import frozen, in_eval_mode
@@ -181,6 +182,7 @@ class MaskedLosses:
     def still(self, grad: bool = False) -> Iterator[None]:
         """In eval mode, without caches (a replay would add to them), and without gradients but those of gates."""
         with in_eval_mode(self.model), without_caches(self.model), torch.set_grad_enabled(grad), ExitStack() as stack:
+            stack.enter_context(through_onednn(self.model))
             if grad:
                 stack.enter_context(frozen(self.model))
             yield

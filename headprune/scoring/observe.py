@@ -19,6 +19,7 @@ from headprune.models.site import AttentionSite
 from headprune.models.streamed import streamed_of
 from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import TokenMask, token_masks
+from headprune.nn.linear import through_onednn
 from headprune.nn.replace import own_attention
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.observations import Need, Observations
@@ -138,7 +139,7 @@ def run_pass(
     seen: list[int] = []
     unread: list[RanBatch] = []  # at most the last one, which a device is still at
     backward = any(observer.runs == "backward" for observer in observers)
-    with in_eval_mode(setting.model), ExitStack() as stack, torch.set_grad_enabled(backward):
+    with in_eval_mode(setting.model), through_onednn(setting.model), ExitStack() as stack, torch.set_grad_enabled(backward):
         if backward:
             stack.enter_context(frozen(setting.model))
         for observer in observers:

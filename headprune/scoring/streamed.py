@@ -21,6 +21,7 @@ from torch import Tensor
 from headprune.errors import InvalidInput
 from headprune.models.streamed import reader_of
 from headprune.models.trunk import Entry, enter, leaving
+from headprune.nn.linear import through_onednn
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.observations import Need, Observations
@@ -58,7 +59,7 @@ def observe_streamed(
     for index, batch in enumerate(batches):
         keys = same_keys(keys, batch, index)
     work = StreamedPass(setting, batches, wanted, None if checkpoint is None else Path(checkpoint), progress)
-    with in_eval_mode(setting.model):
+    with in_eval_mode(setting.model), through_onednn(setting.model):
         found = work.measured()
     # In the order in which a pass over the whole model leaves them.
     in_order = {site.name: found[site.name] for site in setting.sites}

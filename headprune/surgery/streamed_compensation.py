@@ -27,6 +27,7 @@ from headprune.models.stream import residual_streams
 from headprune.models.streamed import StreamedModel
 from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.models.trunk import Entry, enter
+from headprune.nn.linear import through_onednn
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, take_over
 from headprune.scoring.passes import in_eval_mode
@@ -65,7 +66,7 @@ def resolve_streamed(
     take_over(folder, WORK_KIND, now)
     forward = forward or (lambda model, batch: model(**batch))
     run = StreamedCompensation(streamed, keep, batches, LayerStates(folder), forward, token_mask, method, feed_forward)
-    with in_eval_mode(streamed.model), torch.no_grad():
+    with in_eval_mode(streamed.model), through_onednn(streamed.model), torch.no_grad():
         return run.resolved(folder, progress)
 
 
