@@ -31,11 +31,16 @@ struct Pairs {
 // The columns of a step that are there, of `left`.
 HEADPRUNE_PAIRS inline __mmask32 columns_there(int64_t left) { return left >= kStep ? ~__mmask32(0) : (__mmask32(1) << left) - 1; }
 
-template <int Heads>
-HEADPRUNE_PAIRS void paired_scores(
+// Steps: of the head dimension, where it is that many whole ones; 0: any. Few queries then stay in registers.
+template <int Heads, int Steps>
+HEADPRUNE_PAIRS inline void paired_scores_of(
     Rows<at::BFloat16> keys, int64_t count, int64_t dim, const Real* queries, Real factor, Real* scores, int64_t stride) {
   constexpr int tile = kLanes / Heads;
-  const int64_t width = whole_steps(dim);
+  constexpr bool held = Steps && Heads * Steps <= 12;
+  const int64_t width = whole_steps(dim), steps = Steps ? Steps : width / kStep;
+  __m512i query[held ? Heads * Steps : 1];
+  #pragma GCC unroll 12
+  for (int i = 0; held && i < Heads * Steps; ++i) query[i] = _mm512_loadu_si512(queries + i / Steps * width + i % Steps * kLanes);
   for (int64_t first = 0; first < count; first += tile) {
     Vec sums[kLanes];
     std::fill_n(sums, kLanes, Vec(0));
@@ -43,19 +48,32 @@ HEADPRUNE_PAIRS void paired_scores(
     for (int k = 0; k < tile; ++k) {
       __m512 sum[Heads];
       std::fill_n(sum, Heads, _mm512_setzero_ps());
-      for (int64_t x = 0; x < dim; x += kStep) {
+      #pragma GCC unroll 4
+      for (int64_t s = 0; s < steps; ++s) {
+        const int64_t x = s * kStep;
         ask_for(keys.later[first + k] + x);
-        const auto key = (__m512bh)_mm512_maskz_loadu_epi16(columns_there(dim - x), keys.now[first + k] + x);
+        const auto* from = keys.now[first + k] + x;
+        const auto key = (__m512bh)(Steps ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(columns_there(dim - x), from));
         #pragma GCC unroll 8
         for (int r = 0; r < Heads; ++r) {
-          const auto* query = reinterpret_cast<const at::BFloat16*>(queries + r * width) + x;
-          sum[r] = _mm512_dpbf16_ps(sum[r], key, (__m512bh)_mm512_loadu_si512(query));
+          // A query's bf16 take half of its row.
+          const auto* there = reinterpret_cast<const at::BFloat16*>(queries + r * width) + x;
+          sum[r] = _mm512_dpbf16_ps(sum[r], key, (__m512bh)(held ? query[held ? r * Steps + s : 0] : _mm512_loadu_si512(there)));
         }
       }
       for (int r = 0; r < Heads; ++r) sums[r * tile + k] = sum[r];
     }
     store_scores<Heads>(lane_sums(sums) * Vec(factor), first, scores, stride);
   }
+}
+
+template <int Heads>
+HEADPRUNE_PAIRS void paired_scores(
+    Rows<at::BFloat16> keys, int64_t count, int64_t dim, const Real* queries, Real factor, Real* scores, int64_t stride) {
+  const auto products = dim == 4 * kStep   ? paired_scores_of<Heads, 4>
+                        : dim == 2 * kStep ? paired_scores_of<Heads, 2>
+                                           : paired_scores_of<Heads, 0>;
+  products(keys, count, dim, queries, factor, scores, stride);
 }
 
 // Probabilities [row][key], rounded and in pairs of keys, each as one number.

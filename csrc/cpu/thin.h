@@ -10,7 +10,7 @@ namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 constexpr int kThinRows = kLanes >= 16 ? 8 : 4;
 constexpr int kStep = 2 * kLanes;     // elements that are read at once
-constexpr int64_t kRowsAhead = 64;
+constexpr int64_t kRowsAhead = 32;
 constexpr int kThinAccumulators = kLanes >= 16 ? 24 : 12;
 
 inline int64_t whole_steps(int64_t dim) { return (dim + kStep - 1) / kStep * kStep; }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
-from headprune.ops.attention import library
+from headprune.ops.attention import head_map_of, library
 from headprune.ops.backend import choose
 from headprune.ops.call import DecodeCall, check_decode, equal_groups
 
@@ -85,7 +85,8 @@ def decode_operands(call: DecodeCall) -> tuple[Any, ...]:
 
 def as_decode_call(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> DecodeCall:
     lengths, page_table, kv_of_query, *options = rest
-    return DecodeCall(query, key_cache, value_cache, lengths, page_table, HeadMap(tuple(kv_of_query), key_cache.shape[1]), *options)
+    head_map = head_map_of(tuple(kv_of_query), key_cache.shape[1])
+    return DecodeCall(query, key_cache, value_cache, lengths, page_table, head_map, *options)
 
 
 def _run(*args: Any) -> Tensor:

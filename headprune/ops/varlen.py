@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headprune.head_map import HeadMap
-from headprune.ops.attention import library, whole_gradient
+from headprune.ops.attention import head_map_of, library, whole_gradient
 from headprune.ops.backend import choose
 from headprune.ops.call import VarlenCall, check_varlen, equal_groups
 from headprune.ops.stats import HeadStats
@@ -154,7 +154,7 @@ def varlen_operands(call: VarlenCall) -> tuple[Any, ...]:
 
 def as_varlen_call(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> VarlenCall:
     cu_q, cu_k, max_q, max_k, kv_of_query, *options = rest
-    return VarlenCall(query, key, value, cu_q, cu_k, max_q, max_k, HeadMap(tuple(kv_of_query), key.shape[1]), *options)
+    return VarlenCall(query, key, value, cu_q, cu_k, max_q, max_k, head_map_of(tuple(kv_of_query), key.shape[1]), *options)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
