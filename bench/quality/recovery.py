@@ -75,7 +75,7 @@ def minilm(validation: bool, seed: int) -> Subject:
     distil = hp.Distillation(hidden=1.0, embedding=1.0, similarity=1.0, embed=embed)
     arguments = {"bf16": torch.cpu._is_avx512_bf16_supported()}
     train, taught = batches(32, 48), batches(16, 96)
-    return Subject(dense, task, train, taught, "fisher_least_squares", distil, RATES["minilm"], True, arguments, lambda: dense)
+    return Subject(dense, task, train, taught, "fisher_least_squares", distil, RATES["minilm"], False, arguments, lambda: dense)
 
 
 def length(pair: Any) -> int:
