@@ -18,12 +18,12 @@ SMALLEST = 2**20  # multiply-adds; below, the call costs more than is won (bench
 
 
 @contextmanager
-def through_onednn(*models: nn.Module) -> Iterator[None]:
-    """Inside the block the linear layers of `models` run through oneDNN where that is faster, with gradients as ever.
+def through_onednn(model: nn.Module) -> Iterator[None]:
+    """Inside the block the linear layers of `model` run through oneDNN where that is faster, with gradients as ever.
 
     Layers that have a forward of their own (of accelerate, say) or are of a subclass keep theirs.
     """
-    modules = [module for model in models for module in model.modules()] if beats_mkl() else []
+    modules = model.modules() if beats_mkl() else ()
     chosen = [module for module in modules if type(module) is nn.Linear and "forward" not in vars(module)]
     try:
         for module in chosen:

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, write_json
-from headprune.nn.linear import through_onednn
 from headprune.recovery.distillation import Distillation, TopLogits, logits_of
 from headprune.recovery.features import Features, catching
 from headprune.recovery.result import told_apart
 from headprune.recovery.teacher import run
 from headprune.scoring.batch_identity import digest
 from headprune.scoring.observer import LossFunction
-from headprune.scoring.passes import in_eval_mode
+from headprune.scoring.passes import pass_of
 from headprune.settings import refuse_other_settings, write_settings
 
 WHAT, FILE, KIND = "folder of logits", "teacher.json", "stored_logits"
@@ -53,7 +52,7 @@ def store_logits(
     folder = Path(folder)
     setting = {"top": top, "temperature": temperature, **told_apart(teacher)}
     known = refuse_other_settings(folder, WHAT, setting)
-    with in_eval_mode(teacher), through_onednn(teacher):
+    with pass_of(teacher):
         for done, batch in enumerate(batches, 1):
             path = folder / f"{digest(batch)}.safetensors"
             if not path.exists() or not (folder / FILE).exists():

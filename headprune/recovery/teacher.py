@@ -11,13 +11,12 @@ from torch import nn
 
 from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
-from headprune.nn.linear import through_onednn
 from headprune.nn.replace import own_attention
 from headprune.recovery.distillation import logits_of
 from headprune.recovery.features import Features, catching
 from headprune.recovery.sharding import sharded
 from headprune.scoring.observer import LossFunction
-from headprune.scoring.passes import in_eval_mode
+from headprune.scoring.passes import pass_of
 
 
 class ModelTeacher:
@@ -57,8 +56,7 @@ class ModelTeacher:
                 model.to(device)
                 stack.callback(model.to, place)
             self.sites = attention_sites(model) if any(self.wanted.values()) else ()
-            stack.enter_context(in_eval_mode(model))
-            stack.enter_context(through_onednn(model))
+            stack.enter_context(pass_of(model))
             if self.shards:
                 stack.enter_context(sharded(model, device))
             yield

@@ -23,10 +23,9 @@ from headprune.models import attention_sites
 from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
-from headprune.nn.linear import through_onednn
 from headprune.scoring.folding import batch_size, fold
 from headprune.scoring.observer import LossFunction, checked_losses
-from headprune.scoring.passes import frozen, in_eval_mode
+from headprune.scoring.passes import frozen, pass_of
 from headprune.scoring.replay import recording
 from headprune.scoring.run_structure import RunStructure, folded_pass, run_structure
 from headprune.scoring.sample_losses import OwnLoss, close, tolerance_of
@@ -181,8 +180,7 @@ class MaskedLosses:
     @contextmanager
     def still(self, grad: bool = False) -> Iterator[None]:
         """In eval mode, without caches (a replay would add to them), and without gradients but those of gates."""
-        with in_eval_mode(self.model), without_caches(self.model), torch.set_grad_enabled(grad), ExitStack() as stack:
-            stack.enter_context(through_onednn(self.model))
+        with pass_of(self.model), without_caches(self.model), torch.set_grad_enabled(grad), ExitStack() as stack:
             if grad:
                 stack.enter_context(frozen(self.model))
             yield

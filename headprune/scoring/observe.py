@@ -19,12 +19,11 @@ from headprune.models.site import AttentionSite
 from headprune.models.streamed import streamed_of
 from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import TokenMask, token_masks
-from headprune.nn.linear import through_onednn
 from headprune.nn.replace import own_attention
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
-from headprune.scoring.passes import frozen, in_eval_mode, run_batch, same_keys, snapshot
+from headprune.scoring.passes import frozen, pass_of, run_batch, same_keys, snapshot
 from headprune.scoring.ran_batch import RanBatch
 from headprune.scoring.ranks import Distributed, check_mode, merged, own_part, rank_file, refuse_different_batches, world_size
 from headprune.scoring.site_shape import SiteShape
@@ -139,7 +138,7 @@ def run_pass(
     seen: list[int] = []
     unread: list[RanBatch] = []  # at most the last one, which a device is still at
     backward = any(observer.runs == "backward" for observer in observers)
-    with in_eval_mode(setting.model), through_onednn(setting.model), ExitStack() as stack, torch.set_grad_enabled(backward):
+    with pass_of(setting.model), ExitStack() as stack, torch.set_grad_enabled(backward):
         if backward:
             stack.enter_context(frozen(setting.model))
         for observer in observers:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.nn.linear import through_onednn
 from headprune.scoring.observations import Observations, SiteObservations
 from headprune.scoring.observer import Observer, Setting
 from headprune.scoring.site_shape import SiteShape
@@ -83,6 +84,13 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def pass_of(model: nn.Module) -> Iterator[None]:
+    """Inside the block `model` runs over data: in eval mode, its linear layers as this processor computes them fastest."""
+    with in_eval_mode(model), through_onednn(model):
+        yield
 
 
 @contextmanager

@@ -21,12 +21,11 @@ from torch import Tensor
 from headprune.errors import InvalidInput
 from headprune.models.streamed import reader_of
 from headprune.models.trunk import Entry, enter, leaving
-from headprune.nn.linear import through_onednn
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import Observer, Setting, observer_of
-from headprune.scoring.passes import differentiate, in_eval_mode, refuse_infinite, same_keys, snapshot
+from headprune.scoring.passes import differentiate, pass_of, refuse_infinite, same_keys, snapshot
 
 BY_LAYER = {
     Need.WEIGHTS, Need.GRAM, Need.OUTPUT_NORM, Need.ATTENTION, Need.ATTENTION_PATTERN, Need.ATTENTION_DISTANCE,
@@ -59,7 +58,7 @@ def observe_streamed(
     for index, batch in enumerate(batches):
         keys = same_keys(keys, batch, index)
     work = StreamedPass(setting, batches, wanted, None if checkpoint is None else Path(checkpoint), progress)
-    with in_eval_mode(setting.model), through_onednn(setting.model):
+    with pass_of(setting.model):
         found = work.measured()
     # In the order in which a pass over the whole model leaves them.
     in_order = {site.name: found[site.name] for site in setting.sites}

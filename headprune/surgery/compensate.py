@@ -24,8 +24,7 @@ from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite
 from headprune.models.stream import residual_streams
 from headprune.models.tokens import TokenMask, token_masks, valid_tokens
-from headprune.nn.linear import through_onednn
-from headprune.scoring.passes import in_eval_mode
+from headprune.scoring.passes import pass_of
 from headprune.surgery.normal_equations import Layer, NormalEquations, Solver, get_solver
 from headprune.surgery.parts import (
     Part,
@@ -88,7 +87,7 @@ def resolve_outputs(
     loses = [len(keep[site.name]) < site.head_map.query_heads for site in chosen]
     chosen = chosen[loses.index(True) :] if any(loses) else []
     reports: list[Resolved] = []
-    with in_eval_mode(model), through_onednn(model), torch.no_grad():
+    with pass_of(model), torch.no_grad():
         passes = Passes.of(model, chosen, batches, forward, token_mask, feed_forward)
         solved: dict[str, Weights] = dict(passes.dense)
         walks = [(passes.walk(index), passes.walk(index)) for index in range(len(passes.batches))]

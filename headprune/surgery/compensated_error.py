@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
-from headprune.nn.linear import through_onednn
-from headprune.scoring.passes import in_eval_mode
+from headprune.scoring.passes import pass_of
 from headprune.surgery.compensate import HELD_OUT_EVERY, Passes, Target, is_held_out, resolve, sample_weights, sums_for
 from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.parts import Weights
@@ -58,7 +57,7 @@ class CompensatedError:
         self.solver, self._every = get_solver(method), held_out_every
         self._known: dict[tuple[Heads, ...], float] = {}
         self._path: list[tuple[Heads, Stand]] = []
-        with in_eval_mode(model), through_onednn(model), torch.no_grad():
+        with pass_of(model), torch.no_grad():
             self.passes = Passes.of(model, sites, batches, forward, token_mask)
             count = len(self.passes.batches)
             self._held_out = {index for index in range(count) if is_held_out(index, held_out_every)} or {count - 1}
@@ -67,7 +66,7 @@ class CompensatedError:
     def __call__(self, plans: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
         """One error for each plan (site name -> heads to keep)."""
         wanted = [tuple(tuple(plan[site.name]) for site in self.passes.sites) for plan in plans]
-        with in_eval_mode(self.passes.model), through_onednn(self.passes.model), torch.no_grad():
+        with pass_of(self.passes.model), torch.no_grad():
             self._known |= {keep: self._error(keep) for keep in sorted(set(wanted) - set(self._known))}
         return [self._known[keep] for keep in wanted]
 

@@ -27,10 +27,9 @@ from headprune.models.stream import residual_streams
 from headprune.models.streamed import StreamedModel
 from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.models.trunk import Entry, enter
-from headprune.nn.linear import through_onednn
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, take_over
-from headprune.scoring.passes import in_eval_mode
+from headprune.scoring.passes import pass_of
 from headprune.surgery.compensate import Reached, Resolved, Target, add_tokens, resolve, sums_for
 from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.parts import Part, Weights, columns_of, masked_to, parts_of, weight_and_bias, weights_in_place
@@ -66,7 +65,7 @@ def resolve_streamed(
     take_over(folder, WORK_KIND, now)
     forward = forward or (lambda model, batch: model(**batch))
     run = StreamedCompensation(streamed, keep, batches, LayerStates(folder), forward, token_mask, method, feed_forward)
-    with in_eval_mode(streamed.model), through_onednn(streamed.model), torch.no_grad():
+    with pass_of(streamed.model), torch.no_grad():
         return run.resolved(folder, progress)
 
 
