@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from headprune.surgery.parts import (
     weight_and_bias,
     weights_in_place,
 )
+from headprune.surgery.pieces import Piece, pieces_of
 from headprune.surgery.walk import Keeping, Walk, keeping_for
 
 Keep = Mapping[str, Sequence[int]]  # site name -> the query heads that stay
@@ -90,7 +92,7 @@ def resolve_outputs(
     with pass_of(model), torch.no_grad():
         passes = Passes.of(model, chosen, batches, forward, token_mask, feed_forward)
         solved: dict[str, Weights] = dict(passes.dense)
-        walks = [(passes.walk(index), passes.walk(index)) for index in range(len(passes.batches))]
+        walks = list(zip(passes.walks(), passes.walks()))
         for done, part in enumerate(passes.parts):
             train, held_out = gather(passes, part, keep, solved, walks)
             report, solved[part.name] = resolve(part, keep.get(part.name), passes.dense[part.name], train, held_out, solver)
@@ -115,7 +117,7 @@ def gather(
         with passes.pruned(keep, solved, part):
             reached = pruned_walk.to(part, passes.streams.get(part.name))
         valid = passes.valid(part, index, reached[0])
-        add_tokens(sums_for(index, len(walks), train, held_out), columns, kept_weight, target, reached, valid)
+        add_tokens(passes.sums_for(index, train, held_out), columns, kept_weight, target, reached, valid)
     return train, held_out
 
 
@@ -168,12 +170,13 @@ class Target:
 @dataclass(frozen=True)
 class Passes:
     """What all forward passes of a compensation share. parts: what is re-solved, in the order of the pass; sites: the attentions
-    among them; dense: the parts' weights and biases; streams: the module that receives the stream which a part adds to."""
+    among them; pieces: what runs of the batches, in their order; dense: the parts' weights and biases; streams: the module that
+    receives the stream which a part adds to."""
 
     model: nn.Module
     parts: tuple[Part, ...]
     sites: tuple[AttentionSite, ...]
-    batches: Sequence[Any]
+    pieces: Sequence[Piece]
     forward: Callable[[nn.Module, Any], Any]
     masks: Callable[[str, Any], Tensor | None]
     dense: Mapping[str, Weights]
@@ -204,11 +207,19 @@ class Passes:
         dense = {part.name: weight_and_bias(part) for part in parts}
         streams = residual_streams(model, sites, run) | {part.name: part.stream for part in behind.values()}
         masks = token_masks(model, token_mask)
-        return cls(model, tuple(parts), tuple(sites), batches, runs, masks, dense, streams, keeping_for(model, run, parts))
+        keeping = keeping_for(model, run, parts)
+        pieces = pieces_of(batches, partial(runs, model), parts, masks)
+        return cls(model, tuple(parts), tuple(sites), pieces, runs, masks, dense, streams, keeping)
 
-    def walk(self, index: int) -> Walk:
-        """A pass of the batch `index`, before its first step."""
-        return Walk(self.model, lambda: self.forward(self.model, self.batches[index]), self.keeping)
+    def walks(self) -> list[Walk]:
+        """A pass of each piece, before its first step."""
+        return [Walk(self.model, partial(self.forward, self.model, piece.batch), self.keeping) for piece in self.pieces]
+
+    def sums_for(
+        self, index: int, train: NormalEquations, held_out: NormalEquations, every: int = HELD_OUT_EVERY
+    ) -> list[NormalEquations]:
+        """Which sums the piece `index` goes into: those of its batch."""
+        return sums_for(self.pieces[index].of, self.pieces[-1].of + 1, train, held_out, every)
 
     def target(self, part: Part, walk: Walk) -> Target:
         """What the dense model has behind `part`."""
@@ -224,8 +235,8 @@ class Passes:
             yield
 
     def valid(self, part: Part, index: int, states: Tensor) -> Tensor:
-        """bool [batch, tokens]: the tokens of the batch `index` that count."""
-        return valid_tokens(states, self.masks(part.name, self.batches[index]))
+        """bool [samples, tokens]: the tokens of the piece `index` that count."""
+        return valid_tokens(states, self.masks(part.name, self.pieces[index].batch))
 
 
 def resolve(

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
-from headprune.models.tokens import valid_tokens
 from headprune.scoring.passes import pass_of
-from headprune.surgery.compensate import HELD_OUT_EVERY, Passes, Target, is_held_out, resolve, sample_weights, sums_for
+from headprune.surgery.compensate import HELD_OUT_EVERY, Passes, Target, is_held_out, resolve, sample_weights
 from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.parts import Weights
+from headprune.surgery.readout import distances, readout
 from headprune.surgery.walk import Walk
 
 Heads = tuple[int, ...]
@@ -25,8 +22,8 @@ Heads = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Stand:
-    """The pruned model up to the output projection of one site: a walk for each batch, the normal equations there of all heads
-    (for the whole output, not for what old weights leave), and the weights of the sites before."""
+    """The pruned model up to the output projection of one site: a walk for each piece of a batch, the normal equations there of
+    all heads (for the whole output, not for what old weights leave), and the weights of the sites before."""
 
     walks: list[Walk]
     train: NormalEquations
@@ -59,8 +56,9 @@ class CompensatedError:
         self._path: list[tuple[Heads, Stand]] = []
         with pass_of(model), torch.no_grad():
             self.passes = Passes.of(model, sites, batches, forward, token_mask)
-            count = len(self.passes.batches)
-            self._held_out = {index for index in range(count) if is_held_out(index, held_out_every)} or {count - 1}
+            last = self.passes.pieces[-1].of
+            chosen = {piece.of for piece in self.passes.pieces if is_held_out(piece.of, held_out_every)} or {last}
+            self._held_out = [index for index, piece in enumerate(self.passes.pieces) if piece.of in chosen]
             self._targets, self._outputs = self._dense()
 
     def __call__(self, plans: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
@@ -71,10 +69,10 @@ class CompensatedError:
         return [self._known[keep] for keep in wanted]
 
     def _dense(self) -> tuple[list[list[Target]], dict[int, tuple[Tensor, bool]]]:
-        """[sites][batches] of targets, and the output for each held-out batch."""
-        walks = [self.passes.walk(index) for index in range(len(self.passes.batches))]
+        """[sites][pieces] of targets, and the output for each held-out piece."""
+        walks = self.passes.walks()
         targets = [[self.passes.target(site, walk) for walk in walks] for site in self.passes.sites]
-        return targets, {index: readout(walks[index].end()) for index in sorted(self._held_out)}
+        return targets, {index: readout(walks[index].end()) for index in self._held_out}
 
     def _error(self, keep: tuple[Heads, ...]) -> float:
         shared = next((at for at, (heads, _) in enumerate(self._path) if heads != keep[at]), len(self._path))
@@ -93,8 +91,7 @@ class CompensatedError:
 
     def _stand(self, before: Stand | None, kept: Mapping[str, Heads], solved: dict[str, Weights], at: int) -> Stand:
         site, passes = self.passes.sites[at], self.passes
-        count = len(passes.batches)
-        walks = [walk.copy() for walk in before.walks] if before else [passes.walk(index) for index in range(count)]
+        walks = [walk.copy() for walk in before.walks] if before else passes.walks()
         weight, _ = passes.dense[site.name]
         train, held_out = (NormalEquations.empty(weight.shape[1], weight.shape[0]) for _ in range(2))
         for index, walk in enumerate(walks):
@@ -102,7 +99,7 @@ class CompensatedError:
                 inputs, stream = walk.to(site, passes.streams.get(site.name))
             valid = passes.valid(site, index, inputs)
             missing = self._targets[at][index].missing(stream)[valid]
-            for equations in sums_for(index, count, train, held_out, self._every):
+            for equations in passes.sums_for(index, train, held_out, self._every):
                 equations.add(inputs[valid], missing, sample_weights(valid))
         return Stand(walks, train, held_out, solved)
 
@@ -123,30 +120,6 @@ class CompensatedError:
         for index, (dense, is_logits) in self._outputs.items():
             with self.passes.pruned(kept, solved, None):
                 found, _ = readout(stand.walks[index].copy().end())
-            rows = distances(dense, found, is_logits, self.passes.masks(last, self.passes.batches[index]))
+            rows = distances(dense, found, is_logits, self.passes.masks(last, self.passes.pieces[index].batch))
             total, samples = total + float(rows.double().sum()), samples + len(rows)
         return total / samples
-
-
-def readout(output: Any) -> tuple[Tensor, bool]:
-    """The tensor by which outputs are compared, fp32, and whether it holds logits."""
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits.float(), True
-    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1]
-    if not found:
-        raise InvalidInput(f"the forward pass gives no tensor to compare models by, but {type(output).__name__}.")
-    return found[0].float(), False
-
-
-def distances(dense: Tensor, found: Tensor, is_logits: bool, mask: Tensor | None) -> Tensor:
-    """[samples]: of each sample's output [.., features], the mean over its tokens that count."""
-    if is_logits:
-        errors = F.kl_div(found.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none").sum(dim=-1)
-    else:
-        errors = (found - dense).square().sum(dim=-1) / dense.square().sum(dim=-1).mean().clamp(min=torch.finfo(dense.dtype).tiny)
-    if errors.dim() == 1:
-        return errors
-    fits = mask is not None and mask.shape == errors.shape
-    counted = valid_tokens(found, mask).to(errors) if fits else torch.ones_like(errors)
-    return (errors * counted).flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp(min=1)

@@ -8,13 +8,14 @@ same restart in the middle serves head masks in `headprune.scoring.replay`, wher
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_map
 
 from headprune.errors import InvalidInput
@@ -62,10 +63,13 @@ class Walk:
     run: Callable[[], Any]
     keeping: Keeping = "all"
     _finished: list[Called] = field(default_factory=list)
+    _stack_of: dict[nn.Module, nn.ModuleList | None] = field(default_factory=dict)  # of every module of the model
 
     def __post_init__(self) -> None:
-        stacks = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
-        self._stack_of = {member: stack for stack in stacks for member in stack}
+        if not self._stack_of:
+            self._stack_of = dict.fromkeys(self.model.modules())
+            stacks = [module for module in self._stack_of if isinstance(module, nn.ModuleList)]
+            self._stack_of |= {member: stack for stack in stacks for member in stack}
 
     def to(self, site: AttentionSite | FeedForward, stream: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         """Goes on to `site`: the input of its output projection and what `stream` received, both [batch, tokens, features].
@@ -93,7 +97,7 @@ class Walk:
 
     def copy(self) -> Walk:
         """Another walk that stands where this one does; either can go on."""
-        return Walk(self.model, self.run, self.keeping, self._finished)
+        return Walk(self.model, self.run, self.keeping, self._finished, self._stack_of)
 
     def _step(self, site: AttentionSite | FeedForward, stream: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
         inputs: list[Tensor] = []
@@ -110,7 +114,7 @@ class Walk:
         with ExitStack() as stack:
             if self.keeping != "nothing":
                 self._replay(stack)
-                record(self.model, top, stack)
+                record(self._stack_of, top, stack)
             stack.enter_context(output_input_hook(site, stop))
             if stream is not None:
                 stack.callback(stream.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -134,7 +138,7 @@ class Walk:
             self._finished = []
             raise _Changed
         if self.keeping == "last":
-            stacked = [call for call in finished if call.module in self._stack_of]
+            stacked = [call for call in finished if self._stack_of[call.module] is not None]
             last = {self._stack_of[call.module]: call for call in stacked}
             for call in stacked:
                 if last[self._stack_of[call.module]] is not call:
@@ -143,22 +147,24 @@ class Walk:
         return finished
 
 
-def record(model: nn.Module, top: Called, stack: ExitStack) -> None:
-    """Until `stack` ends, every call of a module of `model` becomes part of `top`."""
+def record(modules: Container[nn.Module], top: Called, stack: ExitStack) -> None:
+    """Until `stack` ends, every call of one of `modules` becomes part of `top`."""
     opened = [top]
 
-    def enter(module: nn.Module, _args: tuple[Any, ...]) -> None:
-        call = Called(module)
-        opened[-1].inside.append(call)
-        opened.append(call)
+    def enter(module: nn.Module, _args: Any) -> None:
+        if module in modules:
+            call = Called(module)
+            opened[-1].inside.append(call)
+            opened.append(call)
 
-    def leave(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
-        call = opened.pop()
-        call.over, call.result, call.versions, call.inside = True, result, versions(result), []
+    def leave(module: nn.Module, _args: Any, result: Any) -> None:
+        if module in modules:
+            call = opened.pop()
+            call.over, call.result, call.versions, call.inside = True, result, versions(result), []
 
-    for module in model.modules():
-        stack.callback(module.register_forward_pre_hook(enter).remove)
-        stack.callback(module.register_forward_hook(leave).remove)
+    # Two hooks for all modules: two for each would take longer than a small model's layer runs.
+    stack.callback(register_module_forward_pre_hook(enter).remove)
+    stack.callback(register_module_forward_hook(leave).remove)
 
 
 def replayed(forward: Callable[..., Any], results: deque[Any]) -> Callable[..., Any]:

@@ -135,7 +135,7 @@ def test_where_few_batches_would_be_read_each_gives_some_of_its_samples():
 def test_every_third_batch_is_held_out_where_that_is_asked_for():
     model, batches = bert(), batches_for(6)
     found = CompensatedError(model, attention_sites(model), batches, held_out_every=3)
-    assert found._held_out == {2, 5}
+    assert found._held_out == [2, 5]
 
 
 def test_a_call_that_was_broken_off_leaves_no_wrong_number_behind(monkeypatch):

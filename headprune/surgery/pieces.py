@@ -1,0 +1,162 @@
+"""Padded batches run in pieces, each of samples of like length: padding costs as much as tokens do, and nobody reads what it gives.
+
+Only for passes that want each sample's states, not for losses, which may compare the samples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headprune.errors import InvalidInput
+from headprune.models.gating import output_input_hook
+from headprune.models.tokens import SiteTokenMask, plane
+from headprune.surgery.parts import Part, weight_and_bias
+from headprune.surgery.readout import readout
+
+PASS_COST = {"cpu": 256}  # places in whose time a further pass begins and ends; of MiniLM's 128 to 512 (bench/NOTES.md)
+PASS_COST_OF_ACCELERATORS = 8192  # many launches; not measured
+CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # root mean square, of the values; kernels round differently by shape
+CLOSE_IN_LOW_PRECISION = 2e-2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What runs together: `rows` of the batch `of`, as long as the longest of them; rows None: the batch as it was given."""
+
+    batch: Any
+    of: int
+    rows: Tensor | None = None
+
+
+def whole(batches: Sequence[Any]) -> list[Piece]:
+    return [Piece(batch, index) for index, batch in enumerate(batches)]
+
+
+def pieces_of(batches: Sequence[Any], run: Callable[[Any], Any], parts: Sequence[Part], masks: SiteTokenMask) -> list[Piece]:
+    """Each of `batches` in the pieces that take the least time, in order; whole where it has no padding, or where the first that
+    has shows that `run` gives samples something else in pieces than in the batch."""
+    if not parts:
+        return whole(batches)
+    cost = PASS_COST.get(weight_and_bias(parts[-1])[0].device.type, PASS_COST_OF_ACCELERATORS)
+    found = [list(split(batch, index, cost)) for index, batch in enumerate(batches)]
+    cut = [(batch, pieces) for batch, pieces in zip(batches, found) if pieces[0].rows is not None]
+    if not cut:
+        return whole(batches)
+    expected = states_and_output(cut[0][0], run, parts[-1])
+    try:
+        alike = all(complete(*one, parts, masks) for one in cut) and same(expected, cut[0][1], run, parts[-1], masks)
+    except Exception:  # the user's own function or mask need not be one for some of a batch's samples
+        alike = False
+    return [piece for pieces in found for piece in pieces] if alike else whole(batches)
+
+
+def split(batch: Any, of: int, cost: int) -> Iterator[Piece]:
+    """The pieces of `batch` whose places, with `cost` places for each piece, are fewest."""
+    lengths = lengths_of(batch)
+    tokens = 0 if lengths is None else batch["attention_mask"].shape[1]
+    groups = [] if lengths is None else cheapest(lengths.tolist(), cost)
+    if lengths is None or sum(len(rows) * width + cost for rows, width in groups) >= len(lengths) * tokens + cost:
+        yield Piece(batch, of)
+        return
+    for chosen, width in groups:
+        rows = torch.tensor(chosen)
+        yield Piece({name: trimmed(value[rows.to(value.device)], tokens, width) for name, value in batch.items()}, of, rows)
+
+
+def trimmed(value: Tensor, tokens: int, width: int) -> Tensor:
+    return value[:, :width].contiguous() if value.dim() == 2 and value.shape[1] == tokens else value
+
+
+def lengths_of(batch: Any) -> Tensor | None:
+    """[samples] of a batch of tensors [samples] and [samples, tokens] whose attention_mask says that padding is at the end; None of
+    any other."""
+    mask = plane(batch, "attention_mask") if isinstance(batch, Mapping) else None
+    if mask is None or not mask.numel() or not all(can_be_cut(value, mask) for value in batch.values()):
+        return None
+    lengths = mask.bool().sum(dim=1)
+    at_the_end = torch.equal(mask.bool(), torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])
+    return lengths.clamp(min=1).cpu() if at_the_end else None
+
+
+def can_be_cut(value: Any, mask: Tensor) -> bool:
+    """Whether `value` has an entry for each sample; numbers that only happen to be as many as the tokens, as targets may, are
+    floating."""
+    if not isinstance(value, Tensor) or value.dim() not in (1, 2) or len(value) != len(mask):
+        return False
+    return value is mask or value.shape != mask.shape or not value.is_floating_point()
+
+
+def cheapest(lengths: Sequence[int], cost: int) -> list[tuple[list[int], int]]:
+    """(samples, the length of the longest) of groups by length: the sum of samples x longest + cost is least."""
+    rows_of: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        rows_of.setdefault(length, []).append(row)
+    steps = sorted(rows_of)
+    best, cut = [0], [0]  # of the samples of the first so many lengths
+    for end in range(1, len(steps) + 1):
+        samples, options = 0, []
+        for start in range(end - 1, -1, -1):
+            samples += len(rows_of[steps[start]])
+            options.append((best[start] + samples * steps[end - 1] + cost, start))
+        least, start = min(options)
+        best.append(least)
+        cut.append(start)
+    groups, end = [], len(steps)
+    while end:
+        groups.append((sorted(row for length in steps[cut[end] : end] for row in rows_of[length]), steps[end - 1]))
+        end = cut[end]
+    return groups[::-1]
+
+
+def complete(batch: Any, pieces: Sequence[Piece], parts: Sequence[Part], masks: SiteTokenMask) -> bool:
+    """Whether no token of `batch` that counts at one of the parts is cut off."""
+    for part in parts:
+        mask, found = masks(part.name, batch), [masks(part.name, piece.batch) for piece in pieces]
+        if mask is None or int(mask.bool().sum()) != sum(0 if one is None else int(one.bool().sum()) for one in found):
+            return False  # without a mask padding counts too
+    return True
+
+
+def same(
+    expected: tuple[Tensor, Tensor], pieces: Sequence[Piece], run: Callable[[Any], Any], last: Part, masks: SiteTokenMask
+) -> bool:
+    """Whether all that counts is in the pieces what it is in the batch: the states at the last part, and the output."""
+    for piece in pieces:
+        mask = masks(last.name, piece.batch)
+        found = states_and_output(piece.batch, run, last)
+        if mask is None or not all(close(*pair, piece.rows, mask.bool()) for pair in zip(expected, found)):
+            return False
+    return True
+
+
+def states_and_output(batch: Any, run: Callable[[Any], Any], part: Part) -> tuple[Tensor, Tensor]:
+    """What reaches the linear layer of `part`, and the tensor by which outputs are compared; empty where there is none."""
+    seen: list[Tensor] = []
+    with output_input_hook(part, seen.append):
+        output = run(batch)
+    if not seen:
+        raise InvalidInput(f"{part.name} was not reached by the calibration data.")
+    try:
+        return seen[-1], readout(output)[0]
+    except InvalidInput:
+        return seen[-1], seen[-1].new_empty(0)
+
+
+def close(expected: Tensor, found: Tensor, rows: Tensor | None, valid: Tensor) -> bool:
+    """Whether found [samples of the piece, ..] is what expected [samples of the batch, ..] has in `rows`; of [samples, tokens,
+    features] at its `valid` places."""
+    if rows is None or len(found) != len(rows) or len(expected) <= int(rows.max()):
+        return False
+    expected = expected[rows.to(expected.device)]
+    if found.dim() > 2 and found.shape[:2] == valid.shape:
+        valid = valid.to(found.device)
+        expected, found = expected[:, : found.shape[1]][valid], found[valid]
+    if expected.shape != found.shape:
+        return False
+    error = (expected.float() - found.float()).square().mean().sqrt()
+    return bool(error <= CLOSE.get(expected.dtype, CLOSE_IN_LOW_PRECISION) * expected.float().square().mean().sqrt())
