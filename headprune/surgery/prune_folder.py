@@ -43,6 +43,7 @@ from headprune.surgery.streamed_compensation import resolve_streamed
 log = logging.getLogger("headprune")
 DRAFT_KIND = "folder_being_pruned"
 DIGESTS, DIGESTS_KIND = "digests.json", "digests_of_a_folder_being_pruned"
+BEHIND = 2  # files whose digests may still be made while the next one is written
 
 
 def prune_folder(
@@ -121,7 +122,7 @@ def prune_folder(
 
 
 def write_shards(draft: Path, cutting: Cutting, steps: Steps) -> dict[str, str]:
-    """File -> its digest, made while the next file is written. A file of an earlier try stays where it has the digest that was
+    """File -> its digest, made while the next files are written. A file of an earlier try stays where it has the digest that was
     recorded for it: after a machine went down its bytes may not be those that were written."""
     recorded = read_json(draft / DIGESTS, DIGESTS_KIND)["digests"] if (draft / DIGESTS).exists() else {}
     pending: dict[str, Future[str]] = {}
@@ -130,16 +131,21 @@ def write_shards(draft: Path, cutting: Cutting, steps: Steps) -> dict[str, str]:
             path = draft / file
             if not (file in recorded and path.exists() and file_digest(path) == recorded[file]):
                 write_shard(path, cutting.entries(file), cutting.shards.metadata[file])
-                record(draft, recorded, pending)
-                pending = {file: hashing.submit(file_digest, path)}
+                pending[file] = hashing.submit(file_digest, path)
+                record(draft, recorded, pending, BEHIND)
             steps.files(done + 1)
-        record(draft, recorded, pending)
+        record(draft, recorded, pending, 0)
     return recorded
 
 
-def record(draft: Path, recorded: dict[str, str], pending: Mapping[str, Future[str]]) -> None:
-    if pending:
-        recorded.update((file, digest.result()) for file, digest in pending.items())
+def record(draft: Path, recorded: dict[str, str], pending: dict[str, Future[str]], behind: int) -> None:
+    """Moves digests that are made, and all but the last `behind`, from `pending` to those that the disk knows."""
+    made: dict[str, str] = {}
+    while pending and (len(pending) > behind or next(iter(pending.values())).done()):
+        file = next(iter(pending))
+        made[file] = pending.pop(file).result()
+    if made:
+        recorded |= made
         write_json(draft / DIGESTS, DIGESTS_KIND, {"digests": recorded})
 
 
