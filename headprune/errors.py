@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from operator import index
+from typing import Any
 
 
 class HeadpruneError(Exception):
@@ -36,3 +38,14 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InvalidInput:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InvalidInput(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """`value`, of any integer type, as an int; InvalidInput where it is none, or below `least`."""
+    try:
+        found = index(value)
+    except TypeError:
+        found = least - 1
+    if found < least or isinstance(value, bool):
+        raise InvalidInput(f"{name} is {value!r:.80}; expected a whole number, {least} or more.")
+    return found

@@ -9,6 +9,7 @@ from torch import nn
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.site import AttentionSite
+from headprune.nn.compiled import plain_module
 
 
 class Adapter(Protocol):
@@ -49,6 +50,7 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     Raises UnsupportedModel where none is found, or where a module looks like an attention that no adapter knows: a model
     is never pruned in part without saying so.
     """
+    model = plain_module(model)
     sites: list[AttentionSite] = []
     unknown: list[str] = []
     for name, module in model.named_modules():
@@ -59,11 +61,13 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
         if site is not None:
             sites.append(site)
         elif looks_like_attention(module):
-            unknown.append(f"{name} ({type(module).__name__})")
-    unknown = [entry for entry in unknown if not any(site.name.startswith(f"{entry.split(' ')[0]}.") for site in sites)]
+            unknown.append(name)
+    # What holds a known attention may be called one too, the whole model for example, whose name is empty.
+    unknown = [name for name in unknown if not any(site.name.startswith(f"{name}." if name else "") for site in sites)]
     if unknown:
+        shown = [f"{name} ({type(model.get_submodule(name)).__name__})".strip() for name in unknown[:3]]
         raise UnsupportedModel(
-            f"{type(model).__name__}: no adapter knows {', '.join(unknown[:3])}{' and more' if len(unknown) > 3 else ''}. "
+            f"{type(model).__name__}: no adapter knows {', '.join(shown)}{' and more' if len(unknown) > 3 else ''}. "
             f"Known kinds: {', '.join(sorted(_adapters))}. CONTRIBUTING.md shows how to add one."
         )
     if not sites:

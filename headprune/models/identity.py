@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from headprune.errors import InvalidPlan
 from headprune.models.adapters import attention_sites
+from headprune.nn.compiled import plain_module
 from headprune.nn.replace import own_attention
 
 log = logging.getLogger("headprune")
@@ -35,6 +36,7 @@ class ModelIdentity:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelIdentity:
+        model = plain_module(model)
         return cls(architecture_of(getattr(model, "config", None)), weights_of(model))
 
     def check(self, model: nn.Module) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeGuard, TypeVar, cast
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from torch import nn
 
 from headprune.nn.attention import VariableHeadAttention
+from headprune.nn.compiled import outside_inference, plain_module
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,13 +45,17 @@ def own_attention(model: nn.Module, keep: bool = False) -> Iterator[nn.Module]:
 
 
 def on_own_attention(change: Callable[P, R]) -> Callable[P, R]:
-    """`change(model, ...)` run with `own_attention(model)`, which stays; with dry_run=True it does not."""
+    """`change(model, ...)` run with `own_attention(model)`, which stays; with dry_run=True it does not. `model` may be wrapped by
+    torch.compile, and the caller under torch.inference_mode, in which no weights of a model that lives on are made."""
 
     @wraps(change)
     def run(*args: P.args, **options: P.kwargs) -> R:
-        model = cast(nn.Module, args[0] if args else options["model"])
-        with own_attention(model, keep=not options.get("dry_run", False)):
-            return change(*args, **options)
+        given: Any = args[0] if args else options["model"]
+        model = plain_module(given)
+        rest: Any = (model, *args[1:]) if args else ()
+        named: Any = options if args else {**options, "model": model}
+        with outside_inference(), own_attention(model, keep=not options.get("dry_run", False)):
+            return change(*rest, **named)
 
     return run
 

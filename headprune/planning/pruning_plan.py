@@ -17,6 +17,7 @@ from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.identity import ModelIdentity
+from headprune.nn.compiled import plain_module
 from headprune.nn.replace import own_attention
 from headprune.planning.budget import Budget
 from headprune.scoring.scores import HeadScores, model_json
@@ -58,6 +59,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
 
         Raises InvalidPlan for a site that the model does not have, a head that does not exist or is named twice.
         """
+        model = plain_module(model)
         with own_attention(model):
             sites = {site.name: site for site in attention_sites(model)}
             try:

@@ -17,6 +17,7 @@ from torch import nn
 from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json, write_text
 from headprune.models import attention_sites
+from headprune.nn.compiled import plain_module
 from headprune.nn.replace import own_attention
 from headprune.scoring.masked_losses import MaskedLosses
 from headprune.scoring.observer import LossFunction
@@ -120,6 +121,7 @@ def sensitivity(
     Uses no compensation, so that a curve is of the heads alone. batches, loss_fn: as for `hp.observe`. progress: called with the
     number of batches done. Raises InvalidInput where `batches` is empty, a site is not reached, or a loss is not finite.
     """
+    model = plain_module(model)
     with own_attention(model):
         sites = [site for site in attention_sites(model) if site.name not in scores.unreached]
         order = {site.name: removal_order(scores[site.name].tolist()) for site in sites}

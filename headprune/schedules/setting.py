@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput, unknown_name
+from headprune.models.batches import several
+from headprune.nn.compiled import plain_module
 from headprune.planning import Budget, plan
 from headprune.recovery.result import told_apart
 from headprune.schedules.composition import shapes_of
@@ -69,8 +71,8 @@ class Setting:
         for name in planning:
             if name not in PLANNING:
                 raise unknown_name("option", name, (*OPTIONS, *PLANNING))
-        batches = list(batches)
-        found = cls(dense, batches, budget, **own, planning=planning)
+        batches = list(several(batches))
+        found = cls(plain_module(dense), batches, budget, **own, planning=planning)
         get_criterion(found.criterion)
         if isinstance(found.train, Sequence) and not found.train:
             raise InvalidInput("the training data is empty; give at least one batch, or leave train out.")

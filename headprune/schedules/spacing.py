@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from headprune.errors import InvalidInput, unknown_name
+from headprune.errors import InvalidInput, unknown_name, whole_number
 
 Spacing = Callable[[float, float], float]
 _spacings: dict[str, Spacing] = {}
@@ -59,7 +59,5 @@ def targets(target: float, steps: int | None, per_step: float | None, spacing: s
             raise InvalidInput(f"per_step is {per_step}; expected a fraction of the original, above 0 and below 1.")
         count = max(1, math.ceil(target / per_step - 1e-9))
         return [min(target, per_step * number) for number in range(1, count)] + [target]
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InvalidInput(f"steps is {steps!r}; expected a whole number, 1 or more.")
-    reached = get_spacing(spacing)
+    steps, reached = whole_number("steps", steps), get_spacing(spacing)
     return [reached(target, number / steps) for number in range(1, steps)] + [target]

@@ -14,11 +14,13 @@ from torch import nn
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
+from headprune.models.batches import several
 from headprune.models.checkpointing import checkpointed
 from headprune.models.site import AttentionSite
 from headprune.models.streamed import streamed_of
 from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import TokenMask, token_masks
+from headprune.nn.compiled import plain_module
 from headprune.nn.replace import own_attention
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.observations import Need, Observations
@@ -84,6 +86,7 @@ def observe(
             "gram_device": gram_device, "checkpoint": checkpoint and rank_file(checkpoint), "progress": progress,
         }  # fmt: skip
         return observe_together(model, batches, needs, distributed, unreached, options)
+    model = plain_module(model)
     kinds = None if token_kinds is None else TokenKinds.of(token_kinds)
     with own_attention(model):
         every = attention_sites(model)
@@ -110,7 +113,7 @@ def observe_together(
 ) -> Observations:
     """`observe` on several ranks, whose observations become one."""
     if mode == "share":
-        every = list(batches)
+        every = list(several(batches))
         refuse_different_batches([checksum(batch) for batch in every])
         batches = own_part(every)
     observed, problem = None, None
@@ -143,7 +146,7 @@ def run_pass(
             stack.enter_context(frozen(setting.model))
         for observer in observers:
             stack.enter_context(observer.watching_pass())
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(several(batches)):
             keys, count = same_keys(keys, batch, index), index + 1
             if index < len(held):
                 refuse_other_data(held[index], batch, index, checkpoint)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.nn.compiled import eagerly, outside_inference
 from headprune.nn.linear import through_onednn
 from headprune.scoring.observations import Observations, SiteObservations
 from headprune.scoring.observer import Observer, Setting
@@ -88,9 +89,20 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def pass_of(model: nn.Module) -> Iterator[None]:
-    """Inside the block `model` runs over data: in eval mode, its linear layers as this processor computes them fastest."""
-    with in_eval_mode(model), through_onednn(model):
+    """Inside the block `model` runs over data: in eval mode, its linear layers as this processor computes them fastest, not as
+    torch.compile compiled it, and with autograd also under torch.inference_mode. InvalidInput where its weights were made so."""
+    refuse_inference_weights(model)
+    with outside_inference(), eagerly(), in_eval_mode(model), through_onednn(model):
         yield
+
+
+def refuse_inference_weights(model: nn.Module) -> None:
+    """InvalidInput: autograd and in-place changes, which torch forbids for tensors of inference mode, are all that is done here."""
+    made = next((name for name, weight in model.named_parameters() if weight.is_inference()), None)
+    if made is not None:
+        raise InvalidInput(
+            f"{made} was made under torch.inference_mode(), and torch allows it no gradients; load the model outside of that."
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
+from headprune.nn.compiled import plain_module
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.cut import cut
@@ -49,6 +50,7 @@ def save(
     Raises UnsupportedModel where adapters are attached or weights are quantised, InvalidInput where `folder` holds other things
     than a model, HeadpruneError where the disk refuses.
     """
+    model = plain_module(model)
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
             f"{type(model).__name__} has adapters attached, whose weights are not the model's. Call merge_and_unload() and save "

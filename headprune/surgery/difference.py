@@ -14,6 +14,7 @@ from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.models import AttentionSite, attention_sites
 from headprune.models.selection import runs
+from headprune.nn.compiled import plain_module
 from headprune.nn.replace import own_attention
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.record import as_json, record_of
@@ -52,7 +53,7 @@ def diff(before: nn.Module | str | os.PathLike[str], after: nn.Module | str | os
 
     Raises InvalidInput where the two are not made from one model: other attentions, or heads that only `after` has.
     """
-    models = [found if isinstance(found, nn.Module) else skeleton(found) for found in (before, after)]
+    models = [plain_module(found) if isinstance(found, nn.Module) else skeleton(found) for found in (before, after)]
     with own_attention(models[0]), own_attention(models[1]):
         whole, small = ({site.name: site for site in attention_sites(model)} for model in models)
         names = paired(models, whole, small)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
+from headprune.models.batches import several
+from headprune.nn.compiled import plain_module
 from headprune.nn.replace import own_attention
 from headprune.planning.budget import Budget
 from headprune.planning.layer_weights import LayerSearch, search_layer_weights
@@ -54,6 +56,7 @@ def search_plan(
 
     Raises InvalidInput where there are no batches, InvalidPlan where the scores are of another model; what `hp.plan` raises.
     """
+    model = plain_module(model)
     plan(scores, budget, **options).check_fits(model)
     chosen, every = search_batches(batches, tokens)
     with own_attention(model):
@@ -70,7 +73,7 @@ def search_batches(batches: Iterable[Any], tokens: int | None) -> tuple[list[Any
     Of two or three large batches none could be held out: heads would be chosen by an error on what was learnt. So then every batch
     gives some of its samples, and a third of the batches is held out, which leaves enough samples to tell plans apart.
     """
-    given = list(batches)
+    given = list(several(batches))
     first = first_batches(given, tokens)
     if tokens is None or len(first) >= FEW_BATCHES or len(first) == len(given):
         return first, HELD_OUT_EVERY

@@ -1,0 +1,85 @@
+"""Models that torch.compile compiled, and callers under torch.inference_mode: what is measured and cut is that of a plain model."""
+
+import pytest
+import torch
+from tiny_models import llama, tokens
+from torch import nn
+
+import headprune as hp
+
+KEEP = {"model.layers.0.self_attn": [0, 3, 5], "model.layers.1.self_attn": [1, 2, 7]}
+BATCHES = [{"input_ids": rows, "labels": rows} for rows in tokens(60, 12).split(6)]
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=BATCHES[0]["input_ids"]).logits
+
+
+@pytest.mark.parametrize("compiled", [wrapped, in_place])
+def test_heads_of_a_compiled_model_are_gated_and_cut_as_those_of_a_plain_one(compiled, tmp_path):
+    model, plain = compiled(llama()), llama()
+    before = logits(model)  # compiled here, without hooks
+    with hp.gated(plain, KEEP), hp.gated(model, KEEP):
+        torch.testing.assert_close(logits(model), logits(plain))
+    torch.testing.assert_close(logits(model), before)
+    for name, scores in hp.score(model, BATCHES, ["fisher", "output_norm"]).items():
+        for site, expected in hp.score(plain, BATCHES, name).items():
+            torch.testing.assert_close(scores[site], expected)
+    hp.prune(model, hp.PruningPlan.from_keep(plain, KEEP), BATCHES)
+    hp.prune(plain, hp.PruningPlan.from_keep(plain, KEEP), BATCHES)
+    torch.testing.assert_close(logits(model), logits(plain))
+    hp.save(model, tmp_path / "pruned")
+    torch.testing.assert_close(logits(hp.load(tmp_path / "pruned")), logits(plain))
+
+
+def test_a_wrapped_model_has_the_names_of_the_model_in_it():
+    model = llama()
+    assert [site.name for site in hp.attention_sites(wrapped(model))] == [site.name for site in hp.attention_sites(model)]
+    assert hp.PruningPlan.from_keep(wrapped(model), KEEP) == hp.PruningPlan.from_keep(model, KEEP)
+
+
+def test_a_compiled_student_is_distilled():
+    dense, student = llama(), llama()
+    hp.cut(student, KEEP)
+    logits(in_place(student))
+    plain = llama()
+    hp.cut(plain, KEEP)
+    for model in (student, plain):
+        hp.recover(model, BATCHES, teacher=wrapped(dense), distil=hp.Distillation(logits=1.0, hidden=1.0), steps=2, lr=1e-3)
+    torch.testing.assert_close(logits(student), logits(plain))
+
+
+def test_inference_mode_changes_nothing():
+    model, plain = llama(), llama()
+    plan = hp.plan(hp.score(plain, BATCHES), hp.Budget(heads=0.5))
+    hp.prune(plain, plan, BATCHES)
+    with torch.inference_mode():
+        assert hp.plan(hp.score(model, BATCHES), hp.Budget(heads=0.5)).keep == plan.keep
+        hp.prune(model, plan, BATCHES)
+    torch.testing.assert_close(logits(model), logits(plain))
+    hp.recover(model, BATCHES, steps=1)
+
+
+def test_weights_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = llama()
+    for act in (lambda: hp.score(model, BATCHES), lambda: hp.prune(model, hp.PruningPlan.from_keep(model, KEEP), BATCHES)):
+        with pytest.raises(hp.InvalidInput, match=r"model\.embed_tokens\.weight was made under torch\.inference_mode"):
+            act()
+
+
+@pytest.mark.parametrize("given", [None, "minilm", {"model": 1}])
+def test_what_is_no_model_is_named(given):
+    for act in (hp.attention_sites, lambda it: hp.score(it, BATCHES), lambda it: hp.cut(it, KEEP), lambda it: hp.save(it, "out")):
+        with pytest.raises(hp.InvalidInput, match=r"the model is .*; expected a torch\.nn\.Module"):
+            act(given)
