@@ -34,7 +34,7 @@ def prune_heads(model: nn.Module, heads_to_prune: Mapping[int, Iterable[int]], *
     keep: dict[str, list[int]] = {}
     for layer, heads in heads_to_prune.items():
         if layer not in layers:
-            raise InvalidInput(f"layer {layer} has no self-attention; the layers that have one are {sorted(layers)}.")
+            raise InvalidInput(f"layer {layer!r} has no self-attention; the layers that have one are {sorted(layers)}.")
         for site in layers[layer]:
             keep[site.name] = kept_after(site, record.get(site.name), set(integers(heads)))
     cut(model, keep)

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headprune.errors import unknown_name
+from headprune.errors import unknown_name, whole_number
 from headprune.evaluation.cost import kv_cache_bytes_per_token
 from headprune.models import attention_sites
 from headprune.models.trunk import trunk_of
@@ -146,6 +146,8 @@ def estimate(
 
     Raises InvalidInput for an unknown device or a folder without config, InfeasibleBudget, UnsupportedModel.
     """
+    for name, value in (("tokens", tokens), ("batch", batch), ("length", length)):
+        whole_number(name, value)
     model = skeleton(folder)
     config: Any = model.config
     weights: torch.dtype = dtype or config.dtype or torch.float32

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, whole_number
 from headprune.evaluation.bootstrap import Interval, paired_bootstrap
 from headprune.evaluation.callable_metric import CallableMetric
 from headprune.evaluation.cost import attention_flops, kv_cache_bytes_per_token, model_flops, sequence_length, weight_bytes
@@ -164,6 +164,7 @@ def evaluations(
     models: dict[str, nn.Module], data: EvaluationData, repeats: int, progress: Progress | None
 ) -> tuple[dict[str, Evaluation], dict[str, dict[str, Metric] | None]]:
     """Each model's evaluation, and the examples that its metrics are of."""
+    whole_number("repeats", repeats)
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(in_eval_mode(model))

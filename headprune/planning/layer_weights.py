@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, whole_number
 from headprune.planning.budget import Budget
 from headprune.planning.engine import get_engine
 from headprune.planning.planner import plan
@@ -70,8 +70,7 @@ def search_layer_weights(
 
     Raises what `hp.plan` raises, InvalidInput where trials is below 1 or the allocation is "uniform".
     """
-    if trials < 1:
-        raise InvalidInput(f"trials is {trials}; give 1 or more.")
+    whole_number("trials", trials)
     if (options.get("allocation") or get_engine(options.get("target", "headprune")).allocation) == "uniform":
         raise InvalidInput("weights of layers change nothing where every layer loses the same share; take another allocation.")
     space = Space(replace(scores, spread=None), budget, options, error, trials, progress)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from headprune.errors import InvalidInput, unknown_name
+from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.planning.allocation import Selection, get_allocation
 from headprune.planning.budget import Budget
 from headprune.planning.engine import Engine, get_engine, refuse_conflicts
@@ -50,13 +51,10 @@ def plan(
     Raises InfeasibleBudget where the constraints leave too little to remove; InvalidInput for unknown names and for what
     contradicts the target.
     """
+    check_arguments(scores, budget, min_heads, multiple_of)
     engine = get_engine(target)
     allocation = allocation or engine.allocation
     granularity = granularity_for(granularity, engine, budget)
-    if min_heads < 0:
-        raise InvalidInput(f"min_heads is {min_heads}; give 0 (whole attentions may go) or more.")
-    if multiple_of < 1:
-        raise InvalidInput(f"multiple_of is {multiple_of}; give 1 or more.")
     refuse_conflicts(engine, scores, allocation, min_heads)
     if sensitivity is not None and allocation != "optimal":
         raise InvalidInput(f'sensitivity is given, which allocation="{allocation}" does not read; plan with allocation="optimal".')
@@ -75,6 +73,16 @@ def plan(
     keep = {name: tuple(sorted(heads)) for name, heads in selection.kept.items()}
     warn_of_unsettled(scores, keep)
     return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores, scores.made_for)
+
+
+def check_arguments(scores: Any, budget: Any, min_heads: Any, multiple_of: Any) -> None:
+    if not isinstance(scores, HeadScores):
+        several = f", such as those by {next(iter(scores))!r} of the given dict" if isinstance(scores, Mapping) and scores else ""
+        raise InvalidInput(f"scores is {scores!r:.80}; expected the HeadScores of one criterion, as hp.score gives them{several}.")
+    if not isinstance(budget, Budget):
+        raise InvalidInput(f"the budget is {budget!r:.80}; expected what is to be removed, such as hp.Budget(heads=0.5).")
+    whole_number("min_heads", min_heads, least=0)
+    whole_number("multiple_of", multiple_of)
 
 
 def granularity_for(granularity: str | None, engine: Engine, budget: Budget) -> str:

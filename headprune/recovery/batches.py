@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,13 +10,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from headprune.errors import InvalidInput
+from headprune.models.batches import several
 
 
 class Batches(Dataset[Any]):
     """A list whose items are whole batches, each one item of a loader of batch size 1."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = list(batches)
+        self.batches = list(several(batches))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -43,8 +44,17 @@ def on_the_host(dataset: Any) -> bool:
     return all(leaf.device.type == "cpu" for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
 
 
+class Wrapped(dict[str, Any]):
+    """A batch that is no mapping, in one: transformers' Trainer looks for names in every batch, which a tensor takes for values."""
+
+
 def only_item(items: list[Any]) -> Any:
-    return items[0]
+    return items[0] if isinstance(items[0], Mapping) else Wrapped(batch=items[0])
+
+
+def opened(batch: Any) -> Any:
+    """The batch as it was given."""
+    return batch["batch"] if isinstance(batch, Wrapped) else batch
 
 
 def collator_of(dataset: Any, collator: Callable[..., Any] | None) -> Callable[..., Any] | None:

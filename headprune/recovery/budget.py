@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, whole_number
 
 EPOCHS = 3  # where neither steps nor minutes are given
 UNBOUNDED = 10**9  # steps, where the clock decides
@@ -40,10 +41,14 @@ class TrainingBudget:
         if steps is not None and minutes is not None:
             raise InvalidInput(f"steps={steps} and minutes={minutes}: give one of them.")
         for name, value in (("steps", steps), ("minutes", minutes)):
-            if value is not None and not value > 0:
-                raise InvalidInput(f"{name} is {value}; expected more than 0.")
-        if not callable(lr) and not (lr >= 0 and math.isfinite(lr)):
-            raise InvalidInput(f"lr is {lr}; expected a learning rate, 0 or more, or a function of the step.")
+            if value is not None and not (isinstance(value, Real) and value > 0):
+                raise InvalidInput(f"{name} is {value!r}; expected more than 0.")
+        if steps is not None:
+            steps = whole_number("steps", steps)
+        if warmup is not None:
+            warmup = whole_number("warmup", warmup, least=0)
+        if not callable(lr) and not (isinstance(lr, Real) and lr >= 0 and math.isfinite(lr)):
+            raise InvalidInput(f"lr is {lr!r}; expected a learning rate, 0 or more, or a function of the step.")
         if steps is None and minutes is None:
             if steps_per_epoch is None:
                 raise InvalidInput("the data do not tell how many they are; give steps or minutes.")

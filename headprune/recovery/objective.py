@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
 from headprune.models.tokens import TokenMask, token_masks
+from headprune.nn.compiled import plain_module
 from headprune.recovery.distillation import Comparison, Distillation, distillation_loss, logits_of, valid_of, wanted_features
 from headprune.recovery.features import catching
 from headprune.recovery.shared_weights import shared_weights
@@ -38,8 +40,12 @@ class Objective:
     ) -> None:
         if distil is not None and teacher is None:
             raise InvalidInput("distil is given without a teacher; give teacher=the dense model, or a folder of stored logits.")
+        if not isinstance(teacher, (nn.Module, str, Path, NoneType)):
+            raise InvalidInput(f"teacher is {teacher!r:.80}; expected the dense model, or a folder that store_logits wrote.")
         self.model, self.loss_fn, self.distil = model, loss_fn, distil
-        self.source, self.token_mask = teacher, token_mask
+        self.source, self.token_mask = plain_module(teacher) if isinstance(teacher, nn.Module) else teacher, token_mask
+        if self.source is model:
+            raise InvalidInput("the teacher is the model itself; give the dense model, a copy.deepcopy from before hp.prune.")
         self.teacher: Any = None
         self.checked = False
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headprune.errors import InvalidInput, whole_number
 from headprune.models.tokens import TokenMask
+from headprune.nn.compiled import plain_module
 from headprune.recovery.batches import as_dataset, first_batch
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
@@ -89,6 +91,7 @@ def recover(
     Raises InvalidInput where there is no loss, the teacher or the rewind checkpoint does not fit, the first loss is not finite,
     output_dir holds another recovery, or an argument is unknown.
     """
+    model = plain_module(model)
     chosen = get_method(method)
     chosen.refuse_unknown(method_options or {})
     shards = wants_sharding(training_arguments)
@@ -96,6 +99,9 @@ def recover(
         lr, steps, warmup = rewind if lr is None else lr, steps or (None if minutes else rewind.steps), warmup or 0
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
     batches = len(data) if hasattr(data, "__len__") else None
+    if metric is not None and not callable(metric):
+        raise InvalidInput(f"metric is {metric!r:.80}; expected a function of the model that gives a number.")
+    whole_number("patience", patience)
     budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, batches)
     objective = Objective(model, loss_fn=loss_fn, teacher=teacher, distil=distil, token_mask=token_mask)
     folder = None if output_dir is None else Path(output_dir)

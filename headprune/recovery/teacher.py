@@ -11,6 +11,7 @@ from torch import nn
 
 from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
+from headprune.models.batches import by_name
 from headprune.nn.replace import own_attention
 from headprune.recovery.distillation import logits_of
 from headprune.recovery.features import Features, catching
@@ -66,9 +67,7 @@ def run(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Any:
     """One forward pass: what loss_fn gives, else what the model returns."""
     if loss_fn is not None:
         return loss_fn(model, batch)
-    if not isinstance(batch, Mapping):
-        raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give loss_fn.")
-    return model(**batch)
+    return by_name(model, batch)
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from headprune.errors import InvalidInput
 from headprune.files import write_text
+from headprune.recovery.batches import opened
 from headprune.recovery.budget import TrainingBudget, TrainingClock, of_first_rank
 from headprune.recovery.good_state import GoodState
 from headprune.scoring.passes import in_eval_mode
@@ -57,7 +58,7 @@ class RecoveryTrainer(Trainer):
         if not self.dropout:
             model.eval()
         with self.accelerator.autocast():
-            loss = self.objective(model, inputs)
+            loss = self.objective(model, opened(inputs))
         finite = self.everywhere(bool(torch.isfinite(loss.detach())))
         if not finite:
             raise NotFinite(f"the loss is NaN or infinite at step {self.state.global_step + 1}")
@@ -99,7 +100,7 @@ class RecoveryTrainer(Trainer):
         model: Any = self.model
         for batch in self.get_eval_dataloader():
             with self.accelerator.autocast():
-                loss = self.objective(model, self._prepare_inputs(batch))
+                loss = self.objective(model, opened(self._prepare_inputs(batch)))
             total += torch.tensor([float(loss), 1.0], dtype=torch.float64)
         total = self.accelerator.reduce(total.float().to(self.args.device), "sum")
         return -float(total[0] / total[1])

@@ -39,17 +39,20 @@ class Criterion:
 
     def scores(self, observed: Observations) -> dict[str, Tensor]:
         """Site name -> [query_heads], fp32. Raises InvalidInput where a need was not observed."""
+        self.check_observed(observed)
+        if self.whole_model:
+            found = cast(OfModel, self.function)(observed)
+            return {name: found[name].float() for name in observed}
+        of_site = cast(OfSite, self.function)
+        return {name: of_site(site).float() for name, site in observed.items()}
+
+    def check_observed(self, observed: Observations) -> None:
         for need in self.needs:
             missing = [name for name, site in observed.items() if not site.has(need)]
             if missing:
                 raise InvalidInput(
                     f"{self.name} needs {need.value}, which was not observed at {missing[0]}; observe with needs={{{need}}}."
                 )
-        if self.whole_model:
-            found = cast(OfModel, self.function)(observed)
-            return {name: found[name].float() for name in observed}
-        of_site = cast(OfSite, self.function)
-        return {name: of_site(site).float() for name, site in observed.items()}
 
 
 _criteria: dict[str, Criterion] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.models.batches import by_name
 from headprune.models.site import AttentionSite
 from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import SiteTokenMask
@@ -36,9 +37,7 @@ class Setting:
         """The loss of `batch`: per sample [n] where loss_fn gives that, else the mean. Raises InvalidInput where there is none."""
         if self.loss_fn:
             return checked_losses(self.loss_fn(self.model, batch))
-        if not isinstance(batch, dict):
-            raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give loss_fn.")
-        loss: Tensor | None = getattr(self.model(**batch), "loss", None)
+        loss: Tensor | None = getattr(by_name(self.model, batch), "loss", None)
         if loss is None:
             raise InvalidInput(f"{type(self.model).__name__} returned no loss: put labels into the batches, or give loss_fn.")
         return loss
@@ -47,10 +46,8 @@ class Setting:
         """A forward pass whose result nobody needs: without loss_fn a batch needs no labels."""
         if self.loss_fn is not None:
             self.loss_fn(self.model, batch)
-        elif isinstance(batch, dict):
-            self.model(**batch)
         else:
-            self.loss(batch)
+            by_name(self.model, batch)
 
 
 def checked_losses(found: Any) -> Tensor:

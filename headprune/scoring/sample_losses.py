@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.models.batches import by_name
 
 IGNORED = -100  # a label that no loss counts, by torch's and transformers' convention
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a loss computed in another order; others: LOW_PRECISION
@@ -33,9 +34,7 @@ class OwnLoss:
         self._form: str | None = None
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        if not isinstance(batch, Mapping):
-            raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give loss_fn.")
-        output = model(**batch)
+        output = by_name(model, batch)
         loss = getattr(output, "loss", None)
         if loss is not None:
             self._form = recognised(output, batch, loss, type(model).__name__, self._form)

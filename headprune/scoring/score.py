@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from headprune.errors import unknown_name
+from headprune.errors import InvalidInput, unknown_name
 from headprune.models.identity import ModelIdentity
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.observations import Observations
@@ -77,7 +77,9 @@ def score(
     criterion: one name, or a list of names: everything is measured in one pass and a dict of HeadScores comes back.
     Raises InvalidInput for an unknown criterion, an empty calibration set, a loss that is missing or not finite.
     """
-    names = [criterion] if isinstance(criterion, str) else list(criterion)
+    names = [criterion] if isinstance(criterion, str) else criterion
+    if not isinstance(names, (list, tuple)) or not names:
+        raise InvalidInput(f"criterion is {criterion!r:.80}; expected the name of one or a list of names; hp.criteria() has them.")
     needs = frozenset().union(*(get_criterion(name).needs for name in names))
     observed = observe(model, batches, needs, **options)
     made_for = ModelIdentity.of(model)

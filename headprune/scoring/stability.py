@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, whole_number
 from headprune.scoring.agreement import agreement
 from headprune.scoring.criterion import Criterion, get_criterion
 from headprune.scoring.observations import MERGES, Observations, SiteObservations, fields_of
@@ -48,7 +48,9 @@ def ranking_stability(
     Raises InvalidInput where one set is given and the criterion reads sums over samples, which cannot be drawn again.
     """
     chosen = get_criterion(criterion)
+    whole_number("resamples", resamples, least=2)
     if isinstance(observed, Observations):
+        chosen.check_observed(observed)
         if not can_resample(chosen):
             raise InvalidInput(
                 f"{criterion} reads sums over all samples, which cannot be drawn again; observe several parts of the data "

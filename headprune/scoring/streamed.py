@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headprune.errors import InvalidInput
+from headprune.models.batches import several
 from headprune.models.streamed import reader_of
 from headprune.models.trunk import Entry, enter, leaving
 from headprune.scoring.batch_identity import checksum
@@ -51,8 +52,8 @@ def observe_streamed(
             f"{', '.join(refused)} cannot be observed layer by layer; choose criteria of weights, gradients, activations or "
             "attention, or load the model whole."
         )
-    batches, keys = list(batches), None
     reads_data = any(observer_of(need).runs != "nothing" for need in wanted)
+    batches, keys = list(several(batches)) if reads_data else [], None
     if reads_data and not batches:
         raise InvalidInput("the calibration set is empty; a criterion that runs the model needs at least one batch.")
     for index, batch in enumerate(batches):

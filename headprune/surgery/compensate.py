@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.models.batches import by_name, several
 from headprune.models.feed_forward import feed_forwards
 from headprune.models.gating import output_input_hook
 from headprune.models.site import AttentionSite
@@ -194,10 +195,10 @@ class Passes:
         feed_forward: bool = False,
     ) -> Passes:
         """Raises InvalidInput where there are no batches."""
-        batches = list(batches)
+        batches = list(several(batches))
         if not batches:
             raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
-        runs: Callable[[nn.Module, Any], Any] = forward or (lambda model, batch: model(**batch))
+        runs: Callable[[nn.Module, Any], Any] = forward or partial(by_name, instead="forward")
 
         def run() -> Any:
             return runs(model, batches[0])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from headprune.models.batches import by_name, several
 from headprune.nn.replace import on_own_attention
 from headprune.planning.pruning_plan import PruningPlan, check_plan
 from headprune.surgery.compensate import Resolved, resolve_outputs
@@ -65,10 +67,10 @@ def prune(
     """
     check_plan(plan, model)
     get_solver(compensation)
-    batches = None if calibration is None else list(calibration)
+    batches = None if calibration is None else list(several(calibration, "calibration"))
     of_batch = None
     if batches:
-        of_batch = lambda model: (forward or (lambda model, batch: model(**batch)))(model, batches[0])  # noqa: E731
+        of_batch = lambda model: (forward or partial(by_name, instead="forward"))(model, batches[0])  # noqa: E731
     checked = checked_cut(model, plan, verify=verify, otherwise=of_batch)
     savings = Savings.of(model, checked.sites, checked.kept)
     if dry_run:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
 from headprune.files import clear_disk_errors, read_json, refuse_replacing, replace_folder, write_json, write_text
 from headprune.models import attention_sites, gated
+from headprune.models.batches import several
 from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
 from headprune.models.site import AttentionSite
 from headprune.models.streamed import reader_of
@@ -93,7 +94,7 @@ def prune_folder(
     cutting = Cutting(source, shards, kept, changed_shapes(before, model.state_dict()))
     steps = Steps(progress, len(shards.files))
     draft, work = (target.with_name(f".{target.name}.{name}") for name in ("part", "work"))
-    batches = None if calibration is None else list(calibration)
+    batches = None if calibration is None else list(several(calibration, "calibration"))
     resolved: list[Resolved] = []
     if batches is not None and kept:
         resolved, cutting.solved = resolve_streamed(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, write_json
+from headprune.models.batches import by_name
 from headprune.models.feed_forward import feed_forwards
 from headprune.models.gating import output_input_hook
 from headprune.models.shards import Stored, header_of
@@ -63,7 +64,7 @@ def resolve_streamed(
         "method": method, "feed_forward": feed_forward, "folder": str(shards.folder.resolve()), "files": shards.sizes(),
     }  # fmt: skip
     take_over(folder, WORK_KIND, now)
-    forward = forward or (lambda model, batch: model(**batch))
+    forward = forward or partial(by_name, instead="forward")
     run = StreamedCompensation(streamed, keep, batches, LayerStates(folder), forward, token_mask, method, feed_forward)
     with pass_of(streamed.model), torch.no_grad():
         return run.resolved(folder, progress)

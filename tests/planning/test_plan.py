@@ -169,12 +169,22 @@ def test_a_budget_names_exactly_one_quantity():
         ({"allocation": "gobal"}, "Did you mean 'global'"),
         ({"granularity": "kv_grop"}, "Did you mean 'kv_group'"),
         ({"min_heads": -1}, "min_heads is -1"),
+        ({"min_heads": 1.5}, "min_heads is 1.5; expected a whole number, 0 or more"),
+        ({"multiple_of": "2"}, "multiple_of is '2'; expected a whole number, 1 or more"),
         ({"protect": ["c"]}, "unknown attention site"),
     ],
 )
 def test_unknown_options_are_refused(options, names):
     with pytest.raises(InvalidInput, match=names):
         plan(scores_of(TWO_LAYERS), Budget(heads=0.5), **options)
+
+
+def test_scores_of_several_criteria_and_a_bare_number_are_refused():
+    scores = scores_of(TWO_LAYERS)
+    with pytest.raises(InvalidInput, match="expected the HeadScores of one criterion.* such as those by 'fisher'"):
+        plan({"fisher": scores, "entropy": scores}, Budget(heads=0.5))
+    with pytest.raises(InvalidInput, match=r"the budget is 0\.5; expected .*hp\.Budget\(heads=0\.5\)"):
+        plan(scores, 0.5)
 
 
 def test_a_budget_that_the_constraints_forbid_says_what_is_left():

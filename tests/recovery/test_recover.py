@@ -283,7 +283,14 @@ def test_mixed_precision_and_checkpointing_leave_the_model_as_it_was():
         ({"method": "lorra"}, "unknown recovery method 'lorra'. Did you mean 'lora'"),
         ({"steps": 2, "minutes": 1}, "give one of them"),
         ({"steps": 0}, "steps is 0; expected more than 0"),
+        ({"steps": 1.5}, "steps is 1.5; expected a whole number"),
+        ({"minutes": "2"}, "minutes is '2'; expected more than 0"),
+        ({"warmup": -1}, "warmup is -1; expected a whole number, 0 or more"),
+        ({"patience": 0}, "patience is 0; expected a whole number, 1 or more"),
+        ({"metric": 3}, "metric is 3; expected a function"),
+        ({"teacher": 3}, "teacher is 3; expected the dense model"),
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": "1e-3"}, "lr is '1e-3'"),
         ({"steps": 2, "learn_rate": 3}, "learn_rate"),
         ({"distil": hp.Distillation(logits=1.0)}, "without a teacher"),
     ],
@@ -292,6 +299,12 @@ def test_bad_arguments_are_named(options, message):
     _, model = pruned_llama()
     with pytest.raises(InvalidInput, match=message):
         hp.recover(model, text_batches(), **options)
+
+
+def test_a_model_does_not_teach_itself():
+    _, model = pruned_llama()
+    with pytest.raises(InvalidInput, match="the teacher is the model itself"):
+        hp.recover(model, text_batches(), teacher=model)
 
 
 def test_no_batches_are_an_error():

@@ -1,0 +1,60 @@
+"""What a caller may give as batches, and what is said where it cannot be used."""
+
+import pytest
+import torch
+from tiny_models import llama, tokens
+from torch import nn
+from transformers import BatchEncoding
+
+import headprune as hp
+
+KEEP = {"model.layers.0.self_attn": [0, 3, 5], "model.layers.1.self_attn": [1, 2, 7]}
+BATCHES = [{"input_ids": rows, "labels": rows} for rows in tokens(60, 12).split(6)]
+
+
+def test_what_a_tokenizer_gives_is_a_batch():
+    encoded = [BatchEncoding(batch) for batch in BATCHES]
+    for criterion in ("fisher", "output_norm"):
+        scores, expected = hp.score(llama(), encoded, criterion), hp.score(llama(), BATCHES, criterion)
+        assert all(torch.equal(scores[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (None, "is None; expected a list of batches"),
+        (BATCHES[0], "is one dict; expected a list of batches: put it into one"),
+        (BATCHES[0]["input_ids"], "is one Tensor; expected a list of batches"),
+        (["a text"], r"a batch is a str; expected a dict for model\(\*\*batch\)"),
+        ([(BATCHES[0]["input_ids"],)], r"a batch is a tuple; expected a dict for model\(\*\*batch\)"),
+    ],
+)
+def test_other_things_are_refused_by_every_reader(batches, message):
+    scores = hp.score(llama(), BATCHES)
+    readers = [
+        lambda model: hp.score(model, batches),
+        lambda model: hp.score(model, batches, "output_norm"),
+        lambda model: hp.search_plan(model, scores, hp.Budget(heads=0.5), batches),
+        lambda model: hp.recover(model, batches, steps=1),
+    ]
+    if batches is not None:
+        readers.append(lambda model: hp.prune(model, hp.PruningPlan.from_keep(model, KEEP), batches))
+    for read in readers:
+        with pytest.raises(hp.InvalidInput, match=message):
+            read(llama())
+
+
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, states):
+        return self.attention(states, states, states, need_weights=False)[0].mean(dim=1)
+
+
+def test_batches_that_are_tensors_are_trained_on():
+    torch.manual_seed(0)
+    model, batches = Mean(), [torch.randn(4, 5, 16)] * 3
+    found = hp.recover(model, batches, loss_fn=lambda model, batch: model(batch).square().mean(dim=1), steps=3, lr=1e-2)
+    assert found.losses[-1][1] < found.losses[0][1]
