@@ -13,6 +13,7 @@ from headprune.errors import InvalidInput, InvalidPlan, unknown_name
 from headprune.models.adapters import attention_sites
 from headprune.models.feed_forward import FeedForward
 from headprune.models.site import AttentionSite
+from headprune.models.uncompiled import uncompiled
 from headprune.nn.replace import own_attention
 
 
@@ -21,10 +22,10 @@ def gated(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Iterator[nn.Mo
     """The same model with the gates of all other heads at 0; nothing is cut, and it is as before afterwards.
 
     keep: site name -> the query heads that stay open; sites left out keep all. Inside the block every
-    torch.nn.MultiheadAttention is a VariableHeadAttention with the same weights.
+    torch.nn.MultiheadAttention is a VariableHeadAttention with the same weights, and a compiled model runs uncompiled.
     Raises InvalidInput for an unknown site or head.
     """
-    with own_attention(model), ExitStack() as stack:
+    with own_attention(model), uncompiled(model), ExitStack() as stack:
         sites = sites_by_name(model)
         for name, heads in checked_keep(sites, keep).items():
             site = sites[name]

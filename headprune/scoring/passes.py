@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.models.uncompiled import uncompiled
 from headprune.nn.linear import through_onednn
 from headprune.scoring.observations import Observations, SiteObservations
 from headprune.scoring.observer import Observer, Setting
@@ -88,8 +90,31 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def pass_of(model: nn.Module) -> Iterator[None]:
-    """Inside the block `model` runs over data: in eval mode, its linear layers as this processor computes them fastest."""
-    with in_eval_mode(model), through_onednn(model):
+    """Inside the block `model` runs over data: in eval mode, its linear layers as this processor computes them fastest, its
+    compiled parts as Python, its tensors ordinary ones also within torch.inference_mode().
+
+    Raises InvalidInput where its weights are not ordinary ones.
+    """
+    refuse_inference_tensors(model)
+    with in_eval_mode(model), through_onednn(model), uncompiled(model), out_of_inference_mode():
+        yield
+
+
+def refuse_inference_tensors(model: nn.Module) -> None:
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise InvalidInput(
+            f"{type(model).__name__} was made under torch.inference_mode(), so that its weights can neither be changed nor "
+            "differentiated; make or load it outside of that."
+        )
+
+
+@contextmanager
+def out_of_inference_mode() -> Iterator[None]:
+    """Inside the block tensors that are made can be kept, changed and differentiated; without gradients as before."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
         yield
 
 

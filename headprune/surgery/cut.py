@@ -18,6 +18,7 @@ from headprune.models.gating import checked_keep
 from headprune.models.site import AttentionSite, Foreign, HeadModules, ProjectionHeads
 from headprune.models.specialise import empty_projection
 from headprune.nn.replace import on_own_attention
+from headprune.scoring.passes import out_of_inference_mode
 from headprune.surgery.gather import gathered, gathered_at_once
 from headprune.surgery.record import record_cut
 from headprune.surgery.rehearse import rehearse
@@ -100,6 +101,7 @@ def checked_cut(
     return checked
 
 
+@out_of_inference_mode()
 def carry_out(model: nn.Module, checked: CheckedCut) -> None:
     if checked.ragged:
         whole: Foreign = model
