@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headprune.evaluation.data import placed
 from headprune.models.site import AttentionSite
-from headprune.nn.compiled import eagerly
+from headprune.models.uncompiled import uncompiled
 
 # Attention operators that torch's counter does not know, or knows for equal numbers of query and key/value heads only.
 ATTENTION_OPERATORS = (
@@ -74,7 +74,7 @@ def sequence_length(model: nn.Module, sites: Sequence[AttentionSite], inputs: Ma
 
     hook = sites[0].module.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with eagerly(), torch.no_grad():
+        with uncompiled(model), torch.no_grad():
             model(**placed(model, inputs))
     finally:
         hook.remove()

@@ -23,7 +23,7 @@ from headprune.models import attention_interface, attention_sites
 from headprune.models.adapters import find_site
 from headprune.models.placement import device_of
 from headprune.models.site import AttentionSite, Foreign
-from headprune.nn.compiled import eagerly
+from headprune.models.uncompiled import uncompiled
 from headprune.planning.latency_table import LatencyTable, key_of
 from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
@@ -141,7 +141,7 @@ def received(
 
         return hook
 
-    with eagerly(), ExitStack() as stack:
+    with uncompiled(model), ExitStack() as stack:
         for site in sites:
             stack.callback(site.module.register_forward_pre_hook(note(site.name), with_kwargs=True).remove)
         model(**placed(model, inputs))

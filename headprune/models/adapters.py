@@ -9,7 +9,7 @@ from torch import nn
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.site import AttentionSite
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 
 
 class Adapter(Protocol):

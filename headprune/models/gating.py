@@ -13,7 +13,8 @@ from headprune.errors import InvalidInput, InvalidPlan, unknown_name
 from headprune.models.adapters import attention_sites
 from headprune.models.feed_forward import FeedForward
 from headprune.models.site import AttentionSite
-from headprune.nn.compiled import eagerly, plain_module
+from headprune.models.uncompiled import uncompiled
+from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 
 
@@ -22,11 +23,11 @@ def gated(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Iterator[nn.Mo
     """The same model with the gates of all other heads at 0; nothing is cut, and it is as before afterwards.
 
     keep: site name -> the query heads that stay open; sites left out keep all. Inside the block every
-    torch.nn.MultiheadAttention is a VariableHeadAttention with the same weights, and what torch.compile compiled runs eagerly.
+    torch.nn.MultiheadAttention is a VariableHeadAttention with the same weights, and a compiled model runs uncompiled.
     Raises InvalidInput for an unknown site or head.
     """
     inside = plain_module(model)
-    with own_attention(inside), eagerly(), ExitStack() as stack:
+    with own_attention(inside), uncompiled(model), ExitStack() as stack:
         sites = sites_by_name(inside)
         for name, heads in checked_keep(sites, keep).items():
             site = sites[name]

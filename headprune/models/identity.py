@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from headprune.errors import InvalidPlan
 from headprune.models.adapters import attention_sites
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 
 log = logging.getLogger("headprune")

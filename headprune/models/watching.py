@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from headprune.models.attention_interface import NAME
 from headprune.models.site import AttentionSite
-from headprune.nn.compiled import eagerly
 from headprune.ops.watch import Watcher, watched
 
 IMPLEMENTATION = "_attn_implementation_internal"  # where a transformers config keeps it; its property would reach sub-configs
@@ -57,7 +56,7 @@ def configs(models: Iterable[PreTrainedModel]) -> list[Any]:
 @contextmanager
 def watching(sites: Iterable[AttentionSite], watcher: Callable[[AttentionSite], Watcher]) -> Iterator[None]:
     """Inside the block each site is watched by `watcher(site)`."""
-    with eagerly(), ExitStack() as stack:
+    with ExitStack() as stack:
         for site in sites:
             stack.enter_context(watched(site.dispatcher, watcher(site)))
         yield

@@ -35,7 +35,7 @@ def through_onednn(model: nn.Module) -> Iterator[None]:
 
 
 def forward(module: nn.Linear, x: Tensor) -> Tensor:
-    if not fits(x, module.weight):
+    if not fits(x, module.weight, module.bias):
         return F.linear(x, module.weight, module.bias)
     found: Tensor = OneDnnLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
     return found
@@ -67,13 +67,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this call can go through oneDNN and is worth it."""
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether this call can go through oneDNN, which reads a bias as if it had no gaps, and is worth it."""
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and type(weight) in (nn.Parameter, Tensor)
         and type(x) in (nn.Parameter, Tensor)
+        and (bias is None or bias.is_contiguous())
         and x.dim() > 1
         and x.numel() * weight.shape[0] >= SMALLEST
         and not torch.is_autocast_enabled("cpu")

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 from torch import nn
 
 from headprune.nn.attention import VariableHeadAttention
-from headprune.nn.compiled import outside_inference, plain_module
+from headprune.nn.given import out_of_inference_mode, plain_module
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,7 +54,7 @@ def on_own_attention(change: Callable[P, R]) -> Callable[P, R]:
         model = plain_module(given)
         rest: Any = (model, *args[1:]) if args else ()
         named: Any = options if args else {**options, "model": model}
-        with outside_inference(), own_attention(model, keep=not options.get("dry_run", False)):
+        with out_of_inference_mode(), own_attention(model, keep=not options.get("dry_run", False)):
             return change(*rest, **named)
 
     return run

@@ -68,7 +68,7 @@ def search_layer_weights(
         trials: how many different plans are tried at most.
         options: of `hp.plan`.
 
-    Raises what `hp.plan` raises, InvalidInput where trials is below 1 or the allocation is "uniform".
+    Raises what `hp.plan` raises, InvalidInput where trials is below 1, the allocation is "uniform" or an error is NaN.
     """
     whole_number("trials", trials)
     if (options.get("allocation") or get_engine(options.get("target", "headprune")).allocation) == "uniform":
@@ -127,6 +127,10 @@ class Space:
         chosen = self.plan(weights)
         if key_of(chosen) not in self.errors:
             (found,) = self.error([chosen])
+            if math.isnan(found):
+                raise InvalidInput(
+                    "the error of a plan is NaN; look for overflow in low precision (run in fp32) or NaN in what forward returns."
+                )
             self.errors[key_of(chosen)] = found
             self.trials.append(Trial(tuple(len(heads) for heads in chosen.values()), weights, found))
             if self.progress:

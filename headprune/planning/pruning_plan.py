@@ -17,7 +17,7 @@ from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.identity import ModelIdentity
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.planning.budget import Budget
 from headprune.scoring.scores import HeadScores, model_json

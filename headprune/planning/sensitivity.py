@@ -17,7 +17,7 @@ from torch import nn
 from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json, write_text
 from headprune.models import attention_sites
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.scoring.masked_losses import MaskedLosses
 from headprune.scoring.observer import LossFunction

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
-from headprune.nn.compiled import eagerly
+from headprune.models.uncompiled import uncompiled
 
 Caught = dict[str, list[Tensor]]
 
@@ -44,7 +44,7 @@ def catching(model: nn.Module, sites: Iterable[AttentionSite], wanted: Mapping[s
     """
     found = Features()
     by_name = {site.name: site for site in sites}
-    with eagerly(), ExitStack() as stack:
+    with uncompiled(model), ExitStack() as stack:
         stack.callback(model.register_forward_hook(lambda _m, _a, output: found.outputs.append(output)).remove)
         for kind, names in wanted.items():
             for name in names:

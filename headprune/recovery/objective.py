@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
 from headprune.models.tokens import TokenMask, token_masks
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.recovery.distillation import Comparison, Distillation, distillation_loss, logits_of, valid_of, wanted_features
 from headprune.recovery.features import catching
 from headprune.recovery.shared_weights import shared_weights

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput, whole_number
 from headprune.models.tokens import TokenMask
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.recovery.batches import as_dataset, first_batch
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation

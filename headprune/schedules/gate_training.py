@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headprune.errors import HeadpruneError
 from headprune.files import whole_file
 from headprune.models.site import AttentionSite
+from headprune.models.uncompiled import uncompiled
 from headprune.models.watching import through_headprune
 from headprune.nn.linear import through_onednn
 from headprune.recovery import Objective
@@ -118,6 +119,7 @@ class GateTrainer:
             stack.callback(self.model.train, training)
             stack.enter_context(through_headprune(self.model))
             stack.enter_context(through_onednn(self.model))
+            stack.enter_context(uncompiled(self.model))
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(self.objective.ready(next(self.model.parameters()).device, batch))
             if not self.weights:

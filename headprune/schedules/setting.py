@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models.batches import several
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.planning import Budget, plan
 from headprune.recovery.result import told_apart
 from headprune.schedules.composition import shapes_of

@@ -20,7 +20,7 @@ from headprune.models.site import AttentionSite
 from headprune.models.streamed import streamed_of
 from headprune.models.token_kinds import TokenKinds
 from headprune.models.tokens import TokenMask, token_masks
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.observations import Need, Observations

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
-from headprune.nn.compiled import eagerly, outside_inference
+from headprune.models.uncompiled import uncompiled
+from headprune.nn.given import out_of_inference_mode
 from headprune.nn.linear import through_onednn
 from headprune.scoring.observations import Observations, SiteObservations
 from headprune.scoring.observer import Observer, Setting
@@ -89,19 +90,21 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def pass_of(model: nn.Module) -> Iterator[None]:
-    """Inside the block `model` runs over data: in eval mode, its linear layers as this processor computes them fastest, not as
-    torch.compile compiled it, and with autograd also under torch.inference_mode. InvalidInput where its weights were made so."""
-    refuse_inference_weights(model)
-    with outside_inference(), eagerly(), in_eval_mode(model), through_onednn(model):
+    """Inside the block `model` runs over data: in eval mode, its linear layers as this processor computes them fastest, its
+    compiled parts as Python, its tensors ordinary ones also within torch.inference_mode().
+
+    Raises InvalidInput where its weights are not ordinary ones.
+    """
+    refuse_inference_tensors(model)
+    with in_eval_mode(model), through_onednn(model), uncompiled(model), out_of_inference_mode():
         yield
 
 
-def refuse_inference_weights(model: nn.Module) -> None:
-    """InvalidInput: autograd and in-place changes, which torch forbids for tensors of inference mode, are all that is done here."""
-    made = next((name for name, weight in model.named_parameters() if weight.is_inference()), None)
-    if made is not None:
+def refuse_inference_tensors(model: nn.Module) -> None:
+    if any(parameter.is_inference() for parameter in model.parameters()):
         raise InvalidInput(
-            f"{made} was made under torch.inference_mode(), and torch allows it no gradients; load the model outside of that."
+            f"{type(model).__name__} was made under torch.inference_mode(), so that its weights can neither be changed nor "
+            "differentiated; make or load it outside of that."
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from headprune.models.calls import watching_calls
 from headprune.models.replaced import replaced_forward
 from headprune.scoring.folding import FOREIGN, Dims, folded, shapes
 
@@ -42,20 +43,16 @@ class Call:
 def tracing(model: nn.Module) -> Iterator[list[Call]]:
     """The list fills with all calls inside the block; in order of entry once the block has ended."""
     calls: list[Call] = []
-    opened: list[tuple[int, tuple[Any, ...]]] = []
     clock = count()
 
-    def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        opened.append((next(clock), shapes(args)))
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[nn.Module, int, tuple[Any, ...]]:
+        return module, next(clock), shapes(args)
 
-    def leave(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        entered, received = opened.pop()
+    def leave(begun: tuple[nn.Module, int, tuple[Any, ...]], output: Any) -> None:
+        module, entered, received = begun
         calls.append(Call(module, received, shapes(output), entered, next(clock)))
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
+    with watching_calls(set(model.modules()), enter, leave):
         yield calls
     calls.sort(key=lambda call: call.entered)
 
@@ -88,16 +85,14 @@ def recording(calls: Sequence[Call], plans: Sequence[Plan], stored: dict[int, An
     watched = {calls[index].module for index in wanted}
     seen: Counter[nn.Module] = Counter()
 
-    def keep(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def keep(module: nn.Module, output: Any) -> None:
         number = seen[module]
         seen[module] += 1
         if number < len(of_module[module]) and of_module[module][number] in wanted:
             copy = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, output)
             stored[of_module[module][number]] = copy
 
-    with ExitStack() as stack:
-        for module in watched:
-            stack.callback(module.register_forward_hook(keep).remove)
+    with watching_calls(watched, lambda module, _args: module, keep):
         yield
     if any(seen[module] != len(of_module[module]) for module in watched):
         stored.clear()

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.cut import cut

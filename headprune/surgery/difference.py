@@ -14,7 +14,7 @@ from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.models import AttentionSite, attention_sites
 from headprune.models.selection import runs
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.record import as_json, record_of

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headprune.errors import InvalidInput
-from headprune.models.gating import output_input_hook
 from headprune.models.tokens import SiteTokenMask, plane
 from headprune.surgery.parts import Part, weight_and_bias
-from headprune.surgery.readout import readout
+from headprune.surgery.readout import states_and_output
 
 PASS_COST = {"cpu": 256}  # places in whose time a further pass begins and ends; of MiniLM's 128 to 512 (bench/NOTES.md)
 PASS_COST_OF_ACCELERATORS = 8192  # many launches; not measured
@@ -47,12 +46,12 @@ def pieces_of(batches: Sequence[Any], run: Callable[[Any], Any], parts: Sequence
     cut = [(batch, pieces) for batch, pieces in zip(batches, found) if pieces[0].rows is not None]
     if not cut:
         return whole(batches)
-    expected = states_and_output(cut[0][0], run, parts[-1])
+    expected = states_and_output(partial(run, cut[0][0]), parts[-1])
     try:
-        alike = all(complete(*one, parts, masks) for one in cut) and same(expected, cut[0][1], run, parts[-1], masks)
+        fits = all(complete(*one, parts, masks) for one in cut) and same(expected, cut[0][1], run, parts[-1], masks)
     except Exception:  # the user's own function or mask need not be one for some of a batch's samples
-        alike = False
-    return [piece for pieces in found for piece in pieces] if alike else whole(batches)
+        fits = False
+    return [piece for pieces in found for piece in pieces] if fits else whole(batches)
 
 
 def split(batch: Any, of: int, cost: int) -> Iterator[Piece]:
@@ -65,7 +64,16 @@ def split(batch: Any, of: int, cost: int) -> Iterator[Piece]:
         return
     for chosen, width in groups:
         rows = torch.tensor(chosen)
-        yield Piece({name: trimmed(value[rows.to(value.device)], tokens, width) for name, value in batch.items()}, of, rows)
+        values = {name: trimmed(value[rows.to(value.device)], tokens, width) for name, value in batch.items()}
+        yield Piece(as_given(batch, values), of, rows)
+
+
+def as_given(batch: Any, values: dict[str, Tensor]) -> Any:
+    """`values` as a mapping of the type of `batch`: a tokenizer's has its items as attributes too."""
+    try:
+        return type(batch)(values)
+    except TypeError:
+        return values
 
 
 def trimmed(value: Tensor, tokens: int, width: int) -> Tensor:
@@ -128,23 +136,10 @@ def same(
     """Whether all that counts is in the pieces what it is in the batch: the states at the last part, and the output."""
     for piece in pieces:
         mask = masks(last.name, piece.batch)
-        found = states_and_output(piece.batch, run, last)
+        found = states_and_output(partial(run, piece.batch), last)
         if mask is None or not all(close(*pair, piece.rows, mask.bool()) for pair in zip(expected, found)):
             return False
     return True
-
-
-def states_and_output(batch: Any, run: Callable[[Any], Any], part: Part) -> tuple[Tensor, Tensor]:
-    """What reaches the linear layer of `part`, and the tensor by which outputs are compared; empty where there is none."""
-    seen: list[Tensor] = []
-    with output_input_hook(part, seen.append):
-        output = run(batch)
-    if not seen:
-        raise InvalidInput(f"{part.name} was not reached by the calibration data.")
-    try:
-        return seen[-1], readout(output)[0]
-    except InvalidInput:
-        return seen[-1], seen[-1].new_empty(0)
 
 
 def close(expected: Tensor, found: Tensor, rows: Tensor | None, valid: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from headprune.errors import InvalidInput
+from headprune.models.gating import output_input_hook
 from headprune.models.tokens import valid_tokens
+from headprune.surgery.parts import Part
 
 
 def readout(output: Any) -> tuple[Tensor, bool]:
@@ -25,6 +28,27 @@ def readout(output: Any) -> tuple[Tensor, bool]:
     if not found:
         raise InvalidInput(f"the forward pass gives no tensor to compare models by, but {type(output).__name__}.")
     return found[0].float(), False
+
+
+def compared(output: Any) -> Tensor:
+    """The tensor of `readout`; empty where there is none."""
+    try:
+        return readout(output)[0]
+    except InvalidInput:
+        return torch.empty(0)
+
+
+def states_and_output(run: Callable[[], Any], part: Part) -> tuple[Tensor, Tensor]:
+    """What a pass gives the linear layer of `part` at its first call, and the tensor by which outputs are compared.
+
+    Raises InvalidInput where the pass does not reach the part.
+    """
+    seen: list[Tensor] = []
+    with output_input_hook(part, seen.append):
+        output = run()
+    if not seen:
+        raise InvalidInput(f"{part.name} was not reached by the calibration data.")
+    return seen[0], compared(output)
 
 
 def distances(dense: Tensor, found: Tensor, is_logits: bool, mask: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
 from headprune.models.tested import is_tested
 from headprune.models.tiny_inputs import tiny_inputs
-from headprune.nn.compiled import eagerly
+from headprune.models.uncompiled import uncompiled
 from headprune.surgery.stand_in import on_stand_ins, same, widened
 
 log = logging.getLogger("headprune")
@@ -115,7 +115,7 @@ def gated_calls(model: nn.Module, cuts: Sequence[Cut], run: Run, calls: dict[str
     """Adds to `calls`, by site name, the first call of each site in a forward pass in which all removed heads are gated; those
     before a failure too."""
     training = {module: module.training for module in model.modules()}
-    with eagerly(), ExitStack() as stack:
+    with uncompiled(model), ExitStack() as stack:
         for site, kept in cuts:
             stack.enter_context(gated_site(site, kept))
             stack.callback(site.module.register_forward_pre_hook(received(calls, site.name), with_kwargs=True).remove)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
 from headprune.models.batches import several
-from headprune.nn.compiled import plain_module
+from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.planning.budget import Budget
 from headprune.planning.layer_weights import LayerSearch, search_layer_weights
@@ -19,6 +19,7 @@ from headprune.planning.planner import plan
 from headprune.scoring.scores import HeadScores
 from headprune.surgery.compensate import HELD_OUT_EVERY
 from headprune.surgery.compensated_error import CompensatedError
+from headprune.surgery.pieces import as_given
 
 FEW_BATCHES = 4  # from so many on, the one that is held out and learnt from as well is a small part of what is learnt
 FEW_HELD_OUT_EVERY = 3
@@ -82,10 +83,11 @@ def search_batches(batches: Iterable[Any], tokens: int | None) -> tuple[list[Any
     return (first, HELD_OUT_EVERY) if thinned is None or len(thinned) < FEW_HELD_OUT_EVERY else (thinned, FEW_HELD_OUT_EVERY)
 
 
-def every_kth_sample(batches: Sequence[Any], k: int) -> list[dict[str, Tensor]] | None:
+def every_kth_sample(batches: Sequence[Any], k: int) -> list[Any] | None:
     """Every k-th sample of all batches, by the batches that they are in; None unless those are mappings to tensors that have one
     entry for each sample."""
-    found, seen = [], 0
+    found: list[Any] = []
+    seen = 0
     for batch in batches:
         if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) and value.dim() for value in batch.values()):
             return None
@@ -94,7 +96,7 @@ def every_kth_sample(batches: Sequence[Any], k: int) -> list[dict[str, Tensor]] 
             return None
         count = counts.pop()
         if -seen % k < count:
-            found.append({name: value[-seen % k :: k] for name, value in batch.items()})
+            found.append(as_given(batch, {name: value[-seen % k :: k] for name, value in batch.items()}))
         seen += count
     return found
 

@@ -15,15 +15,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_map
 
 from headprune.errors import InvalidInput
+from headprune.models.calls import watching_calls
 from headprune.models.feed_forward import FeedForward
 from headprune.models.gating import output_input_hook
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
+from headprune.surgery.readout import compared, states_and_output
 
 Keeping = Literal["last", "all", "nothing"]
 
@@ -134,7 +135,7 @@ class Walk:
 
     def _remembered(self, top: Called) -> list[Called]:
         finished = top.finished()
-        if any(call.versions != versions(call.result) for call in finished):
+        if changed(finished):
             self._finished = []
             raise _Changed
         if self.keeping == "last":
@@ -151,20 +152,18 @@ def record(modules: Container[nn.Module], top: Called, stack: ExitStack) -> None
     """Until `stack` ends, every call of one of `modules` becomes part of `top`."""
     opened = [top]
 
-    def enter(module: nn.Module, _args: Any) -> None:
-        if module in modules:
-            call = Called(module)
-            opened[-1].inside.append(call)
-            opened.append(call)
+    def enter(module: nn.Module, _args: Any) -> Called:
+        call = Called(module)
+        opened[-1].inside.append(call)
+        opened.append(call)
+        return call
 
-    def leave(module: nn.Module, _args: Any, result: Any) -> None:
-        if module in modules:
-            call = opened.pop()
-            call.over, call.result, call.versions, call.inside = True, result, versions(result), []
+    def leave(call: Called, result: Any) -> None:
+        while opened.pop() is not call:
+            pass  # a call that failed
+        call.over, call.result, call.versions, call.inside = True, result, versions(result), []
 
-    # Two hooks for all modules: two for each would take longer than a small model's layer runs.
-    stack.callback(register_module_forward_pre_hook(enter).remove)
-    stack.callback(register_module_forward_hook(leave).remove)
+    stack.enter_context(watching_calls(modules, enter, leave))
 
 
 def replayed(forward: Callable[..., Any], results: deque[Any]) -> Callable[..., Any]:
@@ -175,7 +174,8 @@ def replayed(forward: Callable[..., Any], results: deque[Any]) -> Callable[..., 
 
 
 def versions(result: Any) -> tuple[int, ...]:
-    return tuple(leaf._version for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor))
+    """How often each tensor was changed in place; those made in inference mode cannot be, outside of it."""
+    return tuple(0 if leaf.is_inference() else leaf._version for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor))
 
 
 def hollow(leaf: Any) -> Any:
@@ -183,16 +183,31 @@ def hollow(leaf: Any) -> Any:
     return leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
 
+def changed(calls: Sequence[Called]) -> bool:
+    """Whether a result is no longer what its module returned."""
+    return any(call.versions != versions(call.result) for call in calls)
+
+
 @torch.no_grad()
 def keeping_for(model: nn.Module, run: Callable[[], Any], sites: Sequence[AttentionSite | FeedForward]) -> Keeping:
-    """The least that has to be remembered for steps to give what a whole pass gives, found by trying on one batch."""
+    """The least that has to be remembered for steps to give what a whole pass gives, at the last of `sites` and in the end, found
+    by trying on one batch."""
     if not sites:
         return "nothing"
-    expected, _ = Walk(model, run, "nothing").to(sites[-1], None)
+    expected = states_and_output(run, sites[-1])
     for keeping in ("last", "all"):
         walk = Walk(model, run, keeping)
         for site in sites:
-            found, _ = walk.to(site, None)
-        if walk.keeping == keeping and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-6):
+            states, _ = walk.to(site, None)
+        try:
+            output = compared(walk.end())
+        except RuntimeError:  # a result whose memory is gone cannot be changed in place
+            continue
+        alike = all(found.shape == one.shape and close(found, one) for found, one in zip((states, output), expected))
+        if walk.keeping == keeping and alike and not changed(walk._finished):
             return keeping
     return "nothing"
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-6, equal_nan=True)

@@ -57,3 +57,8 @@ def test_no_more_is_tried_than_asked_for():
     assert len(search_layer_weights(scores_of(4), Budget(heads=0.5), error, trials=1).trials) == len(seen) == 1
     with pytest.raises(InvalidInput, match="trials is 0"):
         search_layer_weights(scores_of(4), Budget(heads=0.5), error, trials=0)
+
+
+def test_an_error_that_is_no_number_is_refused():
+    with pytest.raises(InvalidInput, match="error of a plan is NaN"):
+        search_layer_weights(scores_of(3), Budget(heads=0.5), lambda plans: [float("nan") for _ in plans])

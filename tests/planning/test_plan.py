@@ -181,7 +181,7 @@ def test_unknown_options_are_refused(options, names):
 
 def test_scores_of_several_criteria_and_a_bare_number_are_refused():
     scores = scores_of(TWO_LAYERS)
-    with pytest.raises(InvalidInput, match="expected the HeadScores of one criterion.* such as those by 'fisher'"):
+    with pytest.raises(InvalidInput, match=r"expected the HeadScores of one criterion.* such as those by 'fisher'"):
         plan({"fisher": scores, "entropy": scores}, Budget(heads=0.5))
     with pytest.raises(InvalidInput, match=r"the budget is 0\.5; expected .*hp\.Budget\(heads=0\.5\)"):
         plan(scores, 0.5)

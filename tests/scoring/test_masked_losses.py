@@ -96,6 +96,16 @@ def test_a_replay_computes_only_what_comes_behind_the_heads():
     assert ran == ["1.encoder_attn.q_proj", "1.fc1"]
 
 
+def test_a_replay_runs_the_users_own_hooks_once(caplog):
+    model, batch = llama(layers=3), {"input_ids": tokens(), "labels": tokens()}
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _module, _args, states: states * 1.5)
+    masks = {attention_sites(model)[2].name: 1 - torch.eye(8)}
+    found = masked_losses(model, batch, masks)
+    torch.testing.assert_close(found, one_by_one(model, OwnLoss(), batch, masks))
+    assert "start again" not in caplog.text
+
+
 def test_low_precision_agrees_within_its_rounding():
     model, batch = llama().bfloat16(), {"input_ids": tokens(), "labels": tokens()}
     masks = masks_for(model)

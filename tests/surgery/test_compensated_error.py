@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import bert, llama, tokens
+from transformers import BatchEncoding
 
 from headprune.errors import InvalidInput, InvalidPlan
 from headprune.models import attention_sites, gated
@@ -82,6 +83,19 @@ def test_models_are_compared_by_what_forward_returns(monkeypatch):
     assert found != pytest.approx(CompensatedError(model, sites, batches)([keep])[0], rel=0.1)
 
 
+def all_layers(model, batch) -> torch.Tensor:
+    return torch.stack(model(**batch, output_hidden_states=True).hidden_states[1:]).mean(dim=(0, 2))
+
+
+def test_states_of_early_layers_count_where_forward_reads_them(monkeypatch):
+    model, batches = bert(layers=3), batches_for(5)
+    plans = [plan_of(model, *keep) for keep in ([[0], [0, 1, 2, 3], [0, 1, 2, 3]], [[0, 1], [2], [1, 3]])]
+    found = CompensatedError(model, attention_sites(model), batches, forward=all_layers)(plans)
+    monkeypatch.setattr(compensate, "keeping_for", lambda *_: "nothing")
+    whole = CompensatedError(model, attention_sites(model), batches, forward=all_layers)(plans)
+    assert found == pytest.approx(whole, rel=1e-5)
+
+
 def test_the_dense_model_has_no_error():
     model = bert()
     error = CompensatedError(model, attention_sites(model), batches_for(2))
@@ -128,6 +142,8 @@ def test_where_few_batches_would_be_read_each_gives_some_of_its_samples():
     assert search_batches(batches, 384) == (batches[:4], 5)  # enough of them
     assert search_batches(batches, None) == (batches, 5)
     assert search_batches(batches[:2], 500) == (batches[:2], 5)  # these are all
+    encodings = search_batches([BatchEncoding(batch) for batch in batches], 128)[0]
+    assert torch.equal(encodings[1].input_ids, found[1]["input_ids"])  # what a tokenizer gives has attributes
     lists = [[batch["input_ids"], batch["attention_mask"]] for batch in batches]
     assert search_batches(lists, 100) == (lists[:2], 5)  # nothing says which entry is a sample's
 

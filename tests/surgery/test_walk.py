@@ -98,6 +98,34 @@ def test_results_that_are_read_again_or_changed_in_place_are_noticed(in_place, k
             assert torch.equal(walk.to(site, None)[0], Walk(model, lambda: model(states), "nothing").to(site, None)[0])
 
 
+class Pooling(nn.Module):
+    """What it gives is made of a state in the middle; with in_place, what it was given is changed."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Identity()
+        self.stack = nn.ModuleList(bert(layers=1, seed=seed).encoder.layer[0] for seed in range(3))
+        self.in_place = in_place
+
+    def forward(self, states):
+        begun = self.first(states + 0)
+        middle = self.stack[0](begun)
+        last = self.stack[2](self.stack[1](middle))
+        return begun.add_(last) if self.in_place else middle + last
+
+
+@pytest.mark.parametrize(("in_place", "keeping"), [(False, "all"), (True, "nothing")])
+def test_what_is_read_or_changed_behind_the_last_attention_is_noticed(in_place, keeping):
+    model, states = Pooling(in_place).eval(), torch.randn(2, 5, 32)
+    sites = attention_sites(model)
+    assert keeping_for(model, lambda: model(states), sites) == keeping
+    walk = Walk(model, lambda: model(states), keeping)
+    with torch.no_grad():
+        walk.to(sites[-1], None)
+        for _ in range(2):
+            assert torch.equal(walk.copy().end(), model(states))
+
+
 def test_a_step_back_starts_again_and_an_attention_that_is_not_reached_is_named():
     model = llama(layers=3)
     first, _, last = attention_sites(model)

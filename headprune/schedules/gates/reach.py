@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.site import AttentionSite
+from headprune.models.uncompiled import uncompiled
 from headprune.models.watching import watching
-from headprune.nn.compiled import eagerly
 from headprune.ops.gate import gated_attention
 from headprune.ops.watch import Watcher
 from headprune.scoring.passes import in_eval_mode
@@ -22,7 +22,7 @@ from headprune.scoring.passes import in_eval_mode
 def through_operator(model: nn.Module, sites: Mapping[str, AttentionSite], run: Callable[[], Any]) -> frozenset[str]:
     """The sites whose attention our operator computes, seen in `run()`, one pass of the model."""
     found: set[str] = set()
-    with in_eval_mode(model), watching(sites.values(), lambda site: Watcher(lambda *_: found.add(site.name))):
+    with in_eval_mode(model), uncompiled(model), watching(sites.values(), lambda site: Watcher(lambda *_: found.add(site.name))):
         run()
     return frozenset(found)
 
@@ -31,7 +31,7 @@ def through_operator(model: nn.Module, sites: Mapping[str, AttentionSite], run: 
 def gates_in_place(sites: Mapping[str, AttentionSite], operator: frozenset[str], gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block each head's output is multiplied by its gate, differentiable. gates: site name -> [query_heads]; operator:
     the sites where the operator does it, for which heads closed to 0 cost nothing."""
-    with eagerly(), ExitStack() as stack:
+    with ExitStack() as stack:
         for name, site in sites.items():
             gate = gates[name].to(site.output.module.weight.device)
             if name in operator:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from headprune.errors import HeadpruneError
 from headprune.models.tiny_inputs import tiny_inputs
-from headprune.nn.compiled import eagerly
+from headprune.models.uncompiled import uncompiled
 from headprune.surgery.stand_in import widened
 
 log = logging.getLogger("headprune")
@@ -58,7 +58,7 @@ def same_output(expected: Tensor, found: Tensor, what: str) -> str:
 def in_fp32(model: nn.Module) -> Iterator[None]:
     """Inside the block half-precision weights are of fp32 while they are used: those of one layer at a time, so that there is no
     second copy of the model."""
-    with eagerly(), ExitStack() as stack:
+    with uncompiled(model), ExitStack() as stack:
         for unit, inside in units(model):
             narrow: list[Narrow] = []
             stack.callback(restore, narrow)

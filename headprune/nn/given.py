@@ -1,0 +1,35 @@
+"""A model as a caller gives it: perhaps wrapped by torch.compile, perhaps under torch.inference_mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from headprune.errors import InvalidInput
+
+
+def plain_module(model: Any) -> nn.Module:
+    """`model` itself, without the wrapper that torch.compile(model) puts around it, whose names and class are others.
+
+    The wrapper goes on working: it compiles again where the shapes of the weights have changed. InvalidInput where `model` is no
+    module.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "hp.load(folder) gives one" if isinstance(model, (str, bytes)) or hasattr(model, "__fspath__") else "give the model"
+        raise InvalidInput(f"the model is {model!r:.80}; expected a torch.nn.Module: {hint}.")
+    inside = model._modules.get("_orig_mod") if type(model).__name__ == "OptimizedModule" else None
+    return model if inside is None else inside
+
+
+@contextmanager
+def out_of_inference_mode() -> Iterator[None]:
+    """Inside the block tensors that are made can be kept, changed and differentiated; without gradients as before."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
