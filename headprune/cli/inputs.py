@@ -44,6 +44,12 @@ def refuse_unread(needs: str, there: bool, **given: Any) -> None:
             raise InvalidInput(f"--{name.replace('_', '-')} is given without {needs}, and would not be read; give {needs} too.")
 
 
+def refuse_replacing_source(model: str, output: Path) -> None:
+    """InvalidInput where the folder `model`, which may be the only copy of its weights, is to be written over."""
+    if Path(model).is_dir() and output.resolve() == Path(model).resolve():
+        raise InvalidInput(f"--output {output} is the model that is read; give another folder.")
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(

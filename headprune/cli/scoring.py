@@ -37,6 +37,7 @@ def score(
 ) -> None:
     """Score every head of a model, by several criteria in one pass; say how far they agree and can be trusted."""
     from headprune import scoring
+    from headprune.models.identity import ModelIdentity
     from headprune.report.score_report import ScoreReport
 
     names = list(dict.fromkeys(name.strip() for name in criterion.split(",")))
@@ -48,7 +49,7 @@ def score(
         dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,
         token_kinds=data.tokenizer, progress=lambda done: progress(done, len(data.calibration)), checkpoint=states,
     ))  # fmt: skip
-    report = ScoreReport.of(observed, names, normalize, portraits)
+    report = ScoreReport.of(observed, names, normalize, portraits, ModelIdentity.of(dense))
     written = report.save(output)
     if states is not None:
         shutil.rmtree(states)

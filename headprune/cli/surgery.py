@@ -12,7 +12,16 @@ import typer
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
 from headprune.cli.completion import one_of
-from headprune.cli.inputs import JsonOption, ModelArgument, ModelOutputOption, StreamedOption, opened, opened_model, writable
+from headprune.cli.inputs import (
+    JsonOption,
+    ModelArgument,
+    ModelOutputOption,
+    StreamedOption,
+    opened,
+    opened_model,
+    refuse_replacing_source,
+    writable,
+)
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
 
@@ -40,6 +49,7 @@ def prune_command(
     from headprune.planning import PruningPlan
     from headprune.surgery import prune, save
 
+    refuse_replacing_source(model, output)
     chosen = PruningPlan.load(plan)
     if streamed:
         prune_in_files(model, chosen, output, task)
@@ -87,6 +97,7 @@ def export_command(
     """Write a pruned model for another engine; its outputs are checked to stay the same."""
     from headprune.surgery.export import export
 
+    refuse_replacing_source(model, output)
     options = target_options(option or ())
     found, tokenizer = opened_model(model)
     written = with_bar(f"export to {to}", lambda progress: export(found, to, output, tokenizer=tokenizer, **options))

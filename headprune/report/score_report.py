@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
+from headprune.models.identity import ModelIdentity
 from headprune.scoring import HeadScores, Observations, Portraits, Stability, portraits, ranking_stability, score_observations
 from headprune.scoring.agreement import Agreement
 from headprune.scoring.criterion import get_criterion
@@ -29,8 +30,16 @@ class ScoreReport:
     portraits: Portraits | None = None
 
     @classmethod
-    def of(cls, observed: Observations, names: Sequence[str], normalize: str = "none", portray: bool = False) -> ScoreReport:
-        scores = {name: score_observations(observed, name, normalize) for name in names}
+    def of(
+        cls,
+        observed: Observations,
+        names: Sequence[str],
+        normalize: str = "none",
+        portray: bool = False,
+        made_for: ModelIdentity | None = None,
+    ) -> ScoreReport:
+        """made_for: the model that was observed, which the scores and their plans then name."""
+        scores = {name: replace(score_observations(observed, name, normalize), made_for=made_for) for name in names}
         agreements = {(one, other): scores[one].compare(scores[other]) for one, other in combinations(names, 2)}
         reached = Observations({name: site for name, site in observed.items() if site.reached}, observed.seen)
         stable = {name: ranking_stability(reached, name) for name in names if can_resample(get_criterion(name))}

@@ -7,6 +7,8 @@ import torch
 from tiny_models import bert, tokens
 
 from headprune.cli import scoring
+from headprune.errors import InvalidPlan
+from headprune.planning import Budget, plan
 from headprune.scoring import HeadScores, score
 
 
@@ -55,3 +57,14 @@ def test_score_prints_one_json_document(call, tiny_task):
     assert 0 <= found["stability"]["fisher"]["overlap"] <= 1
     assert len(found["portraits"]["encoder.layer.0.attention"]) == 4
     assert HeadScores.load("scores.json").to_json() == found["scores"]["fisher"]
+
+
+def test_scores_of_the_command_line_name_their_model_so_that_plans_of_them_are_refused_elsewhere(call, tiny_task):
+    code, _, err = call("score", "tiny", "--criterion", "magnitude_l2")
+    assert code == 0, err
+    chosen = plan(HeadScores.load("scores.json"), Budget(heads=0.5))
+    chosen.check_fits(bert())
+    other = bert()
+    other.config.model_type = "roberta"
+    with pytest.raises(InvalidPlan, match="its model_type is bert, the given model's is roberta"):
+        chosen.check_fits(other)

@@ -30,6 +30,20 @@ def test_plan_prune_and_inspect_on_a_folder(call, tmp_path):
     assert {row["attention"]: tuple(row["kept"]) for row in json.loads(out)["attentions"]} == kept.keep
 
 
+def test_the_model_that_is_read_is_not_written_over(call):
+    save(bert(), "dense")
+    PruningPlan.from_keep(bert(), {"encoder.layer.0.attention": [0]}).save("plan.json")
+    for command in (
+        ["prune", "./dense", "plan.json"],
+        ["prune", "./dense", "plan.json", "--streamed"],
+        ["export", "dense", "--to", "stock"],
+    ):
+        code, _, err = call(*command, "-o", "dense/../dense")
+        assert code == 2
+        assert "is the model that is read; give another folder" in only_error(err)
+    assert load("dense").num_parameters() == bert().num_parameters()
+
+
 def test_diff_says_what_is_gone_and_what_that_saves(call):
     model = llama()
     save(model, "dense")
