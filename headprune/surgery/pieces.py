@@ -133,18 +133,16 @@ def complete(batch: Any, pieces: Sequence[Piece], parts: Sequence[Part], masks: 
 def same(
     expected: tuple[Tensor, Tensor], pieces: Sequence[Piece], run: Callable[[Any], Any], last: Part, masks: SiteTokenMask
 ) -> bool:
-    """Whether all that counts is in the pieces what it is in the batch: the states at the last part, and the output, which is in
-    fp32 though it cannot be closer than the model computes."""
-    tolerance = CLOSE.get(expected[0].dtype, CLOSE_IN_LOW_PRECISION)
+    """Whether all that counts is in the pieces what it is in the batch: the states at the last part, and the output."""
     for piece in pieces:
         mask = masks(last.name, piece.batch)
         found = states_and_output(partial(run, piece.batch), last)
-        if mask is None or not all(close(*pair, piece.rows, mask.bool(), tolerance) for pair in zip(expected, found)):
+        if mask is None or not all(close(*pair, piece.rows, mask.bool()) for pair in zip(expected, found)):
             return False
     return True
 
 
-def close(expected: Tensor, found: Tensor, rows: Tensor | None, valid: Tensor, tolerance: float) -> bool:
+def close(expected: Tensor, found: Tensor, rows: Tensor | None, valid: Tensor) -> bool:
     """Whether found [samples of the piece, ..] is what expected [samples of the batch, ..] has in `rows`; of [samples, tokens,
     features] at its `valid` places."""
     if rows is None or len(found) != len(rows) or len(expected) <= int(rows.max()):
@@ -156,4 +154,4 @@ def close(expected: Tensor, found: Tensor, rows: Tensor | None, valid: Tensor, t
     if expected.shape != found.shape:
         return False
     error = (expected.float() - found.float()).square().mean().sqrt()
-    return bool(error <= tolerance * expected.float().square().mean().sqrt())
+    return bool(error <= CLOSE.get(expected.dtype, CLOSE_IN_LOW_PRECISION) * expected.float().square().mean().sqrt())
