@@ -30,6 +30,7 @@ from headprune.scoring.ran_batch import RanBatch
 from headprune.scoring.ranks import Distributed, check_mode, merged, own_part, rank_file, refuse_different_batches, world_size
 from headprune.scoring.site_shape import SiteShape
 from headprune.scoring.streamed import observe_streamed
+from headprune.scoring.trimming import Trimming
 
 log = logging.getLogger("headprune")
 CHECKPOINT_SECONDS = 60.0
@@ -55,7 +56,7 @@ def observe(
 
     Args:
         batches: dicts for `model(**batch)` whose output has a `loss`, or anything that `loss_fn` understands. Not read
-            where only weights are needed.
+            where only weights are needed. Padding behind the longest sample of a batch is left out where that changes nothing.
         needs: members of Need, or their values ("weights", "gate_gradient", "attention", ...).
         loss_fn: `loss_fn(model, batch)` gives per-sample losses [n] (exact per-sample gradients) or their mean.
         token_mask: `token_mask(batch)` gives bool [batch, tokens] of the tokens that count in Gram matrices and in statistics of
@@ -91,7 +92,7 @@ def observe(
     with own_attention(model):
         every = attention_sites(model)
         sites, headless = (tuple(site for site in every if bool(site.head_map.query_heads) is has) for has in (True, False))
-        setting = Setting(model, sites, loss_fn, token_masks(model, token_mask), kinds, gram_device, headless)
+        setting = Setting(model, sites, loss_fn, token_masks(model, token_mask), kinds, gram_device, headless, token_mask is None)
         wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
         if streamed_of(model) is not None:
             observed = observe_streamed(setting, batches, wanted, checkpoint, progress)
@@ -141,6 +142,7 @@ def run_pass(
     seen: list[int] = []
     unread: list[RanBatch] = []  # at most the last one, which a device is still at
     backward = any(observer.runs == "backward" for observer in observers)
+    trimmed = Trimming(setting, observers)
     with pass_of(setting.model), ExitStack() as stack, torch.set_grad_enabled(backward):
         if backward:
             stack.enter_context(frozen(setting.model))
@@ -151,7 +153,7 @@ def run_pass(
             if index < len(held):
                 refuse_other_data(held[index], batch, index, checkpoint)
             else:
-                unread.append(RanBatch(batch, run_batch(setting, batch, observers, backward)))
+                unread.append(RanBatch(batch, run_batch(setting, trimmed(batch), observers, backward)))
                 saving = checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS
                 left = int(unread[-1].under_way and not saving)
                 while len(unread) > left:

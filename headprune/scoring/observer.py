@@ -23,7 +23,8 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 @dataclass(frozen=True)
 class Setting:
     """What is observed: a model in eval mode, its sites, and how a batch is run, its loss found and its padding told; the rest
-    as in `observe`. headless: sites that have lost all their heads, where nothing is to be measured."""
+    as in `observe`. headless: sites that have lost all their heads, where nothing is to be measured. own_masks: whether
+    token_mask reads the batches' own."""
 
     model: nn.Module
     sites: tuple[AttentionSite, ...]
@@ -32,6 +33,7 @@ class Setting:
     token_kinds: TokenKinds | None = None
     gram_device: torch.device | str | None = None
     headless: tuple[AttentionSite, ...] = ()
+    own_masks: bool = True
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of `batch`: per sample [n] where loss_fn gives that, else the mean. Raises InvalidInput where there is none."""

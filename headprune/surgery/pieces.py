@@ -5,7 +5,7 @@ Only for passes that want each sample's states, not for losses, which may compar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headprune.models.tokens import SiteTokenMask, plane
+from headprune.models.padding import close, lengths_of, part_of
+from headprune.models.tokens import SiteTokenMask
 from headprune.surgery.parts import Part, weight_and_bias
 from headprune.surgery.readout import states_and_output
 
 PASS_COST = {"cpu": 256}  # places in whose time a further pass begins and ends; of MiniLM's 128 to 512 (bench/NOTES.md)
 PASS_COST_OF_ACCELERATORS = 8192  # many launches; not measured
-CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # root mean square, of the values; kernels round differently by shape
-CLOSE_IN_LOW_PRECISION = 2e-2
 
 
 @dataclass(frozen=True)
@@ -64,39 +63,7 @@ def split(batch: Any, of: int, cost: int) -> Iterator[Piece]:
         return
     for chosen, width in groups:
         rows = torch.tensor(chosen)
-        values = {name: trimmed(value[rows.to(value.device)], tokens, width) for name, value in batch.items()}
-        yield Piece(as_given(batch, values), of, rows)
-
-
-def as_given(batch: Any, values: dict[str, Tensor]) -> Any:
-    """`values` as a mapping of the type of `batch`: a tokenizer's has its items as attributes too."""
-    try:
-        return type(batch)(values)
-    except TypeError:
-        return values
-
-
-def trimmed(value: Tensor, tokens: int, width: int) -> Tensor:
-    return value[:, :width].contiguous() if value.dim() == 2 and value.shape[1] == tokens else value
-
-
-def lengths_of(batch: Any) -> Tensor | None:
-    """[samples] of a batch of tensors [samples] and [samples, tokens] whose attention_mask says that padding is at the end; None of
-    any other."""
-    mask = plane(batch, "attention_mask") if isinstance(batch, Mapping) else None
-    if mask is None or not mask.numel() or not all(can_be_cut(value, mask) for value in batch.values()):
-        return None
-    lengths = mask.bool().sum(dim=1)
-    at_the_end = torch.equal(mask.bool(), torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])
-    return lengths.clamp(min=1).cpu() if at_the_end else None
-
-
-def can_be_cut(value: Any, mask: Tensor) -> bool:
-    """Whether `value` has an entry for each sample; numbers that only happen to be as many as the tokens, as targets may, are
-    floating."""
-    if not isinstance(value, Tensor) or value.dim() not in (1, 2) or len(value) != len(mask):
-        return False
-    return value is mask or value.shape != mask.shape or not value.is_floating_point()
+        yield Piece(part_of(batch, width, rows), of, rows)
 
 
 def cheapest(lengths: Sequence[int], cost: int) -> list[tuple[list[int], int]]:
@@ -137,12 +104,12 @@ def same(
     for piece in pieces:
         mask = masks(last.name, piece.batch)
         found = states_and_output(partial(run, piece.batch), last)
-        if mask is None or not all(close(*pair, piece.rows, mask.bool()) for pair in zip(expected, found)):
+        if mask is None or not all(alike(*pair, piece.rows, mask.bool()) for pair in zip(expected, found)):
             return False
     return True
 
 
-def close(expected: Tensor, found: Tensor, rows: Tensor | None, valid: Tensor) -> bool:
+def alike(expected: Tensor, found: Tensor, rows: Tensor | None, valid: Tensor) -> bool:
     """Whether found [samples of the piece, ..] is what expected [samples of the batch, ..] has in `rows`; of [samples, tokens,
     features] at its `valid` places."""
     if rows is None or len(found) != len(rows) or len(expected) <= int(rows.max()):
@@ -151,7 +118,4 @@ def close(expected: Tensor, found: Tensor, rows: Tensor | None, valid: Tensor) -
     if found.dim() > 2 and found.shape[:2] == valid.shape:
         valid = valid.to(found.device)
         expected, found = expected[:, : found.shape[1]][valid], found[valid]
-    if expected.shape != found.shape:
-        return False
-    error = (expected.float() - found.float()).square().mean().sqrt()
-    return bool(error <= CLOSE.get(expected.dtype, CLOSE_IN_LOW_PRECISION) * expected.float().square().mean().sqrt())
+    return close(expected, found)

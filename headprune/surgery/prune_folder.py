@@ -63,9 +63,9 @@ def prune_folder(
 ) -> PruneReport:
     """Writes the model of `source` without the heads that `plan` lets go to `target`, a folder as `hp.save` writes it.
 
-    Weight files are written one by one; a killed run keeps those whose digests were recorded, all but the last. They are not forced
-    to the disk: where the machine itself goes down soon after, `hp.load` says which are off. Peak memory: the projections of the
-    attentions of one or two layers. With `calibration` the output projections are re-solved first, layer by layer
+    Weight files are written one by one; a killed run keeps those whose digests were recorded, all but the last three. They are not
+    forced to the disk: where the machine itself goes down soon after, `hp.load` says which are off. Peak memory: the projections of
+    the attentions of one or two layers. With `calibration` the output projections are re-solved first, layer by layer
     (`headprune.surgery.streamed_compensation`); that holds two layers, and a killed run goes on behind the last whole layer.
     Half-done work lies in hidden folders beside `target`.
 

@@ -39,7 +39,8 @@ def compared(output: Any) -> Tensor:
 
 
 def states_and_output(run: Callable[[], Any], part: Part) -> tuple[Tensor, Tensor]:
-    """What a pass gives the linear layer of `part` at its first call, and the tensor by which outputs are compared.
+    """What a pass gives the linear layer of `part` at its first call, and the tensor by which outputs are compared, in the dtype of
+    the former: two passes agree no better than the model computes.
 
     Raises InvalidInput where the pass does not reach the part.
     """
@@ -48,7 +49,7 @@ def states_and_output(run: Callable[[], Any], part: Part) -> tuple[Tensor, Tenso
         output = run()
     if not seen:
         raise InvalidInput(f"{part.name} was not reached by the calibration data.")
-    return seen[0], compared(output)
+    return seen[0], compared(output).to(seen[0].dtype)
 
 
 def distances(dense: Tensor, found: Tensor, is_logits: bool, mask: Tensor | None) -> Tensor:

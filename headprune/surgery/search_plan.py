@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
 from headprune.models.batches import several
+from headprune.models.padding import as_given
 from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.planning.budget import Budget
@@ -19,7 +20,6 @@ from headprune.planning.planner import plan
 from headprune.scoring.scores import HeadScores
 from headprune.surgery.compensate import HELD_OUT_EVERY
 from headprune.surgery.compensated_error import CompensatedError
-from headprune.surgery.pieces import as_given
 
 FEW_BATCHES = 4  # from so many on, the one that is held out and learnt from as well is a small part of what is learnt
 FEW_HELD_OUT_EVERY = 3

@@ -125,6 +125,13 @@ def test_weights_are_re_solved_as_from_whole_batches(make, feed_forward, cut):
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_batches_are_cut_in_every_precision(dtype, cut):
+    model = llama().to(dtype)
+    resolve_outputs(model, attention_sites(model), first_heads(model), padded(6))
+    assert is_cut(cut[0])
+
+
 def pooled(model, batch):
     return model(**batch)[0].sum(dim=1)
 
