@@ -32,6 +32,8 @@ from headprune.surgery.parts import (
     Part,
     Weights,
     columns_of,
+    from_first_loss,
+    in_order_of_pass,
     masked_to,
     parts_of,
     set_weight_and_bias,
@@ -74,7 +76,7 @@ def resolve_outputs(
     """Re-solves the output projections of the sites in `keep`, from the first that loses heads on, before the cut, in place.
 
     Afterwards the projections are those of the pruned model: with the other heads gated or cut they reproduce the dense
-    outputs as well as least squares can. `sites` must be in the order of the forward pass.
+    outputs as well as least squares can.
 
     Args:
         batches: calibration batches, a list or anything that can be read more than once.
@@ -86,12 +88,9 @@ def resolve_outputs(
         progress: called with (layers done, layers).
     """
     solver = get_solver(method)
-    chosen = [site for site in sites if site.name in keep]
-    loses = [len(keep[site.name]) < site.head_map.query_heads for site in chosen]
-    chosen = chosen[loses.index(True) :] if any(loses) else []
     reports: list[Resolved] = []
     with pass_of(model), torch.no_grad():
-        passes = Passes.of(model, chosen, batches, forward, token_mask, feed_forward)
+        passes = Passes.of(model, sites, batches, forward, token_mask, keep, feed_forward)
         solved: dict[str, Weights] = dict(passes.dense)
         walks = list(zip(passes.walks(), passes.walks()))
         for done, part in enumerate(passes.parts):
@@ -192,9 +191,11 @@ class Passes:
         batches: Iterable[Any],
         forward: Callable[[nn.Module, Any], Any] | None,
         token_mask: TokenMask | None,
+        keep: Keep | None = None,
         feed_forward: bool = False,
     ) -> Passes:
-        """Raises InvalidInput where there are no batches."""
+        """keep: where heads go; only from there on, and only what it names, is to be re-solved. Raises InvalidInput where there are
+        no batches."""
         batches = list(several(batches))
         if not batches:
             raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
@@ -203,6 +204,9 @@ class Passes:
         def run() -> Any:
             return runs(model, batches[0])
 
+        sites = in_order_of_pass(sites, run)
+        if keep is not None:
+            sites = from_first_loss(sites, keep)
         behind = feed_forwards(model, sites, run) if feed_forward else {}
         parts = parts_of(sites, behind)
         dense = {part.name: weight_and_bias(part) for part in parts}

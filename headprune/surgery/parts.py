@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headprune.models.feed_forward import FeedForward
+from headprune.models.gating import output_input_hooks
 from headprune.models.site import AttentionSite, Foreign, is_conv1d
 
 Part = AttentionSite | FeedForward  # what is re-solved: `output.module` is the linear layer
 Weights = tuple[Tensor, Tensor | None]  # weight [hidden, features] and bias [hidden] of an output projection
+
+
+def in_order_of_pass(sites: Sequence[AttentionSite], run: Callable[[], Any]) -> list[AttentionSite]:
+    """`sites` as one forward pass reaches them, which need not be as the model declares them; those that it does not reach last."""
+    reached: dict[str, AttentionSite] = {}
+
+    def noting(site: AttentionSite) -> Callable[[Tensor], None]:
+        return lambda _inputs: reached.update({site.name: site})  # where it is reached again it keeps its place
+
+    with output_input_hooks(sites, noting):
+        run()
+    return [*reached.values(), *(site for site in sites if site.name not in reached)]
+
+
+def from_first_loss(sites: Sequence[AttentionSite], keep: Mapping[str, Sequence[int]]) -> list[AttentionSite]:
+    """Those that `keep` names, from the first that loses heads on: before it nothing changes."""
+    named = [site for site in sites if site.name in keep]
+    losing = (at for at, site in enumerate(named) if len(keep[site.name]) < site.head_map.query_heads)
+    return named[next(losing, len(named)) :]
 
 
 def parts_of(sites: Iterable[AttentionSite], behind: Mapping[str, FeedForward]) -> list[Part]:

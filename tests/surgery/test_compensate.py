@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from tiny_models import bert, llama, tokens
+from torch import nn
 
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites, gated
@@ -40,6 +41,32 @@ def test_compensation_brings_the_output_nearer_to_the_dense_one_on_unseen_data(m
     assert (output_of(solved, unseen) - expected).norm() < 0.95 * (output_of(plain, unseen) - expected).norm()
     assert [report.site for report in reports] == list(keep)
     assert all(report.error_after <= report.error_before for report in reports)
+
+
+class TwoLayers(nn.Module):
+    """`first`, then `second`; `declared`: the order in which the module has them."""
+
+    def __init__(self, declared: tuple[str, str]) -> None:
+        super().__init__()
+        for name in declared:
+            torch.manual_seed(len(name))
+            setattr(self, name, nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True))
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_layers_are_re_solved_in_the_order_of_the_pass_however_they_are_declared():
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"x": torch.randn(4, 16, 32, generator=generator)} for _ in range(10)]
+    keep = {"first.self_attn": [0, 2], "second.self_attn": [1]}
+    found = {}
+    for declared in (("first", "second"), ("second", "first")):
+        model = TwoLayers(declared).eval()
+        reports = prune(model, PruningPlan.from_keep(model, keep), batches)
+        assert [report.site for report in reports] == list(keep)
+        found[declared] = model(batches[0]["x"])
+    torch.testing.assert_close(*found.values())
 
 
 @pytest.mark.parametrize(
