@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, overload
 
@@ -67,18 +67,18 @@ def score(
 def score(
     model: nn.Module,
     batches: Any = (),
-    criterion: str | list[str] | tuple[str, ...] = "fisher",
+    criterion: str | Iterable[str] = "fisher",
     *,
     normalize: str = "none",
     **options: Any,
 ) -> HeadScores | dict[str, HeadScores]:
     """Scores every query head of `model` on `batches`; options are those of `observe` (loss_fn, token_mask, ...).
 
-    criterion: one name, or a list of names: everything is measured in one pass and a dict of HeadScores comes back.
+    criterion: one name, or several: everything is measured in one pass and a dict of HeadScores comes back.
     Raises InvalidInput for an unknown criterion, an empty calibration set, a loss that is missing or not finite.
     """
-    names = [criterion] if isinstance(criterion, str) else criterion
-    if not isinstance(names, (list, tuple)) or not names:
+    names = [criterion] if isinstance(criterion, str) else list(criterion) if isinstance(criterion, Iterable) else []
+    if not names:
         raise InvalidInput(f"criterion is {criterion!r:.80}; expected the name of one or a list of names; hp.criteria() has them.")
     needs = frozenset().union(*(get_criterion(name).needs for name in names))
     observed = observe(model, batches, needs, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Trimming:
 
     def _shorter(self, batch: Any) -> Any:
         """The batch trimmed; None where there is too little to gain, or tokens that count would be lost."""
-        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if self._harmless is False or not self.setting.own_masks or not isinstance(mask, Tensor) or mask.device.type != "cpu":
             return None
         lengths = lengths_of(batch)
