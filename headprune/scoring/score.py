@@ -65,12 +65,7 @@ def score(
 
 
 def score(
-    model: nn.Module,
-    batches: Any = (),
-    criterion: str | Iterable[str] = "fisher",
-    *,
-    normalize: str = "none",
-    **options: Any,
+    model: nn.Module, batches: Any = (), criterion: str | Iterable[str] = "fisher", *, normalize: str = "none", **options: Any
 ) -> HeadScores | dict[str, HeadScores]:
     """Scores every query head of `model` on `batches`; options are those of `observe` (loss_fn, token_mask, ...).
 
