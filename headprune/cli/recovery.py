@@ -10,7 +10,15 @@ import typer
 
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, ModelOutputOption, TaskOption, opened, opened_model
+from headprune.cli.inputs import (
+    JsonOption,
+    ModelArgument,
+    ModelOutputOption,
+    TaskOption,
+    opened,
+    opened_model,
+    refuse_replacing_source,
+)
 from headprune.cli.terminal import with_bar
 
 
@@ -42,6 +50,8 @@ def recover_command(
     from headprune.surgery import save
 
     TrainingBudget.of(steps, minutes, None, get_method(method).lr if lr is None else lr, 1)  # refused before the data are read
+    for source in filter(None, (model, teacher)):
+        refuse_replacing_source(source, output)
     work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
     pruned, data = opened(model, task)
     dense = None if teacher is None else opened_model(teacher)[0]

@@ -30,6 +30,15 @@ def test_recover_learns_from_the_dense_model(call, folders, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned", "better"}
 
 
+@pytest.mark.parametrize("read", ["pruned", "dense"])
+def test_neither_the_model_nor_its_teacher_is_written_over(call, folders, tmp_path, read):
+    before = (tmp_path / read / "model.safetensors").read_bytes()
+    code, _, err = call("recover", "./pruned", "-o", read, "--teacher", "./dense", "--steps", "1")
+    assert code == 2
+    assert "is the model that is read; give another folder" in only_error(err)
+    assert (tmp_path / read / "model.safetensors").read_bytes() == before
+
+
 def test_two_budgets_and_unknown_methods_are_refused(call, folders):
     code, _, err = call("recover", "./pruned", "-o", "better", "--steps", "6", "--minutes", "1")
     assert code == 2
