@@ -1,6 +1,7 @@
 """Small random models of each family; weights large enough that every head matters."""
 
 import torch
+from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 61
@@ -45,3 +46,14 @@ def hidden(model, **inputs) -> torch.Tensor:
     found = output.logits if hasattr(output, "logits") else output.last_hidden_state
     mask = inputs.get("attention_mask")
     return found if mask is None else found * mask[..., None]
+
+
+class PoolingByAttention(nn.Module):
+    """Called an attention itself, and not of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, states):
+        return self.inner(states, states, states, need_weights=False)[0].mean(dim=1)

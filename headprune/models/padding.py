@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headprune.models.tokens import plane
+from headprune.models.tokens import SiteTokenMask, plane
 
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # root mean square, of the values; kernels round differently by shape
 CLOSE_IN_LOW_PRECISION = 2e-2
@@ -49,6 +49,15 @@ def as_given(batch: Any, values: dict[str, Tensor]) -> Any:
         return type(batch)(values)
     except TypeError:
         return values
+
+
+def complete(batch: Any, parts: Sequence[Any], sites: Iterable[str], masks: SiteTokenMask) -> bool:
+    """Whether all tokens of `batch` that count at `sites` are in the `parts` of it; without a mask padding counts too."""
+    for site in sites:
+        mask, found = masks(site, batch), [masks(site, part) for part in parts]
+        if mask is None or int(mask.bool().sum()) != sum(0 if one is None else int(one.bool().sum()) for one in found):
+            return False
+    return True
 
 
 def close(expected: Tensor, found: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headprune.models.gating import output_input_hook
-from headprune.models.padding import close, lengths_of, part_of
+from headprune.models.padding import close, complete, lengths_of, part_of
 from headprune.scoring.observer import Observer, Setting
 
 log = logging.getLogger("headprune")
@@ -49,13 +49,8 @@ class Trimming:
         if lengths is None or int(lengths.max()) > WORTH_A_TRY * mask.shape[1]:
             return None
         shorter = part_of(batch, int(lengths.max()))
-        whole = all(self._counted(site.name, shorter) == self._counted(site.name, batch) for site in self.setting.sites)
-        return shorter if whole else None
-
-    def _counted(self, site: str, batch: Any) -> int:
-        """Tokens that count at a site: without a mask padding does too."""
-        mask = self.setting.token_mask(site, batch)
-        return batch["attention_mask"].numel() if mask is None else int(mask.bool().sum())
+        sites = [site.name for site in self.setting.sites]
+        return shorter if complete(batch, [shorter], sites, self.setting.token_mask) else None
 
     def _reached(self, batch: Any) -> list[Tensor]:
         """The states of the tokens that count at the last attention; as the pass asks for them the loss before and its gradient

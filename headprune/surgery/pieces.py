@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headprune.models.padding import close, lengths_of, part_of
+from headprune.models.padding import close, complete, lengths_of, part_of
 from headprune.models.tokens import SiteTokenMask
 from headprune.surgery.parts import Part, weight_and_bias
 from headprune.surgery.readout import states_and_output
@@ -47,7 +47,9 @@ def pieces_of(batches: Sequence[Any], run: Callable[[Any], Any], parts: Sequence
         return whole(batches)
     expected = states_and_output(partial(run, cut[0][0]), parts[-1])
     try:
-        fits = all(complete(*one, parts, masks) for one in cut) and same(expected, cut[0][1], run, parts[-1], masks)
+        names = [part.name for part in parts]
+        fits = all(complete(batch, [piece.batch for piece in pieces], names, masks) for batch, pieces in cut)
+        fits = fits and same(expected, cut[0][1], run, parts[-1], masks)
     except Exception:  # the user's own function or mask need not be one for some of a batch's samples
         fits = False
     return [piece for pieces in found for piece in pieces] if fits else whole(batches)
@@ -86,15 +88,6 @@ def cheapest(lengths: Sequence[int], cost: int) -> list[tuple[list[int], int]]:
         groups.append((sorted(row for length in steps[cut[end] : end] for row in rows_of[length]), steps[end - 1]))
         end = cut[end]
     return groups[::-1]
-
-
-def complete(batch: Any, pieces: Sequence[Piece], parts: Sequence[Part], masks: SiteTokenMask) -> bool:
-    """Whether no token of `batch` that counts at one of the parts is cut off."""
-    for part in parts:
-        mask, found = masks(part.name, batch), [masks(part.name, piece.batch) for piece in pieces]
-        if mask is None or int(mask.bool().sum()) != sum(0 if one is None else int(one.bool().sum()) for one in found):
-            return False  # without a mask padding counts too
-    return True
 
 
 def same(

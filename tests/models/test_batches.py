@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import llama, tokens
-from torch import nn
+from tiny_models import PoolingByAttention, llama, tokens
 from transformers import BatchEncoding
 
 import headprune as hp
@@ -44,17 +43,8 @@ def test_other_things_are_refused_by_every_reader(batches, message):
             read(llama())
 
 
-class Mean(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
-
-    def forward(self, states):
-        return self.attention(states, states, states, need_weights=False)[0].mean(dim=1)
-
-
 def test_batches_that_are_tensors_are_trained_on():
     torch.manual_seed(0)
-    model, batches = Mean(), [torch.randn(4, 5, 16)] * 3
+    model, batches = PoolingByAttention(), [torch.randn(4, 5, 16)] * 3
     found = hp.recover(model, batches, loss_fn=lambda model, batch: model(batch).square().mean(dim=1), steps=3, lr=1e-2)
     assert found.losses[-1][1] < found.losses[0][1]

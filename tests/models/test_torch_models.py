@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import PoolingByAttention
 from torch import nn
 
 import headprune as hp
@@ -129,15 +130,6 @@ def test_two_prunings_equal_one():
     hp.cut(twice, {"encoder.layers.0.self_attn": [1]})
     hp.cut(once, {"encoder.layers.0.self_attn": [2]})
     assert torch.equal(twice(inputs["x"], inputs["padding"]), once(inputs["x"], inputs["padding"]))
-
-
-class PoolingByAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.MultiheadAttention(16, 4, batch_first=True)
-
-    def forward(self, states):
-        return self.inner(states, states, states, need_weights=False)[0].mean(dim=1)
 
 
 def test_a_model_may_be_called_an_attention_itself():
