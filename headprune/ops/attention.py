@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headprune.head_map import HeadMap
+from headprune.ops.at_once import run_operator
 from headprune.ops.backend import choose
 from headprune.ops.call import AttentionCall, check_call, equal_groups
 from headprune.ops.stats import HeadStats
@@ -142,7 +143,7 @@ def attention(
 
 def attend(call: AttentionCall) -> tuple[Tensor, HeadStats | None]:
     """`attention` of a checked call: its output and, where it asks for them, its statistics."""
-    output, _, packed = torch.ops.headprune.attention.default(*operands(call))
+    output, _, packed = run_operator("attention", call, operands)
     return output, HeadStats.from_packed(packed) if call.stats else None
 
 

@@ -81,6 +81,11 @@ def choose(operator: str, call: Any) -> Implementation:
     raise InvalidInput(f"no backend runs this {operator} ({'; '.join(reasons) or f'{only} does not have it'}).")
 
 
+def reference(operator: str) -> Implementation:
+    """The implementation in plain PyTorch, which refuses nothing."""
+    return next(found for found in _implementations[operator] if found.backend == "reference")
+
+
 def tell_once(operator: str, reasons: list[str]) -> None:
     message = f"headprune: {operator} runs through the PyTorch reference, which is slow ({'; '.join(reasons)})."
     if reasons and message not in _told:

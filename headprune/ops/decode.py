@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
+from headprune.ops.at_once import run_operator
 from headprune.ops.attention import head_map_of, library
 from headprune.ops.backend import choose
 from headprune.ops.call import DecodeCall, check_decode, equal_groups
@@ -73,7 +74,7 @@ def attention_decode(
             gate,
         )
     )
-    output: Tensor = torch.ops.headprune.attention_decode(*decode_operands(call))
+    output: Tensor = run_operator("attention_decode", call, decode_operands)
     return output
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headprune.head_map import HeadMap
+from headprune.ops.at_once import run_operator
 from headprune.ops.attention import head_map_of, library, whole_gradient
 from headprune.ops.backend import choose
 from headprune.ops.call import VarlenCall, check_varlen, equal_groups
@@ -138,7 +139,7 @@ def attention_varlen(
             stats,
         )
     )
-    output, _, packed = torch.ops.headprune.attention_varlen(*varlen_operands(call))
+    output, _, packed = run_operator("attention_varlen", call, varlen_operands)
     return (output, HeadStats.from_packed(packed)) if stats else output
 
 
