@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
+
+from headprune.processor import processor_name
 
 
 def machine(device: str) -> dict[str, object]:
     """Names and versions that go into a result file, and `slug`, which names it."""
     gpu = torch.cuda.get_device_name(0) if device == "cuda" else None
     found: dict[str, object] = {
-        "processor": processor(),
+        "processor": f"{processor_name()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "gpu": gpu,
@@ -25,19 +26,6 @@ def machine(device: str) -> dict[str, object]:
     }
     found["slug"] = slug(gpu or str(found["processor"]))
     return found
-
-
-def processor() -> str:
-    """The processor's name and number of cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        names = [
-            line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-        ]
-        name = names[0]
-    except (OSError, StopIteration):
-        pass
-    return f"{name} ({os.cpu_count()} cores)"
 
 
 def version(package: str) -> str | None:

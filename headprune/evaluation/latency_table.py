@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from headprune.models.placement import device_of
 from headprune.models.site import AttentionSite, Foreign
 from headprune.models.uncompiled import uncompiled
 from headprune.planning.latency_table import LatencyTable, key_of
+from headprune.processor import processor_name
 from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
 from headprune.surgery.cut import cut_site
@@ -34,7 +34,7 @@ REPEATS = 5
 
 def machine_name(device: torch.device) -> str:
     """`device` and what runs on it: what a latency is good for."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"
 
 
@@ -42,14 +42,6 @@ def machines_here() -> list[str]:
     """The names of this machine's devices."""
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return [machine_name(torch.device(device)) for device in devices]
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def measure_latency_table(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from headprune.processor import is_amd
 
 SMALLEST = 2**20  # multiply-adds; below, the call costs more than is won (bench/NOTES.md)
 
@@ -85,10 +85,5 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 @cache
 def beats_mkl() -> bool:
+    """MKL has its fastest paths for Intel's processors."""
     return is_amd() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def is_amd() -> bool:
-    """Whether the processor is of AMD: MKL has its fastest paths for Intel's."""
-    told = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (told.read_text() if told.exists() else platform.processor())
