@@ -6,8 +6,8 @@
 
 Every way sees the same number of batches of the same size out of the same texts, distils from the same dense model and compensates
 on the same batches: one shot trains for all steps after its cut, iterative for an equal part of them after each of its cuts (late:
-for 0.7 of them after the last), pruning-aware for half of them with gates and for half after the cut. Training texts are never test
-texts.
+for 0.7 of them after the last; two: for an eighth of them between two cuts), pruning-aware for half of them with gates and for half
+after the cut. Training texts are never test texts.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def one_shot(subject: Subject, call: dict[str, Any], steps: int) -> hp.ScheduleR
     return hp.one_shot(recover=subject.recovery(steps), **call)
 
 
-def iterative(spacing: str, last: int = 1) -> Way:
+def iterative(spacing: str, last: int = 1, cuts: int = CUTS) -> Way:
     def run(subject: Subject, call: dict[str, Any], steps: int) -> hp.ScheduleResult:
-        return hp.iterative(steps=CUTS, spacing=spacing, recover=subject.recovery(steps // (CUTS - 1 + last), last), **call)
+        return hp.iterative(steps=cuts, spacing=spacing, recover=subject.recovery(steps // (cuts - 1 + last), last), **call)
 
     return run
 
@@ -95,6 +95,7 @@ WAYS: dict[str, Way] = {
     "iterative_linear": iterative("linear"),
     "iterative_cubic": iterative("cubic"),
     "iterative_late": iterative("linear", last=7),
+    "iterative_two": iterative("linear", last=7, cuts=2),
     **{f"pruning_aware_{name}": pruning_aware(name) for name in sorted(hp.schedules.gate_methods())},
 }
 
