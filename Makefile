@@ -4,6 +4,7 @@
 # make quality   every one-shot method on the same models, data and budgets, without training (some hours; goes on where it was cut off)
 # make release-check   source archive and wheels into dist/, installed in an empty environment and tried (builds the extension: minutes)
 # make peers   other packages that prune heads, installed and run (downloads several GB)
+# make sanitize   the C++ kernels of the last commit under AddressSanitizer and UndefinedBehaviorSanitizer, with GCC (minutes)
 # make coverage   the lines of headprune/ that the tests run, GPU-only ones aside (as long as make test and a half)
 # make engines   pruned models in llama.cpp, which is built from source (minutes), against ours      make engines-vllm   in vLLM
 PYTHON ?= python3
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint coverage docs release-check aot bench quality peers engines engines-vllm gpu
+.PHONY: venv demo test lint sanitize coverage docs release-check aot bench quality peers engines engines-vllm gpu
 
 venv: $(VENV)/.ready
 
@@ -42,6 +43,17 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: export HEADPRUNE_CPU_FLAGS = -O1 -g1 -fsanitize=address,undefined
+sanitize: export PYTHONPATH = .
+sanitize: export MAX_JOBS = 2
+sanitize: PRELOAD = $(foreach name,asan ubsan,$(shell gcc -print-file-name=lib$(name).so))
+sanitize: venv
+	rm -rf build/sanitized
+	git clone --quiet . build/sanitized
+	cd build/sanitized && nice $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/sanitized && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	$(CURDIR)/$(BIN)/python -m pytest -q tests/ops/test_cpp*.py tests/ops/test_gate.py tests/ops/test_decode.py tests/ops/test_varlen.py
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: venv

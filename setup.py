@@ -2,7 +2,7 @@
 
 The CPU kernels are built once per instruction set, each into its own library; at import the best one that this
 processor runs is loaded (headprune/ops/extension.py), so that a wheel is portable and never needs -march=native.
-HEADPRUNE_NO_EXT=1 skips all compilation.
+HEADPRUNE_NO_EXT=1 skips all compilation; HEADPRUNE_CPU_FLAGS are further flags for compiling and linking the CPU kernels.
 """
 
 import os
@@ -54,7 +54,11 @@ def extensions() -> tuple[list, dict]:
 
     cpu = sources("cpu", ".cpp") + sources("cpu/fp64", ".cpp")
     names = {} if not cpu else INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": []}
-    built = [CppExtension(f"headprune._cpu_{name}", cpu, extra_compile_args=CPU_FLAGS + flags) for name, flags in names.items()]
+    more = os.environ.get("HEADPRUNE_CPU_FLAGS", "").split()
+    built = [
+        CppExtension(f"headprune._cpu_{name}", cpu, extra_compile_args=CPU_FLAGS + flags + more, extra_link_args=more)
+        for name, flags in names.items()
+    ]
     cuda = sources("cuda", ".cu") + sources("cuda", ".cpp")
     if cuda and torch.version.cuda and CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"):
         headers = cuda_headers(Path(CUDA_HOME), Path(torch.__file__).parents[1])
