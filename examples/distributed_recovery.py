@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 examples/distributed_recovery.py
     torchrun --nproc_per_node 8 examples/distributed_recovery.py --model FOLDER --text training.txt --steps 500
 
-Every rank is given the same batches and trains on its share of them. On GPUs `hp.recover` also takes accelerate's FSDP
-(fsdp="full_shard"); on CPUs accelerate has DDP alone, while torch's own `fully_shard` runs on gloo too, as here.
+Every rank is given the same batches and trains on its share of them. `hp.recover(..., fsdp=True)` shards by FSDP2 too; the loop
+here is for those who have one of their own.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -32,8 +34,8 @@ def limits() -> str:
         ["`cpp`", "CPU", f"{dtypes(*cpp._DTYPES)}; attentions also fp64", "every option, any head dim and group size"],
         ["`triton`", "CUDA", dtypes(*triton.DTYPES), any_shape],
         ["`triton-decode`", "CUDA", dtypes(*triton.DTYPES), f"`attention`: {decoding}"],
-        ["`cuda`", "CUDA", dtypes(*cuda._DTYPES), f"`attention_decode`: {tensor_cores}; {asked_first(decode_table.FASTER)}"],
-        ["`cuda`", "CUDA", dtypes(*cuda_weights._DTYPES), f"`head_weight_stats`; {asked_first(weight_table.FASTER)}"],
+        ["`cuda`", "CUDA", dtypes(*cuda._DTYPES), f"`attention_decode`: {tensor_cores}; {asked_first(decode_table.FASTER, str)}"],
+        ["`cuda`", "CUDA", dtypes(*cuda_weights._DTYPES), f"`head_weight_stats`; {asked_first(weight_table.FASTER, read)}"],
         ["`gluon`", "CUDA", dtypes(torch.float16, torch.bfloat16), f"`attention`: {hopper}; {unasked()}"],
         ["`reference`", "any", "any", "everything, in plain PyTorch, with the whole matrix of scores in memory"],
     ]
@@ -44,8 +46,14 @@ def dtypes(*found: torch.dtype) -> str:
     return ", ".join(name for dtype, name in SHORT.items() if dtype in found)
 
 
-def asked_first(faster: dict) -> str:
-    where = [str(shape) for shape, backend in faster.items() if backend == "cuda"]
+def read(key: tuple[torch.dtype, bool]) -> str:
+    """A key of weight_table.FASTER in words."""
+    dtype, gradients = key
+    return f"{SHORT[dtype]} with{'' if gradients else 'out'} gradients"
+
+
+def asked_first(faster: dict[Any, str], told: Callable[[Any], str]) -> str:
+    where = [told(shape) for shape, backend in faster.items() if backend == "cuda"]
     return f"asked before Triton where it was measured to be faster: {', '.join(where) or 'nowhere yet'}"
 
 
