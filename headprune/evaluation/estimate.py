@@ -143,8 +143,11 @@ def estimate(
         device: a name in DEVICES, or "cpu": this machine, whose rate is measured in a second.
         tokens: of calibration. batch, length: sequences at a time, and their length.
         dtype: of the weights; default as the config says.
+        granularity: as in `hp.plan`.
+        utilisation: the share of the device's peak rate that the time assumes; not measured.
 
-    Raises InvalidInput for an unknown device or a folder without config, InfeasibleBudget, UnsupportedModel.
+    Raises InvalidInput for an unknown device or a folder without config, InfeasibleBudget where the budget cannot be met,
+    UnsupportedModel where heads cannot be found.
     """
     for name, value in (("tokens", tokens), ("batch", batch), ("length", length)):
         whole_number(name, value)

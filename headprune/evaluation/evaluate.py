@@ -27,21 +27,27 @@ from headprune.surgery.savings import count_parameters
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one set of data. Latency, peak memory and energy are of forward passes of the data's latency inputs."""
+    """One model on one set of data. Latency, peak memory and energy are of forward passes of the data's latency inputs.
+
+    quality: metric -> value. attention_flops, model_flops: of one sequence of `sequence_length` tokens; the latter of all matrix
+    products and convolutions. throughput: sequences a second. weight_bytes: of parameters and buffers. generation_ms_per_token:
+    with a cache, prompt and all; None for models that do not generate. energy_joules: of the GPU, per sequence; None where it
+    has no counter.
+    """
 
     quality: dict[str, float]
     parameters: int
-    attention_flops: int  # per sequence of `sequence_length`
+    attention_flops: int
     sequence_length: int
     kv_cache_bytes_per_token: int
     latency_p50_ms: float
     latency_p95_ms: float
-    throughput: float  # sequences per second
+    throughput: float
     peak_activation_bytes: int
-    weight_bytes: int | None = None  # of parameters and buffers
-    model_flops: int | None = None  # per sequence, of all matrix products and convolutions
-    generation_ms_per_token: float | None = None  # with a cache, prompt and all; None for models that do not generate
-    energy_joules: float | None = None  # of the GPU, per sequence; None where it has no counter
+    weight_bytes: int | None = None
+    model_flops: int | None = None
+    generation_ms_per_token: float | None = None
+    energy_joules: float | None = None
 
     def __rich__(self) -> Table:
         table = Table("", "model", title_justify="left")
@@ -131,6 +137,7 @@ def evaluate(
     data: a task, `Perplexity`, `Classification`, `ImageClassification`, `Regression`, `Retrieval` or `LanguageModelHarness` of
     headprune.evaluation; or any function of a model (see `CallableMetric`), with inputs= for `model(**inputs)` to measure costs.
     repeats: timed forward passes.
+    Raises InvalidInput for other data, or a function without inputs.
     """
     return evaluations({"model": model}, data_of(data, inputs), repeats, progress)[0]["model"]
 

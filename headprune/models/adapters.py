@@ -39,7 +39,8 @@ _adapters: dict[str, Adapter] = {}
 
 
 def register_adapter(adapter: Adapter) -> Adapter:
-    """Adds `adapter`; a later one of the same name takes the earlier one's place."""
+    """Adds `adapter` (headprune.models.adapters.Adapter): from then on attentions of its kind are found and cut. A later one of
+    the same name takes the earlier one's place."""
     _adapters[adapter.name] = adapter
     return adapter
 

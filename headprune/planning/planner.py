@@ -42,7 +42,7 @@ def plan(
         min_heads: query heads that every site keeps at least; with 0 whole attentions may go, though never all of them.
         protect: sites that lose nothing, or a mapping of site -> heads that must stay (None: all of them).
         multiple_of: every site that loses heads keeps a multiple of this many.
-        sensitivity: measured loss curves (`hp.sensitivity`) that "optimal" reads in place of sums of scores.
+        sensitivity: measured loss curves (`headprune.planning.sensitivity`) that "optimal" reads in place of sums of scores.
         target: where the model will run, which constrains the plan: "headprune" (anything goes), "llama.cpp" (equal groups, a head
             in layer 0), "vllm" (equal groups, a head in every layer; multiple_of holds for key/value heads too, for tensor
             parallelism), "stock" (all layers alike, so allocation is "uniform"). With equal groups "query_head" takes one head of

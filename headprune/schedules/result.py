@@ -46,8 +46,12 @@ class Step:
 
 @dataclass(frozen=True)
 class ScheduleResult:
-    """model: the pruned copy; the model that was given is as it was. plan: the heads of that model which are left. stopped: why
-    the schedule ended before its target; None where it was reached. extras: further models (a lottery ticket's control)."""
+    """What a schedule gives back.
+
+    model: the pruned copy; the model that was given is as it was. plan: the heads of that model which are left. history: the
+    steps, of which 0 is the model before any cut. stopped: why the schedule ended before its target; None where it was reached.
+    folder: where all of it is kept, if anywhere. extras: further models (a lottery ticket's control).
+    """
 
     schedule: str
     model: nn.Module

@@ -63,6 +63,13 @@ def criterion(
 ) -> Callable[[Function], Function]:
     """Registers the decorated function as a criterion; a later one of the same name takes the earlier one's place.
 
+    The function gives a site's scores, [query_heads], higher = keep, from what was observed there (SiteObservations); with
+    whole_model a dict of them, by site, from the Observations of all sites.
+
+    Args:
+        needs: what must be observed. source: the paper and equation. cost: in passes over the data. The latter two are told
+            by `headprune criteria`.
+
     A package that is installed beside headprune names its module in the entry point group "headprune.criteria".
     """
 
