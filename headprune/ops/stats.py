@@ -13,14 +13,18 @@ class HeadStats:
 
     Means run over the query rows that attend to at least one key and are not excluded by `query_mask`; where no row
     counts, and for heads gated to exactly 0, every field is 0 (`max_logit`: -inf).
+
+    entropy: of a row's probabilities, -sum_j p_j ln p_j, in nats. max_prob: the largest of a row. max_logit: the largest score
+    that enters the softmax, over all rows and keys. first_mass: the probability of the sample's first valid key. distance:
+    sum_j p_j |position of the query - j|, in tokens. output_norm: L2 norm of the head's (gated) output.
     """
 
-    entropy: Tensor  # mean over rows of -sum_j p_j ln p_j, in nats
-    max_prob: Tensor  # mean over rows of max_j p_j
-    max_logit: Tensor  # maximum over rows and keys of the score that enters the softmax
-    first_mass: Tensor  # mean over rows of the probability of the sample's first valid key
-    distance: Tensor  # mean over rows of sum_j p_j |position of the query - j|, in tokens
-    output_norm: Tensor  # mean over rows of the L2 norm of the head's (gated) output
+    entropy: Tensor
+    max_prob: Tensor
+    max_logit: Tensor
+    first_mass: Tensor
+    distance: Tensor
+    output_norm: Tensor
 
     @classmethod
     def from_packed(cls, packed: Tensor) -> HeadStats:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import PAGES, ROOT, blocks, commands, inline, mentioned_command, mentioned_names, parse_command, text_of, unknown
+from pages import PAGES, ROOT, blocks, commands, has, inline, mentioned_command, mentioned_names, parse_command, text_of, unknown
 
 import headprune as hp
 from headprune.recipe import parse_recipe
@@ -39,6 +39,13 @@ def test_keys_of_recipes_in_a_page_are_known(page: Path):
 def test_every_public_name_is_in_the_python_api():
     shown = set(re.findall(r"\bhp\.(\w+)", text_of(ROOT / "docs" / "python-api.md")))
     assert set(hp.__all__) - shown == {"__version__"}
+
+
+def test_names_that_docstrings_and_messages_send_to_exist():
+    texts = {path: text_of(path) for path in (ROOT / "headprune").rglob("*.py")}
+    found = {f"headprune{name}" for text in texts.values() for name in re.findall(r"`hp((?:\.\w+)+)", text)}
+    assert "headprune.prune" in found
+    assert [name for name in sorted(found) if not has(name)] == []
 
 
 def test_what_does_not_exist_is_found():
