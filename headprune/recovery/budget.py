@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -16,19 +16,17 @@ from headprune.errors import InvalidInput, whole_number
 
 EPOCHS = 3  # where neither steps nor minutes are given
 UNBOUNDED = 10**9  # steps, where the clock decides
-WHOLE_DECAY = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
 class TrainingBudget:
-    """steps or minutes (evaluation included); warmup: steps of linear warm-up to the rate, which then goes linearly from `lr` times
-    decay[0] to `lr` times decay[1]; a function of the step instead of a number is the rate itself."""
+    """steps or minutes (evaluation included); warmup: steps of linear warm-up to the rate `lr`, which then falls
+    linearly to 0; a function of the step instead of a number is the rate itself."""
 
     steps: int | None
     minutes: float | None
     warmup: int
     lr: float | Callable[[int], float]
-    decay: tuple[float, float] = WHOLE_DECAY
 
     @classmethod
     def of(
@@ -38,7 +36,6 @@ class TrainingBudget:
         warmup: int | None,
         lr: float | Callable[[int], float],
         steps_per_epoch: int | None,
-        decay: Sequence[float] = WHOLE_DECAY,
     ) -> TrainingBudget:
         """Raises InvalidInput for a budget that is both or not above 0, for a rate below 0."""
         if steps is not None and minutes is not None:
@@ -52,17 +49,13 @@ class TrainingBudget:
             warmup = whole_number("warmup", warmup, least=0)
         if not callable(lr) and not (isinstance(lr, Real) and lr >= 0 and math.isfinite(lr)):
             raise InvalidInput(f"lr is {lr!r}; expected a learning rate, 0 or more, or a function of the step.")
-        if not is_decay(decay) or (callable(lr) and tuple(decay) != WHOLE_DECAY):
-            raise InvalidInput(
-                f"decay is {decay!r}; expected two factors of a learning rate that is a number, at the begin and at the end."
-            )
         if steps is None and minutes is None:
             if steps_per_epoch is None:
                 raise InvalidInput("the data do not tell how many they are; give steps or minutes.")
             steps = EPOCHS * steps_per_epoch
         if warmup is None:
             warmup = 20 if steps is None else min(100, steps // 10)
-        return cls(steps, minutes, warmup, lr, (float(decay[0]), float(decay[1])))
+        return cls(steps, minutes, warmup, lr)
 
     @property
     def max_steps(self) -> int:
@@ -82,17 +75,11 @@ class TrainingBudget:
         """The learning rate of step number `step` (from 0), over `peak`."""
         if callable(self.lr):
             return self.lr(step)
-        begin, end = self.decay
-        return min(1.0, (step + 1) / (self.warmup + 1)) * (begin + (end - begin) * self.fraction(step, seconds))
+        return min(1.0, (step + 1) / (self.warmup + 1)) * (1 - self.fraction(step, seconds))
 
     def to_json(self) -> dict[str, Any]:
         lr = "a function of the step" if callable(self.lr) else self.lr
-        return {"steps": self.steps, "minutes": self.minutes, "warmup": self.warmup, "lr": lr, "decay": list(self.decay)}
-
-
-def is_decay(value: Any) -> bool:
-    two = isinstance(value, (tuple, list)) and len(value) == 2
-    return two and all(isinstance(one, (int, float)) and one >= 0 and math.isfinite(one) for one in value)
+        return {"steps": self.steps, "minutes": self.minutes, "warmup": self.warmup, "lr": lr}
 
 
 class TrainingClock:

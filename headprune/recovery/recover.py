@@ -16,7 +16,7 @@ from headprune.errors import InvalidInput, whole_number
 from headprune.models.tokens import TokenMask
 from headprune.nn.given import plain_module
 from headprune.recovery.batches import as_dataset, first_batch
-from headprune.recovery.budget import WHOLE_DECAY, TrainingBudget
+from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
 from headprune.recovery.methods import get_method
 from headprune.recovery.objective import Objective
@@ -41,7 +41,6 @@ def recover(
     minutes: float | None = None,
     lr: float | Callable[[int], float] | None = None,
     warmup: int | None = None,
-    decay: Sequence[float] = WHOLE_DECAY,
     distil: Distillation | None = None,
     rewind: Source | RateRewind | None = None,
     output_dir: str | Path | None = None,
@@ -69,7 +68,6 @@ def recover(
         steps, minutes: the budget, one of them; default three passes over `train`. Minutes are by `clock`, evaluation included.
         lr: peak learning rate (default: the method's), reached after `warmup` steps, then falling linearly to 0; or the rate
             itself as a function of the step.
-        decay: the factors on `lr` at the begin and at the end, of a training that is part of a longer one.
         distil: weights of the distillation terms; default with a teacher: the logits, or of an encoder without a head its
             embedding and hidden states.
         rewind: an earlier checkpoint (folder, state_dict or the unpruned module), whose weights are sliced into the model before
@@ -104,7 +102,7 @@ def recover(
     if metric is not None and not callable(metric):
         raise InvalidInput(f"metric is {metric!r:.80}; expected a function of the model that gives a number.")
     whole_number("patience", patience)
-    budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, batches, decay)
+    budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, batches)
     objective = Objective(model, loss_fn=loss_fn, teacher=teacher, distil=distil, token_mask=token_mask)
     folder = None if output_dir is None else Path(output_dir)
     if rewind is not None and not isinstance(rewind, RateRewind):

@@ -72,8 +72,7 @@ def stepwise(name: str, setting: Setting, goals: list[float], max_drop: float | 
         clock = Clock(f"step {number} of {len(goals)}", setting.progress)
         with failing(setting, record, name, clock):
             work = record.recovery_folder(number)
-            keep, may_end_early = record.present.keep, max_drop is not None
-            step = carry_out(setting, model, keep, number, goals[number - 1], clock, work, len(goals), not may_end_early)
+            step = carry_out(setting, model, record.present.keep, number, goals[number - 1], clock, work, len(goals))
         dense = record.steps[0].quality
         lost = 0.0 if dense is None or step.quality is None else drop(dense, step.quality)
         if max_drop is not None and lost > max_drop:

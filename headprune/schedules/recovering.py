@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from headprune.recovery import Recovery, recover
-from headprune.recovery.budget import WHOLE_DECAY
 
 Progress = Callable[[int, int], None]
 
@@ -18,7 +17,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Round:
     """One recovery of a schedule: its number and of how many, the dense model, the training data and loss, a seed of its own, a
-    folder of its own (None: keep nothing) and where progress goes. goes_on: the rounds are one training of one model."""
+    folder of its own (None: keep nothing) and where progress goes."""
 
     number: int
     of: int
@@ -28,7 +27,6 @@ class Round:
     seed: int
     folder: Path | None
     progress: Progress | None
-    goes_on: bool = False
 
 
 Recover = Callable[[nn.Module, Round], Any]
@@ -37,9 +35,8 @@ Recover = Callable[[nn.Module, Round], Any]
 @dataclass(frozen=True)
 class RecoverySettings:
     """How `hp.recover` is called after each cut: its arguments of these names. steps or minutes are of each round, and `last` times
-    as many of the last one: what is trained before heads go is in part trained in vain (bench/NOTES.md). The learning rate falls to
-    0 once over all rounds where they go on from one another, else in each. teacher: distil from the dense model. options: further
-    arguments (distil, dropout, patience, bf16, decay, ...)."""
+    as many of the last one: what is trained before heads go is in part trained in vain (bench/NOTES.md). teacher: distil from the
+    dense model. options: further arguments (distil, dropout, patience, bf16, ...)."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -51,7 +48,7 @@ class RecoverySettings:
 
     def __call__(self, model: nn.Module, round: Round) -> Recovery:
         """Raises HeadpruneError where the loss became NaN: a schedule does not go on from there."""
-        times = self.times(round)
+        times = self.last if round.number == round.of else 1.0
         found = recover(
             model,
             round.train,
@@ -64,19 +61,7 @@ class RecoverySettings:
             seed=round.seed,
             output_dir=round.folder,
             progress=round.progress,
-            **{"decay": self.decay(round), **self.options},
+            **self.options,
         )
         found.refuse_diverged(self.lr)
         return found
-
-    def times(self, round: Round) -> float:
-        """Its length, where others have 1."""
-        return self.last if round.number == round.of else 1.0
-
-    def decay(self, round: Round) -> tuple[float, float]:
-        """The factors on the learning rate at the begin and the end of a round."""
-        if not round.goes_on or "rewind" in self.options:  # which may bring rates of its own
-            return WHOLE_DECAY
-        left = round.of - round.number + self.last  # from its begin on
-        whole = round.of - 1 + self.last
-        return left / whole, (left - self.times(round)) / whole

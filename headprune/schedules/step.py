@@ -96,15 +96,12 @@ def pruned(setting: Setting, model: nn.Module, chosen: PruningPlan, clock: Clock
         )
 
 
-def recovered(
-    setting: Setting, model: nn.Module, number: int, of: int, work: Path | None, clock: Clock, goes_on: bool = False
-) -> Any:
-    """work: the folder of this recovery. goes_on: see Round."""
+def recovered(setting: Setting, model: nn.Module, number: int, of: int, work: Path | None, clock: Clock) -> Any:
+    """work: the folder of this recovery."""
     if setting.recover is None:
         return None
     with clock.timed("recover") as progress:
-        seed = setting.seed + number
-        around = Round(number, of, setting.dense, setting.training_data, setting.loss_fn, seed, work, progress, goes_on)
+        around = Round(number, of, setting.dense, setting.training_data, setting.loss_fn, setting.seed + number, work, progress)
         return setting.recover(model, around)
 
 
@@ -127,20 +124,12 @@ def plan_of(setting: Setting, keep: Keep, name: str | None = None) -> PruningPla
 
 
 def carry_out(
-    setting: Setting,
-    model: nn.Module,
-    keep: Keep,
-    number: int,
-    target: float,
-    clock: Clock,
-    work: Path | None,
-    of: int,
-    goes_on: bool,
+    setting: Setting, model: nn.Module, keep: Keep, number: int, target: float, clock: Clock, work: Path | None, of: int
 ) -> Step:
-    """One whole step on `model`, in place; `keep` are the heads of the original that it has. goes_on: see Round."""
+    """One whole step on `model`, in place; `keep` are the heads of the original that it has."""
     chosen = planned(setting, model, keep, target, clock)
     pruned(setting, model, chosen, clock)
-    report = recovered(setting, model, number, of, work, clock, goes_on)
+    report = recovered(setting, model, number, of, work, clock)
     quality = measured(setting, model, clock)
     return described_step(setting, number, target, composed(keep, chosen), quality, clock, recovery=summary(report))
 

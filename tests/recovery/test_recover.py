@@ -16,7 +16,6 @@ from tiny_models import hidden
 import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.recovery.batches import Batches, on_the_host
-from headprune.recovery.budget import TrainingBudget
 
 
 def same_state(one, other, **tolerance):
@@ -248,15 +247,6 @@ def test_minutes_bound_the_time_and_bring_the_rate_to_zero():
     assert max(rates) < 1e-3
 
 
-def test_the_rate_falls_between_the_factors_of_decay():
-    _, model = pruned_llama()
-    budget = TrainingBudget.of(8, None, 0, 1e-2, None, decay=(0.5, 0.1))
-    assert [budget.factor(step, 0.0) for step in (0, 4, 8)] == pytest.approx([0.5, 0.3, 0.1])
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    hp.recover(model, text_batches(), steps=2, lr=1e-2, decay=[0, 0])
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 def test_accumulated_batches_are_one_larger_batch():
     ids = text_batches(1, batch=8)[0]["input_ids"]
     halves = [{"input_ids": part, "labels": part} for part in ids.chunk(2)]
@@ -301,9 +291,6 @@ def test_mixed_precision_and_checkpointing_leave_the_model_as_it_was():
         ({"teacher": 3}, "teacher is 3; expected the dense model"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"lr": "1e-3"}, "lr is '1e-3'"),
-        ({"decay": 0.5}, "decay is 0.5; expected two factors"),
-        ({"decay": (1.0, -0.1)}, r"decay is \(1.0, -0.1\); expected two factors"),
-        ({"decay": (1.0, 0.1), "lr": lambda step: 1e-3, "steps": 1}, "of a learning rate that is a number"),
         ({"steps": 2, "learn_rate": 3}, "learn_rate"),
         ({"distil": hp.Distillation(logits=1.0)}, "without a teacher"),
     ],

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 from child_process import killed_at
-from schedule_cases import Rates, batches, loss, short_training, tiny
+from schedule_cases import batches, loss, short_training, tiny
 from tiny_models import hidden, tokens
 
 import headprune as hp
@@ -189,17 +189,6 @@ def test_recovery_by_the_trainer_follows_each_cut_and_leaves_only_its_report(tmp
     assert {path.name for path in folder.iterdir()} == {"settings.json", "history.json", "step-002", "plan.json", "model"}
     again = schedules.iterative(model, batches(), hp.Budget(heads=0.5), steps=2, loss_fn=loss, recover=settings, folder=folder)
     assert again.history == found.history
-
-
-def test_the_rate_falls_once_over_all_rounds_unless_each_may_be_the_last():
-    rates = []
-    options = {"callbacks": (Rates(rates),), "warmup": 0}
-    shared = {"steps": 3, "loss_fn": loss, "recover": hp.RecoverySettings(steps=2, lr=1e-3, last=4, options=options)}
-    schedules.iterative(tiny(), batches(), hp.Budget(heads=0.75), **shared)
-    assert rates == pytest.approx([1e-3 * (1 - step / 12) for step in range(12)])
-    rates.clear()
-    schedules.iterative(tiny(), batches(), hp.Budget(heads=0.75), max_drop=1e9, **shared)
-    assert rates == pytest.approx([1e-3, 5e-4, 1e-3, 5e-4, *(1e-3 * (1 - step / 8) for step in range(8))])
 
 
 def test_a_recovery_whose_loss_becomes_nan_ends_the_schedule_before_it(tmp_path):
