@@ -215,7 +215,7 @@ void clear_silent_heads(const Forward& problem) {
       const int64_t queries = problem.sequences[batch].query_len;
       std::fill_n(problem.lse + problem.number_of(batch, head, 0), queries, -kInfinity);
       for (int64_t query = 0; query < queries; ++query) {
-        std::memset(query_row(problem, problem.output, batch, head, query), 0, problem.value_dim * element_size(problem.type));
+        std::fill_n(query_row(problem, problem.output, batch, head, query), problem.value_dim * element_size(problem.type), 0);
       }
     }
   }

@@ -1,7 +1,7 @@
 // Moving rows between tensors of any supported type and fp32 scratch memory.
 #pragma once
 
-#include <cstring>
+#include <algorithm>
 
 #include <ATen/cpu/vec/functional.h>
 
@@ -58,7 +58,7 @@ inline void read_row(const void* from, Type type, int64_t count, Real* to) {
   if (type == Type::bfloat16) return widen(static_cast<const at::BFloat16*>(from), count, to);
   if (type == Type::float16) return widen(static_cast<const at::Half*>(from), count, to);
 #endif
-  std::memcpy(to, from, count * sizeof(Real));
+  std::copy_n(static_cast<const Real*>(from), count, to);
 }
 
 inline void write_row(const Real* from, int64_t count, Type type, void* to) {
@@ -66,7 +66,7 @@ inline void write_row(const Real* from, int64_t count, Type type, void* to) {
   if (type == Type::bfloat16) return narrow(from, count, static_cast<at::BFloat16*>(to));
   if (type == Type::float16) return narrow(from, count, static_cast<at::Half*>(to));
 #endif
-  std::memcpy(to, from, count * sizeof(Real));
+  std::copy_n(from, count, static_cast<Real*>(to));
 }
 
 inline void scale_row(Real* row, int64_t count, Real factor) {
