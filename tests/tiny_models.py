@@ -26,6 +26,15 @@ def bert(layers: int = 2, heads: int = 4, seed: int = 0, **options) -> BertModel
     return BertModel(config).eval()
 
 
+def repeated(make, layers: int, times: int):
+    """A llama or bert that runs its layers one after the other, and so again, with the same weights in every round."""
+    model = make(layers)
+    stack = model.model.layers if make is llama else model.encoder.layer
+    stack.extend(list(stack) * (times - 1))
+    model.config.num_hidden_layers, model.config.use_cache = layers * times, False
+    return model
+
+
 def tokens(batch: int = 3, length: int = 9, seed: int = 1) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 

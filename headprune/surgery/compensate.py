@@ -4,7 +4,8 @@ Layer by layer, in order: X are the inputs that the already pruned model really 
 (kept heads only), S the residual stream that it adds the result to, Y_0 and S_0 what the dense model's projection and
 stream were for the same tokens; W, b minimise ||S + X W^T + b - S_0 - Y_0||^2 + lambda ||W - W_0||^2 (least squares, ridge
 towards the old weights; each sample counts alike, whatever its length). So each layer also takes back what the layers
-before it left wrong in the stream. Where a site adds to no stream that can be seen, S - S_0 counts as 0. No gradient, no training.
+before it left wrong in the stream. Where a site adds to no stream that can be seen, S - S_0 counts as 0. A layer that runs several
+times in one pass (shared weights) is solved over all of its calls. No gradient, no training.
 """
 
 from __future__ import annotations
@@ -111,13 +112,15 @@ def gather(
     weight, _ = passes.dense[part.name]
     columns = columns_of(part, keep, weight)
     kept_weight = weight[:, columns.to(weight.device)]
+    before = {name: keep[name] for name in passes.names_before(part) if name in keep}
     train, held_out = (NormalEquations.empty(len(columns), weight.shape[0]) for _ in range(2))
     for index, (dense_walk, pruned_walk) in enumerate(walks):
-        target = passes.target(part, dense_walk)
-        with passes.pruned(keep, solved, part):
-            reached = pruned_walk.to(part, passes.streams.get(part.name))
-        valid = passes.valid(part, index, reached[0])
-        add_tokens(passes.sums_for(index, train, held_out), columns, kept_weight, target, reached, valid)
+        targets = passes.targets(part, dense_walk)
+        with passes.pruned(before, solved):
+            calls = passes.reached(part, pruned_walk)
+        for target, reached in zip(targets, calls, strict=True):
+            valid = passes.valid(part, index, reached[0])
+            add_tokens(passes.sums_for(index, train, held_out), columns, kept_weight, target, reached, valid)
     return train, held_out
 
 
@@ -171,7 +174,7 @@ class Target:
 class Passes:
     """What all forward passes of a compensation share. parts: what is re-solved, in the order of the pass; sites: the attentions
     among them; pieces: what runs of the batches, in their order; dense: the parts' weights and biases; streams: the module that
-    receives the stream which a part adds to."""
+    receives the stream which a part adds to; repeated: the names of parts that run several times in one pass."""
 
     model: nn.Module
     parts: tuple[Part, ...]
@@ -182,6 +185,7 @@ class Passes:
     dense: Mapping[str, Weights]
     streams: Mapping[str, nn.Module]
     keeping: Keeping
+    repeated: frozenset[str]
 
     @classmethod
     def of(
@@ -204,17 +208,18 @@ class Passes:
         def run() -> Any:
             return runs(model, batches[0])
 
-        sites = in_order_of_pass(sites, run)
+        sites, repeated = in_order_of_pass(sites, run)
         if keep is not None:
             sites = from_first_loss(sites, keep)
         behind = feed_forwards(model, sites, run) if feed_forward else {}
         parts = parts_of(sites, behind)
+        repeated |= {behind[name].name for name in repeated & behind.keys()}
         dense = {part.name: weight_and_bias(part) for part in parts}
         streams = residual_streams(model, sites, run) | {part.name: part.stream for part in behind.values()}
         masks = token_masks(model, token_mask)
         keeping = keeping_for(model, run, parts)
         pieces = pieces_of(batches, partial(runs, model), parts, masks)
-        return cls(model, tuple(parts), tuple(sites), pieces, runs, masks, dense, streams, keeping)
+        return cls(model, tuple(parts), tuple(sites), pieces, runs, masks, dense, streams, keeping, frozenset(repeated))
 
     def walks(self) -> list[Walk]:
         """A pass of each piece, before its first step."""
@@ -226,16 +231,30 @@ class Passes:
         """Which sums the piece `index` goes into: those of its batch."""
         return sums_for(self.pieces[index].of, self.pieces[-1].of + 1, train, held_out, every)
 
-    def target(self, part: Part, walk: Walk) -> Target:
-        """What the dense model has behind `part`."""
-        return Target.of(walk.to(part, self.streams.get(part.name)), self.dense[part.name][0])
+    def names_before(self, part: Part) -> list[str]:
+        """The parts that are re-solved before this one."""
+        names = [one.name for one in self.parts]
+        return names[: names.index(part.name)]
+
+    def reached(self, part: Part, walk: Walk) -> list[Reached]:
+        """What each call of `part` gets; they are re-solved together. What the stream lacks is taken back once, at the first call:
+        one change of the weights acts at every call, and would take it back as often."""
+        stream = self.streams.get(part.name)
+        if part.name not in self.repeated:
+            return [walk.to(part, stream)]
+        first, *later = walk.every(part, stream)
+        return [first, *((inputs, None) for inputs, _ in later)]
+
+    def targets(self, part: Part, walk: Walk) -> list[Target]:
+        """What the dense model has behind each call of `part`."""
+        return [Target.of(reached, self.dense[part.name][0]) for reached in self.reached(part, walk)]
 
     @contextmanager
-    def pruned(self, keep: Mapping[str, Sequence[int]], solved: Mapping[str, Weights], but: Part | None) -> Iterator[None]:
-        """Inside the block the model has the weights `solved`, and the heads that are not in `keep` are off, except at `but`."""
+    def pruned(self, keep: Mapping[str, Sequence[int]], solved: Mapping[str, Weights]) -> Iterator[None]:
+        """Inside the block the model has the weights `solved`, and at the sites in `keep` the other heads are off."""
         with weights_in_place([part for part in self.parts if part.name in solved], solved), ExitStack() as stack:
             for site in self.sites:
-                if site is not but and site.name in keep:
+                if site.name in keep:
                     stack.enter_context(output_input_hook(site, masked_to(site, keep[site.name])))
             yield
 

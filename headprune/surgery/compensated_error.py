@@ -68,10 +68,10 @@ class CompensatedError:
             self._known |= {keep: self._error(keep) for keep in sorted(set(wanted) - set(self._known))}
         return [self._known[keep] for keep in wanted]
 
-    def _dense(self) -> tuple[list[list[Target]], dict[int, tuple[Tensor, bool]]]:
-        """[sites][pieces] of targets, and the output for each held-out piece."""
+    def _dense(self) -> tuple[list[list[list[Target]]], dict[int, tuple[Tensor, bool]]]:
+        """[sites][pieces][calls] of targets, and the output for each held-out piece."""
         walks = self.passes.walks()
-        targets = [[self.passes.target(site, walk) for walk in walks] for site in self.passes.sites]
+        targets = [[self.passes.targets(site, walk) for walk in walks] for site in self.passes.sites]
         return targets, {index: readout(walks[index].end()) for index in self._held_out}
 
     def _error(self, keep: tuple[Heads, ...]) -> float:
@@ -95,12 +95,12 @@ class CompensatedError:
         weight, _ = passes.dense[site.name]
         train, held_out = (NormalEquations.empty(weight.shape[1], weight.shape[0]) for _ in range(2))
         for index, walk in enumerate(walks):
-            with passes.pruned(kept, solved, None):
-                inputs, stream = walk.to(site, passes.streams.get(site.name))
-            valid = passes.valid(site, index, inputs)
-            missing = self._targets[at][index].missing(stream)[valid]
-            for equations in passes.sums_for(index, train, held_out, self._every):
-                equations.add(inputs[valid], missing, sample_weights(valid))
+            with passes.pruned(kept, solved):
+                calls = passes.reached(site, walk)
+            for target, (inputs, stream) in zip(self._targets[at][index], calls, strict=True):
+                valid = passes.valid(site, index, inputs)
+                for equations in passes.sums_for(index, train, held_out, self._every):
+                    equations.add(inputs[valid], target.missing(stream)[valid], sample_weights(valid))
         return Stand(walks, train, held_out, solved)
 
     def _solved(self, site: AttentionSite, kept: Mapping[str, Heads], stand: Stand) -> Weights:
@@ -118,7 +118,7 @@ class CompensatedError:
         last = self.passes.sites[-1].name
         total, samples = 0.0, 0
         for index, (dense, is_logits) in self._outputs.items():
-            with self.passes.pruned(kept, solved, None):
+            with self.passes.pruned(kept, solved):
                 found, _ = readout(stand.walks[index].copy().end())
             rows = distances(dense, found, is_logits, self.passes.masks(last, self.passes.pieces[index].batch))
             total, samples = total + float(rows.double().sum()), samples + len(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,16 +18,19 @@ Part = AttentionSite | FeedForward  # what is re-solved: `output.module` is the 
 Weights = tuple[Tensor, Tensor | None]  # weight [hidden, features] and bias [hidden] of an output projection
 
 
-def in_order_of_pass(sites: Sequence[AttentionSite], run: Callable[[], Any]) -> list[AttentionSite]:
-    """`sites` as one forward pass reaches them, which need not be as the model declares them; those that it does not reach last."""
-    reached: dict[str, AttentionSite] = {}
+def in_order_of_pass(sites: Sequence[AttentionSite], run: Callable[[], Any]) -> tuple[list[AttentionSite], set[str]]:
+    """`sites` as one forward pass first reaches them, which need not be as the model declares them; those that it does not reach
+    last. And the names of those that it reaches several times (shared layers)."""
+    calls: Counter[str] = Counter()  # in the order of first calls
 
     def noting(site: AttentionSite) -> Callable[[Tensor], None]:
-        return lambda _inputs: reached.update({site.name: site})  # where it is reached again it keeps its place
+        return lambda _inputs: calls.update([site.name])
 
     with output_input_hooks(sites, noting):
         run()
-    return [*reached.values(), *(site for site in sites if site.name not in reached)]
+    named = {site.name: site for site in sites}
+    ordered = [*(named[name] for name in calls), *(site for site in sites if site.name not in calls)]
+    return ordered, {name for name, count in calls.items() if count > 1}
 
 
 def from_first_loss(sites: Sequence[AttentionSite], keep: Mapping[str, Sequence[int]]) -> list[AttentionSite]:

@@ -8,8 +8,8 @@ same restart in the middle serves head masks in `headprune.scoring.replay`, wher
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,6 +89,18 @@ class Walk:
             raise InvalidInput(f"{site.name} was not reached by the calibration data.")
         return found
 
+    def every(self, site: AttentionSite | FeedForward, stream: nn.Module | None) -> list[tuple[Tensor, Tensor | None]]:
+        """What `to` gives, of every call of a site that runs several times; the walk stays where it stands.
+
+        Raises InvalidInput where the batch does not run through the site.
+        """
+        found: list[tuple[Tensor, Tensor | None]] = []
+        with watching(site, stream, lambda inputs, entered: found.append((inputs, entered))):
+            self.end()
+        if not found:
+            raise InvalidInput(f"{site.name} was not reached by the calibration data.")
+        return found
+
     def end(self) -> Any:
         """Goes on to the end: what `run` gives."""
         with ExitStack() as stack:
@@ -101,29 +113,23 @@ class Walk:
         return Walk(self.model, self.run, self.keeping, self._finished, self._stack_of)
 
     def _step(self, site: AttentionSite | FeedForward, stream: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-        inputs: list[Tensor] = []
-        entered: list[Tensor | None] = [None]
+        found: list[tuple[Tensor, Tensor | None]] = []
         top = Called(self.model)
 
-        def stop(received: Tensor) -> None:
-            inputs.append(received)
+        def stop(inputs: Tensor, entered: Tensor | None) -> None:
+            found.append((inputs, entered))
             raise _Reached
-
-        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            entered[0] = first_tensor((*args, *kwargs.values()))
 
         with ExitStack() as stack:
             if self.keeping != "nothing":
                 self._replay(stack)
                 record(self._stack_of, top, stack)
-            stack.enter_context(output_input_hook(site, stop))
-            if stream is not None:
-                stack.callback(stream.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.enter_context(watching(site, stream, stop))
             try:
                 self.run()
             except _Reached:
                 self._finished = self._remembered(top)
-                return inputs[0], entered[0]
+                return found[0]
         return None
 
     def _replay(self, stack: ExitStack) -> None:
@@ -146,6 +152,23 @@ class Walk:
                     call.result = tree_map(hollow, call.result)
                     call.versions = versions(call.result)
         return finished
+
+
+@contextmanager
+def watching(
+    site: AttentionSite | FeedForward, stream: nn.Module | None, reached: Callable[[Tensor, Tensor | None], None]
+) -> Iterator[None]:
+    """Inside the block `reached` sees at every call of the site the input of its output projection, and what `stream` received."""
+    entered: list[Tensor | None] = [None]
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        entered[0] = first_tensor((*args, *kwargs.values()))
+
+    with ExitStack() as stack:
+        stack.enter_context(output_input_hook(site, lambda inputs: reached(inputs, entered[0])))
+        if stream is not None:
+            stack.callback(stream.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        yield
 
 
 def record(modules: Container[nn.Module], top: Called, stack: ExitStack) -> None:

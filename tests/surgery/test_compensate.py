@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import bert, llama, tokens
+from tiny_models import bert, llama, repeated, tokens
 from torch import nn
 
 from headprune.errors import InvalidInput
@@ -41,6 +41,19 @@ def test_compensation_brings_the_output_nearer_to_the_dense_one_on_unseen_data(m
     assert (output_of(solved, unseen) - expected).norm() < 0.95 * (output_of(plain, unseen) - expected).norm()
     assert [report.site for report in reports] == list(keep)
     assert all(report.error_after <= report.error_before for report in reports)
+
+
+@pytest.mark.parametrize("feed_forward", [False, True])
+@pytest.mark.parametrize(("make", "layers", "times", "better"), [(bert, 1, 6, 0.4), (llama, 1, 6, 0.6), (llama, 2, 4, 0.6)])
+def test_a_layer_that_runs_several_times_is_re_solved_over_all_its_calls(make, layers, times, better, feed_forward):
+    """From its first call alone a BERT came out worse than one that is only cut."""
+    dense, plain, solved = (repeated(make, layers, times) for _ in range(3))
+    keep = {site.name: list(range(0, site.head_map.query_heads, 2)) for site in attention_sites(dense)}
+    prune(plain, PruningPlan.from_keep(plain, keep))
+    prune(solved, PruningPlan.from_keep(solved, keep), batches_for(30), feed_forward=feed_forward)
+    unseen = {"input_ids": tokens(8, 16, seed=99)}
+    expected = output_of(dense, unseen)
+    assert (output_of(solved, unseen) - expected).norm() < better * (output_of(plain, unseen) - expected).norm()
 
 
 class TwoLayers(nn.Module):

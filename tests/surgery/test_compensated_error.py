@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import bert, llama, tokens
+from tiny_models import bert, llama, repeated, tokens
 from transformers import BatchEncoding
 
 from headprune.errors import InvalidInput, InvalidPlan
@@ -47,7 +47,7 @@ def error_by_hand(model, plan, batches) -> float:
     return float(((errors * mask).sum(1) / mask.sum(1)).mean())
 
 
-@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize("make", [bert, llama, partial(repeated, bert, 2, 3), partial(repeated, llama, 2, 2)])
 def test_the_error_is_that_of_the_model_compensated_for_real(make, monkeypatch):
     monkeypatch.setattr(compensate, "resolve", partial(compensate.resolve, join=False))
     model, batches = make(), batches_for(5)
