@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from headprune.errors import InvalidInput
 from headprune.files import read_json, whole_file, write_json
 
 CLAIM = "run.json"
@@ -69,5 +70,8 @@ def claim(folder: Path, kind: str, content: dict[str, Any]) -> str | None:
     if not path.exists():
         write_json(path, kind, content)
         return None
-    document = read_json(path, kind)
+    try:
+        document = read_json(path, kind)
+    except InvalidInput as error:
+        raise InvalidInput(f"{error} Remove {folder} to start again: what an earlier try has done there is then lost.") from None
     return next((key for key, value in content.items() if document.get(key) != value), None)

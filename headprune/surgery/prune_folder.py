@@ -125,7 +125,7 @@ def prune_folder(
 def write_shards(draft: Path, cutting: Cutting, steps: Steps) -> dict[str, str]:
     """File -> its digest, made while the next files are written. A file of an earlier try stays where it has the digest that was
     recorded for it: after a machine went down its bytes may not be those that were written."""
-    recorded = read_json(draft / DIGESTS, DIGESTS_KIND)["digests"] if (draft / DIGESTS).exists() else {}
+    recorded = recorded_digests(draft / DIGESTS)
     pending: dict[str, Future[str]] = {}
     with ThreadPoolExecutor(max_workers=1) as hashing:
         for done, file in enumerate(cutting.shards.files):
@@ -137,6 +137,19 @@ def write_shards(draft: Path, cutting: Cutting, steps: Steps) -> dict[str, str]:
             steps.files(done + 1)
         record(draft, recorded, pending, 0)
     return recorded
+
+
+def recorded_digests(path: Path) -> dict[str, str]:
+    """What an earlier try recorded. Raises InvalidInput where the file was damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(read_json(path, DIGESTS_KIND)["digests"])
+    except (InvalidInput, KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"{path} is damaged ({error}). Remove it to go on: the weight files that an earlier try has written are then written "
+            "again; what it has re-solved stays."
+        ) from None
 
 
 def record(draft: Path, recorded: dict[str, str], pending: dict[str, Future[str]], behind: int) -> None:

@@ -123,6 +123,34 @@ def test_killed_between_files_it_goes_on_and_the_bytes_are_the_same(damaged, tmp
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "way_out"),
+    [
+        ("digests.json", "{", r"digests\.json is damaged .*\. Remove it to go on: the weight files .* are then written again"),
+        ("digests.json", '{"kind": "digests_of_a_folder_being_pruned", "schema_version": 1}', "is damaged .* Remove it to go on"),
+        ("run.json", "{", r"run\.json cannot be read as .*\. Remove .*\.pruned\.part to start again: .* is then lost"),
+    ],
+)
+def test_a_damaged_record_of_half_done_work_says_what_removing_it_loses(name, content, way_out, tmp_path):
+    folder, draft = sharded_folder("llama", tmp_path / "model"), tmp_path / ".pruned.part"
+    plan = random_plan(folder)
+
+    def stopped(done, _files):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hp.prune_folder(folder, plan, tmp_path / "pruned", progress=stopped)
+    assert json.loads((draft / "digests.json").read_text())["digests"]
+    (draft / name).write_text(content)
+    with pytest.raises(InvalidInput, match=way_out):
+        hp.prune_folder(folder, plan, tmp_path / "pruned")
+    (draft / name).unlink()
+    hp.prune_folder(folder, plan, tmp_path / "pruned")
+    assert (tmp_path / "pruned" / "config.json").exists()
+    assert not draft.exists()
+
+
 LIMITED = """
 import resource, sys
 import headprune as hp
