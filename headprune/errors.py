@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from operator import index
 from typing import Any
 
+MOST_LISTED = 60  # names in one message
+
 
 class HeadpruneError(Exception):
     """Something that the caller can put right; the message says what was found, what was expected and what to do."""
@@ -33,11 +35,13 @@ class CorruptCheckpoint(HeadpruneError):
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InvalidInput:
-    """The error for a `name` that is none of the `known` ones; it names the nearest right one and lists them all."""
+    """The error for a `name` that is none of the `known` ones; it names the nearest right one and lists them all, unless a near one
+    stands for very many."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return InvalidInput(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+    every = "" if near and len(known) > MOST_LISTED else f" Known: {', '.join(known)}."
+    return InvalidInput(f"unknown {kind} {name!r}.{hint}{every}")
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

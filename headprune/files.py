@@ -20,6 +20,13 @@ OF_A_MODEL = ("config.json", "headprune.json", "*.safetensors", "*.gguf", "*.onn
 _DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file would be too large"}
 
 
+def path_of(given: Any) -> Path:
+    """`given` as a path. InvalidInput where it is none."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise InvalidInput(f"the path is {given!r:.80}; expected the name of a file.")
+    return Path(given)
+
+
 @contextmanager
 def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder beside `target` to write into, which takes `target`'s place when the block ends well.
@@ -64,7 +71,7 @@ def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator
     leaves the old one or the new one. A failure leaves `target` as it was; HeadpruneError says what happened.
 
     sync: wait until the disk has it, so that a machine that goes down leaves the old or the new one too."""
-    target = Path(target)
+    target = path_of(target)
     with clear_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -134,7 +141,7 @@ def finite(value: Any) -> Any:
 def read_json(source: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """What `write_json` wrote. Raises InvalidInput where the file is missing or not JSON of this kind, CorruptCheckpoint
     where it was written by a newer schema."""
-    source = Path(source)
+    source = path_of(source)
     try:
         document: Any = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except InvalidInput as error:

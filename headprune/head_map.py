@@ -24,9 +24,16 @@ class HeadMap:
     kv_heads: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_of_query", tuple(int(kv) for kv in self.kv_of_query))
-        if self.kv_heads < 0:
-            raise InvalidInput(f"kv_heads is {self.kv_heads}; it must be 0 or more.")
+        try:
+            kv_of_query = tuple(index(kv) for kv in self.kv_of_query)
+            if index(self.kv_heads) < 0:
+                raise InvalidInput(f"kv_heads is {self.kv_heads}; it must be 0 or more.")
+        except TypeError:
+            raise InvalidInput(
+                f"HeadMap({self.kv_of_query!r:.80}, {self.kv_heads!r:.80}): expected the key/value head that each query head "
+                "reads, and how many there are, such as HeadMap((0, 0, 1), 2)."
+            ) from None
+        object.__setattr__(self, "kv_of_query", kv_of_query)
         previous = 0
         for head, kv in enumerate(self.kv_of_query):
             if not 0 <= kv < self.kv_heads:
@@ -46,9 +53,13 @@ class HeadMap:
         kv_heads = query_heads if kv_heads is None else kv_heads
         if query_heads == 0:
             return cls((), 0)
-        if kv_heads < 1 or query_heads % kv_heads:
+        try:
+            even = index(query_heads) > 0 and index(kv_heads) > 0 and query_heads % kv_heads == 0
+        except TypeError:
+            even = False
+        if not even:
             raise InvalidInput(
-                f"{query_heads} query heads cannot be spread evenly over {kv_heads} key/value heads; "
+                f"{query_heads!r:.80} query heads cannot be spread evenly over {kv_heads!r:.80} key/value heads; "
                 "give HeadMap(kv_of_query, kv_heads) for a ragged layer."
             )
         group = query_heads // kv_heads

@@ -96,6 +96,12 @@ class PruneSection(Section):
     compensate: bool = True
     feed_forward: bool = Field(default=False, description="re-solve also the ends of the feed-forwards")
 
+    @model_validator(mode="after")
+    def compensated_too(self) -> PruneSection:
+        if self.feed_forward and not self.compensate:
+            raise ValueError("feed_forward is a part of compensation; give compensate: true too, or leave it out")
+        return self
+
 
 class RecoverSection(Section):
     """Training after the cut, on the task's training data: for so many steps or minutes."""

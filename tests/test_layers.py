@@ -25,7 +25,7 @@ LAYERS = [
     {"ops"},
     {"kernels"},
     {"head_map", "settings"},
-    {"files", "version"},
+    {"files", "version", "arguments"},
     {"errors"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

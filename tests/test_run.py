@@ -81,6 +81,12 @@ def test_a_recovery_needs_one_budget():
         parse_recipe({**content, "recover": {"minuts": 2}}, "test")
 
 
+def test_feed_forwards_are_re_solved_only_together_with_the_projections():
+    content = {"model": "bert", "task": {"name": SmallStates.name}, "output": "out"}
+    with pytest.raises(InvalidInput, match=r"prune: .*feed_forward is a part of compensation; give compensate: true too"):
+        parse_recipe({**content, "prune": {"compensate": False, "feed_forward": True}}, "test")
+
+
 @pytest.mark.parametrize("stage", ["planned", "prune", "save", "compare"])
 def test_a_killed_run_goes_on_and_ends_the_same(recipe, monkeypatch, stage):
     expected = carried_out(recipe.model_copy(update={"output": recipe.output + "-whole"}))

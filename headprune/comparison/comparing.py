@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from headprune.arguments import check_arguments
 from headprune.comparison.bench import Bench, Progress, Texts
 from headprune.comparison.method import Subject, chosen_methods
 from headprune.comparison.record import ComparisonFolder
 from headprune.comparison.row import MethodComparison
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, whole_number
 from headprune.evaluation.tasks import Task
 from headprune.planning import Budget, PruningPlan
 from headprune.planning import plan as plan_by_scores
@@ -59,14 +60,15 @@ def compare_methods(
     Raises InvalidInput for an unknown method, a fraction outside (0, 1) or a folder of another comparison; InvalidPlan,
     UnsupportedModel where heads cannot be pruned. A method that cannot take the model has a row that says why.
     """
+    check_arguments(compare_methods, locals())
     chosen = chosen_methods(None if methods is None else ["dense", *methods])
     get_criterion(criterion)
     if plan is not None:
         plan.check_fits(model)
     elif not 0 < heads < 1:
         raise InvalidInput(f"heads is {heads}; expected the fraction of the query heads to remove, above 0 and below 1.")
-    if steps < 0 or repeats < 0:
-        raise InvalidInput(f"steps={steps}, repeats={repeats}: expected 0 or more.")
+    for name, number in (("steps", steps), ("repeats", repeats), ("trials", trials)):
+        whole_number(name, number, least=0)
     TrainingBudget.of(steps or None, None, None, get_method("full").lr if lr is None else lr, 1)
     texts = Texts.of(task)
     settings = {

@@ -13,7 +13,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headprune.errors import unknown_name, whole_number
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.evaluation.cost import kv_cache_bytes_per_token
 from headprune.models import attention_sites
 from headprune.models.trunk import trunk_of
@@ -149,8 +150,11 @@ def estimate(
     Raises InvalidInput for an unknown device or a folder without config, InfeasibleBudget where the budget cannot be met,
     UnsupportedModel where heads cannot be found.
     """
+    check_arguments(estimate, locals())
     for name, value in (("tokens", tokens), ("batch", batch), ("length", length)):
         whole_number(name, value)
+    if not 0 < utilisation <= 1:
+        raise InvalidInput(f"utilisation is {utilisation}; expected the share of the peak rate that is reached, above 0, up to 1.")
     model = skeleton(folder)
     config: Any = model.config
     weights: torch.dtype = dtype or config.dtype or torch.float32
@@ -158,6 +162,8 @@ def estimate(
     found = this_cpu(weights) if device == "cpu" else DEVICES.get(device)
     if found is None:
         raise unknown_name("device", device, ["cpu", *DEVICES])
+    if kind not in found.flops:
+        raise InvalidInput(f"nothing is known of the rate of {device} in {kind}; take dtype= out of {', '.join(found.flops)}.")
     chosen = plan(score(model, (), "random"), budget, allocation="uniform", granularity=granularity)
     dense, memory = cost_of(model, length, weights), Memory.of(model, batch * length, weights)
     pruned = skeleton(folder)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.evaluation.bootstrap import Interval, paired_bootstrap
 from headprune.evaluation.callable_metric import CallableMetric
@@ -139,7 +140,9 @@ def evaluate(
     repeats: timed forward passes.
     Raises InvalidInput for other data, or a function without inputs.
     """
-    return evaluations({"model": model}, data_of(data, inputs), repeats, progress)[0]["model"]
+    data = data_of(data, inputs)
+    check_arguments(evaluate, locals())
+    return evaluations({"model": model}, data, repeats, progress)[0]["model"]
 
 
 def compare(
@@ -148,6 +151,7 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Both models on the same data, as `evaluate`; latency is measured in turn, dense, pruned, dense, ..."""
     data = data_of(data, inputs)
+    check_arguments(compare, locals())
     found, examples = evaluations({"dense": dense, "pruned": pruned}, data, repeats, progress)
     before, after = examples["dense"] or {}, examples["pruned"] or {}
     differences = {name: paired_bootstrap(metric, after[name]) for name, metric in before.items() if len(metric.rows) > 1}
@@ -162,7 +166,7 @@ def data_of(data: EvaluationData | Callable[[nn.Module], Any], inputs: Mapping[s
             f"cannot evaluate on {type(data).__name__}; give one of headprune.evaluation (Perplexity(text, tokenizer), "
             "Classification(batches), ...), or a function of the model with inputs=."
         )
-    if inputs is None:
+    if not inputs:
         raise InvalidInput("a function as the metric needs inputs=, a mapping for model(**inputs) that costs are measured with.")
     return CallableMetric(data, inputs)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import nn
 
-from headprune.errors import UnsupportedModel
+from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.site import AttentionSite
 from headprune.nn.given import plain_module
@@ -41,6 +41,12 @@ _adapters: dict[str, Adapter] = {}
 def register_adapter(adapter: Adapter) -> Adapter:
     """Adds `adapter` (headprune.models.adapters.Adapter): from then on attentions of its kind are found and cut. A later one of
     the same name takes the earlier one's place."""
+    usable = isinstance(getattr(adapter, "name", None), str) and all(hasattr(adapter, own) for own in ("site", "after_cut"))
+    if not usable or isinstance(adapter, type):
+        raise InvalidInput(
+            f"the adapter is {adapter!r:.80}; expected an object with name, site(name, module) and after_cut(site, head_map, "
+            "kept). CONTRIBUTING.md shows one."
+        )
     _adapters[adapter.name] = adapter
     return adapter
 

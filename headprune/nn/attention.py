@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, whole_number
 from headprune.head_map import HeadMap
 from headprune.nn.masks import Masks, read_masks
 from headprune.nn.weights import ROLES, draw_like_torch, kept, resized, undrawn_linear, unpack
@@ -62,8 +63,14 @@ class VariableHeadAttention(nn.Module):
         gate: bool = False,
     ) -> None:
         super().__init__()
+        check_arguments(VariableHeadAttention.__init__, locals())
         if embed_dim <= 0 or num_heads <= 0:
             raise InvalidInput(f"embed_dim={embed_dim}, num_heads={num_heads}; both must be above 0.")
+        for name, value in (("head_dim", head_dim), ("kdim", kdim), ("vdim", vdim)):
+            if value is not None:
+                whole_number(name, value)
+        if not 0 <= dropout <= 1:
+            raise InvalidInput(f"dropout is {dropout}; expected the share to drop, 0 to 1.")
         if head_dim is None and embed_dim % num_heads:
             raise InvalidInput(f"embed_dim={embed_dim} does not divide by num_heads={num_heads}; give head_dim.")
         if head_map is not None and (head_map.query_heads != num_heads or num_kv_heads not in (None, head_map.kv_heads)):

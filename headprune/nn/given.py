@@ -20,7 +20,7 @@ def plain_module(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         hint = "hp.load(folder) gives one" if isinstance(model, (str, bytes)) or hasattr(model, "__fspath__") else "give the model"
-        raise InvalidInput(f"the model is {model!r:.80}; expected a torch.nn.Module: {hint}.")
+        raise InvalidInput(f"model is {model!r:.80}; expected a torch.nn.Module: {hint}.")
     inside = model._modules.get("_orig_mod") if type(model).__name__ == "OptimizedModule" else None
     return model if inside is None else inside
 

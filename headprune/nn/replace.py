@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from torch import nn
 
+from headprune.arguments import check_arguments
 from headprune.nn.attention import VariableHeadAttention
 from headprune.nn.given import out_of_inference_mode, plain_module
 
@@ -22,6 +23,7 @@ def replace_multihead_attention(model: nn.Module) -> nn.Module:
     A layer that stands in several places stays shared. Subclasses are left alone: their forward may be another. Where
     `model` itself is such a layer the new one is returned. An optimizer made before holds the old parameters.
     """
+    check_arguments(replace_multihead_attention, locals())
     if type(model) is nn.MultiheadAttention:
         return VariableHeadAttention.from_torch(model)
     swap(model)
@@ -50,7 +52,7 @@ def on_own_attention(change: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(change)
     def run(*args: P.args, **options: P.kwargs) -> R:
-        given: Any = args[0] if args else options["model"]
+        given: Any = args[0] if args else options.get("model")
         model = plain_module(given)
         rest: Any = (model, *args[1:]) if args else ()
         named: Any = options if args else {**options, "model": model}

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
+from headprune.arguments import explained
 from headprune.head_map import HeadMap
 from headprune.ops.at_once import run_operator
 from headprune.ops.backend import choose
@@ -74,6 +75,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, HeadStats]: ...
 
 
+@explained
 def attention(
     query: Tensor,
     key: Tensor,

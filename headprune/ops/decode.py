@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headprune.arguments import explained
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.ops.at_once import run_operator
@@ -21,6 +22,7 @@ library.define(
 )
 
 
+@explained
 def attention_decode(
     query: Tensor,
     key_cache: Tensor,

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headprune.arguments import explained
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.ops.attention import attention
 from headprune.ops.call import equal_groups
 
 
+@explained
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
+from headprune.arguments import explained
 from headprune.head_map import HeadMap
 from headprune.ops.at_once import run_operator
 from headprune.ops.attention import head_map_of, library, whole_gradient
@@ -83,6 +84,7 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, HeadStats]: ...
 
 
+@explained
 def attention_varlen(
     query: Tensor,
     key: Tensor,

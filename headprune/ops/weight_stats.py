@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headprune.arguments import explained
 from headprune.ops.attention import library
 from headprune.ops.backend import choose
 from headprune.ops.weight_slices import GRADIENT_STATISTICS, STATISTICS, HeadSlices, WeightCall, WeightStats, check_slices
@@ -16,6 +17,7 @@ from headprune.ops.weight_slices import GRADIENT_STATISTICS, STATISTICS, HeadSli
 library.define("head_weight_stats(Tensor[] weights, Tensor[] grads, int[] dims, int[] spans, int heads) -> Tensor")
 
 
+@explained
 def head_weight_stats(weights: Sequence[HeadSlices], grads: Sequence[Tensor] | None = None) -> list[WeightStats]:
     """L1 norm, sum of squares, largest magnitude and, with gradients, products of weight and gradient, of every head.
 

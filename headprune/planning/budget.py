@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headprune.errors import InvalidInput
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, whole_number
 from headprune.head_map import HeadMap
 from headprune.planning.latency_table import LatencyTable
 from headprune.scoring.site_shape import SiteShape
@@ -39,8 +40,8 @@ class Budget:
         ((name, fraction),) = given.items()
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
             raise InvalidInput(f"budget {name}={fraction}: expected the fraction to remove, at least 0 and below 1 (0.5 = half).")
-        if self.sequence_length < 1:
-            raise InvalidInput(f"sequence_length is {self.sequence_length}; expected at least 1 token.")
+        whole_number("sequence_length", self.sequence_length)
+        check_arguments(Budget, vars(self))
 
     @property
     def quantity(self) -> str:

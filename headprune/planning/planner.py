@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.planning.allocation import Selection, get_allocation
 from headprune.planning.budget import Budget
@@ -27,7 +28,7 @@ def plan(
     allocation: str | None = None,
     granularity: str | None = None,
     min_heads: int = 1,
-    protect: Mapping[str, Iterable[int] | None] | Iterable[str] = (),
+    protect: Mapping[str, Iterable[int] | None] | Iterable[str] | str = (),
     multiple_of: int = 1,
     sensitivity: Sensitivity | None = None,
     target: str = "headprune",
@@ -51,7 +52,10 @@ def plan(
     Raises InfeasibleBudget where the constraints leave too little to remove; InvalidInput for unknown names and for what
     contradicts the target.
     """
-    check_arguments(scores, budget, min_heads, multiple_of)
+    check_scores_and_budget(scores, budget)
+    whole_number("min_heads", min_heads, least=0)
+    whole_number("multiple_of", multiple_of)
+    check_arguments(plan, locals())
     engine = get_engine(target)
     allocation = allocation or engine.allocation
     granularity = granularity_for(granularity, engine, budget)
@@ -75,14 +79,12 @@ def plan(
     return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores, scores.made_for)
 
 
-def check_arguments(scores: Any, budget: Any, min_heads: Any, multiple_of: Any) -> None:
+def check_scores_and_budget(scores: Any, budget: Any) -> None:
     if not isinstance(scores, HeadScores):
         several = f", such as those by {next(iter(scores))!r} of the given dict" if isinstance(scores, Mapping) and scores else ""
         raise InvalidInput(f"scores is {scores!r:.80}; expected the HeadScores of one criterion, as hp.score gives them{several}.")
     if not isinstance(budget, Budget):
         raise InvalidInput(f"the budget is {budget!r:.80}; expected what is to be removed, such as hp.Budget(heads=0.5).")
-    whole_number("min_heads", min_heads, least=0)
-    whole_number("multiple_of", multiple_of)
 
 
 def granularity_for(granularity: str | None, engine: Engine, budget: Budget) -> str:
@@ -104,7 +106,7 @@ def warn_of_unsettled(scores: HeadScores, keep: Mapping[str, Sequence[int]]) -> 
         )
 
 
-def protected_heads(scores: HeadScores, protect: Mapping[str, Iterable[int] | None] | Iterable[str]) -> dict[str, set[int]]:
+def protected_heads(scores: HeadScores, protect: Mapping[str, Iterable[int] | None] | Iterable[str] | str) -> dict[str, set[int]]:
     given = protect if isinstance(protect, Mapping) else dict.fromkeys([protect] if isinstance(protect, str) else protect)
     protected: dict[str, set[int]] = {name: set() for name in scores}
     for name, heads in given.items():

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from headprune.arguments import check_arguments
 from headprune.errors import HeadpruneError, InvalidInput, InvalidPlan
 from headprune.files import read_json, write_json
 from headprune.head_map import HeadMap
@@ -41,6 +42,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
     made_for: ModelIdentity | None = None
 
     def __post_init__(self) -> None:
+        check_arguments(PruningPlan, vars(self))
         if set(self.keep) != set(self.shapes):
             raise InvalidPlan(f"a plan must name every site once; it differs at {sorted(set(self.keep) ^ set(self.shapes))[:3]}.")
         checked = {}

@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json, write_text
 from headprune.models import attention_sites
@@ -121,6 +122,7 @@ def sensitivity(
     Uses no compensation, so that a curve is of the heads alone. batches, loss_fn: as for `hp.observe`. progress: called with the
     number of batches done. Raises InvalidInput where `batches` is empty, a site is not reached, or a loss is not finite.
     """
+    check_arguments(sensitivity, locals())
     model = plain_module(model)
     with own_attention(model):
         sites = [site for site in attention_sites(model) if site.name not in scores.unreached]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headprune.errors import InvalidInput, unknown_name
+from headprune.arguments import check_arguments, is_number
+from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.recovery.divergence import (
@@ -59,12 +60,17 @@ class Distillation:
     more: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_arguments(Distillation, vars(self))
         for name, weight in self.weights.items():
             get_term(name)
-            if not weight > 0:
+            if not (is_number(weight) and weight > 0):
                 raise InvalidInput(f"the weight of {name} is {weight}; expected more than 0, or 0 to leave it out.")
         if not self.weights and not self.task:
             raise InvalidInput(f"every weight is 0; give one of {', '.join(sorted(_terms))}, or leave the teacher out.")
+        if not self.task >= 0:
+            raise InvalidInput(f"the weight of task is {self.task}; expected 0 or more.")
+        if self.relation_heads is not None:
+            whole_number("relation_heads", self.relation_heads)
         if not self.temperature > 0:
             raise InvalidInput(f"temperature is {self.temperature}; expected more than 0.")
 

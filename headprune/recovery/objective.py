@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
 from headprune.models.tokens import TokenMask, token_masks
@@ -38,10 +38,9 @@ class Objective:
         distil: Distillation | None = None,
         token_mask: TokenMask | None = None,
     ) -> None:
+        check_arguments(Objective.__init__, locals())
         if distil is not None and teacher is None:
             raise InvalidInput("distil is given without a teacher; give teacher=the dense model, or a folder of stored logits.")
-        if not isinstance(teacher, (nn.Module, str, Path, NoneType)):
-            raise InvalidInput(f"teacher is {teacher!r:.80}; expected the dense model, or a folder that store_logits wrote.")
         self.model, self.loss_fn, self.distil = model, loss_fn, distil
         self.source, self.token_mask = plain_module(teacher) if isinstance(teacher, nn.Module) else teacher, token_mask
         if self.source is model:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from headprune.errors import InvalidInput, unknown_name
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.evaluation.latency import measure_latency
 from headprune.evaluation.tasks import Task
 from headprune.recovery.methods import linear_layers
@@ -43,6 +44,8 @@ def quantise(model: nn.Module, form: str = "int8", *, group: int = 32) -> Quanti
 
     Raises InvalidInput for an unknown form, and where torchao is missing.
     """
+    check_arguments(quantise, locals())
+    whole_number("group", group)
     if form not in BITS:
         raise unknown_name("form of weights", form, BITS)
     try:
@@ -90,6 +93,8 @@ def compare_quantised(
 ) -> list[QuantisedQuality]:
     """Each of `models` (say dense, pruned, recovered) as it is and in every form, on one task: what pruning and quantisation give
     together. The models stay as they are; latencies are measured in turn."""
+    check_arguments(compare_quantised, locals())
+    whole_number("repeats", repeats)
     made: dict[tuple[str, str], nn.Module] = {}
     found = []
     with ExitStack() as stack:

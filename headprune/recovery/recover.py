@@ -6,13 +6,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput, whole_number
+from headprune.arguments import check_arguments, check_options, keywords
+from headprune.errors import whole_number
 from headprune.models.tokens import TokenMask
 from headprune.nn.given import plain_module
 from headprune.recovery.batches import as_dataset, first_batch
@@ -92,16 +94,18 @@ def recover(
     output_dir holds another recovery, or an argument is unknown.
     """
     model = plain_module(model)
+    check_arguments(recover, locals())
     chosen = get_method(method)
     chosen.refuse_unknown(method_options or {})
+    if training_arguments:
+        check_options("recover", training_arguments, recover_options())
     shards = wants_sharding(training_arguments)
     if isinstance(rewind, RateRewind):
         lr, steps, warmup = rewind if lr is None else lr, steps or (None if minutes else rewind.steps), warmup or 0
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
     batches = len(data) if hasattr(data, "__len__") else None
-    if metric is not None and not callable(metric):
-        raise InvalidInput(f"metric is {metric!r:.80}; expected a function of the model that gives a number.")
     whole_number("patience", patience)
+    whole_number("seed", seed, least=0)
     budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, batches)
     objective = Objective(model, loss_fn=loss_fn, teacher=teacher, distil=distil, token_mask=token_mask)
     folder = None if output_dir is None else Path(output_dir)
@@ -139,6 +143,13 @@ def recover(
     if not result.diverged:  # what went wrong may be put right, and then the training goes on
         keep_result(model, folder, result)
     return result
+
+
+def recover_options() -> list[str]:
+    """What `recover` takes by name: its own arguments and those of transformers."""
+    from transformers import TrainingArguments  # takes a second to import
+
+    return ["eval", *keywords(recover), *(entry.name for entry in fields(TrainingArguments))]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from headprune.arguments import check_arguments
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.models.adapters import attention_sites
 from headprune.nn.replace import replace_multihead_attention
@@ -37,6 +38,7 @@ class RateRewind:
     last: int
 
     def __post_init__(self) -> None:
+        check_arguments(RateRewind, vars(self))
         if not 0 <= self.first < self.last:
             raise InvalidInput(f"first={self.first}, last={self.last}: expected 0 <= first < last.")
 
@@ -58,6 +60,7 @@ def rewind_weights(model: nn.Module, source: Source) -> None:
 
     Raises InvalidInput where it does not fit; the model is untouched then.
     """
+    check_arguments(rewind_weights, locals())
     state, own = sliced_state(model, source), model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:

@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, whole_number
 from headprune.files import read_json, whole_file, write_json
+from headprune.models.batches import several
 from headprune.recovery.distillation import Distillation, TopLogits, logits_of
 from headprune.recovery.features import Features, catching
 from headprune.recovery.result import told_apart
@@ -49,6 +51,11 @@ def store_logits(
     Raises InvalidInput where `folder` holds logits of another teacher or setting, where the model has no logits or loss_fn does not
     call it.
     """
+    check_arguments(store_logits, locals())
+    whole_number("top", top)
+    if not temperature > 0:
+        raise InvalidInput(f"temperature is {temperature}; expected more than 0.")
+    batches = several(batches)
     folder = Path(folder)
     setting = {"top": top, "temperature": temperature, **told_apart(teacher)}
     known = refuse_other_settings(folder, WHAT, setting)

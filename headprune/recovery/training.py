@@ -209,8 +209,6 @@ def training_arguments(folder: Path, budget: TrainingBudget, seed: int, options:
         found = TrainingArguments(**chosen)
     except ImportError:
         raise InvalidInput('recover needs accelerate: pip install "headprune[recovery]".') from None
-    except TypeError as error:
-        raise InvalidInput(f"recover: {error}; expected its own arguments or those of transformers.TrainingArguments.") from None
     refuse_partitioned(found)
     found._setup_devices  # noqa: B018 (decides how many devices there are, which is then overruled)
     found._n_gpu = min(found._n_gpu, 1)  # whole batches cannot be spread by DataParallel; torchrun runs several

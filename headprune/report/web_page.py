@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from headprune.arguments import check_arguments
 from headprune.files import write_text
 from headprune.report.page_data import page_data
 from headprune.report.run_folder import RunFolder, read_run
@@ -25,6 +26,7 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
     result.json, checks.json, sweep.json, sensitivity.json, portraits.json, the recipe and the log. Heads can be kept or dropped in
     it and the plan downloaded. Raises InvalidInput where the folder holds neither scores nor a plan, or values of different models.
     """
+    check_arguments(report, locals())
     run = read_run(folder)
     target = Path(output) if output is not None else run.folder / "report.html"
     write_text(target, page(run))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from headprune.arguments import check_arguments
 from headprune.planning import Budget
 from headprune.schedules.quality import drop
 from headprune.schedules.record import Record
@@ -30,6 +31,7 @@ def one_shot(model: nn.Module, batches: Any, budget: Budget, *, folder: str | Pa
 
     Raises InfeasibleBudget or InvalidInput before anything is done; ScheduleFailed where a loss or score is not finite.
     """
+    check_arguments(one_shot, locals())
     return stepwise("one_shot", Setting.of(model, batches, budget, options), [budget.fraction], None, folder)
 
 
@@ -56,6 +58,7 @@ def iterative(
 
     The rest is as in `one_shot`.
     """
+    check_arguments(iterative, locals())
     setting = Setting.of(model, batches, budget, options)
     check_limit(setting, max_drop)
     goals = targets(budget.fraction, 4 if steps is None and per_step is None else steps, per_step, spacing)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from headprune.errors import InvalidInput, unknown_name
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.planning import Budget
 from headprune.recovery.result import told_apart
 from headprune.recovery.rewind import Source
@@ -33,7 +34,7 @@ def lottery_ticket(
     batches: Any,
     budget: Budget,
     *,
-    recover: Recover,
+    recover: Recover | None,
     steps: int | None = None,
     per_step: float | None = None,
     spacing: str = "geometric",
@@ -61,6 +62,11 @@ def lottery_ticket(
 
     The rest is as in `one_shot`.
     """
+    check_arguments(lottery_ticket, locals())
+    if recover is None:
+        raise InvalidInput(
+            "a lottery ticket is trained again after each cut; give recover=RecoverySettings(steps=...) or a function."
+        )
     options = {"criterion": "magnitude_l2", "compensate": False, **options}
     setting = Setting.of(model, batches, budget, {**options, "recover": recover})
     check_rewind(recover, rewind, rewind_step, early)
@@ -87,13 +93,10 @@ def lottery_ticket(
     return finished(setting, record, NAME, trained, **extras)
 
 
-def check_rewind(recover: Recover | None, rewind: str, rewind_step: int, early: Source | None) -> None:
+def check_rewind(recover: Recover, rewind: str, rewind_step: int, early: Source | None) -> None:
+    whole_number("rewind_step", rewind_step, least=0)
     if rewind not in REWINDS:
         raise unknown_name("rewind", rewind, REWINDS)
-    if recover is None:
-        raise InvalidInput(
-            "a lottery ticket is trained again after each cut; give recover=RecoverySettings(steps=...) or a function."
-        )
     if early is not None and rewind_step:
         raise InvalidInput(f"early and rewind_step={rewind_step} both say where to go back to; give one of them.")
     if rewind_step:

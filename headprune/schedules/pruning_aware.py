@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from headprune.errors import InvalidInput
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, whole_number
 from headprune.models.gating import sites_by_name
 from headprune.nn.replace import replace_multihead_attention
 from headprune.planning import Budget, plan
@@ -70,6 +71,7 @@ def pruning_aware(
 
     The rest is as in `one_shot`; criterion and trials are not read.
     """
+    check_arguments(pruning_aware, locals())
     setting = Setting.of(model, batches, budget, options)
     training = GateTraining(steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout, setting.seed)
     check_training(training, method)
@@ -102,11 +104,14 @@ def pruning_aware(
 
 def check_training(training: GateTraining, method: str) -> None:
     get_gate_method(method)
-    if training.steps < 1 or training.lr < 0 or not 0 <= training.ramp <= 1 or not 0 <= training.warm_up <= 1:
+    whole_number("steps", training.steps)
+    if training.lr < 0 or training.weight_decay < 0 or not 0 <= training.ramp <= 1 or not 0 <= training.warm_up <= 1:
         raise InvalidInput(
-            f"steps={training.steps}, lr={training.lr}, ramp={training.ramp}, warm_up={training.warm_up}: expected at least one "
-            "step, a rate of 0 or more, and shares between 0 and 1."
+            f"lr={training.lr}, weight_decay={training.weight_decay}, ramp={training.ramp}, warm_up={training.warm_up}: expected a "
+            "rate and a decay of 0 or more, and shares between 0 and 1."
         )
+    if training.gate_lr is not None and not training.gate_lr > 0:
+        raise InvalidInput(f"gate_lr is {training.gate_lr}; expected the gates' learning rate, above 0, or None.")
 
 
 def trainer_for(

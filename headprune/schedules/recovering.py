@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from headprune.arguments import check_arguments, check_options
+from headprune.errors import InvalidInput
 from headprune.recovery import Recovery, recover
+from headprune.recovery.budget import TrainingBudget
+from headprune.recovery.methods import get_method
+from headprune.recovery.recover import recover_options
 
 Progress = Callable[[int, int], None]
 
@@ -29,6 +34,8 @@ class Round:
     progress: Progress | None
 
 
+# What a schedule or RecoverySettings itself gives to `hp.recover`.
+GIVEN = {"loss_fn", "teacher", "method", "steps", "minutes", "lr", "seed", "output_dir", "progress"}
 Recover = Callable[[nn.Module, Round], Any]
 
 
@@ -45,6 +52,15 @@ class RecoverySettings:
     teacher: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     last: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_arguments(RecoverySettings, vars(self))
+        get_method(self.method)
+        TrainingBudget.of(self.steps, self.minutes, None, 0.0 if self.lr is None else self.lr, 1)
+        if not self.last > 0:
+            raise InvalidInput(f"last is {self.last}; expected how many times as much the last round trains, above 0.")
+        if self.options:
+            check_options("recovery", self.options, set(recover_options()) - GIVEN)
 
     def __call__(self, model: nn.Module, round: Round) -> Recovery:
         """Raises HeadpruneError where the loss became NaN: a schedule does not go on from there."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput, unknown_name
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.models.batches import several
 from headprune.nn.given import plain_module
 from headprune.planning import Budget, plan
@@ -73,7 +74,14 @@ class Setting:
                 raise unknown_name("option", name, (*OPTIONS, *PLANNING))
         batches = list(several(batches))
         found = cls(plain_module(dense), batches, budget, **own, planning=planning)
+        check_arguments(cls, vars(found))
         get_criterion(found.criterion)
+        whole_number("trials", found.trials, least=0)
+        whole_number("seed", found.seed, least=0)
+        if found.feed_forward and not found.compensate:
+            raise InvalidInput("feed_forward=True is a part of compensation; give compensate=True too, or leave it out.")
+        if found.train is not None:
+            several(found.train, "train")
         if isinstance(found.train, Sequence) and not found.train:
             raise InvalidInput("the training data is empty; give at least one batch, or leave train out.")
         found.refuse_infeasible(shapes_of(dense))

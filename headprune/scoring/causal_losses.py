@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from headprune.errors import InvalidInput
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, whole_number
 from headprune.models.tokens import IGNORED_LABEL
 from headprune.models.trunk import leaving, trunk_of
 
@@ -29,6 +30,8 @@ def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKE
 
     Raises InvalidInput where the batch has no labels or the model no head, UnsupportedModel where the layers do not form one stack.
     """
+    check_arguments(causal_losses, locals())
+    whole_number("tokens", tokens)
     labels = batch.get("labels")
     if labels is None:
         raise InvalidInput("the batch has no labels; a causal loss needs them (the input_ids, with -100 where padded).")

@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.scoring.observations import Need, Observations, SiteObservations
 
@@ -74,9 +75,11 @@ def criterion(
     """
 
     def register(function: Function) -> Function:
-        _criteria[name] = Criterion(name, frozenset(needs), source, cost, function, whole_model)
+        _criteria[name] = Criterion(name, needed, source, cost, function, whole_model)
         return function
 
+    check_arguments(criterion, locals())
+    needed = frozenset(Need.of(need) for need in needs)
     return register
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headprune.errors import InvalidInput, unknown_name
-from headprune.files import SCHEMA_VERSION, whole_file
+from headprune.files import SCHEMA_VERSION, path_of, whole_file
 from headprune.scoring.site_shape import SiteShape
 
 
@@ -225,7 +225,7 @@ class Observations(Mapping[str, SiteObservations]):
     def load(cls, path: str | Path) -> Observations:
         """Raises InvalidInput where the file is missing or holds something else."""
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path_of(path), "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
 from headprune.models.batches import several
@@ -78,6 +79,7 @@ def observe(
     Raises InvalidInput where `batches` is empty or their keys differ, a loss is missing or not finite, a site is never
     reached, or a checkpoint is of another model or other data.
     """
+    check_arguments(observe, locals())
     if unreached not in UNREACHED:
         raise unknown_name("value of unreached", unreached, UNREACHED)
     check_mode(distributed)

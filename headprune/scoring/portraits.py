@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json
 from headprune.scoring.observations import Need, Observations, SiteObservations
@@ -113,6 +114,7 @@ def portraits(observed: Observations) -> Portraits:
     Kinds of tokens count where token_kinds were given, induction where "probe" was observed too (decoders).
     Raises InvalidInput where the statistics were not observed.
     """
+    check_arguments(portraits, locals())
     found = {}
     for name, site in observed.items():
         for need in (Need.ATTENTION, Need.ATTENTION_PATTERN):

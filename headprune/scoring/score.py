@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from headprune.arguments import check_arguments, check_options, keywords
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models.identity import ModelIdentity
 from headprune.scoring.criterion import get_criterion
@@ -35,6 +36,7 @@ def score_observations(observed: Observations, criterion: str, normalize: str = 
     normalize: "none", "layer_l2" (Michel et al. divide each layer's scores by their L2 norm) or "layer_sum".
     Raises InvalidInput for an unknown name, or where the criterion needs what was not observed.
     """
+    check_arguments(score_observations, locals())
     chosen = get_criterion(criterion)
     check_normalization(normalize)
     reached = Observations({name: site for name, site in observed.items() if site.reached}, observed.seen)
@@ -75,6 +77,9 @@ def score(
     names = [criterion] if isinstance(criterion, str) else list(criterion) if isinstance(criterion, Iterable) else []
     if not names:
         raise InvalidInput(f"criterion is {criterion!r:.80}; expected the name of one or a list of names; hp.criteria() has them.")
+    check_arguments(score, locals())
+    check_normalization(normalize)
+    check_options("score", options, keywords(observe, score))
     needs = frozenset().union(*(get_criterion(name).needs for name in names))
     observed = observe(model, batches, needs, **options)
     made_for = ModelIdentity.of(model)

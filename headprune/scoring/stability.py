@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.scoring.agreement import agreement
 from headprune.scoring.criterion import Criterion, get_criterion
@@ -47,8 +48,11 @@ def ranking_stability(
     with replacement `resamples` times (bootstrap, Efron 1979).
     Raises InvalidInput where one set is given and the criterion reads sums over samples, which cannot be drawn again.
     """
+    check_arguments(ranking_stability, locals())
     chosen = get_criterion(criterion)
     whole_number("resamples", resamples, least=2)
+    if not 0 < keep <= 1:
+        raise InvalidInput(f"keep is {keep}; expected the fraction of the heads that stay, above 0 and up to 1.")
     if isinstance(observed, Observations):
         chosen.check_observed(observed)
         if not can_resample(chosen):

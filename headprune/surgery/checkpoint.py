@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from headprune.arguments import check_arguments, check_options
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
@@ -26,6 +28,8 @@ from headprune.surgery.remote_code import write_remote_code
 from headprune.surgery.saved_with_code import SavedWithCode, save_with_code
 
 Plain = TypeVar("Plain", bound=nn.Module)
+SAVE_OPTIONS = {*signature(PreTrainedModel.save_pretrained).parameters, *signature(PreTrainedModel.push_to_hub).parameters}
+SAVE_OPTIONS = SAVE_OPTIONS - {"self", "save_directory", "kwargs"} | {"safe_serialization"}  # which is what transformers 5 does
 
 
 def save(
@@ -51,6 +55,7 @@ def save(
     than a model, HeadpruneError where the disk refuses.
     """
     model = plain_module(model)
+    check_arguments(save, locals())
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
             f"{type(model).__name__} has adapters attached, whose weights are not the model's. Call merge_and_unload() and save "
@@ -63,6 +68,11 @@ def save(
             f"{quantised} holds {type(model.get_parameter(quantised)).__name__} weights, quantised or spread over devices, which "
             "are not saved. Save the model before quantising it, and quantise what load gives: the rounding needs no data."
         )
+    if isinstance(model, PreTrainedModel):
+        check_options("save", options, SAVE_OPTIONS)
+    for companion in (tokenizer, processor):
+        if companion is not None and not hasattr(companion, "save_pretrained"):
+            raise InvalidInput(f"tokenizer or processor is {companion!r:.80}; expected the object, which has save_pretrained.")
     folder = refuse_replacing(folder)
     origin = Path(source if source is not None else getattr(model, "name_or_path", "") or os.devnull)
     with whole_folder(folder) as draft:
@@ -116,8 +126,10 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, veri
     Raises InvalidInput where the folder is no model, CorruptCheckpoint, naming the file, where it is not what was saved or
     its weights do not fit its config.
     """
+    check_arguments(load, locals())
     folder = Path(folder)
     if model is not None:
+        check_options("load with model=", options, ("verify",))
         return load_plain(folder, model, verify=verify)
     check_attention(options.get("attn_implementation"))
     config = load_config(folder)
@@ -133,6 +145,10 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, veri
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CorruptCheckpoint(f"{folder} does not load as {model_class.__name__}: {first_line(error)}") from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise InvalidInput(f"load: {error}; expected options of from_pretrained (dtype, device_map, ...).") from None
     wrong = sorted(report["mismatched_keys"])  # transformers would only say that there are some
     if wrong:
         name, have, expected = wrong[0]

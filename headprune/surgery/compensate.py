@@ -308,6 +308,12 @@ def resolve(
     return report, (new_weight, new_bias)
 
 
+def refuse_uncompensated(calibration: Iterable[Any] | None, feed_forward: bool) -> None:
+    """InvalidInput where feed-forwards are to be re-solved on nothing."""
+    if feed_forward and calibration is None:
+        raise InvalidInput("feed_forward=True re-solves feed-forwards on calibration batches; give calibration= too.")
+
+
 def refuse_too_few(name: str, tokens: int, needed: int) -> None:
     if tokens < needed:
         raise InvalidInput(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidPlan, UnsupportedModel
 from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
@@ -69,6 +70,7 @@ def cut(
     Raises InvalidPlan where nothing would be left, UnsupportedModel where an attention cannot be cut exactly; the model is
     untouched then.
     """
+    check_arguments(cut, {"verify": verify, "run": run, "proven": proven})
     carry_out(model, checked_cut(model, keep, verify=verify, run=run, proven=proven))
 
 

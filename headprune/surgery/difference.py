@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.models import AttentionSite, attention_sites
@@ -53,6 +54,7 @@ def diff(before: nn.Module | str | os.PathLike[str], after: nn.Module | str | os
 
     Raises InvalidInput where the two are not made from one model: other attentions, or heads that only `after` has.
     """
+    check_arguments(diff, locals())
     models = [plain_module(found) if isinstance(found, nn.Module) else skeleton(found) for found in (before, after)]
     with own_attention(models[0]), own_attention(models[1]):
         whole, small = ({site.name: site for site in attention_sites(model)} for model in models)

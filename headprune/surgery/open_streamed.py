@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from headprune.arguments import check_arguments
 from headprune.models.shards import open_shards
 from headprune.models.site import Foreign
 from headprune.models.streamed import StreamedModel
@@ -62,6 +63,7 @@ def open_streamed(
     Raises InvalidInput where the folder is no transformers model with safetensors weights, CorruptCheckpoint naming a weight file
     that is missing or cut short, UnsupportedModel where the attentions do not lie in one stack of layers.
     """
+    check_arguments(open_streamed, locals())
     shards = open_shards(folder)
     config = load_config(folder)
     built = pruned_class(class_of(config), getattr(config, SECTION, None))

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from headprune.arguments import check_arguments
 from headprune.models.batches import by_name, several
 from headprune.nn.replace import on_own_attention
 from headprune.planning.pruning_plan import PruningPlan, check_plan
-from headprune.surgery.compensate import Resolved, resolve_outputs
+from headprune.surgery.compensate import Resolved, refuse_uncompensated, resolve_outputs
 from headprune.surgery.cut import carry_out, checked_cut
 from headprune.surgery.normal_equations import get_solver
 from headprune.surgery.savings import Savings
@@ -66,7 +67,9 @@ def prune(
     InvalidInput where calibration is empty. The model is untouched then.
     """
     check_plan(plan, model)
+    check_arguments(prune, locals())
     get_solver(compensation)
+    refuse_uncompensated(calibration, feed_forward)
     batches = None if calibration is None else list(several(calibration, "calibration"))
     of_batch = None
     if batches:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from headprune.arguments import check_arguments
 from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
 from headprune.files import clear_disk_errors, read_json, refuse_replacing, replace_folder, write_json, write_text
 from headprune.models import attention_sites, gated
@@ -28,7 +29,7 @@ from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import CLAIM, take_over
 from headprune.surgery.checkpoint import load_config, skeleton
 from headprune.surgery.companions import copy_companions
-from headprune.surgery.compensate import Resolved
+from headprune.surgery.compensate import Resolved, refuse_uncompensated
 from headprune.surgery.cut import cut
 from headprune.surgery.cutting import Cutting, changed_shapes
 from headprune.surgery.manifest import file_digest, write_manifest
@@ -79,10 +80,12 @@ def prune_folder(
     UnsupportedModel where the weights of an attention lie in the files in another form than in memory. `source` is only read,
     and `target` appears when it is complete.
     """
+    check_arguments(prune_folder, locals())
     source, target = Path(source), refuse_replacing(target)
     if source.resolve().is_relative_to(target.resolve()):
         raise InvalidInput(f"{target} {'holds' if source.resolve() != target.resolve() else 'is'} the source; give another folder.")
     get_solver(compensation)
+    refuse_uncompensated(calibration, feed_forward)
     shards, model = open_shards(source), skeleton(source)
     check_plan(plan, model)
     sites = {site.name: site for site in attention_sites(model)}

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput
+from headprune.arguments import check_arguments, check_options, keywords
+from headprune.errors import InvalidInput, whole_number
 from headprune.models import attention_sites
 from headprune.models.batches import several
 from headprune.models.padding import as_given
@@ -58,6 +59,11 @@ def search_plan(
     Raises InvalidInput where there are no batches, InvalidPlan where the scores are of another model; what `hp.plan` raises.
     """
     model = plain_module(model)
+    check_arguments(search_plan, locals())
+    check_options("search_plan", options, keywords(plan, search_plan))
+    whole_number("trials", trials)
+    if tokens is not None:
+        whole_number("tokens", tokens)
     plan(scores, budget, **options).check_fits(model)
     chosen, every = search_batches(batches, tokens)
     with own_attention(model):

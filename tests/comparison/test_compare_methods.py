@@ -147,7 +147,7 @@ def test_without_fine_tune_and_timing_their_columns_are_gone():
         ({"heads": 1.0}, "heads is 1.0; expected"),
         ({"heads": 0.0}, "above 0"),
         ({"heads": 0.01}, "removes no parameter"),
-        ({"steps": -1}, "steps=-1"),
+        ({"steps": -1}, "steps is -1; expected a whole number, 0 or more"),
         ({"lr": -1.0}, r"lr is -1\.0"),
         ({"criterion": "fihser"}, "Did you mean 'fisher'"),
     ],

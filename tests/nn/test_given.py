@@ -69,5 +69,5 @@ def test_torch_layers_swapped_in_inference_mode_can_be_trained():
 @pytest.mark.parametrize("given", [None, "minilm", {"model": 1}])
 def test_what_is_no_model_is_named(given):
     for act in (hp.attention_sites, lambda it: hp.score(it, BATCHES), lambda it: hp.cut(it, KEEP), lambda it: hp.save(it, "out")):
-        with pytest.raises(hp.InvalidInput, match=r"the model is .*; expected a torch\.nn\.Module"):
+        with pytest.raises(hp.InvalidInput, match=r"model is .*; expected a torch\.nn\.Module"):
             act(given)

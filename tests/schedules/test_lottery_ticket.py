@@ -133,7 +133,7 @@ def test_bad_input_is_refused_before_training():
         schedules.lottery_ticket(rewind_step=3, **calls)
     with pytest.raises(InvalidInput, match="both say"):
         schedules.lottery_ticket(rewind_step=3, early=tiny(), **calls)
-    with pytest.raises(InvalidInput, match="recover"):
+    with pytest.raises(InvalidInput, match=r"is trained again after each cut; give recover=RecoverySettings\(steps=\.\.\.\)"):
         schedules.lottery_ticket(**{**calls, "recover": None})
     with pytest.raises(InfeasibleBudget):
         schedules.lottery_ticket(min_heads=3, **calls)

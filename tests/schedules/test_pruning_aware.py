@@ -127,7 +127,7 @@ def test_bad_input_is_named_before_training():
     calls = {"batches": batches(), "budget": hp.Budget(heads=0.5), "loss_fn": loss}
     with pytest.raises(InvalidInput, match=r"hard_concret.*hard_concrete"):
         schedules.pruning_aware(tiny(), method="hard_concret", **calls)
-    with pytest.raises(InvalidInput, match="steps=0"):
+    with pytest.raises(InvalidInput, match="steps is 0; expected a whole number, 1 or more"):
         schedules.pruning_aware(tiny(), steps=0, **calls)
     with pytest.raises(InfeasibleBudget):
         schedules.pruning_aware(tiny(), min_heads=3, **calls)
