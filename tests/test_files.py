@@ -1,5 +1,6 @@
 """What replaces folders and refuses places, whatever happens meanwhile."""
 
+import json
 import os
 
 import pytest
@@ -7,7 +8,11 @@ from tiny_models import bert
 
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.files import finite, refuse_replacing, refuse_unwritable, whole_folder
+from headprune.planning import Sensitivity
+from headprune.planning.latency_table import LatencyTable
+from headprune.scoring import HeadScores, Portraits
 from headprune.surgery import save
+from headprune.sweep import Sweep
 
 
 @pytest.mark.parametrize(("error", "told"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError, HeadpruneError)])
@@ -68,3 +73,15 @@ def test_places_are_refused_before_the_work(tmp_path):
 
 def test_json_has_null_where_a_number_is_not_finite():
     assert finite({"a": [1.0, float("nan")], "b": (float("inf"), "x")}) == {"a": [1.0, None], "b": [None, "x"]}
+
+
+@pytest.mark.parametrize("kind", [HeadScores, LatencyTable, Portraits, Sensitivity, Sweep])
+def test_a_file_that_lacks_something_is_named(tmp_path, kind):
+    path = tmp_path / "file.json"
+    path.write_text("{}")
+    with pytest.raises(InvalidInput, match="holds something else; expected a") as caught:
+        kind.load(path)
+    name = str(caught.value).removesuffix(" file.").rpartition(" ")[2]
+    path.write_text(json.dumps({"kind": name, "schema_version": 1, "sites": {"a": [{}]}}))
+    with pytest.raises(InvalidInput, match=rf"file\.json is not a complete {name} file: "):
+        kind.load(path)

@@ -12,7 +12,7 @@ from headprune import run as run_module
 from headprune import run_values
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.planning import PruningPlan
-from headprune.recipe import RecoverSection, ReportSection, parse_recipe
+from headprune.recipe import RecoverSection, ReportSection, load_recipe, parse_recipe
 from headprune.report.progress import Stages
 from headprune.report.run_folder import read_run
 from headprune.scoring import HeadScores, observe
@@ -79,6 +79,27 @@ def test_a_recovery_needs_one_budget():
         parse_recipe({**content, "recover": {"steps": 2, "method": "lore"}}, "test")
     with pytest.raises(InvalidInput, match="Did you mean 'minutes'"):
         parse_recipe({**content, "recover": {"minuts": 2}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("model: [", (), "recipe .* is not YAML: "),
+        ("- model", (), "recipe .* holds no keys; expected model, task, output"),
+        ("model: bert", ["plan.budget.heads"], r"override 'plan\.budget\.heads': expected section\.key=value, for example"),
+        ("model: bert", ["model.name=3"], "override 'model.name=3': model is no section"),
+        ("model: bert", ["output=["], r"override 'output=\[': '\[' is not a YAML value"),
+        (
+            "model: bert",
+            ["task.name=t", "output=o", "plan.budget.latency=0.2"],
+            "a recipe has no latency table.* name it as plan.file",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_says_where(tmp_path, text, overrides, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InvalidInput, match=message):
+        load_recipe(tmp_path / "recipe.yaml", overrides)
 
 
 def test_feed_forwards_are_re_solved_only_together_with_the_projections():

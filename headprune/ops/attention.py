@@ -128,7 +128,7 @@ def attention(
             head_map,
             causal,
             window or 0,
-            1 / math.sqrt(query.shape[3]) if scale is None else scale,
+            1 / math.sqrt(query.shape[-1]) if scale is None else scale,
             softcap or 0.0,
             bias,
             alibi_slopes,

@@ -68,7 +68,7 @@ def attention_decode(
             page_table,
             head_map,
             window or 0,
-            1 / math.sqrt(query.shape[3]) if scale is None else scale,
+            1 / math.sqrt(query.shape[-1]) if scale is None else scale,
             softcap or 0.0,
             alibi_slopes,
             sinks,

@@ -133,7 +133,7 @@ def attention_varlen(
             head_map,
             causal,
             window or 0,
-            1 / math.sqrt(query.shape[2]) if scale is None else scale,
+            1 / math.sqrt(query.shape[-1]) if scale is None else scale,
             softcap or 0.0,
             alibi_slopes,
             sinks,

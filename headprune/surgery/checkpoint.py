@@ -29,7 +29,8 @@ from headprune.surgery.saved_with_code import SavedWithCode, save_with_code
 
 Plain = TypeVar("Plain", bound=nn.Module)
 SAVE_OPTIONS = {*signature(PreTrainedModel.save_pretrained).parameters, *signature(PreTrainedModel.push_to_hub).parameters}
-SAVE_OPTIONS = SAVE_OPTIONS - {"self", "save_directory", "kwargs"} | {"safe_serialization"}  # which is what transformers 5 does
+SAVE_OPTIONS -= {"self", "save_directory", "kwargs"}
+SAVE_OPTIONS |= {"safe_serialization"}  # transformers 5 knows no other way
 
 
 def save(

@@ -120,12 +120,18 @@ def test_the_output_is_laid_out_token_by_token():
         ({"gate": torch.ones(3)}, "gate has shape"),
         ({"key_mask": torch.ones(2, 9)}, "key_mask is torch.float32"),
         ({"bias": torch.ones(2, 5, 5, 9)}, "bias has shape"),
+        ({"bias": torch.ones(2, 7, 5, 9, dtype=torch.int64)}, "bias is torch.int64; expected a floating type"),
+        ({"query": torch.ones(7, 5, 16)}, r"query has shape \[7, 5, 16\]; expected 4 dimensions \[batch, heads, length, dim\]"),
+        (
+            {"query": torch.ones(2, 7, 10, 16).double(), "causal": True},
+            r"causal attention needs kv_len >= query_len .*; got 9 < 10",
+        ),
         ({"window": -1}, "window=-1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, names):
     with pytest.raises(InvalidInput, match=names):
-        ops.attention(*inputs(), **{"head_map": RAGGED, **change})
+        ops.attention(**{**dict(zip(("query", "key", "value"), inputs())), "head_map": RAGGED, **change})
 
 
 def test_an_unknown_backend_is_refused():

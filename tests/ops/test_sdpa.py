@@ -113,6 +113,11 @@ def test_arguments_that_do_not_fit_are_named(options, names):
         ops.scaled_dot_product_attention(*tensors(), **options)
 
 
+def test_vectors_are_named():
+    with pytest.raises(InvalidInput, match="query, key, value have 1, 4, 4 dimensions; expected 2 or more"):
+        ops.scaled_dot_product_attention(torch.ones(8), *tensors()[1:])
+
+
 def test_heads_that_do_not_broadcast_are_named():
     with pytest.raises(InvalidInput, match="heads"):
         ops.scaled_dot_product_attention(*tensors((2, 4, 5, 8), (2, 2, 7, 8)))

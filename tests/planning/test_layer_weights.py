@@ -59,6 +59,11 @@ def test_no_more_is_tried_than_asked_for():
         search_layer_weights(scores_of(4), Budget(heads=0.5), error, trials=0)
 
 
+def test_an_allocation_on_which_weights_have_no_effect_is_refused():
+    with pytest.raises(InvalidInput, match="every layer loses the same share; take another allocation"):
+        search_layer_weights(scores_of(3), Budget(heads=0.5), far_from([1, 2, 5])[0], allocation="uniform")
+
+
 def test_an_error_that_is_no_number_is_refused():
     with pytest.raises(InvalidInput, match="error of a plan is NaN"):
         search_layer_weights(scores_of(3), Budget(heads=0.5), lambda plans: [float("nan") for _ in plans])

@@ -207,6 +207,12 @@ def test_a_plan_that_names_a_site_twice_is_refused(tmp_path):
         PruningPlan.load(path)
 
 
+def test_a_plan_names_the_sites_of_its_shapes():
+    whole = PruningPlan.from_keep(llama(), {})
+    with pytest.raises(InvalidPlan, match=r"a plan must name every site once; it differs at \['model\.layers\.1\.self_attn'\]"):
+        PruningPlan({"model.layers.0.self_attn": [0]}, whole.shapes)
+
+
 def test_a_pickled_plan_is_refused_without_being_opened(tmp_path):
     import pickle
 

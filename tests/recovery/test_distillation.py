@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
+from tiny_decoders import decoder
 
 import headprune as hp
 from headprune.errors import InvalidInput
@@ -216,6 +217,33 @@ def with_vocabulary(size):
     return LlamaForCausalLM(LlamaConfig(**{**dense.config.to_dict(), "vocab_size": size}))
 
 
+SITE = "model.layers.1.self_attn"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"embedding": 1.0}, r"has no last_hidden_state; give Distillation\(embed=\.\.\.\) or use logits"),
+        ({"relations": 1.0, "relation_sites": ["model.layers.1.self_atn"]}, rf"unknown attention site .*Did you mean '{SITE}'"),
+        ({"relations": 1.0, "relation_heads": 7}, f"{SITE}: relation_heads=7 does not divide the .* query features of the student"),
+        ({"relations": 1.0, "relation_sites": [SITE]}, f"{SITE} has lost all its heads.*name other relation_sites"),
+    ],
+)
+def test_terms_that_the_models_do_not_have_are_named(setting, message):
+    dense, pruned = pruned_llama()
+    if "lost" in message:
+        hp.cut(pruned, {SITE: []})
+    with pytest.raises(InvalidInput, match=message):
+        hp.recovery.loss(pruned, text_batches()[0], dense, hp.Distillation(**setting))
+
+
+def test_a_teacher_of_another_width_is_refused():
+    _, pruned = pruned_llama()
+    wide = decoder("llama", hidden_size=64)
+    with pytest.raises(InvalidInput, match=r"the student gives \[.*, 32\], the teacher \[.*, 64\]; .* Use logits or relations"):
+        hp.recovery.loss(pruned, text_batches()[0], wide, hp.Distillation(hidden=1.0))
+
+
 def test_a_teacher_with_other_layers_is_refused():
     _, pruned = pruned_llama()
     with pytest.raises(InvalidInput, match=r"has no attention model\.layers\.1"):
@@ -233,5 +261,7 @@ def test_weights_that_say_nothing_are_refused():
         hp.Distillation()
     with pytest.raises(InvalidInput, match="expected more than 0"):
         hp.Distillation(logits=-1.0)
+    with pytest.raises(InvalidInput, match="temperature is 0; expected more than 0"):
+        hp.Distillation(logits=1.0, temperature=0)
     with pytest.raises(InvalidInput, match="unknown distillation term"):
         hp.Distillation(more={"logit": 1.0})

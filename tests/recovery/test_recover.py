@@ -301,6 +301,19 @@ def test_bad_arguments_are_named(options, message):
         hp.recover(model, text_batches(), **options)
 
 
+def test_what_gives_nothing_to_train_is_named():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    _, model = pruned_llama()
+    with pytest.raises(InvalidInput, match="the data do not tell how many they are; give steps or minutes"):
+        hp.recover(model, Endless())
+    model.requires_grad_(False)
+    with pytest.raises(InvalidInput, match=r"no parameter of LlamaForCausalLM asks for gradients; call requires_grad_\(\)"):
+        hp.recover(model, text_batches(), steps=1)
+
+
 def test_a_model_does_not_teach_itself():
     _, model = pruned_llama()
     with pytest.raises(InvalidInput, match="the teacher is the model itself"):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from pruned_pairs import pruned_bert, pruned_classifier, pruned_llama, text_batches
 from safetensors.torch import save_file
+from tiny_decoders import decoder
 from tiny_models import bert, llama
 
 import headprune as hp
@@ -25,6 +26,15 @@ def by_hand(early, name, tensor):
             features = torch.cat([torch.arange(8 * head, 8 * head + 8) for head in chosen])
             return found[:, features] if "o_proj" in name else found[features]
     return found
+
+
+def wider():
+    return decoder("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8, intermediate_size=64, attention_bias=False)
+
+
+def written(path):
+    path.write_text("{")
+    return path
 
 
 def save_folder(model, folder):
@@ -135,6 +145,10 @@ def other_cut(folder):
         (other_cut, "pruned to other heads"),
         (wrong_file, "does not fit"),
         (lambda folder: folder / "nothing", "does not exist"),
+        (lambda folder: written(folder / "broken.safetensors"), r"broken\.safetensors cannot be read: "),
+        (lambda folder: written(folder / "config.json").parent, "the rewind checkpoint .* does not load: .* is no model folder"),
+        (lambda folder: decoder("llama", hidden_size=64, num_attention_heads=8).state_dict(), "does not fit .*: .*size mismatch"),
+        (lambda folder: save_folder(wider(), folder / "m"), r"mlp.* is \[64, 32\] there .*, \[48, 32\] here\. Give an earlier"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(source, message, tmp_path):
@@ -143,6 +157,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(source, m
     with pytest.raises(InvalidInput, match=message):
         hp.recovery.rewind_weights(model, source(tmp_path))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rates_are_repeated_over_some_steps():
+    with pytest.raises(InvalidInput, match="first=3, last=3: expected 0 <= first < last"):
+        hp.recovery.RateRewind(lambda step: 1e-4, 3, 3)
 
 
 def test_a_plain_state_dict_of_another_shape_asks_for_the_module():

@@ -132,7 +132,9 @@ def test_a_target_below_the_minimum_is_refused_before_anything_runs():
         schedules.iterative(tiny(), batches(), hp.Budget(heads=0.7), min_heads=2, loss_fn=lambda *_: pytest.fail("ran"))
     with pytest.raises(InvalidInput, match="min_heads"):
         schedules.one_shot(tiny(), batches(), hp.Budget(heads=0.6), min_head=2, loss_fn=loss)
-    with pytest.raises(InvalidInput, match="max_drop"):
+    with pytest.raises(InvalidInput, match=r"max_drop is -0\.1; expected the share of the quality that may be lost"):
+        schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), max_drop=-0.1, loss_fn=loss)
+    with pytest.raises(InvalidInput, match="max_drop needs a quality: give metric=, loss_fn=, or batches with labels"):
         schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), max_drop=0.1, criterion="magnitude_l2")
 
 

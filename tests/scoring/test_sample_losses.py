@@ -89,6 +89,13 @@ def test_an_unknown_loss_asks_for_loss_fn():
         OwnLoss()(model, {**padded(), "labels": classes(5)})
 
 
+def test_a_loss_that_is_not_finite_is_named():
+    model = llama()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(InvalidInput, match="the loss of LlamaForCausalLM is NaN or infinite on a batch; look for empty labels"):
+        OwnLoss()(model, {"input_ids": tokens(), "labels": tokens()})
+
+
 @pytest.mark.parametrize(("batch", "names"), [({"input_ids": tokens()}, "put labels into the batches"), (3, "a batch is a int")])
 def test_no_loss_is_named(batch, names):
     with pytest.raises(InvalidInput, match=names):

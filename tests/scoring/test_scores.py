@@ -1,11 +1,14 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import bert, llama, tokens
 
 from headprune import scoring
 from headprune.errors import CorruptCheckpoint, InvalidInput
 from headprune.models import attention_sites, gated
 from headprune.scoring import HeadScores, Need, Observations
+
+SITE = "model.layers.1.self_attn"
 
 
 def language_batches(count: int = 3, batch: int = 4) -> list[dict]:
@@ -176,11 +179,41 @@ def test_gating_a_head_of_score_zero_costs_nothing():
         ({"criterion": "fisher", "loss_fn": lambda model, batch: torch.tensor(1.0, requires_grad=True)}, "not reached"),
         ({"criterion": "fisher", "batches": [{"input_ids": tokens()}]}, "no loss"),
         ({"criterion": "fisher", "batches": [3]}, "expected a dict"),
+        ({"criterion": []}, r"criterion is \[\]; expected the name of one or a list of names; hp\.criteria\(\) has them"),
+        ({"criterion": "fisher", "loss_fn": scoring.causal_losses, "batches": [{"input_ids": tokens()}]}, "has no labels"),
+        ({"criterion": "fisher", "distributed": "all"}, "unknown value of distributed 'all'"),
     ],
 )
 def test_bad_input_is_named(arguments, names):
     with pytest.raises(InvalidInput, match=names):
         scoring.score(llama(), **{"batches": language_batches(1), **arguments})
+
+
+def test_observations_that_do_not_fit_are_named(tmp_path):
+    observed = scoring.observe(llama(), language_batches(1), {Need.GRAM})
+    for other in (llama(layers=1), llama(query_heads=4)):
+        with pytest.raises(InvalidInput, match="observations of different models cannot be merged"):
+            observed + scoring.observe(other, language_batches(1), {Need.GRAM})
+    with pytest.raises(InvalidInput, match=r"fisher needs gate_gradient, which was not observed at model.*; observe with needs="):
+        scoring.score_observations(observed, "fisher")
+    save_file({}, tmp_path / "other.safetensors")
+    with pytest.raises(InvalidInput, match=r"other\.safetensors holds no observations that this headprune reads"):
+        Observations.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda values: values.popitem(), "scores and shapes must name the same sites"),
+        (lambda values: values.update({SITE: torch.ones(3)}), rf"scores of {SITE} have shape \[3\]; expected \[8\]"),
+    ],
+)
+def test_scores_that_do_not_fit_their_sites_are_named(change, names):
+    scores = scoring.score(llama(), criterion="random")
+    values = dict(scores)
+    change(values)
+    with pytest.raises(InvalidInput, match=names):
+        HeadScores("random", values, scores.shapes)
 
 
 def test_nan_scores_are_refused_with_their_heads():
