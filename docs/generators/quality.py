@@ -14,7 +14,7 @@ from quality import published, torch_pruning_heads  # noqa: F401 (they register 
 from quality.methods import methods
 
 PICTURES = Path(__file__).parents[1] / "pictures"
-DRAWS, COMPENSATED = PICTURES / "draws.json", PICTURES / "compensated.json"
+DRAWS = PICTURES / "draws.json"
 
 
 def measured() -> dict[str, dict]:
@@ -50,18 +50,3 @@ def draws() -> str:
         for name, cells in by_criterion.items()
     ]
     return table(["criterion", *(f"{count} pairs" for count in pairs)], rows, right=len(pairs))
-
-
-@generator("compensated")
-def compensated() -> str:
-    """Quality by criterion, with and without compensation, best compensated first."""
-    found = json.loads(COMPENSATED.read_text(encoding="utf-8"))
-    ways = list(dict.fromkeys((row["allocation"], row["compensated"]) for row in found["rows"]))
-    cells: dict[str, dict[tuple, float]] = {}
-    for row in found["rows"]:
-        cells.setdefault(row["criterion"], {})[row["allocation"], row["compensated"]] = row["of_dense"]
-    heads = [f"{allocation}, {'compensated' if done else 'cut alone'}" for allocation, done in ways]
-    order = sorted(cells, key=lambda name: -cells[name].get(("global", True), 0))
-    rows = [[f"`{name}`", *(f"{cells[name][way]:.3f}" if way in cells[name] else "" for way in ways)] for name in order]
-    told = f"MRR over that of the dense model, {found['heads']:.0%} of the heads gone, {found['pairs']} validation pairs, one draw:"
-    return f"{told}\n\n{table(['criterion', *heads], rows, right=len(ways))}"

@@ -133,11 +133,14 @@ def refuse_infeasible(selection: Selection, sites: list[str], cost: int, target:
     everything = sum(selection.full_cost(site) for site in selection.kept)
     most = (full - cost) / max(full + budget.fixed_cost * full // max(everything, 1), 1)
     where = f"over {len(sites)} sites" if len(sites) > 1 else f"at {sites[0]}"
+    unit, size = UNITS.get(budget.quantity, (budget.quantity, 1))
+    least, whole, allowed = (f"{amount / size:.3g}" if size > 1 else str(amount) for amount in (cost, full, target))
+    allowed = f"{allowed} allowed" if target >= 0 else "none allowed, as the rest of the model takes more than the budget"
     raise InfeasibleBudget(
-        f"{budget} cannot be met: {cost} of {full} {UNITS.get(budget.quantity, budget.quantity)} are left {where}, {target} "
-        f"allowed. The nearest budget that can be met is {budget.quantity}={math.floor(1e4 * most) / 1e4:g}; or lower min_heads "
-        f"(now {selection.min_heads}) or what is protected."
+        f"{budget} cannot be met: {least} of {whole} {unit} are left {where}, {allowed}. The nearest budget that can be met is "
+        f"{budget.quantity}={math.floor(1e4 * most) / 1e4:g}; or lower min_heads (now {selection.min_heads}) or what is protected."
     )
 
 
-UNITS = {"kv_cache": "cache entries per token", "flops": "FLOPs", "latency": "ns", "params": "parameters"}
+# What costs are told in, and how many of the cost's own units that is.
+UNITS = {"kv_cache": ("cache entries per token", 1), "flops": ("FLOPs", 1), "latency": ("ms", 10**6), "params": ("parameters", 1)}

@@ -61,6 +61,16 @@ def test_a_latency_budget_counts_the_whole_model_by_the_measured_table(allocatio
     assert found.removed_heads == {"optimal": 4, "global": 5, "uniform": 6}[allocation]
 
 
+def test_a_latency_that_cannot_be_met_is_told_in_milliseconds():
+    scores, measured = table(rest=10**6)
+    with pytest.raises(
+        InfeasibleBudget, match=r"0\.0006 of 0\.002 ms are left over 2 sites, none allowed, as the rest of the model"
+    ):
+        plan(scores, Budget(latency=0.9, table=measured))
+    with pytest.raises(InfeasibleBudget, match=r"0\.0006 of 0\.002 ms are left over 2 sites, 0\.0005 allowed"):
+        plan(scores, Budget(latency=0.5, table=table()[1]))
+
+
 def test_tables_survive_the_disk_and_name_what_does_not_fit(tmp_path):
     scores, measured = table()
     measured.save(tmp_path / "latency.json")
