@@ -25,7 +25,7 @@ LAYERS = [
     {"ops"},
     {"kernels"},
     {"head_map", "settings"},
-    {"files", "version", "arguments"},
+    {"files", "version", "arguments", "processor"},
     {"errors"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
