@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from headprune.arguments import is_path
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
 
 SCHEMA_VERSION = 1
@@ -22,7 +23,7 @@ _DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used
 
 def path_of(given: Any) -> Path:
     """`given` as a path. InvalidInput where it is none."""
-    if not isinstance(given, (str, os.PathLike)):
+    if not is_path(given):
         raise InvalidInput(f"the path is {given!r:.80}; expected the name of a file.")
     return Path(given)
 

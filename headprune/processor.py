@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 def processor_name() -> str:
     """Its name, with family and model where Linux tells them: rented processors of several generations share one name."""
@@ -18,9 +20,9 @@ def is_amd() -> bool:
     return "AuthenticAMD" in cpuinfo().get("vendor_id", platform.processor())
 
 
-def cpuinfo(told: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+def cpuinfo() -> dict[str, str]:
     """What Linux says of the first processor; elsewhere nothing."""
-    if not told.exists():
+    if not CPUINFO.exists():
         return {}
-    pairs = (line.partition(":") for line in told.read_text().split("\n\n")[0].splitlines())
+    pairs = (line.partition(":") for line in CPUINFO.read_text().split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}

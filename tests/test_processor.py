@@ -4,7 +4,7 @@ from headprune import processor
 def told(tmp_path, monkeypatch, text):
     path = tmp_path / "cpuinfo"
     path.write_text(text)
-    monkeypatch.setattr(processor.cpuinfo, "__defaults__", (path,))
+    monkeypatch.setattr(processor, "CPUINFO", path)
 
 
 def test_generations_of_one_name_differ(tmp_path, monkeypatch):

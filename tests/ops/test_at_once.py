@@ -49,6 +49,8 @@ def operators_run(function) -> set[str]:
 def test_nothing_sees_a_plain_call(name):
     tensors = [torch.nn.Parameter(tensor) for tensor in inputs()]  # what asks for gradients does so only where they are recorded
     assert operators_run(lambda: OPERATORS[name](*tensors)) == set()
+    with SeenFunctions():  # the dispatcher's calls are seen where there are some
+        assert operators_run(lambda: OPERATORS[name](*tensors)) == {name}
     with torch.inference_mode():
         assert operators_run(lambda: OPERATORS[name](*inputs())) == set()
 
