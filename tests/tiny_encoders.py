@@ -49,6 +49,9 @@ ENCODERS = {
     "bert": encoder("Bert", **QUIET),
     "roberta": encoder("Roberta", **QUIET),
     "electra": encoder("Electra", embedding_size=16, **QUIET),
+    "albert": encoder(
+        "Albert", embedding_size=16, num_hidden_groups=2, classifier_dropout_prob=0.0, num_hidden_layers=4, **QUIET
+    ),
     "distilbert": Family(
         "DistilBertForTokenClassification",
         "DistilBertConfig",

@@ -1,4 +1,4 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), DeBERTa, DistilBERT."""
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), DeBERTa, DistilBERT, ALBERT."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
+from headprune.models.emptied import Emptied, EmptiedAlbert
 from headprune.models.head_counts import set_head_counts
 from headprune.models.site import AttentionSite, Foreign, Kind, Role, contiguous_heads
 from headprune.models.specialise import empty
@@ -21,13 +22,15 @@ class Named:
     """Paths below the attention module; there is one key/value head per query head.
 
     projections: in the order of ROLES. inner: the part that computes the attention, where the output projection stands beside
-    it ("" = the module itself). more: further projections with a slice per head, which a module may lack.
+    it ("" = the module itself). more: further projections with a slice per head, which a module may lack. emptied: what becomes of
+    an attention without heads.
     """
 
     name: str
     projections: tuple[str, str, str, str]
     inner: str = ""
     more: tuple[tuple[Role, str], ...] = ()
+    emptied: type[Emptied] = Emptied
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         parts = [*zip(ROLES, self.projections), *((role, path) for role, path in self.more if at(module, path) is not None)]
@@ -45,7 +48,7 @@ class Named:
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.dispatcher, head_map, site.head_dim)
         if not head_map.query_heads:
-            empty(site.dispatcher, None if self.inner else self.projections[3])
+            empty(site.dispatcher, None if self.inner else self.projections[3], self.emptied)
 
 
 def at(module: Foreign, path: str) -> Foreign:
@@ -62,3 +65,5 @@ register_adapter(
     )
 )  # fmt: skip
 register_adapter(Named("distilbert", ("q_lin", "k_lin", "v_lin", "out_lin")))
+# One module is several layers: what it loses they all lose.
+register_adapter(Named("albert", ("query", "key", "value", "dense"), emptied=EmptiedAlbert))

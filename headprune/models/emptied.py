@@ -48,6 +48,17 @@ class EmptiedBloom(Emptied):
         return residual + F.dropout(output, self.hidden_dropout, self.training), weights
 
 
+class EmptiedAlbert(Emptied):
+    """ALBERT's attention adds the residual and normalises."""
+
+    output_dropout: nn.Module
+    LayerNorm: nn.Module
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        residual = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return self.LayerNorm(residual + self.output_dropout(output)), weights
+
+
 class EmptiedTimm(Emptied):
     """timm's attention returns its output alone."""
 
