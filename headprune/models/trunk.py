@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
 
 from headprune.errors import UnsupportedModel
@@ -61,18 +62,21 @@ def trunk_of(model: nn.Module) -> Trunk:
 
 
 class _Entered(Exception):
-    """Stops a pass once the last layer's call is known."""
+    """Stops a pass behind the last layer."""
 
 
 @torch.no_grad()
 def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
-    """What `run`, one pass of the model, hands to the layers. Of these only the first one runs.
+    """What `run`, one pass of the model, hands to the layers. Of these only the first one runs; the pass ends with the call of the
+    module that comes behind the last.
 
-    Raises UnsupportedModel where a layer is called more or less than once, or gives on more than the states.
+    Raises UnsupportedModel where the layers are not called once each in their order, or give on more than the states.
     """
+    once = f"expected each of the {len(trunk.layers)} layers of {trunk.name} once, in their order; load the model whole."
     calls: list[LayerCall] = []
     first: list[Tensor] = []
     alone: list[bool] = []
+    over: list[int] = []
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def on_cpu(leaf: Any) -> Any:
@@ -81,24 +85,30 @@ def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
 
     def noted(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
+            if index != len(calls):
+                raise UnsupportedModel(f"one pass calls layer {index} behind {len(calls)} others; {once}")
             states, kwargs = taken_apart(forward, args, kwargs)
             calls.append(tree_map(on_cpu, kwargs))
             if index == 0:
                 first.append(states)
                 alone.append(states_of(forward(states, **kwargs))[1])
-            if len(calls) == len(trunk.layers):
-                raise _Entered
+            over.append(index)
             return states if alone[0] else (states,)
 
         return stand_in
 
+    def behind(module: nn.Module, _args: Any) -> None:
+        if len(over) == len(trunk.layers) and module not in trunk.layers:
+            raise _Entered
+
     with ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(behind).remove)
         for index, layer in enumerate(trunk.layers):
             stack.enter_context(replaced_forward(layer, noted(index, layer.forward)))
         try:
             run()
         except _Entered:
-            return Entry(first[0].detach(), tuple(calls), alone[0])
+            pass
         except (IndexError, ValueError, TypeError) as error:
             if not calls or alone[0]:
                 raise
@@ -106,7 +116,9 @@ def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
                 f"the layers of {trunk.name} give on more than the states (a position bias, say); load the model whole instead of "
                 f"streaming it ({error})."
             ) from error
-    raise UnsupportedModel(f"one pass calls {len(calls)} of the {len(trunk.layers)} layers of {trunk.name}; expected each once.")
+    if len(over) < len(trunk.layers):
+        raise UnsupportedModel(f"one pass calls {len(over)} layers; {once}")
+    return Entry(first[0].detach(), tuple(calls), alone[0])
 
 
 @contextmanager

@@ -60,6 +60,20 @@ def test_layers_that_hand_on_a_position_bias_are_refused(tmp_path):
         hp.observe(hp.open_streamed(tmp_path / "model"), [batch], ["gram"])
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_layers_that_run_several_times_are_refused(groups, tmp_path):
+    """Layer by layer their second pass would never be made."""
+    sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 61}
+    config = transformers.AlbertConfig(**sizes, num_hidden_layers=4, num_hidden_groups=groups)
+    transformers.AlbertModel(config).save_pretrained(tmp_path / "model")
+    batch = {"input_ids": labelled()["input_ids"]}
+    with pytest.raises(UnsupportedModel, match="layer 0 behind 1 others; expected each"):
+        hp.observe(hp.open_streamed(tmp_path / "model"), [batch], ["gram"])
+    with torch.no_grad():
+        whole = transformers.AlbertModel.from_pretrained(tmp_path / "model")
+        assert torch.equal(hp.open_streamed(tmp_path / "model")(**batch)[0], whole(**batch)[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_layers_run_there_and_score_as_in_its_memory(tmp_path):
