@@ -15,7 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput, unknown_name
+from headprune.errors import HeadpruneError, InvalidInput, unknown_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,15 +30,20 @@ def check_arguments(of: Callable[..., Any], given: Mapping[str, Any]) -> None:
 
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, too often called to check its arguments first: they are looked at when it fails."""
+    """`function`, too often called to check its arguments first: they are looked at when it fails. What a kernel refuses (a length
+    beyond the cache) is InvalidInput too."""
 
     @wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> R:
         try:
             return function(*args, **options)
+        except HeadpruneError:
+            raise
         except (AttributeError, TypeError, RuntimeError):
             check_arguments(function, signature(function).bind(*args, **options).arguments)
             raise
+        except ValueError as error:
+            raise InvalidInput(str(error)) from error
 
     return run
 

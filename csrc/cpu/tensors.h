@@ -103,17 +103,23 @@ inline Held hold(const Tensor& query, const Tensor& key, const Tensor& value, co
   return hold(query, key, value, std::vector<Sequence>(query.size(0), {0, query.size(2), 0, key.size(2)}), options);
 }
 
+inline void check_starts(const char* name, const int32_t* starts, int64_t count, int64_t tokens) {
+  TORCH_CHECK_VALUE(count == 0 || starts[0] == 0, name, " begins with ", starts[0], "; expected 0, the first token.");
+  for (int64_t i = 1; i < count; ++i) {
+    TORCH_CHECK_VALUE(starts[i - 1] <= starts[i] && starts[i] <= tokens, name, "[", i, "] is ", starts[i], " behind ", starts[i - 1],
+                      "; expected starts that do not fall and end within the ", tokens, " tokens.");
+  }
+}
+
 // Sequence i has the rows cu_seqlens[i] up to cu_seqlens[i + 1].
 inline Held hold_packed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
                         const Tensor& cu_seqlens_k, const Options& options) {
   const Tensor starts_q = cu_seqlens_q.contiguous(), starts_k = cu_seqlens_k.contiguous();
   const int32_t *q = starts_q.const_data_ptr<int32_t>(), *k = starts_k.const_data_ptr<int32_t>();
+  check_starts("cu_seqlens_q", q, starts_q.numel(), query.size(0));
+  check_starts("cu_seqlens_k", k, starts_k.numel(), key.size(0));
   std::vector<Sequence> sequences;
-  for (int64_t i = 0; i + 1 < starts_q.numel(); ++i) {
-    TORCH_CHECK(0 <= q[i] && q[i] <= q[i + 1] && q[i + 1] <= query.size(0), "cu_seqlens_q does not fit the query's tokens");
-    TORCH_CHECK(0 <= k[i] && k[i] <= k[i + 1] && k[i + 1] <= key.size(0), "cu_seqlens_k does not fit the key's tokens");
-    sequences.push_back({q[i], q[i + 1] - q[i], k[i], k[i + 1] - k[i]});
-  }
+  for (int64_t i = 0; i + 1 < starts_q.numel(); ++i) sequences.push_back({q[i], q[i + 1] - q[i], k[i], k[i + 1] - k[i]});
   Held held = hold(as_one_batch(query), as_one_batch(key), as_one_batch(value), std::move(sequences), options);
   for (Operand* one : {&held.problem.query, &held.problem.key, &held.problem.value}) one->batch = 0;
   held.problem.numbers.batch = 0;
@@ -129,7 +135,7 @@ inline Held hold_cache(const Tensor& query, const Tensor& key_cache, const Tenso
   std::vector<Sequence> sequences;
   for (int64_t i = 0; i < query.size(0); ++i) {
     const int64_t length = counts.const_data_ptr<int32_t>()[i];
-    TORCH_CHECK(0 <= length && length <= capacity, "lengths[", i, "] is ", length, "; the cache holds 0 to ", capacity, " keys");
+    TORCH_CHECK_VALUE(0 <= length && length <= capacity, "lengths[", i, "] is ", length, "; the cache holds 0 to ", capacity, " keys.");
     sequences.push_back({0, query.size(2), 0, length});
   }
   Held held = hold(query, key_cache, value_cache, std::move(sequences), options);
@@ -142,7 +148,8 @@ inline Held hold_cache(const Tensor& query, const Tensor& key_cache, const Tenso
   for (int64_t i = 0; i < problem.batches; ++i) {
     for (int64_t page = 0; page * problem.page_size < problem.sequences[i].kv_len; ++page) {
       const int64_t number = problem.pages[i * pages + page];
-      TORCH_CHECK(0 <= number && number < key_cache.size(0), "page_table[", i, ", ", page, "] is ", number, " of ", key_cache.size(0), " pages");
+      TORCH_CHECK_VALUE(0 <= number && number < key_cache.size(0), "page_table[", i, ", ", page, "] is ", number, "; the cache has ",
+                        key_cache.size(0), " pages, from 0 up.");
     }
   }
   return held;

@@ -5,7 +5,7 @@ It forms the whole [query_len, kv_len] matrix and computes in fp32, or in fp64 w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headprune.errors import InvalidInput
 from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
 from headprune.ops.weight_slices import WeightCall
 
@@ -124,6 +125,8 @@ def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
     lse = call.query.new_full((heads, tokens), float("-inf"), dtype=torch.promote_types(call.query.dtype, torch.float32))
     outputs, packed = [], []
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    check_starts("cu_seqlens_q", starts_q, tokens)
+    check_starts("cu_seqlens_k", starts_k, call.key.shape[0])
     for index, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(starts_q), pairwise(starts_k))):
         one = AttentionCall(
             call.query[q0:q1].transpose(0, 1)[None],
@@ -143,6 +146,16 @@ def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.stats and packed:
         stats = torch.cat(packed, dim=1)
     return output, lse, stats
+
+
+def check_starts(name: str, starts: Sequence[int], tokens: int) -> None:
+    if starts and starts[0]:
+        raise InvalidInput(f"{name} begins with {starts[0]}; expected 0, the first token.")
+    for index, (before, start) in enumerate(pairwise(starts), 1):
+        if not before <= start <= tokens:
+            raise InvalidInput(
+                f"{name}[{index}] is {start} behind {before}; expected starts that do not fall and end within the {tokens} tokens."
+            )
 
 
 def attention_varlen_backward(

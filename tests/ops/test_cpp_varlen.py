@@ -106,8 +106,18 @@ def test_tokens_behind_the_last_sequence_give_zero():
     assert_matches_reference(make_call((), tail=3))
 
 
-def test_starts_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("forward", [attention_varlen_forward, reference.attention_varlen_forward], ids=["cpp", "reference"])
+def test_starts_that_do_not_fit_are_refused(forward):
     call = make_call()
-    for name, change in (("cu_seqlens_q", call.cu_seqlens_q + 1), ("cu_seqlens_k", call.cu_seqlens_k.flip(0))):
-        with pytest.raises(RuntimeError, match=name):
-            attention_varlen_forward(replace(call, **{name: change}))
+    starts, tokens = call.cu_seqlens_q, call.query.shape[0]
+    beyond, falling = starts.clone(), starts.flip(0)
+    beyond[-1], falling[0] = tokens + 1, 0
+    for change, message in (
+        (starts + 1, "cu_seqlens_q begins with 1; expected 0"),
+        (beyond, f"is {tokens + 1} behind .* within the {tokens} tokens"),
+        (falling, r"cu_seqlens_q\[2\] is .*; expected starts that do not fall"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forward(replace(call, cu_seqlens_q=change))
+    with pytest.raises(ValueError, match="cu_seqlens_k"):
+        forward(replace(call, cu_seqlens_k=call.cu_seqlens_k + 1))

@@ -84,6 +84,7 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
         ({"head_map": HeadMap.uniform(7)}, "key has shape"),
         ({"gate": torch.ones(2, 7)}, "gate has shape"),
         ({"softcap": -1.0}, "softcap=-1"),
+        ({"cu_seqlens_q": starts(LENGTHS_Q) + 1}, "cu_seqlens_q begins with 1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, names):
