@@ -2,6 +2,7 @@
 
     python bench/quality/compare.py                                        # everything; some hours on two cores
     python bench/quality/compare.py --models minilm --heads 0.5 --seeds 0 --methods fisher ours
+    python bench/quality/compare.py --all-pairs                            # MiniLM on more test pairs
     python bench/quality/compare.py --table                                # only writes the table of what is there
 
 Each row is written to the result file as it is measured, and is skipped when it is there (--again METHOD ... measures anew). A seed
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from machine import machine
 from quality import published, torch_pruning_heads  # noqa: F401 (they register their methods)
+from quality.all_pairs import AllPairs
 from quality.methods import Method, Planned, Refused, Setting, methods
 from quality.rows import Rows
 from quality.summary import write_summary
@@ -114,7 +116,8 @@ def run(arguments: argparse.Namespace, rows: Rows) -> None:
             }
             if not any(missing.values()):
                 continue
-            setting = Setting(name, model, build_task(EMBEDDED[name].task, tokenizer, seed=seed), seed)
+            task = AllPairs(tokenizer, seed) if arguments.all_pairs else build_task(EMBEDDED[name].task, tokenizer, seed=seed)
+            setting = Setting(name, model, task, seed)
             dense = dense_row(setting, rows)
             for method in chosen:
                 for row in measure(method, setting, missing[method.name], dense) if missing[method.name] else ():
@@ -132,10 +135,10 @@ def line(row: dict[str, Any]) -> str:
     return f"{start}  {row['of_dense']:7.3f} of dense  {seconds:6.1f} s  {row['peak_mb']:6.0f} MB  kept {row['kept']}"
 
 
-def result_file(machine: str) -> Path:
+def result_file(start: str) -> Path:
     """The newest of this machine, so that a run goes on over midnight."""
-    earlier = sorted(path for path in RESULTS.glob(f"quality-{machine}-*.json") if not path.name.endswith(".summary.json"))
-    return earlier[-1] if earlier else RESULTS / f"quality-{machine}-{datetime.date.today():%Y-%m-%d}.json"
+    earlier = sorted(path for path in RESULTS.glob(f"{start}-*.json") if not path.name.endswith(".summary.json"))
+    return earlier[-1] if earlier else RESULTS / f"{start}-{datetime.date.today():%Y-%m-%d}.json"
 
 
 def main() -> None:
@@ -145,16 +148,18 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", type=float, default=[0.25, 0.5, 0.65, 0.75], help="fractions to remove")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--again", nargs="+", default=[], metavar="METHOD", help="methods whose rows are measured anew")
+    parser.add_argument("--all-pairs", action="store_true", help="MiniLM alone, on all its test pairs (bench/quality/all_pairs.py)")
     parser.add_argument("--table", action="store_true", help="only write the table of the rows that are there")
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
-        help="default the newest bench/results/quality-<machine>-<date>.json, else a new one; .md beside it",
+        help="default the newest bench/results/quality-<machine>-<date>.json (all-pairs-...), else a new one; .md beside it",
     )
     arguments = parser.parse_args()
     found = machine("cpu")
-    arguments.output = arguments.output or result_file(found["slug"])
+    arguments.models = ["minilm"] if arguments.all_pairs else arguments.models
+    arguments.output = arguments.output or result_file(f"{'all-pairs' if arguments.all_pairs else 'quality'}-{found['slug']}")
     rows = Rows(arguments.output, found)
     if not arguments.table:
         torch.manual_seed(0)

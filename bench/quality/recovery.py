@@ -4,9 +4,9 @@
     python bench/quality/recovery.py minilm --heads 0.5 0.75 -o recovery-minilm.json
     python bench/quality/recovery.py stdlib-lm --heads 0.5 -o recovery-stdlib-lm.json
 
-Every way starts from the recipe's plan; all but "none" and "rewinding" from the compensated model. Minutes are of the process's CPU
-time with one thread. Training texts come from the calibration half (MiniLM: both parts of its docstrings' pairs; the decoder:
-its training packages); quality is measured once, at the end.
+Every way starts from the recipe's plan; all but "none" and "rewinding" from the compensated model, its feed-forwards re-solved too.
+Minutes are of the process's CPU time with one thread. Training texts come from the calibration half (MiniLM: both parts of its
+docstrings' pairs; the decoder: its training packages); quality is measured once, at the end.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import copy
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from quality.all_pairs import AllPairs
 from torch import nn
 
 import headprune as hp
@@ -42,40 +45,37 @@ from headprune.sources import open_model
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it is recovered with. train: batches for the task's loss; taught: for distillation. feed_forward: whether
-    compensation re-solves feed-forwards too. arguments: more of hp.recover's. early: an earlier checkpoint, where there is one."""
+    """A model and what it is recovered with. arguments: more of hp.recover's. early: an earlier checkpoint, where there is one.
+    wider: the task with more test data, where there is one."""
 
     dense: nn.Module
     task: Any
     train: list[Any]
-    taught: list[Any]
     criterion: str
     distil: hp.Distillation
     rates: dict[str, float]
-    feed_forward: bool
     arguments: dict[str, Any]
     early: Callable[[], nn.Module]
+    wider: Any = None
 
 
 def minilm(validation: bool, seed: int) -> Subject:
-    """Batches as the task's, the sentences of some pairs, then their documents: 32 pairs of up to 48 tokens for the task's own
-    loss, which lives on the other documents of a batch, 16 of up to 96 for distillation (chosen on validation pairs, NOTES.md)."""
+    """Batches as the task's, the sentences of some pairs, then their documents: 32 pairs of up to 48 tokens, because the task's own
+    loss and the teacher's similarities live on the other documents of a batch (chosen on pairs of other packages, NOTES.md)."""
     dense, tokenizer = open_model("minilm")
     task = build_task("docstring-retrieval", tokenizer, validation=validation)
     pairs = docstring_pairs(validation)[0]
     random.Random(seed).shuffle(pairs)
     pairs = [pair for start in range(0, len(pairs), 256) for pair in sorted(pairs[start : start + 256], key=length)]
 
-    def batches(size: int, max_tokens: int) -> list[Any]:
-        groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-        texts = ([pair.query for pair in group] + [pair.document for pair in group] for group in shuffled(groups))
-        return [encoded(tokenizer, some, max_tokens) for some in texts]
-
+    groups = [pairs[start : start + 32] for start in range(0, len(pairs), 32)]
+    texts = ([pair.query for pair in group] + [pair.document for pair in group] for group in shuffled(groups))
+    batches = [encoded(tokenizer, some, 48) for some in texts]
     embed = lambda output, batch: pooled(output.last_hidden_state, batch["attention_mask"])  # noqa: E731
-    distil = hp.Distillation(hidden=1.0, embedding=1.0, similarity=1.0, embed=embed)
+    distil = hp.Distillation(similarity=1.0, embed=embed)
     arguments = {"bf16": torch.cpu._is_avx512_bf16_supported()}
-    train, taught = batches(32, 48), batches(16, 96)
-    return Subject(dense, task, train, taught, "fisher_least_squares", distil, RATES["minilm"], False, arguments, lambda: dense)
+    wider = None if validation else AllPairs(tokenizer, 0)
+    return Subject(dense, task, batches, "fisher_least_squares", distil, RATES["minilm"], arguments, lambda: dense, wider)
 
 
 def length(pair: Any) -> int:
@@ -96,7 +96,7 @@ def decoder(validation: bool, seed: int) -> Subject:
 
     distil = hp.Distillation(logits=1.0, hidden=0.5, temperature=1.0)
     early = lambda: early_decoder(tokenizer, stream)  # noqa: E731
-    return Subject(dense, task, batches, batches, "fisher", distil, RATES["stdlib-lm"], True, {}, early)
+    return Subject(dense, task, batches, "fisher", distil, RATES["stdlib-lm"], {}, early)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ RATES = {
         "full": 1e-4,
         "lora": 5e-4,
         "distillation": 1e-4,
-        "distillation_and_task": 5e-5,
+        "distillation_and_task": 1e-4,
         "rewinding": 1e-4,
         "lora_distillation": 5e-4,
         "lora_distillation_and_task": 3e-4,
@@ -152,26 +152,26 @@ def lora(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Reco
 
 def distillation(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     return hp.recover(
-        model, subject.taught, teacher=subject.dense, distil=subject.distil, lr=subject.rates["distillation"], **options
+        model, subject.train, teacher=subject.dense, distil=subject.distil, lr=subject.rates["distillation"], **options
     )  # fmt: skip
 
 
 def distillation_and_task(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     """What the teacher gives and the task's own loss, as Hinton et al. 2015 add them."""
     return hp.recover(
-        model, subject.taught, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
+        model, subject.train, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
         lr=subject.rates["distillation_and_task"], **options,
     )  # fmt: skip
 
 
 def lora_distillation(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     rate = subject.rates["lora_distillation"]
-    return hp.recover(model, subject.taught, teacher=subject.dense, distil=subject.distil, method="lora", lr=rate, **options)
+    return hp.recover(model, subject.train, teacher=subject.dense, distil=subject.distil, method="lora", lr=rate, **options)
 
 
 def lora_distillation_and_task(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     return hp.recover(
-        model, subject.taught, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
+        model, subject.train, loss_fn=subject.task.loss, teacher=subject.dense, distil=replace(subject.distil, task=1.0),
         method="lora", lr=subject.rates["lora_distillation_and_task"], **options,
     )  # fmt: skip
 
@@ -179,7 +179,7 @@ def lora_distillation_and_task(model: nn.Module, subject: Subject, options: dict
 def rewinding(model: nn.Module, subject: Subject, options: dict[str, Any]) -> hp.Recovery:
     """Distillation from the early weights (MiniLM comes without any: from the dense weights, uncompensated)."""
     return hp.recover(
-        model, subject.taught, teacher=subject.dense, distil=subject.distil, lr=subject.rates["rewinding"], rewind=subject.early(),
+        model, subject.train, teacher=subject.dense, distil=subject.distil, lr=subject.rates["rewinding"], rewind=subject.early(),
         **options,
     )  # fmt: skip
 
@@ -195,13 +195,13 @@ def rows(name: str, fractions: list[float], ways: list[str], minutes: float, see
     """One dict per fraction and way, as they are measured; the dense model first."""
     subject = SUBJECTS[name](validation, seed)
     task, split = subject.task, "validation" if validation else "test"
-    original = task.evaluate(subject.dense)
+    original, wider = task.evaluate(subject.dense), {} if subject.wider is None else subject.wider.evaluate(subject.dense)
     yield {"model": name, "split": split, "seed": seed, "heads": 0.0, "way": "dense", **original, "ratio": 1.0}
     scores = hp.score(subject.dense, task.calibration, subject.criterion, loss_fn=task.loss)
     for fraction in fractions:
         plan = hp.search_plan(subject.dense, scores, hp.Budget(heads=fraction), task.calibration, forward=task.readout).plan
         compensated = copy.deepcopy(subject.dense)
-        hp.prune(compensated, plan, task.calibration, forward=task.forward, feed_forward=subject.feed_forward)
+        hp.prune(compensated, plan, task.calibration, forward=task.forward, feed_forward=True)
         for way in ways:
             model = copy.deepcopy(compensated)
             if way == "none":
@@ -217,9 +217,14 @@ def rows(name: str, fractions: list[float], ways: list[str], minutes: float, see
             ratio = found[task.headline] / original[task.headline]
             yield {
                 "model": name, "split": split, "seed": seed, "heads": fraction, "way": way, **found,
-                "ratio": ratio if task.higher_is_better else 1 / ratio, "cpu_seconds": round(seconds, 1), "steps": steps,
-                "lr": subject.rates.get(way), "loss": loss,
+                "ratio": ratio if task.higher_is_better else 1 / ratio, **on_more_data(subject, model, wider),
+                "cpu_seconds": round(seconds, 1), "steps": steps, "lr": subject.rates.get(way), "loss": loss,
             }  # fmt: skip
+
+
+def on_more_data(subject: Subject, model: nn.Module, dense: dict[str, float]) -> dict[str, float]:
+    name = subject.task.headline
+    return {"ratio on more data": subject.wider.evaluate(model)[name] / dense[name]} if dense else {}
 
 
 def main() -> None:

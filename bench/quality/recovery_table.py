@@ -17,6 +17,7 @@ WAYS = {
     "distillation_and_task": "task + distilled", "lora_distillation": "LoRA, distilled",
     "lora_distillation_and_task": "LoRA, task + distilled", "rewinding": "rewound, distilled",
 }  # fmt: skip
+RATIOS = {"ratio": "", "ratio on more data": ", on all its test data"}
 
 
 def joined(files: list[Path]) -> list[Row]:
@@ -27,15 +28,19 @@ def joined(files: list[Path]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each fraction, a column for each way, for each model. Compensation and a mere cut hang on no seed."""
+    """For each model a line for each fraction, a column for each way; where more test data were read, those below. Compensation and
+    a mere cut hang on no seed."""
     lines = []
-    for model in sorted({row["model"] for row in rows}):
-        own = [row for row in rows if row["model"] == model and row["way"] != "dense"]
+    measured = [(model, ratio) for model in sorted({row["model"] for row in rows}) for ratio in RATIOS]
+    for model, ratio in measured:
+        own = [row for row in rows if row["model"] == model and row["way"] != "dense" and ratio in row]
         ways = list(dict.fromkeys(sorted((row["way"] for row in own), key=list(WAYS).index)))
-        lines += [f"**{model}**, quality over that of the dense model: mean ± standard deviation (seeds)", ""]
+        if not own:
+            continue
+        lines += [f"**{model}**, quality over that of the dense model{RATIOS[ratio]}: mean ± standard deviation (seeds)", ""]
         lines += [f"| heads gone | {' | '.join(WAYS[way] for way in ways)} |", f"| --- |{' ---: |' * len(ways)}"]
         for fraction in sorted({row["heads"] for row in own}):
-            cells = [cell([row["ratio"] for row in own if (row["heads"], row["way"]) == (fraction, way)]) for way in ways]
+            cells = [cell([row[ratio] for row in own if (row["heads"], row["way"]) == (fraction, way)]) for way in ways]
             lines.append(f"| {fraction:.0%} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from quality import published, torch_pruning_heads
+from quality.all_pairs import AllPairs
 from quality.compare import measure
 from quality.methods import WEIGHTS, Refused, Setting, even_plan, methods
 from quality.recovery_table import joined, table
@@ -175,7 +176,21 @@ def test_recoveries_are_joined_over_seeds_and_a_later_row_counts(tmp_path):
 
     files = [tmp_path / "first.json", tmp_path / "second.json"]
     files[0].write_text(json.dumps([row(0, "dense", 1.0), row(0, "none", 0.8), row(0, "full", 0.5)]))
-    files[1].write_text(json.dumps([row(0, "full", 0.9), row(1, "full", 1.0)]))
+    files[1].write_text(json.dumps([row(0, "full", 0.9), row(1, "full", 1.0) | {"ratio on more data": 0.7}]))
     lines = table(joined(files)).splitlines()
     assert lines[2] == "| heads gone | cut only | all weights |"
     assert lines[4] == "| 50% | 0.800 | 0.950 ± 0.071 (2) |"
+    assert lines[6].startswith("**minilm**, quality over that of the dense model, on all its test data")
+    assert lines[8:] == ["| heads gone | all weights |", "| --- | ---: |", "| 50% | 0.700 |"]
+
+
+def test_all_test_pairs_are_ranked_within_their_own_pool():
+    """The second pool's documents are nearer to every sentence than those of the first."""
+    task = object.__new__(AllPairs)
+    task.test = [SimpleNamespace(query="", document="")] * 1001
+    nearness = torch.cat([torch.full((501,), 0.5), torch.full((500,), 0.9)])
+    documents = torch.stack([nearness, (1 - nearness.square()).sqrt()], dim=1)
+    task.embed_all = lambda model, texts, progress: torch.cat([torch.tensor([[1.0, 0.0]]).expand(1001, 2), documents])
+    found = task.examples(None)["mrr"]
+    assert found.rows.shape == (1001, 1)
+    assert (found.rows == 1).all()
