@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-QUALITY = ("quality-", "recovery-", "schedules-")  # rows of bench/quality, which have a form of their own
+QUALITY = ("all-pairs-", "quality-", "recovery-", "schedules-")  # rows of bench/quality, which have a form of their own
 
 
 def main(arguments: list[str]) -> int:

@@ -25,7 +25,17 @@ def measured() -> dict[str, dict]:
 @generator("quality")
 def quality() -> str:
     """The table that `make quality` writes."""
-    path = newest("quality-*.md")
+    return written("quality-*.md")
+
+
+@generator("quality-all-pairs")
+def quality_on_all_pairs() -> str:
+    """The table of `bench/quality/compare.py --all-pairs`."""
+    return written("all-pairs-*.md")
+
+
+def written(pattern: str) -> str:
+    path = newest(pattern)
     return f"From `bench/results/{path.name}`:\n\n{path.read_text(encoding='utf-8').strip()}"
 
 

@@ -9,13 +9,13 @@ TESTED: dict[str, tuple[str, ...]] = {
     "headprune": ("VariableHeadAttention",),
     "timm": ("Attention", "WindowAttention"),
     "transformers": (
-        "BartAttention", "BertAttention", "BloomAttention", "CLIPAttention", "CohereAttention", "DebertaV2Attention",
-        "DeepseekV2Attention", "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention",
-        "FalconAttention", "GPT2Attention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention", "GptOssAttention",
-        "GraniteAttention", "LlamaAttention", "MBartAttention", "MistralAttention", "MixtralAttention", "ModernBertAttention",
-        "MptAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention",
-        "Qwen3MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention",
-        "ViTAttention", "WhisperAttention",
+        "AlbertAttention", "BartAttention", "BertAttention", "BloomAttention", "CLIPAttention", "CohereAttention",
+        "DebertaV2Attention", "DeepseekV2Attention", "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention",
+        "ElectraAttention", "FalconAttention", "GPT2Attention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention",
+        "GptOssAttention", "GraniteAttention", "LlamaAttention", "MBartAttention", "MistralAttention", "MixtralAttention",
+        "ModernBertAttention", "MptAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention",
+        "Qwen3Attention", "Qwen3MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention",
+        "T5Attention", "ViTAttention", "WhisperAttention",
     ),
 }  # fmt: skip
 
