@@ -36,7 +36,7 @@ class Distillation:
     attention: squared difference of what each attention adds to the residual stream.
     relations: MiniLMv2 (Wang et al. 2021): KL of softmax(Q Q^T / sqrt(d)), and of keys and values, at `relation_sites`.
     embedding: 1 - cosine of each text's embedding: the new ones stay comparable with the dense model's.
-    similarity: KL of the similarities inside a batch: alone it brings rankings back furthest, and leaves the dense model's space.
+    similarity: KL of the similarities inside a batch: it brings rankings back, and alone leaves the dense model's space.
     task: the loss that the model or loss_fn gives by itself.
     more: weights of terms registered with `distillation_term`.
 
