@@ -86,7 +86,7 @@ def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
     def noted(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             if index != len(calls):
-                raise UnsupportedModel(f"one pass calls layer {index} behind {len(calls)} others; {once}")
+                raise UnsupportedModel(f"call {len(calls) + 1} of one pass is of layer {index}, counted from 0; {once}")
             states, kwargs = taken_apart(forward, args, kwargs)
             calls.append(tree_map(on_cpu, kwargs))
             if index == 0:
@@ -117,7 +117,7 @@ def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
                 f"streaming it ({error})."
             ) from error
     if len(over) < len(trunk.layers):
-        raise UnsupportedModel(f"one pass calls {len(over)} layers; {once}")
+        raise UnsupportedModel(f"one pass makes {len(over)} calls of layers; {once}")
     return Entry(first[0].detach(), tuple(calls), alone[0])
 
 

@@ -67,7 +67,7 @@ def test_layers_that_run_several_times_are_refused(groups, tmp_path):
     config = transformers.AlbertConfig(**sizes, num_hidden_layers=4, num_hidden_groups=groups)
     transformers.AlbertModel(config).save_pretrained(tmp_path / "model")
     batch = {"input_ids": labelled()["input_ids"]}
-    with pytest.raises(UnsupportedModel, match="layer 0 behind 1 others; expected each"):
+    with pytest.raises(UnsupportedModel, match="call 2 of one pass is of layer 0, counted from 0; expected each"):
         hp.observe(hp.open_streamed(tmp_path / "model"), [batch], ["gram"])
     with torch.no_grad():
         whole = transformers.AlbertModel.from_pretrained(tmp_path / "model")
