@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Protocol
 
 from torch import nn
 
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.head_map import HeadMap
+from headprune.models.behaviour import original_class
 from headprune.models.site import AttentionSite
 from headprune.nn.given import plain_module
+
+log = logging.getLogger("headprune")
+WAY_OUT = "CONTRIBUTING.md shows how to add one."
 
 
 class Adapter(Protocol):
@@ -52,10 +58,10 @@ def register_adapter(adapter: Adapter) -> Adapter:
 
 
 def attention_sites(model: nn.Module) -> list[AttentionSite]:
-    """Every attention of `model`, in the order of its modules.
+    """Every attention of `model` that headprune can cut, in the order of its modules.
 
-    Raises UnsupportedModel where none is found, or where a module looks like an attention that no adapter knows: a model
-    is never pruned in part without saying so.
+    What looks like an attention of another kind and is not known (deformable attention, say) keeps all its heads, and a warning
+    names it. Raises UnsupportedModel where nothing else is found, or where a kind is known in one place and not in another.
     """
     model = plain_module(model)
     sites: list[AttentionSite] = []
@@ -71,18 +77,34 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
             unknown.append(name)
     # What holds a known attention may be called one too, the whole model for example, whose name is empty.
     unknown = [name for name in unknown if not any(site.name.startswith(f"{name}." if name else "") for site in sites)]
-    if unknown:
-        shown = [f"{name} ({type(model.get_submodule(name)).__name__})".strip() for name in unknown[:3]]
-        raise UnsupportedModel(
-            f"{type(model).__name__}: no adapter knows {', '.join(shown)}{' and more' if len(unknown) > 3 else ''}. "
-            f"Known kinds: {', '.join(sorted(_adapters))}. CONTRIBUTING.md shows how to add one."
-        )
-    if not sites:
-        raise UnsupportedModel(
-            f"{type(model).__name__} has no attention that headprune knows (kinds: {', '.join(sorted(_adapters))}). "
-            "CONTRIBUTING.md shows how to add one."
-        )
+    tell_of(unknown, sites, model)
     return sites
+
+
+def tell_of(unknown: list[str], sites: list[AttentionSite], model: nn.Module) -> None:
+    """UnsupportedModel or a warning, as `attention_sites` says."""
+    kinds = {original_class(site.module) for site in sites}
+    strange = [name for name in unknown if not sites or original_class(model.get_submodule(name)) in kinds]
+    if strange:
+        what = f"no adapter knows {listed(model, strange)}. Known kinds: {', '.join(sorted(_adapters))}"
+        raise UnsupportedModel(f"{type(model).__name__}: {what}. {WAY_OUT}")
+    if unknown:
+        warn_once(f"{type(model).__name__}: all heads stay in {listed(model, unknown)}, which no adapter knows. {WAY_OUT}")
+    if not sites:
+        what = f"no attention that headprune knows (kinds: {', '.join(sorted(_adapters))})"
+        raise UnsupportedModel(f"{type(model).__name__} has {what}. {WAY_OUT}")
+
+
+def listed(model: nn.Module, names: list[str]) -> str:
+    """The first of `names` of modules, with their kinds."""
+    shown = [f"{name} ({type(model.get_submodule(name)).__name__})".strip() for name in names[:3]]
+    return f"{', '.join(shown)}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Sites are asked for many times in one run."""
+    log.warning(message)
 
 
 def find_site(name: str, module: nn.Module) -> AttentionSite | None:

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 from tiny_decoders import decoder
 from tiny_models import bert, hidden, llama, padded
 from torch import nn
 
+import headprune as hp
 import headprune.models as models
 from headprune.errors import InvalidInput, InvalidPlan, UnsupportedModel
 from headprune.head_map import HeadMap
@@ -75,6 +78,33 @@ def test_a_wrapped_projection_is_refused():
     attention.q_proj = type("LoraLinear", (nn.Linear,), {})(32, 64)
     with pytest.raises(UnsupportedModel, match="LoraLinear"):
         models.attention_sites(model)
+
+
+class DeformableAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets = nn.Linear(32, 8)
+
+
+def test_an_unknown_kind_beside_known_ones_keeps_its_heads_and_is_told_of_once(caplog):
+    model = bert()
+    model.first, model.second = DeformableAttention(), DeformableAttention()
+    for _ in range(3):
+        assert len(models.attention_sites(model)) == 2
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert "first (DeformableAttention), second (DeformableAttention)" in told[0]
+    pruned = copy.deepcopy(model)
+    hp.prune(pruned, hp.PruningPlan.from_keep(model, {"encoder.layer.0.attention": [1]}))
+    with hp.gated(model, {"encoder.layer.0.attention": [1]}):
+        expected = hidden(model, **padded())
+    assert torch.allclose(hidden(pruned, **padded()), expected, atol=1e-5)
+    assert torch.equal(pruned.first.offsets.weight, model.first.offsets.weight)
+
+
+def test_an_unknown_kind_alone_is_refused_by_name():
+    with pytest.raises(UnsupportedModel, match=r"no adapter knows 0 \(DeformableAttention\)"):
+        models.attention_sites(nn.Sequential(DeformableAttention()))
 
 
 def test_a_latent_attention_without_a_query_projection_that_is_known_is_refused_by_name():
