@@ -55,7 +55,7 @@ def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> Head
         batches = task.calibration[: recipe.score.batches] if needs else ()
         with stages.stage(f"score heads by {', '.join(missing)}" if missing else "portray heads") as progress:
             observed = observe(
-                model, batches, needs, loss_fn=task.loss, token_kinds=task.tokenizer if portray else None,
+                model, batches, needs, loss_fn=task.loss, token_kinds=task.token_kinds() if portray else None,
                 progress=lambda done: progress(done, len(batches)), checkpoint=folder / STATES if streamed_of(model) else None,
             )  # fmt: skip
         if portray:

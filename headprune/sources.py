@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from headprune import demo
-from headprune.errors import CorruptCheckpoint, unknown_name
+from headprune.errors import CorruptCheckpoint, InvalidInput, unknown_name
 from headprune.surgery import load, open_streamed
 
 Progress = Callable[[int, int], None]
@@ -71,9 +71,15 @@ def demo_recipe(name: str) -> dict[str, Any]:
 
 
 def default_task(name: str, model: PreTrainedModel) -> str:
-    """The task of an embedded model, or the one that comes with headprune for models like `model`."""
+    """The task of an embedded model, or the one that comes with headprune for models like `model`. InvalidInput where none does."""
     if name in EMBEDDED:
         return EMBEDDED[name].task
+    if model.main_input_name != "input_ids" or "Classification" in type(model).__name__:
+        kind = "text" if model.main_input_name == "input_ids" else "image"
+        raise InvalidInput(
+            f"no task of headprune's own is for a {type(model).__name__}; name yours, for example "
+            f"{kind}-classification,calibration={'train.jsonl' if kind == 'text' else 'FOLDER'}."
+        )
     return EMBEDDED["stdlib-lm" if model.can_generate() else "minilm"].task
 
 
@@ -90,11 +96,15 @@ def open_from_disk(name: str, device: str = "cpu") -> tuple[PreTrainedModel, Any
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """Raises CorruptCheckpoint where there is one that does not load."""
-    if not any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
+    """The tokenizer, or the image processor of a model that reads images alone; None where there is neither. Raises
+    CorruptCheckpoint where there is one that does not load."""
+    text = any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+    if not text and not (folder / "preprocessor_config.json").exists():
         return None
+    kind: Any = AutoTokenizer if text else AutoImageProcessor
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a class of tokenizers raises on files that it cannot read
         reason = " ".join(str(error).split())[:300]
-        raise CorruptCheckpoint(f"the tokenizer in {folder} does not load: {type(error).__name__}: {reason}.") from error
+        what = "tokenizer" if text else "image processor"
+        raise CorruptCheckpoint(f"the {what} in {folder} does not load: {type(error).__name__}: {reason}.") from error

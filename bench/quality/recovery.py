@@ -36,10 +36,10 @@ from headprune.demo.stdlib_lm import Decoder, initial_model
 from headprune.demo.training import Training, random_windows, train
 from headprune.evaluation.retrieval import encoded
 from headprune.evaluation.tasks import build_task
-from headprune.evaluation.tasks.docstring_retrieval import shuffled
 from headprune.evaluation.tasks.docstrings import docstring_pairs
 from headprune.evaluation.tasks.standard_library import standard_library_text
-from headprune.evaluation.tasks.standard_library_text import token_stream
+from headprune.evaluation.tasks.standard_library_text import stream_of
+from headprune.evaluation.tasks.text_pairs import shuffled
 from headprune.sources import open_model
 
 
@@ -90,7 +90,7 @@ def decoder(validation: bool, seed: int) -> Subject:
     """Windows of the text that the model was trained on; the early checkpoint is that training's at four fifths."""
     dense, tokenizer = open_model("stdlib-lm")
     task = build_task("standard-library-text", tokenizer)
-    stream = token_stream(tokenizer, standard_library_text().training)
+    stream = stream_of(tokenizer, standard_library_text().training)
     settings = Training(batch=4, seed=1000 + seed)
     batches = [{"input_ids": rows, "labels": rows} for rows in (random_windows(stream, settings, step) for step in range(600))]
 

@@ -60,7 +60,8 @@ TaskOption = Annotated[
     str | None,
     typer.Option(
         "--task",
-        help="The data: docstring-retrieval (default for encoders), standard-library-text (for language models).",
+        help="The data: docstring-retrieval (default for encoders), standard-library-text (for language models), or your own: "
+        "text,calibration=FILE, retrieval, text-classification, image-classification.",
         autocompletion=completion.one_of(completion.tasks),
     ),
 ]
@@ -88,15 +89,14 @@ FlopsOption = Annotated[float | None, typer.Option("--flops", help="Fraction of 
 
 
 def opened(model: str, task: str | None, streamed: bool = False) -> tuple[PreTrainedModel, Task]:
-    """(model, task), the task by its name or the one for such models."""
-    from headprune.evaluation.tasks import build_task, check_task
+    """(model, task), the task by its name and options or the one for such models."""
+    from headprune.evaluation.tasks import build_task, named_task
     from headprune.sources import default_task
 
-    if task is not None:
-        check_task(task)
+    chosen = None if task is None else named_task(task)
     found, tokenizer = opened_model(model, streamed)
-    name = task or default_task(model, found)
-    data = with_bar(f"prepare {name}", lambda progress: build_task(name, tokenizer))
+    name, options = chosen or (default_task(model, found), {})
+    data = with_bar(f"prepare {name}", lambda progress: build_task(name, tokenizer, **options))
     data.check_model(found)
     return found, data
 

@@ -47,7 +47,7 @@ def score(
     states = output.with_name(f".{output.name}.states") if streamed else None
     observed = with_bar(f"score heads by {', '.join(names)}", lambda progress: scoring.observe(
         dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,
-        token_kinds=data.tokenizer, progress=lambda done: progress(done, len(data.calibration)), checkpoint=states,
+        token_kinds=data.token_kinds(), progress=lambda done: progress(done, len(data.calibration)), checkpoint=states,
     ))  # fmt: skip
     report = ScoreReport.of(observed, names, normalize, portraits, ModelIdentity.of(dense))
     written = report.save(output)
@@ -66,6 +66,17 @@ def criteria(json: JsonOption = False) -> None:
     table = Table("criterion", "needs", "cost", "what it is", "source")
     for name, found in scoring.criteria().items():
         table.add_row(name, ", ".join(need.value for need in found.needs) or "nothing", found.cost, found.summary, found.source)
+    terminal.show(json, terminal.rows_of(table), table)
+
+
+@app.command("tasks", epilog="Example: headprune tasks")
+def tasks_command(json: JsonOption = False) -> None:
+    """List the tasks: the data that heads are scored and models are measured on, your own too, with their options."""
+    from headprune.evaluation.tasks import task_options, tasks
+
+    table = Table("task", "what it is", "options")
+    for name, found in tasks().items():
+        table.add_row(name, completion.first_line(found), ", ".join(task_options(found)))
     terminal.show(json, terminal.rows_of(table), table)
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headprune.demo.training import Training, train
 from headprune.evaluation.tasks.standard_library import Document, digest, standard_library_text
-from headprune.evaluation.tasks.standard_library_text import token_stream
+from headprune.evaluation.tasks.standard_library_text import stream_of
 from headprune.surgery import save
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
@@ -51,7 +51,7 @@ def stdlib_lm_path(progress: Callable[[int, int], None] | None = None, decoder: 
     tokenizer = byte_level_bpe(documents, decoder.vocabulary)
     model = initial_model(decoder, tokenizer)
     state = folder.with_name(f"{folder.name}.training")
-    train(model, token_stream(tokenizer, documents), decoder.training, state, progress)
+    train(model, stream_of(tokenizer, documents), decoder.training, state, progress)
     save(model, folder, tokenizer=tokenizer)
     state.unlink(missing_ok=True)
     return folder

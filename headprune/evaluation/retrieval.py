@@ -9,18 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, unknown_name
 from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.metric import Metric, mean
 
 Encode = Callable[[list[str]], Mapping[str, Tensor]]  # texts -> input_ids and attention_mask
+POOLINGS = ("mean", "first", "last")
 
 
 class Retrieval(EvaluationData):
     """mrr (mean reciprocal rank, the headline) and accuracy@1, @10 of each query's document among all documents.
 
-    Embeddings are mean-pooled over tokens and normalised; documents are ranked by cosine. relevant: which document belongs to each
-    query, by default the one at the same place. Raises InvalidInput for an index without a document, and where nothing is given.
+    Embeddings are pooled over tokens (their mean, the first or the last one) and normalised; documents are ranked by cosine.
+    relevant: which document belongs to each query, by default the one at the same place. Raises InvalidInput for an index without
+    a document, an unknown pooling, and where nothing is given.
     """
 
     name = "retrieval"
@@ -29,8 +31,9 @@ class Retrieval(EvaluationData):
 
     def __init__(
         self, queries: Sequence[str], documents: Sequence[str], tokenizer: Any, *, relevant: Sequence[int] | None = None,
-        batch: int = 32, max_tokens: int = 256,
+        batch: int = 32, max_tokens: int = 256, pooling: str = "mean",
     ) -> None:  # fmt: skip
+        check_pooling(pooling)
         self.queries, self.documents = list(queries), list(documents)
         self.relevant = list(range(len(queries))) if relevant is None else list(relevant)
         strangers = [index for index in self.relevant if not 0 <= index < len(self.documents)]
@@ -39,11 +42,11 @@ class Retrieval(EvaluationData):
                 f"{len(self.queries)} queries, {len(self.documents)} documents, {len(self.relevant)} relevant ones "
                 f"{strangers[:3] or ''}: every query needs one document of those given."
             )
-        self.batch = batch
+        self.batch, self.pooling = batch, pooling
         self.encode: Encode = lambda texts: encoded(tokenizer, texts, max_tokens)
 
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
-        found = embed_texts(model, self.queries + self.documents, self.encode, self.batch, progress)
+        found = embed_texts(model, self.queries + self.documents, self.encode, self.batch, progress, self.pooling)
         queries, documents = found.split([len(self.queries), len(self.documents)])
         return rank_metrics(ranks(queries, documents, torch.tensor(self.relevant)), (1, 10))
 
@@ -56,22 +59,36 @@ def encoded(tokenizer: Any, texts: list[str], max_tokens: int) -> dict[str, Tens
     return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
-def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """[texts, hidden], the mean over each text's tokens, of length 1; differentiable."""
+def embed(model: nn.Module, batch: Mapping[str, Tensor], pooling: str = "mean") -> Tensor:
+    """[texts, hidden], of length 1; differentiable."""
     batch = placed(model, batch)
-    mask = batch["attention_mask"][..., None]
-    states = model(**batch).last_hidden_state
-    return F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+    return F.normalize(pooled(model(**batch).last_hidden_state, batch["attention_mask"], pooling), dim=-1)
+
+
+def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """[texts, hidden] of states [texts, tokens, hidden]: the mean over each text's tokens, or its first or last one's."""
+    if pooling == "mean":
+        return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    places = torch.arange(mask.shape[1], device=mask.device) * mask
+    chosen = mask.long().argmax(dim=1) if pooling == "first" else places.argmax(dim=1)
+    return states[torch.arange(len(states), device=states.device), chosen]
+
+
+def check_pooling(pooling: str) -> None:
+    if pooling not in POOLINGS:
+        raise unknown_name("pooling", pooling, POOLINGS)
 
 
 @torch.inference_mode()
-def embed_texts(model: nn.Module, texts: list[str], encode: Encode, batch: int, progress: Progress | None = None) -> Tensor:
+def embed_texts(
+    model: nn.Module, texts: list[str], encode: Encode, batch: int, progress: Progress | None = None, pooling: str = "mean"
+) -> Tensor:
     """[texts, hidden], fp32 on the CPU; texts of like length share a batch."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     rows: dict[int, Tensor] = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        for index, row in zip(chosen, embed(model, encode([texts[index] for index in chosen])).float().cpu()):
+        for index, row in zip(chosen, embed(model, encode([texts[index] for index in chosen]), pooling).float().cpu()):
             rows[index] = row
         if progress:
             progress(min(start + batch, len(order)), len(order))

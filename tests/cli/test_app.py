@@ -140,6 +140,7 @@ STORY = {  # every command on a tiny model, each on what those before it have wr
     "report": ("run",),
     "criteria": (),
     "schedules": (),
+    "tasks": (),
     "doctor": (),
 }
 

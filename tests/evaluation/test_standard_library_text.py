@@ -12,7 +12,7 @@ from headprune.evaluation import compare
 from headprune.evaluation.cost import attention_flops
 from headprune.evaluation.tasks import build_task
 from headprune.evaluation.tasks.standard_library import standard_library_text
-from headprune.evaluation.tasks.standard_library_text import token_stream
+from headprune.evaluation.tasks.standard_library_text import stream_of
 from headprune.models import attention_sites
 from headprune.surgery import cut
 
@@ -67,14 +67,14 @@ def test_windows_do_not_overlap_and_come_from_their_own_part(task, tokenizer):
         (parts.test, task.test),
         (parts.calibration, torch.cat([batch["input_ids"] for batch in task.calibration])),
     ):
-        stream = token_stream(tokenizer, documents)
+        stream = stream_of(tokenizer, documents)
         rows = {tuple(row.tolist()): start for start, row in enumerate(stream[: len(stream) // 16 * 16].view(-1, 16))}
         assert len({rows[tuple(row.tolist())] for row in windows}) == len(windows)
 
 
 def test_every_document_starts_with_the_end_of_text_token(tokenizer):
     documents = standard_library_text().test
-    stream = token_stream(tokenizer, documents)
+    stream = stream_of(tokenizer, documents)
     assert int((stream == tokenizer.eos_token_id).sum()) == len(documents)
     assert tokenizer.decode(stream, skip_special_tokens=True) == "".join(document.text for document in documents)
 

@@ -1,7 +1,14 @@
 """Tasks: data and a metric each; importing this package registers those that come with headprune."""
 
 from headprune.evaluation.tasks.docstring_retrieval import DocstringRetrieval
+from headprune.evaluation.tasks.image_classification import ImageClassification
+from headprune.evaluation.tasks.retrieval import RetrievalOfPairs
 from headprune.evaluation.tasks.standard_library_text import StandardLibraryText
-from headprune.evaluation.tasks.task import Task, build_task, check_task, register_task, tasks
+from headprune.evaluation.tasks.task import Task, build_task, check_task, named_task, register_task, task_options, tasks
+from headprune.evaluation.tasks.text import Text
+from headprune.evaluation.tasks.text_classification import TextClassification
 
-__all__ = ["DocstringRetrieval", "StandardLibraryText", "Task", "build_task", "check_task", "register_task", "tasks"]
+__all__ = [
+    "DocstringRetrieval", "ImageClassification", "RetrievalOfPairs", "StandardLibraryText", "Task", "Text", "TextClassification",
+    "build_task", "check_task", "named_task", "register_task", "task_options", "tasks",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The docstrings of the running Python's standard library, as pairs of first sentence and rest."""
+"""The docstrings of the running Python's standard library, as pairs of first sentence (query) and rest (document)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,12 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from headprune.evaluation.tasks.standard_library import standard_library_files
+from headprune.evaluation.tasks.text_pairs import Pair
 
 FIRST_SENTENCE = re.compile(r"(.+?[.!?])\s+(.+)")
-
-
-@dataclass(frozen=True)
-class Pair:
-    query: str  # the first sentence
-    document: str  # the rest
 
 
 def is_test_file(name: str) -> bool:

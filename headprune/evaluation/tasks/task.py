@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
+import yaml
 from torch import Tensor, nn
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.evaluation.data import EvaluationData
 
@@ -42,6 +45,10 @@ class Task(EvaluationData):
         """Batches to recover a pruned model on, as those of calibration and never of test data; more of them where there are."""
         return self.calibration
 
+    def token_kinds(self) -> Any:
+        """What tells special tokens and punctuation apart, for portraits; None where the model reads no tokens."""
+        return self.tokenizer
+
     def check_model(self, model: nn.Module) -> None:
         """Raises InvalidInput where `model` is not of the kind that the task reads."""
         return
@@ -67,17 +74,41 @@ def check_task(name: str) -> type[Task]:
     return _tasks[name]
 
 
+def task_options(task: type[Task]) -> list[str]:
+    """The names of its options, as recipes and the command line give them."""
+    return list(signature(task).parameters)[1:]
+
+
+def named_task(text: str) -> tuple[str, dict[str, Any]]:
+    """(name, options) of a task as the command line names it: NAME, or NAME,option=value,... with YAML values. Raises InvalidInput
+    for an unknown name and for what is no option."""
+    name, *rest = text.split(",")
+    check_task(name)
+    options: dict[str, Any] = {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise InvalidInput(f"task {text!r}: {part!r} is no option; expected {name},option=value, as in calibration=train.txt.")
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InvalidInput(f"task {text!r}: {value!r} is not a YAML value.") from None
+    return name, options
+
+
 def build_task(name: str, tokenizer: Any, **options: Any) -> Task:
-    """The task `name` for models that read `tokenizer`'s tokens. Raises InvalidInput for an unknown name or option, for a
-    missing tokenizer, and where no calibration data is left."""
+    """The task `name` for models that read what `tokenizer` (of images: the image processor) makes. Raises InvalidInput for an
+    unknown name or option, for a missing tokenizer, and where no calibration data is left."""
     kind = check_task(name)
     if tokenizer is None:
-        raise InvalidInput(f"task {name} needs a tokenizer, and the model folder has none.")
-    build: Callable[..., Task] = kind
+        raise InvalidInput(f"task {name} needs a tokenizer, or of images an image processor, and the model folder has none.")
     try:
-        task = build(tokenizer, **options)
+        signature(kind).bind(tokenizer, **options)
     except TypeError as error:
-        raise InvalidInput(f"options of task {name}: {error}") from None
+        raise InvalidInput(f"options of task {name}: {error}; it takes {', '.join(task_options(kind))}.") from None
+    check_arguments(kind.__init__, options)
+    build: Callable[..., Task] = kind
+    task = build(tokenizer, **options)
     if not task.calibration:
         raise InvalidInput(f"the calibration set of task {name} is empty; give more pairs, texts or tokens.")
     return task

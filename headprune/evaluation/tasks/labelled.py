@@ -1,0 +1,120 @@
+"""Classification by a head on text or images, labels given as numbers or by the names of the model's classes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.classification import LABELS, Classification, logits_of
+from headprune.evaluation.data import Progress, placed
+from headprune.evaluation.metric import Metric
+from headprune.evaluation.tasks.task import Task
+
+Example = tuple[Any, str]  # what the model reads (texts, the path of an image), its label as it stands in the data
+DEFAULT_NAME = "LABEL_"  # transformers' names of classes that nobody named
+
+
+class Labelled(Task):
+    """accuracy (the headline), macro F1 and Matthews correlation; the loss is cross entropy.
+
+    Labels are numbers of classes, or names in the model's `config.label2id`; where the model's classes have no names, names are
+    counted in alphabetical order. They are settled by `check_model`.
+    """
+
+    headline = "accuracy"
+    higher_is_better = True
+
+    def __init__(
+        self, tokenizer: Any, calibration: Sequence[Example], test: Sequence[Example], training: Sequence[Example], batch: int
+    ) -> None:
+        if batch < 1:
+            raise InvalidInput(f"batch={batch}; expected at least 1 example a batch.")
+        self.tokenizer, self.batch, self.training_examples = tokenizer, batch, list(training)
+        self.names = sorted({label for _, label in (*calibration, *test, *training)})
+        self.calibration, self.test = self.batches(calibration), self.batches(test)
+        self.numbers: dict[str, int] | None = None
+
+    @abstractmethod
+    def inputs(self, examples: list[Any]) -> Mapping[str, Tensor]:
+        """What the model reads of them, for `model(**inputs)`."""
+
+    def batches(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """Labels are places in `names` until the model tells what these are."""
+        groups = [examples[start : start + self.batch] for start in range(0, len(examples), self.batch)]
+        places = {name: place for place, name in enumerate(self.names)}
+        return [
+            {**self.inputs([read for read, _ in some]), LABELS: torch.tensor([places[label] for _, label in some])}
+            for some in groups
+        ]
+
+    def check_model(self, model: nn.Module) -> None:
+        numbers = numbers_of(self.names, model, f"task {self.name}")
+        if self.numbers is None:
+            for batch in (*self.calibration, *self.test):
+                self.settle(batch, numbers)
+        elif numbers != self.numbers:
+            raise InvalidInput(f"task {self.name} was made for a model with other numbers of classes; make it anew for this one.")
+        self.numbers = numbers
+
+    def settle(self, batch: dict[str, Tensor], numbers: Mapping[str, int]) -> None:
+        batch[LABELS] = torch.tensor([numbers[name] for name in self.names])[batch[LABELS]]
+
+    def settled(self) -> dict[str, int]:
+        if self.numbers is None:
+            raise InvalidInput(f"task {self.name} does not know the model's classes yet; call task.check_model(model) first.")
+        return self.numbers
+
+    def training(self) -> list[dict[str, Tensor]]:
+        found = self.batches(self.training_examples)
+        for batch in found:
+            self.settle(batch, self.settled())
+        return found
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        return model(**placed(model, {name: value for name, value in batch.items() if name != LABELS}))
+
+    def readout(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """[examples, classes], the logits."""
+        return logits_of(self.forward(model, batch))
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        self.settled()
+        logits = self.readout(model, batch).float()
+        return F.cross_entropy(logits, batch[LABELS].to(logits.device), reduction="none")
+
+    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
+        self.settled()
+        return Classification(self.test).examples(model, progress)
+
+    @torch.inference_mode()
+    def outputs(self, model: nn.Module) -> Tensor:
+        return self.readout(model, self.test[0]).float()
+
+    def latency_inputs(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.test[0].items() if name != LABELS}
+
+
+def numbers_of(names: Sequence[str], model: nn.Module, task: str) -> dict[str, int]:
+    """Label as it stands in the data -> number of the model's class. InvalidInput where a label is none of its classes."""
+    config: Any = getattr(model, "config", None)
+    classes, known = getattr(config, "num_labels", None), dict(getattr(config, "label2id", None) or {})
+    if not isinstance(classes, int) or "Classification" not in type(model).__name__:
+        raise InvalidInput(f"{task} needs a model with a classification head; {type(model).__name__} has none.")
+    if all(name in known for name in names):
+        return {name: int(known[name]) for name in names}
+    if all(name.isdecimal() for name in names):
+        numbers = {name: int(name) for name in names}
+    elif all(str(name).startswith(DEFAULT_NAME) for name in known):
+        numbers = {name: place for place, name in enumerate(names)}
+    else:
+        strange = next(name for name in names if name not in known)
+        raise InvalidInput(f"{task}: the label {strange!r} is none of the model's classes, {', '.join(map(str, known))[:200]}.")
+    if max(numbers.values()) >= classes:
+        raise InvalidInput(f"{task}: labels go up to {max(numbers.values())}, and the model has {classes} classes, counted from 0.")
+    return numbers

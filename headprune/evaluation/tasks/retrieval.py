@@ -1,0 +1,49 @@
+"""Retrieval with a sentence encoder on one's own pairs of texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headprune.evaluation.tasks.rows import read_rows, without_a_tenth
+from headprune.evaluation.tasks.task import register_task
+from headprune.evaluation.tasks.text_pairs import Pair, TextPairs, shuffled
+
+
+@register_task
+class RetrievalOfPairs(TextPairs):
+    """Retrieval over your own pairs of texts: calibration=FILE, and test=FILE or a tenth of it.
+
+    calibration: a .jsonl, .json, .csv or .tsv file whose columns `query` and `document` hold texts that belong together; a
+    document belongs to one query alone, and the others of its batch are wrong ones. test: the same; by default a tenth of
+    calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows of calibration.
+    pooling: mean (of a text's tokens), first (BGE, GTE) or last (of decoders). seed: which rows are drawn for calibration.
+    """
+
+    name = "retrieval"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        calibration: str,
+        test: str | None = None,
+        training: str | None = None,
+        query: str = "query",
+        document: str = "document",
+        pooling: str = "mean",
+        calibration_pairs: int = 384,
+        test_pairs: int | None = None,
+        batch: int = 32,
+        max_tokens: int = 128,
+        seed: int = 0,
+    ) -> None:
+        def pairs(source: str) -> list[Pair]:
+            return [Pair(str(row[query]), str(row[document])) for row in read_rows(source, [query, document])]
+
+        known = pairs(calibration)
+        known, held_out = without_a_tenth(known) if test is None else (known, pairs(test))
+        drawn = shuffled(known, seed)
+        more = drawn if training is None else pairs(training)
+        super().__init__(
+            tokenizer, drawn[:calibration_pairs], held_out[:test_pairs], more, batch=batch, max_tokens=max_tokens, seed=seed,
+            pooling=pooling,
+        )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Perplexity of a causal language model on one's own text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.tasks.causal_text import CausalText, refuse_sizes, token_stream, windows_of
+from headprune.evaluation.tasks.rows import TENTH, read_texts
+from headprune.evaluation.tasks.task import register_task
+
+
+@register_task
+class Text(CausalText):
+    """Next-token prediction on your own text: calibration=FILE, and test=FILE or a tenth of it.
+
+    calibration: a .txt or .md file, a folder of such, or a .jsonl, .json, .csv or .tsv file, whose `column` holds documents.
+    test: the same, for the perplexity; by default the last tenth of calibration's tokens, which then count for nothing else.
+    training: the same, for recovery; by default the text of calibration. Documents are joined, each behind the
+    tokenizer's end-of-text token where it has one, and cut into windows of `window` tokens that do not overlap, of which a
+    seeded choice is used.
+    """
+
+    name = "text"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        calibration: str,
+        test: str | None = None,
+        training: str | None = None,
+        column: str = "text",
+        window: int = 512,
+        batch: int = 4,
+        calibration_windows: int = 128,
+        test_windows: int = 160,
+        training_windows: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        refuse_sizes(window, batch)
+        stream = token_stream(tokenizer, read_texts(calibration, column))
+        if test is None:
+            rest = len(stream) - len(stream) // TENTH
+            stream, held_out = stream[:rest], stream[rest:]
+        else:
+            held_out = token_stream(tokenizer, read_texts(test, column))
+        if min(len(stream), len(held_out)) < window:
+            raise InvalidInput(
+                f"task {self.name}: calibration has {len(stream)} tokens and test {len(held_out)}; expected at least one window of "
+                f"{window} each. Give more text, or a smaller window."
+            )
+        super().__init__(
+            tokenizer, windows_of(stream, window, calibration_windows, seed), windows_of(held_out, window, test_windows), batch
+        )
+        self.stream, self.training_text, self.column = stream, training, column
+        self.training_windows, self.seed = training_windows, seed
+
+    def training(self) -> list[dict[str, Tensor]]:
+        stream = self.stream
+        if self.training_text is not None:
+            stream = token_stream(self.tokenizer, read_texts(self.training_text, self.column))
+        return self.batches(windows_of(stream, self.window, self.training_windows, self.seed)) or self.calibration

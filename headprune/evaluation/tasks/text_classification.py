@@ -1,0 +1,59 @@
+"""Classification of one's own texts, or pairs of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from headprune.evaluation.tasks.labelled import Example, Labelled
+from headprune.evaluation.tasks.rows import read_rows, without_a_tenth
+from headprune.evaluation.tasks.task import register_task
+from headprune.evaluation.tasks.text_pairs import shuffled
+
+
+@register_task
+class TextClassification(Labelled):
+    """Classification of your own texts: calibration=FILE, and test=FILE or a tenth of it.
+
+    calibration: a .jsonl, .json, .csv or .tsv file with the columns `text`, `label` and, for pairs of texts, `pair`. test: the
+    same; by default a tenth of calibration's rows, which then count for nothing else. training: the same, for recovery; by default
+    the rows of calibration. seed: which rows are drawn for calibration.
+    """
+
+    name = "text-classification"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        calibration: str,
+        test: str | None = None,
+        training: str | None = None,
+        text: str = "text",
+        pair: str | None = None,
+        label: str = "label",
+        calibration_rows: int = 512,
+        test_rows: int | None = None,
+        batch: int = 16,
+        max_tokens: int = 128,
+        seed: int = 0,
+    ) -> None:
+        columns = [text, label] if pair is None else [text, pair, label]
+
+        def examples(source: str) -> list[Example]:
+            return [(tuple(str(row[name]) for name in columns[:-1]), str(row[label])) for row in read_rows(source, columns)]
+
+        self.max_tokens = max_tokens
+        known = examples(calibration)
+        known, held_out = without_a_tenth(known) if test is None else (known, examples(test))
+        drawn = shuffled(known, seed)
+        super().__init__(
+            tokenizer, drawn[:calibration_rows], held_out[:test_rows], drawn if training is None else examples(training), batch
+        )
+
+    def inputs(self, examples: list[Any]) -> Mapping[str, Tensor]:
+        columns = [list(column) for column in zip(*examples)]
+        return dict(
+            self.tokenizer(*columns, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt").items()
+        )

@@ -1,0 +1,100 @@
+"""Retrieval with a sentence encoder: a text finds the one that belongs to it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.data import Progress, placed
+from headprune.evaluation.metric import Metric
+from headprune.evaluation.retrieval import check_pooling, embed, embed_texts, encoded, rank_metrics, ranks
+from headprune.evaluation.tasks.task import Task
+
+SCALE = 20.0  # of the cosine similarities in the contrastive loss, as sentence-transformers trains
+
+
+@dataclass(frozen=True)
+class Pair:
+    query: str
+    document: str
+
+
+class TextPairs(Task):
+    """Each query -> its document, among the documents of all test pairs.
+
+    Embeddings are pooled over tokens and normalised. The loss is cross entropy of each query over the batch's documents
+    (multiple negatives ranking, Henderson et al. 2017); a batch holds its queries first, then their documents.
+    """
+
+    headline = "mrr"
+    higher_is_better = True
+
+    def __init__(
+        self, tokenizer: Any, calibration: Sequence[Pair], test: Sequence[Pair], training: Sequence[Pair], *, batch: int,
+        max_tokens: int, seed: int = 0, pooling: str = "mean",
+    ) -> None:  # fmt: skip
+        check_pooling(pooling)
+        self.tokenizer, self.max_tokens, self.batch, self.pooling = tokenizer, max_tokens, batch, pooling
+        self.test, self.training_pairs = list(test), list(training)
+        self.calibration = self.batches(calibration, seed)
+
+    def check_model(self, model: nn.Module) -> None:
+        if getattr(model, "can_generate", bool)():
+            raise InvalidInput(f"task {self.name} needs an encoder; {type(model).__name__} is a language model.")
+
+    def training(self) -> list[dict[str, Tensor]]:
+        return self.batches(self.training_pairs, 0)
+
+    def batches(self, pairs: Sequence[Pair], seed: int) -> list[dict[str, Tensor]]:
+        """Those of like length share a batch."""
+        pairs = sorted(pairs, key=lambda pair: len(pair.document))
+        groups = [pairs[start : start + self.batch] for start in range(0, len(pairs), self.batch)]
+        return [self.encoded([pair.query for pair in some] + [pair.document for pair in some]) for some in shuffled(groups, seed)]
+
+    def encoded(self, texts: list[str]) -> dict[str, Tensor]:
+        return encoded(self.tokenizer, texts, self.max_tokens)
+
+    def embed(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """[texts, hidden], of length 1."""
+        return embed(model, batch, self.pooling)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        queries, documents = self.embed(model, batch).chunk(2)
+        return F.cross_entropy(SCALE * queries @ documents.T, torch.arange(len(queries), device=queries.device), reduction="none")
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        return model(**placed(model, batch))
+
+    def readout(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The embeddings: heads whose errors over a text's tokens cancel in the mean are spared by the states, not by these."""
+        return self.embed(model, batch)
+
+    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
+        """accuracy@1 and mean reciprocal rank of each query's own document among all test documents."""
+        texts = [pair.query for pair in self.test] + [pair.document for pair in self.test]
+        queries, documents = self.embed_all(model, texts, progress).chunk(2)
+        return rank_metrics(ranks(queries, documents, torch.arange(len(queries))), (1,))
+
+    def embed_all(self, model: nn.Module, texts: list[str], progress: Progress | None = None) -> Tensor:
+        """[texts, hidden], fp32 on the CPU; texts of like length share a batch."""
+        return embed_texts(model, texts, self.encoded, 2 * self.batch, progress, self.pooling)
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        return self.embed_all(model, [pair.query for pair in self.test[:64]])
+
+    def latency_inputs(self) -> dict[str, Tensor]:
+        return self.encoded([pair.document for pair in self.test[:16]])
+
+
+def shuffled(items: Sequence[Any], seed: int = 0) -> list[Any]:
+    """The same order for the same items and seed, every time."""
+    items = list(items)
+    random.Random(seed).shuffle(items)
+    return items

@@ -1,0 +1,74 @@
+"""Commands and recipes on data in files of one's own."""
+
+import json
+import random
+
+import pytest
+import yaml
+from letter_tokenizer import LETTERS, letter_tokenizer
+from PIL import Image
+from tiny_encoders import VISION
+from tiny_models import llama
+
+import headprune as hp
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    """A folder with a model and its tokenizer, and a text."""
+    llama().save_pretrained(tmp_path / "dense")
+    letter_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "own.txt").write_text("".join(random.Random(0).choices(LETTERS, k=3000)))
+    return tmp_path / "dense"
+
+
+def test_the_whole_way_on_a_text_by_commands(call, decoder, tmp_path):
+    task = f"text,calibration={tmp_path / 'own.txt'},window=16,batch=8"
+    for command in (
+        ("score", decoder, "--task", task),
+        ("plan", "scores.json", "--heads", "0.5", "-o", "plan.json"),
+        ("prune", decoder, "plan.json", "--task", task, "-o", "pruned"),
+        ("recover", "pruned", "--teacher", decoder, "--task", task, "--steps", "2", "-o", "recovered"),
+    ):
+        code, _, err = call(*map(str, command))
+        assert code == 0, err
+    code, out, err = call("evaluate", "recovered", "--against", str(decoder), "--task", task, "--json")
+    assert code == 0, err
+    quality = json.loads(out)["pruned"]["quality"]
+    assert quality["perplexity"] > 1
+    assert sum(site.head_map.query_heads for site in hp.attention_sites(hp.load("recovered"))) == 8
+
+
+def test_a_recipe_takes_the_tasks_options(call, decoder, tmp_path):
+    recipe = {
+        "model": str(decoder), "task": {"name": "text", "options": {"calibration": str(tmp_path / "own.txt"), "window": 16}},
+        "evaluate": {"repeats": 1}, "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = call("run", str(tmp_path / "own.yaml"), "plan.budget.heads=0.25")
+    assert code == 0, err
+    assert sum(site.head_map.query_heads for site in hp.attention_sites(hp.load(tmp_path / "run" / "model"))) == 12
+
+
+def test_a_vision_transformer_is_scored_on_a_folder_of_images(call, tmp_path):
+    VISION["vit"].make().save_pretrained(tmp_path / "vit")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    for number in range(20):
+        folder = tmp_path / "images" / f"class{number % 5}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 18), number * 10).save(folder / f"{number}.png")
+    code, _, err = call("score", str(tmp_path / "vit"))
+    assert code != 0
+    assert "image-classification,calibration=FOLDER" in err
+    code, _, err = call("score", str(tmp_path / "vit"), "--task", f"image-classification,calibration={tmp_path / 'images'}")
+    assert code == 0, err
+    assert len(hp.HeadScores.load("scores.json")) == 2
+
+
+def test_tasks_are_listed_with_their_options(call):
+    code, out, err = call("tasks", "--json")
+    assert code == 0, err
+    found = {row["task"]: row["options"].split(", ") for row in json.loads(out)}
+    assert set(found) >= {"docstring-retrieval", "text", "retrieval", "text-classification", "image-classification"}
+    assert found["text"][:3] == ["calibration", "test", "training"]

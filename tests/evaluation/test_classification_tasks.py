@@ -1,0 +1,139 @@
+"""Your own texts and images as tasks."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from letter_tokenizer import letter_tokenizer
+from PIL import Image
+from tiny_encoders import ENCODERS, VISION
+from tiny_models import bert
+from transformers import AutoImageProcessor, BertConfig, BertForSequenceClassification
+
+import headprune as hp
+from headprune.errors import InvalidInput
+from headprune.evaluation.tasks import build_task
+from headprune.sources import default_task, tokenizer_of
+
+
+def classifier(**options) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, initializer_range=0.2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def tokenizer():
+    found = letter_tokenizer()
+    found.pad_token = "[UNK]"
+    return found
+
+
+@pytest.fixture
+def rows(tmp_path):
+    words = [f"{'abcdefgh'[number % 8]}{'xyz'[number % 3]} tail" for number in range(40)]
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": word, "label": ("no", "yes")[number % 2], "number": number % 2} for number, word in enumerate(words)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_names_of_classes_are_the_models_numbers(rows):
+    task = build_task("text-classification", tokenizer(), calibration=str(rows), batch=8)
+    model = classifier(id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1})
+    task.check_model(model)
+    truth = {row["text"]: int(row["label"] == "no") for row in map(json.loads, rows.read_text().splitlines())}
+    for batch in (*task.calibration, *task.test, *task.training()):
+        words = [text.replace(" ", "") for text in task.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)]
+        expected = [truth[next(text for text in truth if text.replace(" ", "") == word)] for word in words]
+        assert batch["labels"].tolist() == expected
+    assert sum(len(batch["labels"]) for batch in task.test) == 4
+    assert sum(len(batch["labels"]) for batch in task.training()) == 36
+    with pytest.raises(InvalidInput, match="other numbers of classes"):
+        task.check_model(classifier(id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}))
+
+
+def test_numbers_count_as_they_are_and_names_in_their_order_where_the_model_has_none(rows):
+    for label in ("number", "label"):
+        task = build_task("text-classification", tokenizer(), calibration=str(rows), label=label)
+        task.check_model(classifier())
+        assert task.numbers == ({"0": 0, "1": 1} if label == "number" else {"no": 0, "yes": 1})
+
+
+def test_loss_and_quality_are_those_of_the_model(rows):
+    task = build_task("text-classification", tokenizer(), calibration=str(rows), test=str(rows), text="text", pair="text", batch=8)
+    model, batch = classifier(), task.calibration[1]
+    with pytest.raises(InvalidInput, match="check_model"):
+        task.loss(model, batch)
+    task.check_model(model)
+    with torch.no_grad():
+        logits = [model(**{name: value for name, value in some.items() if name != "labels"}).logits for some in task.test]
+        expected = F.cross_entropy(model(**{**batch, "labels": None}).logits, batch["labels"], reduction="none")
+        assert torch.allclose(task.loss(model, batch), expected)
+    labels = torch.cat([some["labels"] for some in task.test])
+    assert task.evaluate(model)["accuracy"] == pytest.approx(float((torch.cat(logits).argmax(dim=1) == labels).double().mean()))
+    plan = hp.plan(hp.score(model, task.calibration, "fisher", loss_fn=task.loss), hp.Budget(heads=0.5))
+    hp.prune(model, plan, task.calibration, forward=task.forward)
+    assert sum(site.head_map.query_heads for site in hp.attention_sites(model)) == 4
+
+
+def test_labels_that_the_model_does_not_have_are_refused(rows):
+    task = build_task("text-classification", tokenizer(), calibration=str(rows))
+    with pytest.raises(InvalidInput, match="the label 'no' is none of the model's classes, good, bad"):
+        task.check_model(classifier(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1}))
+    with pytest.raises(InvalidInput, match="needs a model with a classification head; BertModel has none"):
+        task.check_model(bert())
+    with pytest.raises(InvalidInput, match="labels go up to 1, and the model has 1 classes"):
+        build_task("text-classification", tokenizer(), calibration=str(rows), label="number").check_model(classifier(num_labels=1))
+
+
+@pytest.fixture
+def images(tmp_path):
+    for number in range(30):
+        folder = tmp_path / "images" / f"class{number % 5}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L" if number % 2 else "RGB", (20 + number, 18), number * 8).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_a_folder_of_images_is_a_task(images, tmp_path):
+    model = VISION["vit"].make()
+    model.save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}})
+    )
+    processor = tokenizer_of(tmp_path / "vit")
+    task = build_task("image-classification", processor, calibration=str(images), batch=4, calibration_images=10)
+    task.check_model(model)
+    assert [batch["pixel_values"].shape for batch in task.calibration] == [(4, 3, 16, 16), (4, 3, 16, 16), (2, 3, 16, 16)]
+    grey = {}  # of an image, in steps of 8: its number
+    for batch in task.test:
+        for pixels, label in zip(batch["pixel_values"], batch["labels"]):
+            grey[round(float(pixels[0, 0, 0] * 0.5 + 0.5) * 255 / 8)] = int(label)
+    assert len(grey) == 3
+    assert all(number % 5 == label for number, label in grey.items())
+    plan = hp.plan(hp.score(model, task.calibration, "fisher", loss_fn=task.loss), hp.Budget(heads=0.5))
+    hp.prune(model, plan, task.calibration, forward=task.forward)
+    hp.save(model, tmp_path / "pruned", tokenizer=task.tokenizer)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "pruned").size == processor.size
+    assert 0 <= task.evaluate(hp.load(tmp_path / "pruned"))["accuracy"] <= 1
+
+
+def test_folders_without_images_and_broken_images_are_named(images, tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InvalidInput, match=r"none holds no FOLDER/IMAGE"):
+        build_task("image-classification", object(), calibration=str(tmp_path / "none"))
+    for path in images.glob("class1/*"):
+        path.write_text("no image")
+    with pytest.raises(InvalidInput, match=r"class1/\d+\.png cannot be read as an image"):
+        build_task("image-classification", object(), calibration=str(images))
+
+
+def test_models_that_no_task_of_ours_fits_are_told_which_to_name():
+    with pytest.raises(InvalidInput, match=r"image-classification,calibration=FOLDER"):
+        default_task("./vit", VISION["vit"].make())
+    with pytest.raises(InvalidInput, match=r"text-classification,calibration=train\.jsonl"):
+        default_task("./bert", ENCODERS["bert"].make())

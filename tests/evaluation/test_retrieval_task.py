@@ -1,0 +1,60 @@
+"""Your own pairs of texts as a task."""
+
+import csv
+
+import pytest
+import torch
+from letter_tokenizer import letter_tokenizer
+from tiny_models import bert
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.retrieval import pooled
+from headprune.evaluation.tasks import build_task
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "answer"])
+        for number in range(40):
+            letter = "abcdefghijklmnopqrstuvwxyz"[number % 26]
+            writer.writerow([f"{letter} ask" * (1 + number % 3), f"{letter} say" * (1 + number // 8)])
+    return path
+
+
+def build(pairs, **options):
+    tokenizer = letter_tokenizer()
+    tokenizer.pad_token = "[UNK]"
+    options = {"query": "question", "document": "answer", "batch": 8, **options}
+    return build_task("retrieval", tokenizer, calibration=str(pairs), **options)
+
+
+def test_pairs_are_calibration_but_for_a_tenth(pairs):
+    task = build(pairs)
+    assert len(task.test) == 4
+    assert len(task.training_pairs) == 36
+    assert not set(task.test) & set(task.training_pairs)
+    assert sum(len(batch["input_ids"]) for batch in task.calibration) == 72
+    task.check_model(bert())
+    assert 0 < task.evaluate(bert())["mrr"] <= 1
+    assert task.loss(bert(), task.calibration[0]).shape == (8,)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_pooling_is_of_each_texts_own_tokens(pairs, pooling):
+    states = torch.randn(3, 5, 4, dtype=torch.float64)
+    for mask in (torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]), torch.tensor([[0, 0, 1, 1, 1]] * 3)):
+        for row, found in enumerate(pooled(states, mask, pooling)):
+            own = states[row, mask[row].bool()]
+            assert torch.allclose(found, {"mean": own.mean(dim=0), "first": own[0], "last": own[-1]}[pooling])
+    task = build(pairs, pooling=pooling)
+    assert task.outputs(bert()).shape == (4, 32)
+
+
+def test_an_unknown_pooling_or_column_is_told(pairs):
+    with pytest.raises(InvalidInput, match="unknown pooling 'cls'"):
+        build(pairs, pooling="cls")
+    with pytest.raises(InvalidInput, match="row 1: no 'text', only question, answer"):
+        build(pairs, query="text")

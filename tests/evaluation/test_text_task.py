@@ -1,0 +1,86 @@
+"""Your own text as a task."""
+
+import random
+
+import pytest
+import torch
+from letter_tokenizer import LETTERS, letter_tokenizer
+from tiny_models import bert, llama
+
+import headprune as hp
+from headprune.errors import InvalidInput
+from headprune.evaluation.tasks import build_task, named_task
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("".join(random.Random(0).choices(LETTERS, k=1500)))
+    return path
+
+
+def rows_of(batches) -> set[tuple[int, ...]]:
+    return {tuple(row) for batch in batches for row in batch["input_ids"].tolist()}
+
+
+def test_one_file_is_calibration_and_its_last_tenth_is_test(text):
+    task = build_task("text", letter_tokenizer(), calibration=str(text), window=15, batch=4, calibration_windows=20)
+    stream = torch.cat([torch.tensor([1]), torch.tensor([LETTERS.index(letter) + 2 for letter in text.read_text()])])
+    tail = stream[len(stream) - 150 :]
+    assert {tuple(row) for row in task.test.tolist()} == {tuple(row) for row in tail.view(-1, 15).tolist()}
+    front = {tuple(row) for row in stream[: 15 * 90].view(-1, 15).tolist()}
+    assert rows_of(task.calibration) <= front
+    assert len(rows_of(task.calibration)) == 20
+    assert rows_of(task.training()) == front
+    other = build_task("text", letter_tokenizer(), calibration=str(text), window=15, calibration_windows=20, seed=1)
+    assert rows_of(other.calibration) != rows_of(task.calibration)
+    assert torch.equal(other.test, task.test)
+
+
+def test_test_and_training_come_from_files_of_their_own(text, tmp_path):
+    (tmp_path / "rows.csv").write_text("words\nabc abc abc abc\nxyz xyz xyz xyz\n")
+    options = {"test": str(tmp_path / "rows.csv"), "column": "words", "window": 8}
+    (tmp_path / "more.txt").write_text("a" * 100)
+    task = build_task("text", letter_tokenizer(), calibration=str(text), training=str(tmp_path / "more.txt"), **options)
+    spoken = letter_tokenizer().decode(task.test.sort(dim=0).values[0]).replace(" ", "")
+    assert set(spoken) <= set("abcxyz</s>")
+    assert {token for row in rows_of(task.training()) for token in row} == {1, 2}
+
+
+def test_a_model_goes_the_whole_way_on_it(text):
+    task = build_task("text", letter_tokenizer(), calibration=str(text), window=32, batch=4)
+    model = llama()
+    task.check_model(model)
+    before = task.evaluate(model)["perplexity"]
+    plan = hp.plan(hp.score(model, task.calibration, "fisher", loss_fn=task.loss), hp.Budget(heads=0.5))
+    hp.prune(model, plan, task.calibration, forward=task.forward)
+    assert task.evaluate(model)["perplexity"] != before
+    assert sum(site.head_map.query_heads for site in hp.attention_sites(model)) == 8
+
+
+def test_mistakes_are_told(text):
+    tokenizer = letter_tokenizer()
+    with pytest.raises(InvalidInput, match="calibration has 1351 tokens and test 150; expected at least one window of 512 each"):
+        build_task("text", tokenizer, calibration=str(text))
+    with pytest.raises(InvalidInput, match="missing a required argument: 'calibration'; it takes calibration, test, training"):
+        build_task("text", tokenizer)
+    with pytest.raises(InvalidInput, match=r"unexpected keyword argument 'windows'; it takes .*window"):
+        build_task("text", tokenizer, calibration=str(text), windows=4)
+    with pytest.raises(InvalidInput, match="window is 'many'; expected a whole number"):
+        build_task("text", tokenizer, calibration=str(text), window="many")
+    with pytest.raises(InvalidInput, match=r"window=1, batch=4: expected at least 2 tokens"):
+        build_task("text", tokenizer, calibration=str(text), window=1)
+    with pytest.raises(InvalidInput, match="BertModel"):
+        build_task("text", tokenizer, calibration=str(text), window=15).check_model(bert())
+
+
+def test_the_command_line_names_tasks_with_options():
+    assert named_task("text") == ("text", {})
+    found = named_task("text,calibration=own.txt,window=32,test=null")
+    assert found == ("text", {"calibration": "own.txt", "window": 32, "test": None})
+    with pytest.raises(InvalidInput, match=r"'own\.txt' is no option; expected text,option=value"):
+        named_task("text,own.txt")
+    with pytest.raises(InvalidInput, match="is not a YAML value"):
+        named_task("text,window=[1")
+    with pytest.raises(InvalidInput, match="unknown task 'texts'"):
+        named_task("texts,window=3")
