@@ -30,7 +30,7 @@ from headprune.surgery import load, prune, save
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
 log = logging.getLogger("headprune")
-TOLERANCE = 1e-4  # relative, fp32: cutting reorders sums
+TOLERANCE, STEPS = 1e-4, 32  # relative: cutting reorders sums; so many steps of a dtype that is coarser than fp32
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def smaller_model(
     """The plan, the model that it leads to (by a schedule, or cut once and recovered where that is asked for), what was checked."""
     if recipe.schedule:
         chosen, pruned, checks = scheduled_model(dense, task, recipe, folder, stages)
-        refuse_failed(checks)
+        refuse_failed(checks, tolerance(dense))
         return chosen, pruned, checks
     chosen = kept(folder / "plan.json", PruningPlan.load, lambda: planned(dense, task, scores, recipe, stages))
     if streamed_of(dense):
@@ -143,18 +143,24 @@ def pruned_model(
     with stages.stage("check, save and load back"):
         checks: dict[str, Any] = {"cut_equals_gated": cut_error(dense, pruned, chosen, task.outputs, ends)}
         prompt = task.prompt()
-        if prompt is not None:
+        if prompt is not None and tolerance(dense) == TOLERANCE:  # coarser, the order of a sum decides between near words
             checks["generates_as_gated"] = same_tokens(dense, pruned, chosen, prompt, resolved=ends)
         expected = task.outputs(pruned)
         save(pruned, target, tokenizer=task.tokenizer)
         loaded = load(target)
         checks["reload"] = relative_difference(task.outputs(loaded), expected)
-    refuse_failed(checks)
+    refuse_failed(checks, tolerance(dense))
     write_json(folder / "checks.json", "run_checks", {"checks": checks})
     return loaded, checks
 
 
-def refuse_failed(checks: dict[str, Any]) -> None:
-    failed = {name: found for name, found in checks.items() if found is False or (found is not True and not found <= TOLERANCE)}
+def tolerance(model: torch.nn.Module) -> float:
+    """How far outputs that should be the same may lie apart; each cut attention was compared in fp32 before."""
+    steps = (torch.finfo(weight.dtype).eps for weight in model.parameters() if weight.is_floating_point())
+    return max(TOLERANCE, STEPS * max(steps, default=0.0))
+
+
+def refuse_failed(checks: dict[str, Any], allowed: float) -> None:
+    failed = {name: found for name, found in checks.items() if found is False or (found is not True and not found <= allowed)}
     if failed:
-        raise HeadpruneError(f"the pruned model failed its own checks: {failed} (expected true, or at most {TOLERANCE}).")
+        raise HeadpruneError(f"the pruned model failed its own checks: {failed} (expected true, or at most {allowed:g}).")

@@ -20,6 +20,7 @@ from headprune.nn.given import plain_module
 from headprune.recovery.batches import as_dataset, first_batch
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
+from headprune.recovery.master_weights import master_weights, mixed_precision
 from headprune.recovery.methods import get_method
 from headprune.recovery.objective import Objective
 from headprune.recovery.result import WHAT, Recovery, first_rank, keep_result, taken_up, told_apart
@@ -86,7 +87,8 @@ def recover(
         progress: called with (done, all) after each step.
         training_arguments: any of transformers.TrainingArguments (bf16, gradient_accumulation_steps, report_to, deepspeed,
             save_steps, ...). Under torchrun each rank trains on its share of the batches; fsdp=True shards the model and a teacher
-            at hand over the ranks (FSDP2) and gathers them afterwards; deepspeed takes ZeRO stages 0 to 2.
+            at hand over the ranks (FSDP2) and gathers them afterwards; deepspeed takes ZeRO stages 0 to 2. A model in half
+            precision is trained in fp32 with bf16 autocast, and rounded at the end, unless bf16 or fp16 is given.
 
     A loss that becomes NaN ends the training: the model goes back to its last good state and `stopped_because` says where.
 
@@ -99,7 +101,8 @@ def recover(
     chosen.refuse_unknown(method_options or {})
     if training_arguments:
         check_options("recover", training_arguments, recover_options())
-    shards = wants_sharding(training_arguments)
+    shards, mixed = wants_sharding(training_arguments), mixed_precision(model, training_arguments)
+    training_arguments |= mixed
     if isinstance(rewind, RateRewind):
         lr, steps, warmup = rewind if lr is None else lr, steps or (None if minutes else rewind.steps), warmup or 0
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
@@ -136,7 +139,12 @@ def recover(
         stack.callback(model.to, place)
         stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), at_first), shards))
         spread = sharded(model, device) if shards else nullcontext()
-        with chosen.prepare(model, **(method_options or {})), objective.sharing(), spread, session.checkpointing(model):
+        with ExitStack() as inside:
+            inside.enter_context(chosen.prepare(model, **(method_options or {})))
+            inside.enter_context(master_weights(model, bool(mixed)))
+            inside.enter_context(objective.sharing())
+            inside.enter_context(spread)
+            inside.enter_context(session.checkpointing(model))
             if folder is not None and first_rank():
                 write_settings(folder, WHAT, settings)
             result = trained(model, session)

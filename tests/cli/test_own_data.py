@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import torch
 import yaml
 from letter_tokenizer import LETTERS, letter_tokenizer
 from PIL import Image
@@ -48,6 +49,24 @@ def test_a_recipe_takes_the_tasks_options(call, decoder, tmp_path):
     code, _, err = call("run", str(tmp_path / "own.yaml"), "plan.budget.heads=0.25")
     assert code == 0, err
     assert sum(site.head_map.query_heads for site in hp.attention_sites(hp.load(tmp_path / "run" / "model"))) == 12
+
+
+def test_a_model_in_bf16_goes_through_a_run_with_recovery(call, decoder, tmp_path):
+    model = llama().to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(decoder)
+    recipe = {
+        "model": str(decoder), "task": {"name": "text", "options": {"calibration": str(tmp_path / "own.txt"), "window": 16}},
+        "plan": {"trials": 2}, "prune": {"feed_forward": True}, "recover": {"steps": 3}, "evaluate": {"repeats": 1},
+        "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = call("run", str(tmp_path / "own.yaml"))
+    assert code == 0, err
+    assert hp.load(tmp_path / "run" / "recovered").dtype == torch.bfloat16
+    checks = json.loads((tmp_path / "run" / "checks.json").read_text())["checks"]
+    assert set(checks) == {"cut_equals_gated", "reload"}
+    assert checks["cut_equals_gated"] < 0.1
 
 
 def test_a_vision_transformer_is_scored_on_a_folder_of_images(call, tmp_path):
