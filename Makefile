@@ -126,7 +126,7 @@ engines-vllm: venv
 # Before they are measured, the benchmarks of single kernels run once on all processors: compilation takes longer than measuring. Rows
 # that were not measured yet, or changed, come first.
 GPU_FIRST := tests/ops/test_gluon.py
-GPU_TESTS := tests/ops tests/kernels tests/scoring/test_ran_batch.py tests/models/test_streamed.py tests/models/test_cuda_graphs.py tests/surgery/test_gather.py
+GPU_TESTS := tests/ops tests/kernels tests/scoring/test_ran_batch.py tests/models/test_streamed.py tests/models/test_cuda_graphs.py tests/surgery/test_gather.py tests/evaluation/test_text_task.py
 GPU_BENCH := forward hopper scoring masks whole_model backward decode weight_stats
 LARGE_MODELS := bench/bench_gpu_scoring.py bench/bench_gpu_whole_model.py bench/bench_gpu_masks.py
 gpu: export PYTHONPATH := $(CURDIR)

@@ -186,6 +186,7 @@ class Recipe(Section):
     memory: Literal["auto", "resident", "streamed"] = Field(
         default="auto", description="streamed: read the weights layer by layer; auto: where they do not fit into memory"
     )
+    device: str = Field(default="auto", description="auto: a GPU where there is one; cpu, cuda, cuda:1")
     output: str
     seed: int = 0
 

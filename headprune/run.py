@@ -15,6 +15,7 @@ from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation import Comparison, compare
 from headprune.evaluation.tasks import Task, build_task, check_task
 from headprune.files import read_json, write_json, write_text
+from headprune.models.placement import chosen_device
 from headprune.models.streamed import streamed_of
 from headprune.planning import PruningPlan
 from headprune.recipe import Recipe, load_recipe
@@ -23,10 +24,10 @@ from headprune.report.web_page import report
 from headprune.run_recovery import recovered_model
 from headprune.run_schedule import scheduled_model
 from headprune.run_streamed import pruned_in_files, reads_streamed, show_estimate
-from headprune.run_values import kept, measure_for_report, plan_of, scored
+from headprune.run_values import kept, loaded_beside, measure_for_report, plan_of, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_from_disk, open_model, opening
-from headprune.surgery import load, prune, save
+from headprune.surgery import prune, save
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
 log = logging.getLogger("headprune")
@@ -66,9 +67,10 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     if recipe.plan.file:
         PruningPlan.load(recipe.plan.file)  # refused before anything is measured
     torch.manual_seed(recipe.seed)
-    streamed = reads_streamed(recipe)
+    device = chosen_device(recipe.device)
+    streamed = reads_streamed(recipe, device)
     with stages.stage(opening(recipe.model)) as progress:
-        dense, tokenizer = open_from_disk(recipe.model) if streamed else open_model(recipe.model, progress)
+        dense, tokenizer = open_from_disk(recipe.model, device) if streamed else open_model(recipe.model, progress, device)
     with stages.stage(f"prepare {recipe.task.name}"):
         task = build_task(recipe.task.name, tokenizer, **recipe.task.options)
         task.check_model(dense)
@@ -130,7 +132,7 @@ def pruned_model(
     target = folder / "model"
     if (folder / "checks.json").exists():
         log.info("taking up %s", target)
-        return load(target), read_json(folder / "checks.json", "run_checks")["checks"]
+        return loaded_beside(dense, target), read_json(folder / "checks.json", "run_checks")["checks"]
     pruned = copy.deepcopy(dense)
     calibration = task.calibration if recipe.prune.compensate else None
     with stages.stage("cut and re-solve output projections" if calibration else "cut") as progress:
@@ -147,7 +149,7 @@ def pruned_model(
             checks["generates_as_gated"] = same_tokens(dense, pruned, chosen, prompt, resolved=ends)
         expected = task.outputs(pruned)
         save(pruned, target, tokenizer=task.tokenizer)
-        loaded = load(target)
+        loaded = loaded_beside(dense, target)
         checks["reload"] = relative_difference(task.outputs(loaded), expected)
     refuse_failed(checks, tolerance(dense))
     write_json(folder / "checks.json", "run_checks", {"checks": checks})

@@ -11,7 +11,8 @@ from headprune.evaluation.tasks import Task
 from headprune.recipe import Recipe
 from headprune.recovery import recover
 from headprune.report.progress import Stages
-from headprune.surgery import load, save
+from headprune.run_values import loaded_beside
+from headprune.surgery import save
 
 log = logging.getLogger("headprune")
 
@@ -26,7 +27,7 @@ def recovered_model(
         return pruned
     if (folder / "recovered").exists():
         log.info("taking up %s", folder / "recovered")
-        return load(folder / "recovered")
+        return loaded_beside(dense, folder / "recovered")
     with stages.stage("recover from the dense model" if section.distil else "recover") as progress:
         result = recover(
             pruned, task.training(), loss_fn=task.loss, teacher=dense if section.distil else None, method=section.method,
@@ -36,4 +37,4 @@ def recovered_model(
     result.refuse_diverged(section.lr)
     log.info("recovery: %s", result)
     save(pruned, folder / "recovered", tokenizer=task.tokenizer)
-    return load(folder / "recovered")
+    return loaded_beside(dense, folder / "recovered")

@@ -15,11 +15,11 @@ from headprune.evaluation.tasks import Task
 from headprune.planning import Budget, PruningPlan
 from headprune.recipe import Recipe, RecoverSection
 from headprune.report.progress import Stages
-from headprune.run_values import planning_options
+from headprune.run_values import loaded_beside, planning_options
 from headprune.schedules import RecoverySettings, get_schedule
 from headprune.schedules.quality import mean_loss
 from headprune.schedules.setting import ShowProgress
-from headprune.surgery import load, save
+from headprune.surgery import save
 from headprune.surgery.verify import relative_difference
 
 log = logging.getLogger("headprune")
@@ -62,7 +62,7 @@ def scheduled_model(
     with stages.stage("save and load back"):
         expected = task.outputs(result.model)
         save(result.model, target, tokenizer=task.tokenizer)
-        loaded = load(target)
+        loaded = loaded_beside(dense, target)
     return result.plan, loaded, {"reload": relative_difference(task.outputs(loaded), expected)}
 
 

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from headprune.evaluation.tasks import Task
 from headprune.models.identity import ModelIdentity
+from headprune.models.placement import device_of
 from headprune.models.streamed import streamed_of
 from headprune.planning import Budget, PruningPlan, Sensitivity, plan, sensitivity
 from headprune.recipe import Recipe
 from headprune.report.progress import Stages
 from headprune.scoring import HeadScores, get_criterion, observe, portrait_needs, portraits, score_observations
-from headprune.surgery import search_plan
+from headprune.surgery import load, search_plan
 from headprune.sweep import Sweep, sweep
 
 
@@ -41,6 +43,13 @@ def kept(path: Path, read: Callable[[Path], Value], make: Callable[[], Value]) -
     value = make()
     value.save(path)
     return value
+
+
+def loaded_beside(dense: nn.Module, folder: Path) -> PreTrainedModel:
+    """The model of `folder`, on the device of `dense`."""
+    model: Any = load(folder)
+    found: PreTrainedModel = model.to(device_of(dense))
+    return found
 
 
 def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> HeadScores:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from headprune import demo
@@ -83,13 +84,14 @@ def default_task(name: str, model: PreTrainedModel) -> str:
     return EMBEDDED["stdlib-lm" if model.can_generate() else "minilm"].task
 
 
-def open_model(name: str, progress: Progress | None = None) -> tuple[PreTrainedModel, Any]:
+def open_model(name: str, progress: Progress | None = None, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
     """(model in eval mode, tokenizer or None) of `name`, see `model_folder`."""
     folder = model_folder(name, progress)
-    return load(folder).eval(), tokenizer_of(folder)
+    model: Any = load(folder).eval()
+    return model.to(device), tokenizer_of(folder)
 
 
-def open_from_disk(name: str, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+def open_from_disk(name: str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer or None) of `name`, whose weights are read layer by layer as it runs (`hp.open_streamed`)."""
     folder = model_folder(name)
     return open_streamed(folder, device=device), tokenizer_of(folder)

@@ -11,9 +11,12 @@ from headprune import run as run_module
 from headprune import run_streamed, sources
 from headprune.errors import InvalidInput
 from headprune.evaluation.tasks import Task, register_task
+from headprune.models.shards import open_shards
 from headprune.recipe import parse_recipe
 from headprune.report.progress import Stages
 from headprune.surgery import load
+
+CPU = torch.device("cpu")
 
 
 @register_task
@@ -77,10 +80,28 @@ def test_streamed_and_resident_runs_leave_the_same_model(recipe, capsys):
 
 def test_a_model_that_does_not_fit_is_streamed_by_itself(recipe, monkeypatch):
     automatic = recipe.model_copy(update={"memory": "auto"})
-    assert not run_streamed.reads_streamed(automatic)
+    assert not run_streamed.reads_streamed(automatic, CPU)
     monkeypatch.setattr(run_streamed, "COPIES", 10**9)
-    assert run_streamed.reads_streamed(automatic)
-    assert not run_streamed.reads_streamed(recipe.model_copy(update={"memory": "resident"}))
+    assert run_streamed.reads_streamed(automatic, CPU)
+    assert not run_streamed.reads_streamed(recipe.model_copy(update={"memory": "resident"}), CPU)
+
+
+def test_a_model_that_the_gpu_does_not_hold_is_streamed_through_it(recipe, monkeypatch):
+    automatic, gpu = recipe.model_copy(update={"memory": "auto"}), torch.device("cuda")
+    weights = open_shards(automatic.model).nbytes
+    for free, streamed in ((3 * weights, False), (3 * weights - 1, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+        assert run_streamed.reads_streamed(automatic, gpu) is streamed
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4"), ("NVIDIA H200", "h200"), ("RTX", None)],
+)
+def test_a_gpu_is_known_by_what_it_says(monkeypatch, told, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: told)
+    assert run_streamed.known_name(torch.device("cuda")) == name
+    assert run_streamed.known_name(CPU) == "cpu"
 
 
 def test_what_takes_the_whole_model_is_refused_at_once(recipe, tmp_path):

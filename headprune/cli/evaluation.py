@@ -11,6 +11,7 @@ import typer
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
 from headprune.cli.inputs import (
+    DeviceOption,
     FlopsOption,
     HeadsOption,
     JsonOption,
@@ -50,6 +51,7 @@ def evaluate_command(
     trace: Annotated[
         Path | None, typer.Option(help="Also write a Chrome trace of forward passes to this file.", callback=writable_file)
     ] = None,
+    device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Quality and cost of a model, alone or beside its dense original (in turn, with intervals of the differences)."""
@@ -57,13 +59,13 @@ def evaluate_command(
 
     refuse_unread("--text", text is not None, window=window, stride=stride)
     refuse_unread("--lm-eval", lm_eval is not None, limit=limit)
-    found, data = opened_for_evaluation(model, task, text, lm_eval, window=window, stride=stride, limit=limit)
+    found, data = opened_for_evaluation(model, task, text, lm_eval, device, window=window, stride=stride, limit=limit)
     models: dict[str, nn.Module] = {"model": found}
     result: Evaluation | Comparison
     if against is None:
         result = with_bar("evaluate", lambda progress: evaluate(found, data, repeats=repeats, progress=progress))
     else:
-        dense = opened_model(against)[0]
+        dense = opened_model(against, device=device)[0]
         models = {"dense": dense, "pruned": found}
         result = with_bar("evaluate", lambda progress: compare(dense, found, data, repeats=repeats, progress=progress))
     terminal.show(json, asdict(result), result)
@@ -75,7 +77,7 @@ def evaluate_command(
 
 
 def opened_for_evaluation(
-    model: str, task: str | None, text: Path | None, lm_eval: str | None, **options: Any
+    model: str, task: str | None, text: Path | None, lm_eval: str | None, device: str, **options: Any
 ) -> tuple[PreTrainedModel, EvaluationData]:
     """(model, evaluation data): of a text, of tasks of lm-evaluation-harness, or of one of headprune's tasks."""
     from headprune.evaluation import LanguageModelHarness, Perplexity
@@ -84,8 +86,8 @@ def opened_for_evaluation(
     if len(given) > 1:
         raise InvalidInput(f"{' and '.join(given)} were given; a model is evaluated on one of them at a time.")
     if text is None and lm_eval is None:
-        return opened(model, task)
-    found, tokenizer = opened_model(model)
+        return opened(model, task, device=device)
+    found, tokenizer = opened_model(model, device=device)
     if tokenizer is None:
         raise InvalidInput(f"{model} has no tokenizer, which {given[0]} needs; save one beside the model.")
     if lm_eval is not None:

@@ -81,6 +81,10 @@ StreamedOption = Annotated[
     bool, typer.Option("--streamed", help="Read the weights layer by layer, for models that do not fit into memory.")
 ]
 
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where the model runs: auto (a GPU where there is one), cpu, cuda, cuda:1.")
+]
+
 # A budget: one of these.
 HeadsOption = Annotated[float | None, typer.Option("--heads", help="Fraction of the query heads to remove.")]
 ParamsOption = Annotated[float | None, typer.Option("--params", help="Fraction of the attention parameters to remove.")]
@@ -88,23 +92,25 @@ KvCacheOption = Annotated[float | None, typer.Option("--kv-cache", help="Fractio
 FlopsOption = Annotated[float | None, typer.Option("--flops", help="Fraction of the attention FLOPs to remove.")]
 
 
-def opened(model: str, task: str | None, streamed: bool = False) -> tuple[PreTrainedModel, Task]:
+def opened(model: str, task: str | None, streamed: bool = False, device: str = "cpu") -> tuple[PreTrainedModel, Task]:
     """(model, task), the task by its name and options or the one for such models."""
     from headprune.evaluation.tasks import build_task, named_task
     from headprune.sources import default_task
 
     chosen = None if task is None else named_task(task)
-    found, tokenizer = opened_model(model, streamed)
+    found, tokenizer = opened_model(model, streamed, device)
     name, options = chosen or (default_task(model, found), {})
     data = with_bar(f"prepare {name}", lambda progress: build_task(name, tokenizer, **options))
     data.check_model(found)
     return found, data
 
 
-def opened_model(model: str, streamed: bool = False) -> tuple[PreTrainedModel, Any]:
+def opened_model(model: str, streamed: bool = False, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
     """(model, its tokenizer or None)."""
+    from headprune.models.placement import chosen_device
     from headprune.sources import open_from_disk, open_model, opening
 
+    place = chosen_device(device)
     if streamed:
-        return open_from_disk(model)
-    return with_bar(opening(model), lambda progress: open_model(model, progress))
+        return open_from_disk(model, place)
+    return with_bar(opening(model), lambda progress: open_model(model, progress, place))

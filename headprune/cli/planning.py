@@ -12,6 +12,7 @@ from headprune.cli.app import app
 from headprune.cli.completion import one_of
 from headprune.cli.inputs import (
     AllocationOption,
+    DeviceOption,
     FlopsOption,
     HeadsOption,
     JsonOption,
@@ -67,6 +68,7 @@ def plan_command(
     trials: Annotated[int, typer.Option(help="Plans to try on --model, pruned and compensated; 0: by scores alone.", min=0)] = 0,
     model: Annotated[str | None, typer.Option(help="The model that was scored, for --trials.")] = None,
     task: TaskOption = None,
+    device: Annotated[str | None, typer.Option(help="Where --model runs.", show_default="auto")] = None,
     output: OutputOption = Path("plan.json"),
     json: JsonOption = False,
 ) -> None:
@@ -75,7 +77,7 @@ def plan_command(
     from headprune.planning import Budget, LatencyTable, Sensitivity, plan
     from headprune.scoring import HeadScores
 
-    refuse_unread("--trials", trials > 0, model=model, task=task)
+    refuse_unread("--trials", trials > 0, model=model, task=task, device=device)
     refuse_unread("--latency", latency is not None, table=table)
     measured = None if table is None else LatencyTable.load(table)
     if measured and not other_machine:
@@ -87,7 +89,7 @@ def plan_command(
         "protect": protect or (), "sensitivity": None if sensitivity is None else Sensitivity.load(sensitivity), "target": target,
     }  # fmt: skip
     if trials:
-        chosen = tried(model, task, ranking, budget, trials, options)
+        chosen = tried(model, task, device or "auto", ranking, budget, trials, options)
     else:
         chosen = with_bar("plan", lambda progress: plan(ranking, budget, **options))
     chosen.save(output)
@@ -95,14 +97,14 @@ def plan_command(
 
 
 def tried(
-    model: str | None, task: str | None, scores: HeadScores, budget: Budget, trials: int, options: dict[str, Any]
+    model: str | None, task: str | None, device: str, scores: HeadScores, budget: Budget, trials: int, options: dict[str, Any]
 ) -> PruningPlan:
     """The best of the plans that are tried on the model."""
     from headprune.surgery import search_plan
 
     if model is None:
         raise InvalidInput("--trials prunes and compensates the model that was scored; name it with --model.")
-    dense, data = opened(model, task)
+    dense, data = opened(model, task, device=device)
     return with_bar(
         "try plans, pruned and compensated",
         lambda progress: search_plan(
@@ -113,12 +115,16 @@ def tried(
 
 @app.command("latency", epilog="Example: headprune latency minilm -o latency.json")
 def latency_command(
-    model: ModelArgument, task: TaskOption = None, output: OutputOption = Path("latency.json"), json: JsonOption = False
+    model: ModelArgument,
+    task: TaskOption = None,
+    device: DeviceOption = "auto",
+    output: OutputOption = Path("latency.json"),
+    json: JsonOption = False,
 ) -> None:
     """Time every attention with every number of heads on this machine, for latency budgets."""
     from headprune.evaluation import measure_latency_table
 
-    dense, data = opened(model, task)
+    dense, data = opened(model, task, device=device)
     table = with_bar("time attentions", lambda progress: measure_latency_table(dense, data.latency_inputs(), progress=progress))
     table.save(output)
     head = f"{table.machine}: batch {table.batch}, {table.length} tokens; the rest of the model {table.rest / 1e6:.2f} ms"
@@ -142,6 +148,7 @@ def sweep_command(
     ] = "heads",
     allocation: AllocationOption = None,
     task: TaskOption = None,
+    device: DeviceOption = "auto",
     output: OutputOption = Path("sweep.json"),
     json: JsonOption = False,
 ) -> None:
@@ -152,7 +159,7 @@ def sweep_command(
 
     chosen = [Budget.of({known_quantity(quantity): fraction}) for fraction in fractions(budgets)]
     ranking = HeadScores.load(scores)
-    dense, data = opened(model, task)
+    dense, data = opened(model, task, device=device)
     found = with_bar("sweep", lambda progress: sweep(dense, data, ranking, chosen, allocation=allocation, progress=progress))
     found.save(output)
     terminal.show_file(json, output, found)

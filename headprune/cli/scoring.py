@@ -12,7 +12,16 @@ from rich.table import Table
 
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, OutputOption, StreamedOption, TaskOption, opened, writable_file
+from headprune.cli.inputs import (
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    OutputOption,
+    StreamedOption,
+    TaskOption,
+    opened,
+    writable_file,
+)
 from headprune.cli.terminal import with_bar
 
 
@@ -32,6 +41,7 @@ def score(
     ] = "none",
     portraits: Annotated[bool, typer.Option("--portraits", help="Say what each head attends to.")] = False,
     streamed: StreamedOption = False,
+    device: DeviceOption = "auto",
     json: JsonOption = False,
     output: OutputOption = Path("scores.json"),
 ) -> None:
@@ -43,7 +53,7 @@ def score(
     names = list(dict.fromkeys(name.strip() for name in criterion.split(",")))
     needs = frozenset().union(*(scoring.get_criterion(name).needs for name in names))
     scoring.check_normalization(normalize)
-    dense, data = opened(model, task, streamed)
+    dense, data = opened(model, task, streamed, device)
     states = output.with_name(f".{output.name}.states") if streamed else None
     observed = with_bar(f"score heads by {', '.join(names)}", lambda progress: scoring.observe(
         dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,
@@ -88,6 +98,7 @@ def sensitivity_command(
     csv: Annotated[
         Path | None, typer.Option(help="Also the curves as a table, one point a line, for a plot.", callback=writable_file)
     ] = None,
+    device: DeviceOption = "auto",
     output: OutputOption = Path("sensitivity.json"),
     json: JsonOption = False,
 ) -> None:
@@ -96,7 +107,7 @@ def sensitivity_command(
     from headprune.scoring import HeadScores
 
     order = HeadScores.load(scores)
-    dense, data = opened(model, task)
+    dense, data = opened(model, task, device=device)
     found = with_bar("measure sensitivity", lambda progress: sensitivity(
         dense, data.calibration, order, loss_fn=data.loss,
         progress=lambda done: progress(done, len(data.calibration)),

@@ -13,6 +13,7 @@ from headprune.cli import completion, terminal
 from headprune.cli.app import app
 from headprune.cli.completion import one_of
 from headprune.cli.inputs import (
+    DeviceOption,
     JsonOption,
     ModelArgument,
     ModelOutputOption,
@@ -43,6 +44,7 @@ def prune_command(
         ),
     ] = None,
     streamed: StreamedOption = False,
+    device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Cut the heads that a plan lets go and save the smaller model."""
@@ -52,13 +54,13 @@ def prune_command(
     refuse_replacing_source(model, output)
     chosen = PruningPlan.load(plan)
     if streamed:
-        prune_in_files(model, chosen, output, task)
+        prune_in_files(model, chosen, output, task, device)
     elif task is None:
-        dense, tokenizer = opened_model(model)
+        dense, tokenizer = opened_model(model, device=device)
         with_bar("cut", lambda progress: prune(dense, chosen, progress=progress))
         with_bar("save", lambda progress: save(dense, output, tokenizer=tokenizer))
     else:
-        dense, data = opened(model, task)
+        dense, data = opened(model, task, device=device)
         with_bar("re-solve output projections and cut", lambda progress: prune(
             dense, chosen, data.calibration, forward=data.forward, progress=progress
         ))  # fmt: skip
@@ -71,14 +73,15 @@ def prune_command(
     terminal.show(json, kept, chosen, f"written to {output}")
 
 
-def prune_in_files(model: str, plan: PruningPlan, output: Path, task: str | None) -> None:
+def prune_in_files(model: str, plan: PruningPlan, output: Path, task: str | None, device: str) -> None:
+    from headprune.models.placement import chosen_device
     from headprune.sources import model_folder
     from headprune.surgery import prune_folder
 
-    data = None if task is None else opened(model, task, streamed=True)[1]
+    data = None if task is None else opened(model, task, streamed=True, device=device)[1]
     with_bar("prune file by file", lambda progress: prune_folder(
         model_folder(model), plan, output, None if data is None else data.calibration,
-        forward=None if data is None else data.forward, progress=progress,
+        forward=None if data is None else data.forward, device=chosen_device(device), progress=progress,
     ))  # fmt: skip
 
 

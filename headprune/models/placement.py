@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from headprune.errors import InvalidInput
 from headprune.models.streamed import streamed_of
 
 
@@ -12,3 +13,13 @@ def device_of(model: nn.Module) -> torch.device:
     """Of the model's first parameter; for a model that is read from disk layer by layer the device that its layers run on."""
     streamed = streamed_of(model)
     return next(model.parameters()).device if streamed is None else streamed.device
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that `name` means: "auto" is the first GPU where there is one, else the CPU. InvalidInput where it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if name not in (*here, *(["cuda"] if len(here) > 1 else ())):
+        raise InvalidInput(f"device is {name!r}; this machine has {', '.join(here)}. Give one of them, or auto.")
+    return torch.device(name)

@@ -43,7 +43,7 @@ def test_plans_are_tried_on_the_model_that_was_scored(call, monkeypatch):
     assert "name it with --model" in err
     batches = [{"input_ids": tokens(6, 16, seed)} for seed in range(3)]
     data = SimpleNamespace(calibration=batches, readout=lambda model, batch: model(**batch))
-    monkeypatch.setattr(planning, "opened", lambda model, task: (bert(), data))
+    monkeypatch.setattr(planning, "opened", lambda model, task, device: (bert(), data))
     code, out, err = call("plan", "scores.json", "--heads", "0.5", "--trials", "3", "--model", "bert")
     assert code == 0, err
     assert "4 of 8 query heads go" in out

@@ -1,5 +1,6 @@
 """Your own text as a task."""
 
+import copy
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_models import bert, llama
 
 import headprune as hp
 from headprune.errors import InvalidInput
+from headprune.evaluation import compare
 from headprune.evaluation.tasks import build_task, named_task
 
 
@@ -47,15 +49,25 @@ def test_test_and_training_come_from_files_of_their_own(text, tmp_path):
     assert {token for row in rows_of(task.training()) for token in row} == {1, 2}
 
 
-def test_a_model_goes_the_whole_way_on_it(text):
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_model_goes_the_whole_way_on_it(text, device, tmp_path):
     task = build_task("text", letter_tokenizer(), calibration=str(text), window=32, batch=4)
-    model = llama()
-    task.check_model(model)
-    before = task.evaluate(model)["perplexity"]
-    plan = hp.plan(hp.score(model, task.calibration, "fisher", loss_fn=task.loss), hp.Budget(heads=0.5))
-    hp.prune(model, plan, task.calibration, forward=task.forward)
-    assert task.evaluate(model)["perplexity"] != before
+    dense = llama().to(device)
+    task.check_model(dense)
+    model = copy.deepcopy(dense)
+    scores = hp.score(model, task.calibration, ["fisher", "entropy", "wanda"], loss_fn=task.loss)["fisher"]
+    found = hp.search_plan(model, scores, hp.Budget(heads=0.5), task.calibration, trials=2, forward=task.readout)
+    hp.prune(model, found.plan, task.calibration, forward=task.forward, feed_forward=True)
     assert sum(site.head_map.query_heads for site in hp.attention_sites(model)) == 8
+    hp.recover(model, task.training(), loss_fn=task.loss, teacher=dense, steps=2)
+    hp.save(model, tmp_path / "pruned", tokenizer=task.tokenizer)
+    loaded = hp.load(tmp_path / "pruned").to(device)
+    torch.testing.assert_close(task.outputs(loaded), task.outputs(model))
+    compared = compare(dense, loaded, task, repeats=1)
+    assert compared.pruned.quality["perplexity"] == pytest.approx(task.evaluate(model)["perplexity"], rel=1e-5)
 
 
 def test_mistakes_are_told(text):
