@@ -17,6 +17,13 @@ LATENT = {
     "n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "first_k_dense_replace": 9,
     "moe_intermediate_size": 16,
 }  # fmt: skip
+# The last layer's attention is linear and has no heads of ours.
+HYBRID = {
+    **MODERN, "num_hidden_layers": 3, "head_dim": 8, "layer_types": ["full_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "partial_rotary_factor": 0.5,
+}  # fmt: skip
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 FALCON = {**OLD, "bias": True}
 # Family -> (what its classes are called before ForCausalLM and Config, configuration).
 FAMILIES = {
@@ -34,6 +41,9 @@ FAMILIES = {
     "qwen2": ("Qwen2", MODERN),
     "qwen3": ("Qwen3", {**MODERN, "head_dim": 8}),
     "qwen3_moe": ("Qwen3Moe", {**MODERN, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}),
+    "qwen3_next": ("Qwen3Next", {**HYBRID, **EXPERTS}),
+    "qwen3_5": ("Qwen3_5", HYBRID),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**HYBRID, **EXPERTS}),
     # Eager: in some releases its sdpa leaves the soft cap out.
     "gemma2": (
         "Gemma2",
@@ -57,9 +67,14 @@ FAMILIES = {
     "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None}),
     "deepseek_v3": ("DeepseekV3", {**LATENT, "q_lora_rank": 12}),
 }
-CLASSES = {"gpt2": ("GPT2LMHeadModel", "GPT2Config"), "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig")}
+CLASSES = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config"),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
+    "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig"),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig"),
+}
 
-SCALES_ADD_ONE = ("Gemma2", "Gemma3")  # norms that multiply by 1 + weight
+SCALES_ADD_ONE = ("Gemma2", "Gemma3", "Qwen3Next", "Qwen3_5", "Qwen3_5Moe")  # norms that multiply by 1 + weight
 
 
 def decoder(family: str, seed: int = 0, **options) -> PreTrainedModel:

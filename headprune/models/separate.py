@@ -1,5 +1,6 @@
 """Attention with one linear layer each for query, key, value and output, and key/value heads shared in groups or not:
-Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere) and OPT."""
+Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere) and OPT. In Qwen3-Next and
+Qwen3.5 each head's query has a gate beside it, which its output is multiplied with."""
 
 from __future__ import annotations
 
@@ -33,6 +34,8 @@ BESIDES = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "sinks", "relative_
 class Separate:
     """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense) in one module that knows its head_dim.
 
+    A q_proj of twice the width holds the query and the gate of head 0, then those of head 1, ...
+
     Attention sinks and per-head q/k norms go with their heads; norms of one head_dim are shared by all and stay. A norm
     over all heads at once (OLMo 2) divides every head by a statistic of all of them: there the query and key projections
     and their norms stay whole and the heads are picked behind the norm, so that values, outputs and cache shrink exactly.
@@ -54,11 +57,12 @@ class Separate:
         for part in linear:
             check_projection(f"{name}.{part}", getattr(module, part))
         head_map = head_map_of(module, o.weight.shape[1], module.v_proj.weight.shape[0], head_dim, name)
+        widths = (head_dim * (1 + is_gated(module, o)), head_dim, head_dim, head_dim)
         heads = dict(zip(ROLES, (head_map.query_heads, head_map.kv_heads, head_map.kv_heads, head_map.query_heads)))
         projections, extras, modules = [], [], []
-        for role, part in zip(ROLES, linear):
+        for role, part, width in zip(ROLES, linear, widths):
             norm = getattr(module, f"{part[0]}_norm", None) if role in ("query", "key") else None
-            projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim))
+            projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim, width))
             modules += norms_in_a_list(f"{name}.{part[0]}_layernorm", module, part[0], heads[role], role == "key")
             extras += norm_of_each_head(f"{name}.{part[0]}_norm", norm, heads[role], head_dim, role == "key")
         if isinstance(getattr(module, "sinks", None), Tensor):
@@ -91,10 +95,17 @@ def unknown_parameters(module: nn.Module, known: set[str]) -> list[str]:
     return [name for name, _ in module.named_parameters() if name.partition(".")[0] not in known]
 
 
-def projection(role: Role, name: str, module: Foreign, norm: Foreign, heads: int, head_dim: int) -> ProjectionHeads:
+def is_gated(module: Foreign, output: Foreign) -> bool:
+    """Whether the query projection holds two features for each one that the output projection reads: half of them are gates."""
+    many: int = output.weight.shape[1]
+    return many > 0 and module.q_proj.weight.shape[0] == 2 * many
+
+
+def projection(role: Role, name: str, module: Foreign, norm: Foreign, heads: int, head_dim: int, width: int) -> ProjectionHeads:
+    """width: features of one head in the projection; head_dim: those that the norm, where there is one, sees."""
     weight = getattr(norm, "weight", None)
     if not heads or weight is None or weight.dim() != 1 or weight.numel() == head_dim:
-        return contiguous_heads(role, name, module, heads, head_dim)
+        return contiguous_heads(role, name, module, heads, width)
     if weight.numel() != module.weight.shape[0]:
         raise UnsupportedModel(f"{name}: its norm spans {weight.numel()} features, neither one head ({head_dim}) nor all of them.")
     whole = heads_at(role, name, module, module.weight.shape[0] // head_dim, head_dim)

@@ -141,6 +141,11 @@ class AttentionSite:
         return self.projection("output")
 
     @property
+    def gate_dim(self) -> int:
+        """Features of the query projection that each head has beside its query: a gate on its output, computed with it."""
+        return max(self.projection("query").features.shape[1] - self.head_dim, 0)
+
+    @property
     def cache(self) -> CachedFeatures:
         return self.cached or CachedFeatures(kv_head=self.head_dim + self.value_dim)
 

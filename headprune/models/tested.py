@@ -14,8 +14,8 @@ TESTED: dict[str, tuple[str, ...]] = {
         "ElectraAttention", "FalconAttention", "GPT2Attention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention",
         "GptOssAttention", "GraniteAttention", "LlamaAttention", "MBartAttention", "MistralAttention", "MixtralAttention",
         "ModernBertAttention", "MptAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention",
-        "Qwen3Attention", "Qwen3MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention",
-        "T5Attention", "ViTAttention", "WhisperAttention",
+        "Qwen3Attention", "Qwen3MoeAttention", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "RobertaAttention",
+        "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention", "ViTAttention", "WhisperAttention",
     ),
 }  # fmt: skip
 

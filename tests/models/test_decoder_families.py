@@ -91,7 +91,8 @@ def test_it_generates_what_the_gated_model_does(family, keep):
         with gated(model, plan):
             expected = model.generate(**greedy, **options)
         assert torch.equal(pruned.generate(**greedy, **options), expected), options
-    if family not in NO_ASSISTANT and (CROPS_WINDOWS or not getattr(model.config, "sliding_window", None)):
+    assisted = family not in NO_ASSISTANT and not model._is_stateful  # linear attention cannot take tokens back
+    if assisted and (CROPS_WINDOWS or not getattr(model.config, "sliding_window", None)):
         alone = {**greedy, "input_ids": tokens(1, 7), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
         assert torch.equal(pruned.generate(**alone, assistant_model=model), pruned.generate(**alone))
         if keep == PLANS["ragged"]:
@@ -149,7 +150,7 @@ def test_the_cache_holds_what_is_counted_for_it(family):
     model, pruned, _ = pruned_pair(family, PLANS["whole group, keep one"])
     for found in (model, pruned):
         cache = found(tokens(1, 3), use_cache=True).past_key_values  # three tokens are within every window
-        held = sum(states.numel() for layer in cache.layers for states in (layer.keys, layer.values))
+        held = sum(states.numel() for layer in cache.layers if hasattr(layer, "keys") for states in (layer.keys, layer.values))
         assert kv_cache_bytes_per_token(attention_sites(found), bytes_per_value=1) * 3 == held
 
 
@@ -168,7 +169,9 @@ def test_it_survives_the_disk_and_composes(family, tmp_path):
     }
     hp.save(twice, tmp_path / "twice")
     again = hp.load(tmp_path / "twice", attn_implementation=twice.config._attn_implementation)
-    assert torch.equal(hidden(again, **padded()), hidden(twice, **padded()))
+    assert all(torch.equal(value, twice.state_dict()[name]) for name, value in again.state_dict().items())
+    # Weights that lie otherwise in memory: the products of single rows (a shared expert's gate) are rounded otherwise.
+    assert torch.allclose(hidden(again, **padded()), hidden(twice, **padded()), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
