@@ -34,6 +34,11 @@ FAMILIES = {
     "falcon_mqa": ("Falcon", {**FALCON, "multi_query": True}),
     "falcon_gqa": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon_alibi": ("Falcon", {**FALCON, "multi_query": False, "alibi": True, "parallel_attn": False}),
+    "gpt_bigcode": ("GPTBigCode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL}),
+    "gpt_bigcode_mha": (
+        "GPTBigCode",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "multi_query": False, **SPECIAL},
+    ),
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **SPECIAL}),
     "llama": ("Llama", {**MODERN, "attention_bias": True}),
     "mistral": ("Mistral", {**MODERN, "sliding_window": 4}),

@@ -1,5 +1,5 @@
 """Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT (blocks), GPT-NeoX, BLOOM (interleaved per
-head), Falcon (any of them)."""
+head), Falcon (any of them), StarCoder (one key/value head behind all queries, or interleaved)."""
 
 from __future__ import annotations
 
@@ -69,6 +69,16 @@ def phi3_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) ->
     follow_groups(site.module, head_map, num_attention_heads=head_map.query_heads)
 
 
+def query_features_in(attribute: str) -> Callable[[AttentionSite, HeadMap, tuple[int, ...]], None]:
+    """For a forward that splits the queries off by this attribute."""
+
+    def after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        setattr(site.module, attribute, head_map.query_heads * site.head_dim)
+        follow_groups(site.module, head_map)
+
+    return after
+
+
 def positions_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
     remember_positions(site.module, site.head_map.query_heads, kept)
     specialise(site.module, OwnPositions)
@@ -128,6 +138,13 @@ register_adapter(
     Fused(
         "phi3", "qkv_proj", "o_proj", "head_dim", lambda module: hasattr(module, "num_key_value_heads"), lambda module: blocks,
         kv_heads=lambda module: module.num_key_value_heads, after=phi3_after,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "gpt_bigcode", "c_attn", "c_proj", "head_dim", lambda module: hasattr(module, "kv_dim") and not hasattr(module, "q_attn"),
+        lambda module: blocks if module.multi_query else per_head,
+        kv_heads=lambda module: 1 if module.multi_query else module.num_heads, after=query_features_in("embed_dim"),
     )
 )  # fmt: skip
 register_adapter(

@@ -7,7 +7,7 @@ from torch import nn
 from headprune.head_map import HeadMap
 
 QUERY_HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_query_heads")
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 ALL_QUERY_FEATURES = ("all_head_size", "inner_dim", "attn_dim", "split_size")
 
 
