@@ -24,21 +24,28 @@ HYBRID = {
     "partial_rotary_factor": 0.5,
 }  # fmt: skip
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL}
+MODERNBERT = {
+    **OLD, "intermediate_size": 48, "max_position_embeddings": 64, "local_attention": 8, "initializer_cutoff_factor": 3.0,
+    "layer_types": ["sliding_attention", "full_attention"], "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1,
+}  # fmt: skip
+MIMO = {
+    **MODERN, "num_key_value_heads": 1, "head_dim": 12, "v_head_dim": 8, "sliding_window": 4, "n_routed_experts": 2,
+    "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+}  # fmt: skip
 FALCON = {**OLD, "bias": True}
 # Family -> (what its classes are called before ForCausalLM and Config, configuration).
 FAMILIES = {
-    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL}),
+    "gpt2": ("GPT2", GPT2),
+    "ctrl": ("CTRL", {**GPT2, "dff": 48}),
     "opt": ("OPT", {**OLD, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "init_std": 0.2}),
     "gpt_neox": ("GPTNeoX", {**OLD, "intermediate_size": 48, "max_position_embeddings": 64}),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **SPECIAL}),
     "falcon_mqa": ("Falcon", {**FALCON, "multi_query": True}),
     "falcon_gqa": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon_alibi": ("Falcon", {**FALCON, "multi_query": False, "alibi": True, "parallel_attn": False}),
-    "gpt_bigcode": ("GPTBigCode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL}),
-    "gpt_bigcode_mha": (
-        "GPTBigCode",
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "multi_query": False, **SPECIAL},
-    ),
+    "gpt_bigcode": ("GPTBigCode", GPT2),
+    "gpt_bigcode_mha": ("GPTBigCode", {**GPT2, "multi_query": False}),
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **SPECIAL}),
     "llama": ("Llama", {**MODERN, "attention_bias": True}),
     "mistral": ("Mistral", {**MODERN, "sliding_window": 4}),
@@ -49,6 +56,7 @@ FAMILIES = {
     "qwen3_next": ("Qwen3Next", {**HYBRID, **EXPERTS}),
     "qwen3_5": ("Qwen3_5", HYBRID),
     "qwen3_5_moe": ("Qwen3_5Moe", {**HYBRID, **EXPERTS}),
+    "mimo_v2": ("MiMoV2Flash", MIMO),
     # Eager: in some releases its sdpa leaves the soft cap out.
     "gemma2": (
         "Gemma2",
@@ -67,6 +75,7 @@ FAMILIES = {
     "granite": ("Granite", MODERN),
     "gpt_oss": ("GptOss", {**MODERN, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}),
     "smollm3": ("SmolLM3", {**MODERN, "no_rope_layers": [1, 0]}),
+    "modernbert_decoder": ("ModernBertDecoder", MODERNBERT),
     "cohere": ("Cohere", {**MODERN, "use_qk_norm": True}),
     "stablelm": ("StableLm", {**MODERN, "qk_layernorm": True}),
     "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None}),
@@ -74,6 +83,7 @@ FAMILIES = {
 }
 CLASSES = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config"),
+    "ctrl": ("CTRLLMHeadModel", "CTRLConfig"),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
     "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig"),
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig"),

@@ -1,6 +1,6 @@
 """Attention with one linear layer each for query, key, value and output, and key/value heads shared in groups or not:
 Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere) and OPT. In Qwen3-Next and
-Qwen3.5 each head's query has a gate beside it, which its output is multiplied with."""
+Qwen3.5 each head's query has a gate beside it, which its output is multiplied with; in MiMo-V2 values have a width of their own."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from headprune.models.site import (
 from headprune.models.specialise import empty, specialise
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
-OUTPUTS = ("o_proj", "out_proj", "dense")
+INPUTS = (("q_proj", "k_proj", "v_proj"), ("Wq", "Wk", "Wv"))
+OUTPUTS = ("o_proj", "out_proj", "dense", "Wo")
 BESIDES = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "sinks", "relative_position_bias")  # what else may hold parameters
 
 
 class Separate:
-    """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense) in one module that knows its head_dim.
+    """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense, ModernBERT's decoder: Wo; CTRL: Wq, Wk, Wv, dense) in one
+    module that knows its head_dim, and its v_head_dim where values have another.
 
     A q_proj of twice the width holds the query and the gate of head 0, then those of head 1, ...
 
@@ -46,25 +48,30 @@ class Separate:
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         output = next((output for output in OUTPUTS if hasattr(module, output)), None)
-        if output is None:
+        inputs = next((parts for parts in INPUTS if hasattr(module, parts[0])), None)
+        if output is None or inputs is None:
             return None
-        linear = ("q_proj", "k_proj", "v_proj", output)
+        linear = (*inputs, output)
         if not all(isinstance(getattr(module, part, None), nn.Module) for part in linear):
             return None
         if not (isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "config")):
             return None
         head_dim, o = module.head_dim, getattr(module, output)
+        value_dim = getattr(module, "v_head_dim", head_dim)
         for part in linear:
             check_projection(f"{name}.{part}", getattr(module, part))
-        head_map = head_map_of(module, o.weight.shape[1], module.v_proj.weight.shape[0], head_dim, name)
-        widths = (head_dim * (1 + is_gated(module, o)), head_dim, head_dim, head_dim)
+        queries, values = (getattr(module, part).weight.shape[0] for part in inputs[::2])
+        head_map = head_map_of(module, o.weight.shape[1], values, value_dim, name)
+        # Two features in the queries for each that is read of the output: half of them are gates.
+        gated = bool(head_map.query_heads) and queries == 2 * head_map.query_heads * head_dim
+        widths = (head_dim * (1 + gated), head_dim, value_dim, value_dim)
         heads = dict(zip(ROLES, (head_map.query_heads, head_map.kv_heads, head_map.kv_heads, head_map.query_heads)))
         projections, extras, modules = [], [], []
         for role, part, width in zip(ROLES, linear, widths):
-            norm = getattr(module, f"{part[0]}_norm", None) if role in ("query", "key") else None
+            norm = getattr(module, f"{role[0]}_norm", None) if role in ("query", "key") else None
             projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim, width))
-            modules += norms_in_a_list(f"{name}.{part[0]}_layernorm", module, part[0], heads[role], role == "key")
-            extras += norm_of_each_head(f"{name}.{part[0]}_norm", norm, heads[role], head_dim, role == "key")
+            modules += norms_in_a_list(f"{name}.{role[0]}_layernorm", module, role[0], heads[role], role == "key")
+            extras += norm_of_each_head(f"{name}.{role[0]}_norm", norm, heads[role], head_dim, role == "key")
         if isinstance(getattr(module, "sinks", None), Tensor):
             extras.append(HeadTensor(f"{name}.sinks", module, "sinks"))
         table: Foreign = getattr(module, "relative_position_bias", None)  # of a Swin window
@@ -74,7 +81,7 @@ class Separate:
         last = name.rpartition(".")[2]
         kind: Kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
-            name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
+            name, module, module, head_map, head_dim, value_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
             windowed, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *BESIDES}),
         )  # fmt: skip
 
@@ -93,12 +100,6 @@ class Separate:
 def unknown_parameters(module: nn.Module, known: set[str]) -> list[str]:
     """The parameters of `module` outside its parts `known`: they may belong to heads (biases of relative positions, say)."""
     return [name for name, _ in module.named_parameters() if name.partition(".")[0] not in known]
-
-
-def is_gated(module: Foreign, output: Foreign) -> bool:
-    """Whether the query projection holds two features for each one that the output projection reads: half of them are gates."""
-    many: int = output.weight.shape[1]
-    return many > 0 and module.q_proj.weight.shape[0] == 2 * many
 
 
 def projection(role: Role, name: str, module: Foreign, norm: Foreign, heads: int, head_dim: int, width: int) -> ProjectionHeads:
