@@ -37,9 +37,12 @@ FALCON = {**OLD, "bias": True}
 # Family -> (what its classes are called before ForCausalLM and Config, configuration).
 FAMILIES = {
     "gpt2": ("GPT2", GPT2),
+    "openai_gpt": ("OpenAIGPT", GPT2),
     "ctrl": ("CTRL", {**GPT2, "dff": 48}),
     "opt": ("OPT", {**OLD, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "init_std": 0.2}),
     "gpt_neox": ("GPTNeoX", {**OLD, "intermediate_size": 48, "max_position_embeddings": 64}),
+    "gpt_neox_japanese": ("GPTNeoXJapanese", {**OLD, "intermediate_multiple_size": 2, "max_position_embeddings": 64}),
+    "persimmon": ("Persimmon", {**OLD, "intermediate_size": 48, "max_position_embeddings": 64, "num_key_value_heads": 4}),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **SPECIAL}),
     "falcon_mqa": ("Falcon", {**FALCON, "multi_query": True}),
     "falcon_gqa": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -83,6 +86,7 @@ FAMILIES = {
 }
 CLASSES = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config"),
+    "openai_gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig"),
     "ctrl": ("CTRLLMHeadModel", "CTRLConfig"),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
     "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig"),

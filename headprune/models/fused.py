@@ -1,5 +1,5 @@
 """Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT (blocks), GPT-NeoX, BLOOM (interleaved per
-head), Falcon (any of them), StarCoder (one key/value head behind all queries, or interleaved)."""
+head), Falcon (any of them), StarCoder (one key/value head behind all queries, or interleaved), and others like them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.cached import CachedFeatures
-from headprune.models.emptied import Emptied, EmptiedBloom
+from headprune.models.emptied import Emptied, EmptiedBloom, EmptiedOpenAI, EmptiedWithBias
 from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
@@ -28,7 +28,8 @@ class Fused:
     fused, output, head_dim: attributes of the module. is_kind: tells it from others with the same three attributes.
     layout: where the heads lie, or a function of the module that tells. kv_heads: key/value heads of a module that was never
     cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads.
-    runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite.
+    runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite. width: features
+    of a head, of a module that has no attribute for them (then `head_dim` names another that it must have).
     """
 
     name: str
@@ -42,11 +43,13 @@ class Fused:
     emptied: type = Emptied
     runs_ragged: bool = False
     cached: Callable[[Foreign], CachedFeatures | None] = lambda module: None
+    width: Callable[[Foreign], int] | None = None
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         if not all(hasattr(module, part) for part in (self.fused, self.output, self.head_dim)) or not self.is_kind(module):
             return None
-        head_dim, output = getattr(module, self.head_dim), getattr(module, self.output)
+        head_dim = getattr(module, self.head_dim) if self.width is None else self.width(module)
+        output = getattr(module, self.output)
         check_projection(f"{name}.{self.output}", output)
         features, hidden = output.weight.shape if is_conv1d(output) else reversed(output.weight.shape)
         kv_features = features if self.kv_heads is None else self.kv_heads(module) * head_dim
@@ -107,6 +110,21 @@ def is_gpt2(module: Foreign) -> bool:
     return is_conv1d(module.c_attn) and hasattr(module, "split_size")
 
 
+def is_openai(module: Foreign) -> bool:
+    return is_gpt2(module) and not hasattr(module, "head_dim")
+
+
+def openai_head_dim(module: Foreign) -> int:
+    """Without heads it cannot be told from the weights."""
+    known: int | None = getattr(module, "headprune_head_dim", None)
+    return known or module.c_proj.weight.shape[0] // module.n_head
+
+
+def openai_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    module: Foreign = site.module
+    module.headprune_head_dim = site.head_dim
+
+
 def gpt2_layout(module: Foreign) -> Layout:
     """Cross attention has its queries in a layer of their own."""
     if not hasattr(module, "q_attn"):
@@ -157,6 +175,29 @@ register_adapter(Fused("modernbert", "Wqkv", "Wo", "head_dim", lambda module: ha
 register_adapter(
     Fused("gpt_neox", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "config"), lambda module: per_head)
 )
+register_adapter(
+    Fused(
+        "gpt_neox_japanese", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "dense_bias"),
+        lambda module: per_head, emptied=EmptiedWithBias,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "persimmon", "query_key_value", "dense", "head_dim", lambda module: hasattr(module, "qk_layernorm"), lambda module: per_head
+    )
+)
+register_adapter(
+    Fused(
+        "openai-gpt", "c_attn", "c_proj", "n_head", is_openai, lambda module: blocks, width=openai_head_dim,
+        after=openai_after, emptied=EmptiedOpenAI, cached=lambda module: CachedFeatures(),
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "bark", "att_proj", "out_proj", "head_dim", lambda module: hasattr(module, "embed_dim"), lambda module: blocks,
+        after=query_features_in("embed_dim"),
+    )
+)  # fmt: skip
 register_adapter(
     Fused(
         "bloom", "query_key_value", "dense", "head_dim", is_bloom, lambda module: per_head,

@@ -9,14 +9,15 @@ TESTED: dict[str, tuple[str, ...]] = {
     "headprune": ("VariableHeadAttention",),
     "timm": ("Attention", "WindowAttention"),
     "transformers": (
-        "AlbertAttention", "BartAttention", "BertAttention", "BloomAttention", "CLIPAttention", "CohereAttention",
+        "AlbertAttention", "Attention", "BartAttention", "BertAttention", "BloomAttention", "CLIPAttention", "CohereAttention",
         "DebertaV2Attention", "DeepseekV2Attention", "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention",
-        "ElectraAttention", "FalconAttention", "GPT2Attention", "GPTBigCodeAttention", "GPTNeoXAttention", "Gemma2Attention",
-        "Gemma3Attention", "GptOssAttention", "GraniteAttention", "LlamaAttention", "MBartAttention", "MiMoV2FlashAttention",
-        "MistralAttention", "MixtralAttention", "ModernBertAttention", "ModernBertDecoderAttention", "MptAttention",
-        "MultiHeadAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention",
-        "Qwen3MoeAttention", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "RobertaAttention",
-        "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention", "ViTAttention", "WhisperAttention",
+        "ElectraAttention", "FalconAttention", "GPT2Attention", "GPTBigCodeAttention", "GPTNeoXAttention",
+        "GPTNeoXJapaneseAttention", "Gemma2Attention", "Gemma3Attention", "GptOssAttention", "GraniteAttention",
+        "LlamaAttention", "MBartAttention", "MiMoV2FlashAttention", "MistralAttention", "MixtralAttention",
+        "ModernBertAttention", "ModernBertDecoderAttention", "MptAttention", "MultiHeadAttention", "OPTAttention",
+        "Olmo2Attention", "PersimmonAttention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention",
+        "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "RobertaAttention", "SmolLM3Attention",
+        "StableLmAttention", "SwinAttention", "T5Attention", "ViTAttention", "WhisperAttention",
     ),
 }  # fmt: skip
 
