@@ -17,7 +17,7 @@ TESTED: dict[str, tuple[str, ...]] = {
         "ModernBertAttention", "ModernBertDecoderAttention", "MptAttention", "MultiHeadAttention", "OPTAttention",
         "Olmo2Attention", "PersimmonAttention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention",
         "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "RobertaAttention", "SmolLM3Attention",
-        "StableLmAttention", "SwinAttention", "T5Attention", "ViTAttention", "WhisperAttention",
+        "StableLmAttention", "SwinAttention", "T5Attention", "UMT5Attention", "ViTAttention", "WhisperAttention",
     ),
 }  # fmt: skip
 
