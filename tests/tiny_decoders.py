@@ -33,6 +33,11 @@ MIMO = {
     **MODERN, "num_key_value_heads": 1, "head_dim": 12, "v_head_dim": 8, "sliding_window": 4, "n_routed_experts": 2,
     "num_experts_per_tok": 1, "moe_intermediate_size": 16,
 }  # fmt: skip
+DBRX = {
+    "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **SPECIAL,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 10000.0},
+    "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1},
+}  # fmt: skip
 FALCON = {**OLD, "bias": True}
 # Family -> (what its classes are called before ForCausalLM and Config, configuration).
 FAMILIES = {
@@ -50,6 +55,7 @@ FAMILIES = {
     "gpt_bigcode": ("GPTBigCode", GPT2),
     "gpt_bigcode_mha": ("GPTBigCode", {**GPT2, "multi_query": False}),
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **SPECIAL}),
+    "dbrx": ("Dbrx", DBRX),
     "llama": ("Llama", {**MODERN, "attention_bias": True}),
     "mistral": ("Mistral", {**MODERN, "sliding_window": 4}),
     "mixtral": ("Mixtral", {**MODERN, "num_local_experts": 2, "num_experts_per_tok": 1}),
@@ -107,7 +113,7 @@ def decoder(family: str, seed: int = 0, **options) -> PreTrainedModel:
             setattr(config, name, 0.0)
     model = getattr(transformers, model_class)(config).eval()
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or "norm" in name:
+        if parameter.dim() < 2 or "norm" in name.split(".")[-2]:
             scales = ("norm" in name or "ln_" in name) and "bias" not in name and prefix not in SCALES_ADD_ONE
             parameter.data.normal_(float(scales), 0.2)
     return model

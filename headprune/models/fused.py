@@ -67,6 +67,10 @@ class Fused:
             empty(site.module, self.output, self.emptied)
 
 
+def in_groups(module: Foreign) -> bool:
+    return hasattr(module, "num_key_value_heads")
+
+
 def phi3_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
     # Its forward reads the number of query heads from the model's config.
     follow_groups(site.module, head_map, num_attention_heads=head_map.query_heads)
@@ -154,7 +158,7 @@ def falcon_kv_heads(module: Foreign) -> int:
 register_adapter(Fused("gpt2", "c_attn", "c_proj", "head_dim", is_gpt2, gpt2_layout))
 register_adapter(
     Fused(
-        "phi3", "qkv_proj", "o_proj", "head_dim", lambda module: hasattr(module, "num_key_value_heads"), lambda module: blocks,
+        "phi3", "qkv_proj", "o_proj", "head_dim", in_groups, lambda module: blocks,
         kv_heads=lambda module: module.num_key_value_heads, after=phi3_after,
     )
 )  # fmt: skip
@@ -167,8 +171,14 @@ register_adapter(
 )  # fmt: skip
 register_adapter(
     Fused(
-        "mpt", "Wqkv", "out_proj", "head_dim", lambda module: hasattr(module, "clip_qkv"), lambda module: blocks,
-        after=positions_after,
+        "mpt", "Wqkv", "out_proj", "head_dim", lambda module: hasattr(module, "clip_qkv") and not in_groups(module),
+        lambda module: blocks, after=positions_after,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "dbrx", "Wqkv", "out_proj", "head_dim", lambda module: hasattr(module, "clip_qkv") and in_groups(module),
+        lambda module: blocks, kv_heads=lambda module: module.num_key_value_heads, after=query_features_in("hidden_size"),
     )
 )  # fmt: skip
 register_adapter(Fused("modernbert", "Wqkv", "Wo", "head_dim", lambda module: hasattr(module, "config"), lambda module: blocks))
