@@ -48,6 +48,7 @@ FAMILIES = {
     "gpt_neox": ("GPTNeoX", {**OLD, "intermediate_size": 48, "max_position_embeddings": 64}),
     "gpt_neox_japanese": ("GPTNeoXJapanese", {**OLD, "intermediate_multiple_size": 2, "max_position_embeddings": 64}),
     "persimmon": ("Persimmon", {**OLD, "intermediate_size": 48, "max_position_embeddings": 64, "num_key_value_heads": 4}),
+    "codegen": ("CodeGen", {**GPT2, "rotary_dim": 4}),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **SPECIAL}),
     "falcon_mqa": ("Falcon", {**FALCON, "multi_query": True}),
     "falcon_gqa": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),

@@ -6,16 +6,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.cached import CachedFeatures
 from headprune.models.emptied import Emptied, EmptiedBloom, EmptiedOpenAI, EmptiedWithBias
-from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups
+from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups, quarters
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import GroupedFalcon, OwnPositions, remember_positions
-from headprune.models.site import AttentionSite, Foreign, Kind, ProjectionHeads, check_projection, contiguous_heads, is_conv1d
+from headprune.models.quarters import QuarteredHeads
+from headprune.models.site import AttentionSite, Foreign, Kind, ProjectionHeads, Role, check_projection, contiguous_heads, is_conv1d
 from headprune.models.specialise import empty, specialise
 
 Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
@@ -89,6 +92,19 @@ def query_features_in(attribute: str) -> Callable[[AttentionSite, HeadMap, tuple
 def positions_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
     remember_positions(site.module, site.head_map.query_heads, kept)
     specialise(site.module, OwnPositions)
+
+
+def codegen_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    """The features that are left are shared out anew among the four blocks."""
+    fused: Foreign = site.projection("query").module
+    roles: tuple[Role, ...] = ("query", "key", "value")
+    left = torch.cat([site.projection(role).features[list(kept)].flatten() for role in roles])
+    wanted = torch.cat([part.features.flatten() for part in quarters("", fused, head_map, site.head_dim)])
+    order = torch.empty_like(wanted)
+    order[wanted] = left.argsort().argsort()  # where each lies now: they are in their old order
+    for parameter in fused.parameters():
+        parameter.data = parameter.data[order.to(parameter.device)]
+    specialise(site.module, QuarteredHeads)
 
 
 def falcon_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -200,6 +216,12 @@ register_adapter(
     Fused(
         "openai-gpt", "c_attn", "c_proj", "n_head", is_openai, lambda module: blocks, width=openai_head_dim,
         after=openai_after, emptied=EmptiedOpenAI, cached=lambda module: CachedFeatures(),
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "codegen", "qkv_proj", "out_proj", "head_dim", lambda module: hasattr(module, "pos_embd_dim"), lambda module: quarters,
+        after=codegen_after,
     )
 )  # fmt: skip
 register_adapter(

@@ -9,8 +9,8 @@ TESTED: dict[str, tuple[str, ...]] = {
     "headprune": ("VariableHeadAttention",),
     "timm": ("Attention", "WindowAttention"),
     "transformers": (
-        "AlbertAttention", "Attention", "BartAttention", "BertAttention", "BloomAttention", "CLIPAttention", "CohereAttention",
-        "DbrxAttention", "DebertaV2Attention", "DeepseekV2Attention", "DeepseekV3Attention", "DeiTAttention",
+        "AlbertAttention", "Attention", "BartAttention", "BertAttention", "BloomAttention", "CLIPAttention", "CodeGenAttention",
+        "CohereAttention", "DbrxAttention", "DebertaV2Attention", "DeepseekV2Attention", "DeepseekV3Attention", "DeiTAttention",
         "DistilBertSelfAttention", "ElectraAttention", "FalconAttention", "GPT2Attention", "GPTBigCodeAttention",
         "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "Gemma2Attention", "Gemma3Attention", "GptOssAttention",
         "GraniteAttention", "LlamaAttention", "MBartAttention", "MiMoV2FlashAttention", "MistralAttention", "MixtralAttention",

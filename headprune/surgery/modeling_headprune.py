@@ -33,6 +33,7 @@ from headprune.models.emptied import (
     EmptiedWithBias,
 )
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
+from headprune.models.quarters import QuarteredHeads
 from headprune.models.selection import PicksHeads
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
 
@@ -47,7 +48,7 @@ BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
         Emptied, EmptiedAlbert, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedOpenAI, EmptiedT5, EmptiedTimm, EmptiedWithBias,
-        GroupedFalcon, OwnPositions, PicksHeads, SharedPositions,
+        GroupedFalcon, OwnPositions, PicksHeads, QuarteredHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
