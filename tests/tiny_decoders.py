@@ -24,10 +24,11 @@ HYBRID = {
     "partial_rotary_factor": 0.5,
 }  # fmt: skip
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+MIXED = ["sliding_attention", "full_attention"]
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL}
 MODERNBERT = {
     **OLD, "intermediate_size": 48, "max_position_embeddings": 64, "local_attention": 8, "initializer_cutoff_factor": 3.0,
-    "layer_types": ["sliding_attention", "full_attention"], "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1,
+    "layer_types": MIXED, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1,
 }  # fmt: skip
 MIMO = {
     **MODERN, "num_key_value_heads": 1, "head_dim": 12, "v_head_dim": 8, "sliding_window": 4, "n_routed_experts": 2,
@@ -66,6 +67,8 @@ FAMILIES = {
     "qwen3_next": ("Qwen3Next", {**HYBRID, **EXPERTS}),
     "qwen3_5": ("Qwen3_5", HYBRID),
     "qwen3_5_moe": ("Qwen3_5Moe", {**HYBRID, **EXPERTS}),
+    "afmoe": ("Afmoe", {**MODERN, "head_dim": 8, "sliding_window": 4, **EXPERTS, "num_dense_layers": 1, "layer_types": MIXED}),
+    "laguna": ("Laguna", {**MODERN, "head_dim": 8, "sliding_window": 4, **EXPERTS, "layer_types": MIXED}),
     "mimo_v2": ("MiMoV2Flash", MIMO),
     # Eager: in some releases its sdpa leaves the soft cap out.
     "gemma2": (

@@ -29,6 +29,7 @@ from headprune.models.specialise import empty, specialise
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("Wq", "Wk", "Wv"))
 OUTPUTS = ("o_proj", "out_proj", "dense", "Wo")
+GATES = ("gate_proj", "g_proj")
 BESIDES = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "sinks", "relative_position_bias")  # what else may hold parameters
 
 
@@ -36,7 +37,8 @@ class Separate:
     """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense, ModernBERT's decoder: Wo; CTRL: Wq, Wk, Wv, dense) in one
     module that knows its head_dim, and its v_head_dim where values have another.
 
-    A q_proj of twice the width holds the query and the gate of head 0, then those of head 1, ...
+    A q_proj of twice the width holds the query and the gate of head 0, then those of head 1, ...; gates may also have a layer of
+    their own (AFMoE, Laguna), with a feature for each of the head's outputs or one for all of them.
 
     Attention sinks and per-head q/k norms go with their heads; norms of one head_dim are shared by all and stay. A norm
     over all heads at once (OLMo 2) divides every head by a statistic of all of them: there the query and key projections
@@ -72,6 +74,12 @@ class Separate:
             projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim, width))
             modules += norms_in_a_list(f"{name}.{role[0]}_layernorm", module, role[0], heads[role], role == "key")
             extras += norm_of_each_head(f"{name}.{role[0]}_norm", norm, heads[role], head_dim, role == "key")
+        gates = [gate for gate in GATES if gates_heads(getattr(module, gate, None), head_map, value_dim)]
+        for gate in gates:
+            layer: Foreign = getattr(module, gate)
+            width = layer.weight.shape[0] // max(head_map.query_heads, 1)
+            projections.append(contiguous_heads("query", f"{name}.{gate}", layer, head_map.query_heads, width))
+        gate_width = sum(part.features.shape[1] for part in projections if part.role == "query") - head_dim
         if isinstance(getattr(module, "sinks", None), Tensor):
             extras.append(HeadTensor(f"{name}.sinks", module, "sinks"))
         table: Foreign = getattr(module, "relative_position_bias", None)  # of a Swin window
@@ -82,7 +90,8 @@ class Separate:
         kind: Kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
             name, module, module, head_map, head_dim, value_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
-            windowed, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *BESIDES}),
+            windowed, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *gates, *BESIDES}),
+            gate_width=gate_width,
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -100,6 +109,12 @@ class Separate:
 def unknown_parameters(module: nn.Module, known: set[str]) -> list[str]:
     """The parameters of `module` outside its parts `known`: they may belong to heads (biases of relative positions, say)."""
     return [name for name, _ in module.named_parameters() if name.partition(".")[0] not in known]
+
+
+def gates_heads(layer: Foreign, head_map: HeadMap, value_dim: int) -> bool:
+    """Whether `layer` gives the gates of these heads."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and weight.shape[0] in (head_map.query_heads, head_map.query_heads * value_dim)
 
 
 def projection(role: Role, name: str, module: Foreign, norm: Foreign, heads: int, head_dim: int, width: int) -> ProjectionHeads:

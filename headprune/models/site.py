@@ -111,11 +111,12 @@ class AttentionSite:
 
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
-    The projections come first by role: there is one of each role, or (a second position projection) several, of which the
+    The projections come first by role: there is one of each role, or (a second position projection, a gate) several, of which the
     first counts. extras: what else the heads own. head_modules: modules of single heads. windowed: what the module sees
     as a batch are the windows of each sample, one sample after another. proven: False where the layout was only guessed from
     names, so that a cut must be checked by a forward pass. cached: what a cache holds of one token; by default the keys and
-    values of each key/value head.
+    values of each key/value head. gate_width: features that each head computes of a token to gate its output with, in the query
+    projection (behind the query) or in one of their own.
     """
 
     name: str
@@ -132,6 +133,7 @@ class AttentionSite:
     proven: bool = True
     cached: CachedFeatures | None = None
     head_modules: tuple[HeadModules, ...] = ()
+    gate_width: int = 0
 
     def projection(self, role: Role) -> ProjectionHeads:
         return next(projection for projection in self.projections if projection.role == role)
@@ -139,11 +141,6 @@ class AttentionSite:
     @property
     def output(self) -> ProjectionHeads:
         return self.projection("output")
-
-    @property
-    def gate_dim(self) -> int:
-        """Features of the query projection that each head has beside its query: a gate on its output, computed with it."""
-        return max(self.projection("query").features.shape[1] - self.head_dim, 0)
 
     @property
     def cache(self) -> CachedFeatures:
