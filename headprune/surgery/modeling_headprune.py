@@ -100,12 +100,18 @@ def pruned_class(name: str, stock: Any, module: str) -> type:
 @contextlib.contextmanager
 def whole(config: Any) -> Iterator[Any]:
     """Inside the block `config` describes the original: layers are built alike, and made smaller afterwards."""
-    spec = config.__dict__.pop("_heterogeneity_spec", None)
+    spec = None if differs_by_itself(config) else config.__dict__.pop("_heterogeneity_spec", None)
     try:
         yield config
     finally:
         if spec is not None:
             config.__dict__["_heterogeneity_spec"] = spec
+
+
+def differs_by_itself(config: Any) -> bool:
+    """Whether its `per_layer_config` says how the original's layers differ; what a cut writes there comes with leave to read the
+    counts of the whole."""
+    return "_heterogeneity_spec" in config.__dict__ and not config.__dict__.get("allow_global_per_layer_attribute_access")
 
 
 def renamed(model: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from headprune.head_map import HeadMap
+from headprune.surgery.modeling_headprune import differs_by_itself
 
 
 def set_layer_config(config: PreTrainedConfig, head_maps: Mapping[str, HeadMap], head_dims: Mapping[str, int]) -> None:
@@ -18,8 +19,10 @@ def set_layer_config(config: PreTrainedConfig, head_maps: Mapping[str, HeadMap],
     those without one are of another type in `config.layer_types` (linear attention); how ragged groups are made up stands in the
     `headprune` section alone.
     `head_dim` is made explicit, because it no longer follows from the number of heads; the global counts stay those of the
-    original.
+    original. A config whose layers differ by themselves (Gemma 4) stays as it is: its model is built from that.
     """
+    if differs_by_itself(config):
+        return
     config.per_layer_config = None
     numbered = by_layer(head_maps)
     if len(numbered) != len(head_maps) or not all_layers(config, numbered) or len(set(head_dims.values())) != 1:
