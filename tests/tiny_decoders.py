@@ -24,6 +24,11 @@ HYBRID = {
     "partial_rotary_factor": 0.5,
 }  # fmt: skip
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+GEMMA4 = {
+    **MODERN, "head_dim": 8, "global_head_dim": 16, "sliding_window": 4, "attention_k_eq_v": True, "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 MIXED = ["sliding_attention", "full_attention"]
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL}
 MODERNBERT = {
@@ -83,6 +88,7 @@ FAMILIES = {
         },
     ),
     "gemma3": ("Gemma3", {**MODERN, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "gemma4": ("Gemma4", GEMMA4),
     "phi3": ("Phi3", MODERN),
     "olmo2": ("Olmo2", MODERN),
     "granite": ("Granite", MODERN),
@@ -99,6 +105,7 @@ CLASSES = {
     "openai_gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig"),
     "ctrl": ("CTRLLMHeadModel", "CTRLConfig"),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
+    "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig"),
     "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig"),
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig"),
 }

@@ -1,8 +1,11 @@
 """Attention with one linear layer each for query, key, value and output, and key/value heads shared in groups or not:
 Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere) and OPT. In Qwen3-Next and
-Qwen3.5 each head's query has a gate beside it, which its output is multiplied with; in MiMo-V2 values have a width of their own."""
+Qwen3.5 each head's query has a gate beside it, which its output is multiplied with; in MiMo-V2 values have a width of their own;
+in some layers of Gemma 4 keys and values come from one layer."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -35,7 +38,7 @@ BESIDES = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "sinks", "relative_
 
 class Separate:
     """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense, ModernBERT's decoder: Wo; CTRL: Wq, Wk, Wv, dense) in one
-    module that knows its head_dim, and its v_head_dim where values have another.
+    module that knows its head_dim, and its v_head_dim where values have another. Where v_proj is None k_proj gives both.
 
     A q_proj of twice the width holds the query and the gate of head 0, then those of head 1, ...; gates may also have a layer of
     their own (AFMoE, Laguna), with a feature for each of the head's outputs or one for all of them.
@@ -53,7 +56,9 @@ class Separate:
         inputs = next((parts for parts in INPUTS if hasattr(module, parts[0])), None)
         if output is None or inputs is None:
             return None
-        linear = (*inputs, output)
+        key = inputs[1]
+        keys_alone = hasattr(module, inputs[2]) and getattr(module, inputs[2]) is None  # they are the values too
+        linear = (*inputs[:2], key if keys_alone else inputs[2], output)
         if not all(isinstance(getattr(module, part, None), nn.Module) for part in linear):
             return None
         if not (isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "config")):
@@ -62,7 +67,7 @@ class Separate:
         value_dim = getattr(module, "v_head_dim", head_dim)
         for part in linear:
             check_projection(f"{name}.{part}", getattr(module, part))
-        queries, values = (getattr(module, part).weight.shape[0] for part in inputs[::2])
+        queries, _, values, _ = (getattr(module, part).weight.shape[0] for part in linear)
         head_map = head_map_of(module, o.weight.shape[1], values, value_dim, name)
         # Two features in the queries for each that is read of the output: half of them are gates.
         gated = bool(head_map.query_heads) and queries == 2 * head_map.query_heads * head_dim
@@ -74,6 +79,8 @@ class Separate:
             projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim, width))
             modules += norms_in_a_list(f"{name}.{role[0]}_layernorm", module, role[0], heads[role], role == "key")
             extras += norm_of_each_head(f"{name}.{role[0]}_norm", norm, heads[role], head_dim, role == "key")
+        if keys_alone:
+            projections[2] = replace(projections[1], role="value", whole=True)
         gates = [gate for gate in GATES if gates_heads(getattr(module, gate, None), head_map, value_dim)]
         for gate in gates:
             layer: Foreign = getattr(module, gate)

@@ -29,7 +29,8 @@ class ProjectionHeads:
 
     `features` [heads, width] numbers output features of `module` (query, key, value) or input features (output):
     query heads for "query" and "output", key/value heads for "key" and "value". A fused projection appears once per role.
-    whole: its features all stay when heads go (a norm over all of them still reads them); `features` says which are used.
+    whole: its features all stay when heads go (a norm over all of them still reads them), or another role takes them away;
+    `features` says which are used.
     """
 
     role: Role

@@ -13,12 +13,12 @@ TESTED: dict[str, tuple[str, ...]] = {
         "CodeGenAttention", "CohereAttention", "DbrxAttention", "DebertaV2Attention", "DeepseekV2Attention",
         "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention", "FalconAttention",
         "GPT2Attention", "GPTBigCodeAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "Gemma2Attention",
-        "Gemma3Attention", "GptOssAttention", "GraniteAttention", "LagunaAttention", "LlamaAttention", "MBartAttention",
-        "MiMoV2FlashAttention", "MistralAttention", "MixtralAttention", "ModernBertAttention", "ModernBertDecoderAttention",
-        "MptAttention", "MultiHeadAttention", "OPTAttention", "Olmo2Attention", "PersimmonAttention", "Phi3Attention",
-        "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention", "Qwen3NextAttention", "Qwen3_5Attention",
-        "Qwen3_5MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention",
-        "UMT5Attention", "ViTAttention", "WhisperAttention",
+        "Gemma3Attention", "Gemma4TextAttention", "GptOssAttention", "GraniteAttention", "LagunaAttention", "LlamaAttention",
+        "MBartAttention", "MiMoV2FlashAttention", "MistralAttention", "MixtralAttention", "ModernBertAttention",
+        "ModernBertDecoderAttention", "MptAttention", "MultiHeadAttention", "OPTAttention", "Olmo2Attention",
+        "PersimmonAttention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention", "Qwen3NextAttention",
+        "Qwen3_5Attention", "Qwen3_5MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention",
+        "T5Attention", "UMT5Attention", "ViTAttention", "WhisperAttention",
     ),
 }  # fmt: skip
 

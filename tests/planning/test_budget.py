@@ -16,7 +16,9 @@ from headprune.scoring import HeadScores, SiteShape, score
 from headprune.surgery import prune
 
 
-@pytest.mark.parametrize("make", [llama, partial(decoder, "qwen3_next")], ids=["llama", "gated"])
+@pytest.mark.parametrize(
+    "make", [llama, partial(decoder, "qwen3_next"), partial(decoder, "laguna")], ids=["llama", "gated", "gates"]
+)
 def test_flops_are_those_of_the_model_before_and_after(make):
     model, budget = make(), Budget(flops=0.5, sequence_length=37)
     chosen = plan(score(model, criterion="random"), budget)
