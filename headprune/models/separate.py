@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.head_counts import set_head_counts
+from headprune.models.head_counts import follow_width, set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.selection import PicksHeads
 from headprune.models.site import (
@@ -104,6 +104,7 @@ class Separate:
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         module: Foreign = site.module
         set_head_counts(module, head_map, site.head_dim)
+        follow_width(module, site, head_map)
         follow_groups(module, head_map)
         picked: tuple[tuple[Role, tuple[int, ...]], ...] = (("query", kept), ("key", site.head_map.kept_kv_heads(kept)))
         for role, heads in picked:
