@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny_decoders import FAMILIES, decoder
+from tiny_decoders import FAMILIES, MODERN, decoder
 from tiny_models import hidden, padded, tokens
 
 import headprune as hp
@@ -185,3 +185,18 @@ def test_a_training_step_lowers_the_loss(family):
     assert all(site.output.module.weight.grad.abs().sum() > 0 for site in attention_sites(pruned))
     torch.optim.SGD(pruned.parameters(), lr=0.01).step()
     assert pruned(input_ids=ids, labels=ids).loss < before
+
+
+@pytest.mark.parametrize("name", ["Gemma3n", "Gemma4"])
+def test_layers_that_share_keys_and_values_are_refused_those_that_give_them_too(name):
+    sizes = {
+        **MODERN,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    }
+    sizes |= {"head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61}
+    sizes |= {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 6} if name == "Gemma3n" else {}
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}TextConfig")(**sizes))
+    with pytest.raises(hp.UnsupportedModel, match=r"layers.2.self_attn .*layers.3.self_attn .*layers.4.self_attn .* and more"):
+        attention_sites(model)
