@@ -63,7 +63,7 @@ class Separate:
             return None
         if not (isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "config")):
             return None
-        if getattr(module, "store_full_length_kv", False):
+        if getattr(module, "store_full_length_kv", False) and getattr(module.config, "num_kv_shared_layers", 0):
             return None  # later layers read its keys and values, of all heads (Gemma 3n)
         head_dim, o = module.head_dim, getattr(module, output)
         value_dim = getattr(module, "v_head_dim", head_dim)
