@@ -116,6 +116,7 @@ SEQ2SEQ = {
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
     "t5": Family("T5ForConditionalGeneration", "T5Config", T5, target_batch),
+    "umt5": Family("UMT5ForConditionalGeneration", "UMT5Config", T5, target_batch),
     "whisper": Family("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, spectrogram_batch),
 }
 

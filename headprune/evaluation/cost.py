@@ -32,7 +32,7 @@ def attention_flops(sites: Sequence[AttentionSite], tokens: int) -> int:
     total = 0
     for site in sites:
         queries, kv = site.head_map.query_heads, site.head_map.kv_heads
-        projected = queries * (site.head_dim + site.value_dim) + kv * (site.head_dim + site.value_dim)
+        projected = queries * (site.head_dim + site.gate_width + site.value_dim) + kv * (site.head_dim + site.value_dim)
         total += 2 * tokens * site.hidden_size * projected + 2 * tokens * tokens * queries * (site.head_dim + site.value_dim)
     return total
 

@@ -59,6 +59,22 @@ class EmptiedAlbert(Emptied):
         return self.LayerNorm(residual + self.output_dropout(output)), weights
 
 
+class EmptiedWithBias(Emptied):
+    """GPT-NeoX-Japanese hands its output bias on beside the output."""
+
+    dense_bias: Tensor | None
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return output, weights, self.dense_bias
+
+
+class EmptiedOpenAI(Emptied):
+    """The first GPT returns a list, with attention weights in it where they are asked for."""
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return [output, weights] if kwargs.get("output_attentions") else [output]
+
+
 class EmptiedTimm(Emptied):
     """timm's attention returns its output alone."""
 

@@ -1,21 +1,24 @@
 """Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT (blocks), GPT-NeoX, BLOOM (interleaved per
-head), Falcon (any of them)."""
+head), Falcon (any of them), StarCoder (one key/value head behind all queries, or interleaved), and others like them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.cached import CachedFeatures
-from headprune.models.emptied import Emptied, EmptiedBloom
-from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups
+from headprune.models.emptied import Emptied, EmptiedBloom, EmptiedOpenAI, EmptiedWithBias
+from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups, quarters
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import GroupedFalcon, OwnPositions, remember_positions
-from headprune.models.site import AttentionSite, Foreign, Kind, ProjectionHeads, check_projection, contiguous_heads, is_conv1d
+from headprune.models.quarters import QuarteredHeads
+from headprune.models.site import AttentionSite, Foreign, Kind, ProjectionHeads, Role, check_projection, contiguous_heads, is_conv1d
 from headprune.models.specialise import empty, specialise
 
 Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
@@ -28,7 +31,8 @@ class Fused:
     fused, output, head_dim: attributes of the module. is_kind: tells it from others with the same three attributes.
     layout: where the heads lie, or a function of the module that tells. kv_heads: key/value heads of a module that was never
     cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads.
-    runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite.
+    runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite. width: features
+    of a head, of a module that has no attribute for them (then `head_dim` names another that it must have).
     """
 
     name: str
@@ -42,11 +46,13 @@ class Fused:
     emptied: type = Emptied
     runs_ragged: bool = False
     cached: Callable[[Foreign], CachedFeatures | None] = lambda module: None
+    width: Callable[[Foreign], int] | None = None
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         if not all(hasattr(module, part) for part in (self.fused, self.output, self.head_dim)) or not self.is_kind(module):
             return None
-        head_dim, output = getattr(module, self.head_dim), getattr(module, self.output)
+        head_dim = getattr(module, self.head_dim) if self.width is None else self.width(module)
+        output = getattr(module, self.output)
         check_projection(f"{name}.{self.output}", output)
         features, hidden = output.weight.shape if is_conv1d(output) else reversed(output.weight.shape)
         kv_features = features if self.kv_heads is None else self.kv_heads(module) * head_dim
@@ -64,14 +70,41 @@ class Fused:
             empty(site.module, self.output, self.emptied)
 
 
+def in_groups(module: Foreign) -> bool:
+    return hasattr(module, "num_key_value_heads")
+
+
 def phi3_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
     # Its forward reads the number of query heads from the model's config.
     follow_groups(site.module, head_map, num_attention_heads=head_map.query_heads)
 
 
+def query_features_in(attribute: str) -> Callable[[AttentionSite, HeadMap, tuple[int, ...]], None]:
+    """For a forward that splits the queries off by this attribute."""
+
+    def after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        setattr(site.module, attribute, head_map.query_heads * site.head_dim)
+        follow_groups(site.module, head_map)
+
+    return after
+
+
 def positions_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
     remember_positions(site.module, site.head_map.query_heads, kept)
     specialise(site.module, OwnPositions)
+
+
+def codegen_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    """The features that are left are shared out anew among the four blocks."""
+    fused: Foreign = site.projection("query").module
+    roles: tuple[Role, ...] = ("query", "key", "value")
+    left = torch.cat([site.projection(role).features[list(kept)].flatten() for role in roles])
+    wanted = torch.cat([part.features.flatten() for part in quarters("", fused, head_map, site.head_dim)])
+    order = torch.empty_like(wanted)
+    order[wanted] = left.argsort().argsort()  # where each lies now: they are in their old order
+    for parameter in fused.parameters():
+        parameter.data = parameter.data[order.to(parameter.device)]
+    specialise(site.module, QuarteredHeads)
 
 
 def falcon_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -95,6 +128,21 @@ def is_bloom(module: Foreign) -> bool:
 
 def is_gpt2(module: Foreign) -> bool:
     return is_conv1d(module.c_attn) and hasattr(module, "split_size")
+
+
+def is_openai(module: Foreign) -> bool:
+    return is_gpt2(module) and not hasattr(module, "head_dim")
+
+
+def openai_head_dim(module: Foreign) -> int:
+    """Without heads it cannot be told from the weights."""
+    known: int | None = getattr(module, "headprune_head_dim", None)
+    return known or module.c_proj.weight.shape[0] // module.n_head
+
+
+def openai_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    module: Foreign = site.module
+    module.headprune_head_dim = site.head_dim
 
 
 def gpt2_layout(module: Foreign) -> Layout:
@@ -126,20 +174,62 @@ def falcon_kv_heads(module: Foreign) -> int:
 register_adapter(Fused("gpt2", "c_attn", "c_proj", "head_dim", is_gpt2, gpt2_layout))
 register_adapter(
     Fused(
-        "phi3", "qkv_proj", "o_proj", "head_dim", lambda module: hasattr(module, "num_key_value_heads"), lambda module: blocks,
+        "phi3", "qkv_proj", "o_proj", "head_dim", in_groups, lambda module: blocks,
         kv_heads=lambda module: module.num_key_value_heads, after=phi3_after,
     )
 )  # fmt: skip
 register_adapter(
     Fused(
-        "mpt", "Wqkv", "out_proj", "head_dim", lambda module: hasattr(module, "clip_qkv"), lambda module: blocks,
-        after=positions_after,
+        "gpt_bigcode", "c_attn", "c_proj", "head_dim", lambda module: hasattr(module, "kv_dim") and not hasattr(module, "q_attn"),
+        lambda module: blocks if module.multi_query else per_head,
+        kv_heads=lambda module: 1 if module.multi_query else module.num_heads, after=query_features_in("embed_dim"),
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "mpt", "Wqkv", "out_proj", "head_dim", lambda module: hasattr(module, "clip_qkv") and not in_groups(module),
+        lambda module: blocks, after=positions_after,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "dbrx", "Wqkv", "out_proj", "head_dim", lambda module: hasattr(module, "clip_qkv") and in_groups(module),
+        lambda module: blocks, kv_heads=lambda module: module.num_key_value_heads, after=query_features_in("hidden_size"),
     )
 )  # fmt: skip
 register_adapter(Fused("modernbert", "Wqkv", "Wo", "head_dim", lambda module: hasattr(module, "config"), lambda module: blocks))
 register_adapter(
     Fused("gpt_neox", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "config"), lambda module: per_head)
 )
+register_adapter(
+    Fused(
+        "gpt_neox_japanese", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "dense_bias"),
+        lambda module: per_head, emptied=EmptiedWithBias,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "persimmon", "query_key_value", "dense", "head_dim", lambda module: hasattr(module, "qk_layernorm"), lambda module: per_head
+    )
+)
+register_adapter(
+    Fused(
+        "openai-gpt", "c_attn", "c_proj", "n_head", is_openai, lambda module: blocks, width=openai_head_dim,
+        after=openai_after, emptied=EmptiedOpenAI, cached=lambda module: CachedFeatures(),
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "codegen", "qkv_proj", "out_proj", "head_dim", lambda module: hasattr(module, "pos_embd_dim"), lambda module: quarters,
+        after=codegen_after,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "bark", "att_proj", "out_proj", "head_dim", lambda module: hasattr(module, "embed_dim"), lambda module: blocks,
+        after=query_features_in("embed_dim"),
+    )
+)  # fmt: skip
 register_adapter(
     Fused(
         "bloom", "query_key_value", "dense", "head_dim", is_bloom, lambda module: per_head,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.site import Foreign, ProjectionHeads, Role, check_filled, check_projection, heads_at
 
@@ -37,6 +38,19 @@ def per_group(name: str, module: Foreign, head_map: HeadMap, head_dim: int) -> t
     places: dict[Role, list[int]] = {"query": query, "key": key, "value": [place + 1 for place in key]}
     features = torch.arange((head_map.query_heads + 2 * head_map.kv_heads) * head_dim, device="cpu").view(-1, head_dim)
     return filled(*(ProjectionHeads(role, name, module, features[list(found)]) for role, found in places.items()))
+
+
+def quarters(name: str, module: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+    """All queries, all values and all keys, each in four equal parts: the first part of each, then the second, ..."""
+    if head_dim % 4:
+        raise UnsupportedModel(f"{name} has heads of {head_dim} features; expected a multiple of 4, as they lie in four blocks.")
+    roles: tuple[Role, ...] = ("query", "value", "key")
+    heads, part = head_map.query_heads, head_map.query_heads * head_dim // 4
+    features = torch.arange(heads * head_dim, device="cpu").view(heads, head_dim)
+    features = features + features // max(part, 1) * 2 * part
+    check_projection(name, module)
+    query, value, key = (ProjectionHeads(role, name, module, features + index * part) for index, role in enumerate(roles))
+    return filled(query, key, value)
 
 
 def places_in_groups(head_map: HeadMap) -> tuple[list[int], list[int]]:

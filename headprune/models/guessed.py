@@ -8,7 +8,7 @@ from torch import nn
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, named_as_attention, register_adapter
 from headprune.models.behaviour import original_class
-from headprune.models.head_counts import QUERY_HEADS, set_head_counts
+from headprune.models.head_counts import QUERY_HEADS, follow_width, set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.site import AttentionSite, Foreign, Role, contiguous_heads
 from headprune.models.specialise import empty
@@ -51,6 +51,7 @@ class Guessed:
         module: Foreign = site.module
         module.headprune_head_dim = site.head_dim
         set_head_counts(module, head_map, site.head_dim)
+        follow_width(module, site, head_map)
         if hasattr(module, "config"):
             follow_groups(module, head_map)
         if not head_map.query_heads:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 from headprune.head_map import HeadMap
+from headprune.models.behaviour import original_class
+from headprune.models.site import AttentionSite, Foreign
 
 QUERY_HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_query_heads")
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 ALL_QUERY_FEATURES = ("all_head_size", "inner_dim", "attn_dim", "split_size")
 
 
@@ -19,3 +23,12 @@ def set_head_counts(module: nn.Module, head_map: HeadMap, head_dim: int) -> None
     for name, value in values.items():
         if isinstance(module.__dict__.get(name), int):
             setattr(module, name, value)
+
+
+def follow_width(module: Foreign, site: AttentionSite, head_map: HeadMap) -> None:
+    """Sets `embed_dim` where the forward reads it, which joins the heads to as many features (XGLM, MVP); others initialise by
+    it."""
+    original: Foreign = original_class(module)
+    read = "embed_dim" in inspect.unwrap(original.forward).__code__.co_names
+    if read and module.__dict__.get("embed_dim") == site.head_map.query_heads * site.value_dim:
+        module.embed_dim = head_map.query_heads * site.value_dim

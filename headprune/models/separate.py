@@ -1,14 +1,18 @@
 """Attention with one linear layer each for query, key, value and output, and key/value heads shared in groups or not:
-Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere) and OPT."""
+Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere) and OPT. In Qwen3-Next and
+Qwen3.5 each head's query has a gate beside it, which its output is multiplied with; in MiMo-V2 values have a width of their own;
+in some layers of Gemma 4 keys and values come from one layer."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.head_counts import set_head_counts
+from headprune.models.head_counts import follow_width, set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.selection import PicksHeads
 from headprune.models.site import (
@@ -26,12 +30,18 @@ from headprune.models.site import (
 from headprune.models.specialise import empty, specialise
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
-OUTPUTS = ("o_proj", "out_proj", "dense")
+INPUTS = (("q_proj", "k_proj", "v_proj"), ("Wq", "Wk", "Wv"))
+OUTPUTS = ("o_proj", "out_proj", "dense", "Wo")
+GATES = ("gate_proj", "g_proj")
 BESIDES = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "sinks", "relative_position_bias")  # what else may hold parameters
 
 
 class Separate:
-    """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense) in one module that knows its head_dim.
+    """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense, ModernBERT's decoder: Wo; CTRL: Wq, Wk, Wv, dense) in one
+    module that knows its head_dim, and its v_head_dim where values have another. Where v_proj is None k_proj gives both.
+
+    A q_proj of twice the width holds the query and the gate of head 0, then those of head 1, ...; gates may also have a layer of
+    their own (AFMoE, Laguna), with a feature for each of the head's outputs or one for all of them.
 
     Attention sinks and per-head q/k norms go with their heads; norms of one head_dim are shared by all and stay. A norm
     over all heads at once (OLMo 2) divides every head by a statistic of all of them: there the query and key projections
@@ -43,24 +53,42 @@ class Separate:
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         output = next((output for output in OUTPUTS if hasattr(module, output)), None)
-        if output is None:
+        inputs = next((parts for parts in INPUTS if hasattr(module, parts[0])), None)
+        if output is None or inputs is None:
             return None
-        linear = ("q_proj", "k_proj", "v_proj", output)
+        key = inputs[1]
+        keys_alone = hasattr(module, inputs[2]) and getattr(module, inputs[2]) is None  # they are the values too
+        linear = (*inputs[:2], key if keys_alone else inputs[2], output)
         if not all(isinstance(getattr(module, part, None), nn.Module) for part in linear):
             return None
         if not (isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "config")):
             return None
+        if getattr(module, "store_full_length_kv", False) and getattr(module.config, "num_kv_shared_layers", 0):
+            return None  # later layers read its keys and values, of all heads (Gemma 3n)
         head_dim, o = module.head_dim, getattr(module, output)
+        value_dim = getattr(module, "v_head_dim", head_dim)
         for part in linear:
             check_projection(f"{name}.{part}", getattr(module, part))
-        head_map = head_map_of(module, o.weight.shape[1], module.v_proj.weight.shape[0], head_dim, name)
+        queries, _, values, _ = (getattr(module, part).weight.shape[0] for part in linear)
+        head_map = head_map_of(module, o.weight.shape[1], values, value_dim, name)
+        # Two features in the queries for each that is read of the output: half of them are gates.
+        gated = bool(head_map.query_heads) and queries == 2 * head_map.query_heads * head_dim
+        widths = (head_dim * (1 + gated), head_dim, value_dim, value_dim)
         heads = dict(zip(ROLES, (head_map.query_heads, head_map.kv_heads, head_map.kv_heads, head_map.query_heads)))
         projections, extras, modules = [], [], []
-        for role, part in zip(ROLES, linear):
-            norm = getattr(module, f"{part[0]}_norm", None) if role in ("query", "key") else None
-            projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim))
-            modules += norms_in_a_list(f"{name}.{part[0]}_layernorm", module, part[0], heads[role], role == "key")
-            extras += norm_of_each_head(f"{name}.{part[0]}_norm", norm, heads[role], head_dim, role == "key")
+        for role, part, width in zip(ROLES, linear, widths):
+            norm = getattr(module, f"{role[0]}_norm", None) if role in ("query", "key") else None
+            projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim, width))
+            modules += norms_in_a_list(f"{name}.{role[0]}_layernorm", module, role[0], heads[role], role == "key")
+            extras += norm_of_each_head(f"{name}.{role[0]}_norm", norm, heads[role], head_dim, role == "key")
+        if keys_alone:
+            projections[2] = replace(projections[1], role="value", whole=True)
+        gates = [gate for gate in GATES if gates_heads(getattr(module, gate, None), head_map, value_dim)]
+        for gate in gates:
+            layer: Foreign = getattr(module, gate)
+            width = layer.weight.shape[0] // max(head_map.query_heads, 1)
+            projections.append(contiguous_heads("query", f"{name}.{gate}", layer, head_map.query_heads, width))
+        gate_width = sum(part.features.shape[1] for part in projections if part.role == "query") - head_dim
         if isinstance(getattr(module, "sinks", None), Tensor):
             extras.append(HeadTensor(f"{name}.sinks", module, "sinks"))
         table: Foreign = getattr(module, "relative_position_bias", None)  # of a Swin window
@@ -70,13 +98,15 @@ class Separate:
         last = name.rpartition(".")[2]
         kind: Kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
-            name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
-            windowed, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *BESIDES}),
+            name, module, module, head_map, head_dim, value_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
+            windowed, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *gates, *BESIDES}),
+            gate_width=gate_width,
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         module: Foreign = site.module
         set_head_counts(module, head_map, site.head_dim)
+        follow_width(module, site, head_map)
         follow_groups(module, head_map)
         picked: tuple[tuple[Role, tuple[int, ...]], ...] = (("query", kept), ("key", site.head_map.kept_kv_heads(kept)))
         for role, heads in picked:
@@ -91,10 +121,17 @@ def unknown_parameters(module: nn.Module, known: set[str]) -> list[str]:
     return [name for name, _ in module.named_parameters() if name.partition(".")[0] not in known]
 
 
-def projection(role: Role, name: str, module: Foreign, norm: Foreign, heads: int, head_dim: int) -> ProjectionHeads:
+def gates_heads(layer: Foreign, head_map: HeadMap, value_dim: int) -> bool:
+    """Whether `layer` gives the gates of these heads."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and weight.shape[0] in (head_map.query_heads, head_map.query_heads * value_dim)
+
+
+def projection(role: Role, name: str, module: Foreign, norm: Foreign, heads: int, head_dim: int, width: int) -> ProjectionHeads:
+    """width: features of one head in the projection; head_dim: those that the norm, where there is one, sees."""
     weight = getattr(norm, "weight", None)
     if not heads or weight is None or weight.dim() != 1 or weight.numel() == head_dim:
-        return contiguous_heads(role, name, module, heads, head_dim)
+        return contiguous_heads(role, name, module, heads, width)
     if weight.numel() != module.weight.shape[0]:
         raise UnsupportedModel(f"{name}: its norm spans {weight.numel()} features, neither one head ({head_dim}) nor all of them.")
     whole = heads_at(role, name, module, module.weight.shape[0] // head_dim, head_dim)

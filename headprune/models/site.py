@@ -29,7 +29,8 @@ class ProjectionHeads:
 
     `features` [heads, width] numbers output features of `module` (query, key, value) or input features (output):
     query heads for "query" and "output", key/value heads for "key" and "value". A fused projection appears once per role.
-    whole: its features all stay when heads go (a norm over all of them still reads them); `features` says which are used.
+    whole: its features all stay when heads go (a norm over all of them still reads them), or another role takes them away;
+    `features` says which are used.
     """
 
     role: Role
@@ -111,11 +112,12 @@ class AttentionSite:
 
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
-    The projections come first by role: there is one of each role, or (a second position projection) several, of which the
+    The projections come first by role: there is one of each role, or (a second position projection, a gate) several, of which the
     first counts. extras: what else the heads own. head_modules: modules of single heads. windowed: what the module sees
     as a batch are the windows of each sample, one sample after another. proven: False where the layout was only guessed from
     names, so that a cut must be checked by a forward pass. cached: what a cache holds of one token; by default the keys and
-    values of each key/value head.
+    values of each key/value head. gate_width: features that each head computes of a token to gate its output with, in the query
+    projection (behind the query) or in one of their own.
     """
 
     name: str
@@ -132,6 +134,7 @@ class AttentionSite:
     proven: bool = True
     cached: CachedFeatures | None = None
     head_modules: tuple[HeadModules, ...] = ()
+    gate_width: int = 0
 
     def projection(self, role: Role) -> ProjectionHeads:
         return next(projection for projection in self.projections if projection.role == role)

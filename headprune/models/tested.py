@@ -9,13 +9,16 @@ TESTED: dict[str, tuple[str, ...]] = {
     "headprune": ("VariableHeadAttention",),
     "timm": ("Attention", "WindowAttention"),
     "transformers": (
-        "AlbertAttention", "BartAttention", "BertAttention", "BloomAttention", "CLIPAttention", "CohereAttention",
-        "DebertaV2Attention", "DeepseekV2Attention", "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention",
-        "ElectraAttention", "FalconAttention", "GPT2Attention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention",
-        "GptOssAttention", "GraniteAttention", "LlamaAttention", "MBartAttention", "MistralAttention", "MixtralAttention",
-        "ModernBertAttention", "MptAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention",
-        "Qwen3Attention", "Qwen3MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention",
-        "T5Attention", "ViTAttention", "WhisperAttention",
+        "AfmoeAttention", "AlbertAttention", "Attention", "BartAttention", "BertAttention", "BloomAttention", "CLIPAttention",
+        "CodeGenAttention", "CohereAttention", "DbrxAttention", "DebertaV2Attention", "DeepseekV2Attention",
+        "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention", "FalconAttention",
+        "GPT2Attention", "GPTBigCodeAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "Gemma2Attention",
+        "Gemma3Attention", "Gemma4TextAttention", "GptOssAttention", "GraniteAttention", "LagunaAttention", "LlamaAttention",
+        "MBartAttention", "MiMoV2FlashAttention", "MistralAttention", "MixtralAttention", "ModernBertAttention",
+        "ModernBertDecoderAttention", "MptAttention", "MultiHeadAttention", "OPTAttention", "Olmo2Attention",
+        "PersimmonAttention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention", "Qwen3NextAttention",
+        "Qwen3_5Attention", "Qwen3_5MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention",
+        "T5Attention", "UMT5Attention", "ViTAttention", "WhisperAttention",
     ),
 }  # fmt: skip
 

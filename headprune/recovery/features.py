@@ -25,7 +25,7 @@ class Features:
 
     outputs: what the model returned. hidden: site name -> output of the block around the attention, [batch, tokens, hidden].
     attention: site name -> what the attention adds to the residual stream, [batch, tokens, hidden]. query, key, value: site
-    name -> that projection's output, [batch, tokens, heads * head_dim], before any rotary embedding.
+    name -> that projection's output, [batch, tokens, heads * head_dim], before any rotary embedding; gates are left out.
     """
 
     outputs: list[Any] = field(default_factory=list)
@@ -56,7 +56,9 @@ def catching(model: nn.Module, sites: Iterable[AttentionSite], wanted: Mapping[s
     for role in ("query", "key", "value"):
         caught = getattr(found, role)
         for name, outputs in caught.items():
-            features = by_name[name].projection(role).features.flatten()
+            site = by_name[name]
+            features = site.projection(role).features
+            features = features[:, : site.head_dim if role == "query" else None].flatten()
             caught[name] = [output.index_select(-1, features.to(output.device)) for output in outputs]
 
 

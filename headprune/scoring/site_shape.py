@@ -23,12 +23,15 @@ class SiteShape:
     kv_head_parameters: int  # go with each key/value head
     output_bias: bool = False  # whether the output projection has a bias, which can take up a mean
     cached: CachedFeatures | None = None  # as in AttentionSite
+    gate_width: int = 0  # as in AttentionSite
 
     @classmethod
     def of(cls, site: AttentionSite) -> SiteShape:
         parameters = (site.parameters_per_head(False), site.parameters_per_head(True))
         biased = getattr(site.output.module, "bias", None) is not None
-        return cls(site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters, biased, site.cached)
+        return cls(
+            site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters, biased, site.cached, site.gate_width
+        )
 
     def parameters(self, head_map: HeadMap) -> int:
         return head_map.query_heads * self.query_head_parameters + head_map.kv_heads * self.kv_head_parameters

@@ -22,8 +22,18 @@ from transformers import AttentionInterface, conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprune.models.behaviour import behave
-from headprune.models.emptied import Emptied, EmptiedAlbert, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedTimm
+from headprune.models.emptied import (
+    Emptied,
+    EmptiedAlbert,
+    EmptiedBloom,
+    EmptiedConv1D,
+    EmptiedLinear,
+    EmptiedOpenAI,
+    EmptiedTimm,
+    EmptiedWithBias,
+)
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
+from headprune.models.quarters import QuarteredHeads
 from headprune.models.selection import PicksHeads
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
 
@@ -37,8 +47,8 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedT5, EmptiedTimm, GroupedFalcon, OwnPositions,
-        PicksHeads, SharedPositions,
+        Emptied, EmptiedAlbert, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedOpenAI, EmptiedT5, EmptiedTimm, EmptiedWithBias,
+        GroupedFalcon, OwnPositions, PicksHeads, QuarteredHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
@@ -90,12 +100,18 @@ def pruned_class(name: str, stock: Any, module: str) -> type:
 @contextlib.contextmanager
 def whole(config: Any) -> Iterator[Any]:
     """Inside the block `config` describes the original: layers are built alike, and made smaller afterwards."""
-    spec = config.__dict__.pop("_heterogeneity_spec", None)
+    spec = None if differs_by_itself(config) else config.__dict__.pop("_heterogeneity_spec", None)
     try:
         yield config
     finally:
         if spec is not None:
             config.__dict__["_heterogeneity_spec"] = spec
+
+
+def differs_by_itself(config: Any) -> bool:
+    """Whether its `per_layer_config` says how the original's layers differ; what a cut writes there comes with leave to read the
+    counts of the whole."""
+    return "_heterogeneity_spec" in config.__dict__ and not config.__dict__.get("allow_global_per_layer_attribute_access")
 
 
 def renamed(model: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:

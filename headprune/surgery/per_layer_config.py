@@ -9,25 +9,37 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from headprune.head_map import HeadMap
+from headprune.surgery.modeling_headprune import differs_by_itself
 
 
 def set_layer_config(config: PreTrainedConfig, head_maps: Mapping[str, HeadMap], head_dims: Mapping[str, int]) -> None:
     """Writes the counts of each layer into `config`, or takes old ones away where they cannot be said.
 
-    head_maps and head_dims: by site name. They can be said where every layer has one attention and all have one head_dim; how
-    ragged groups are made up stands in the `headprune` section alone.
+    head_maps and head_dims: by site name. They can be said where every layer has one attention and all have one head_dim, and where
+    those without one are of another type in `config.layer_types` (linear attention); how ragged groups are made up stands in the
+    `headprune` section alone.
     `head_dim` is made explicit, because it no longer follows from the number of heads; the global counts stay those of the
-    original.
+    original. A config whose layers differ by themselves (Gemma 4) stays as it is: its model is built from that.
     """
+    if differs_by_itself(config):
+        return
     config.per_layer_config = None
     numbered = by_layer(head_maps)
-    fits = sorted(numbered) == list(range(getattr(config, "num_hidden_layers", None) or 0)) and len(numbered) == len(head_maps)
-    if not fits or len(set(head_dims.values())) != 1:
+    if len(numbered) != len(head_maps) or not all_layers(config, numbered) or len(set(head_dims.values())) != 1:
         return
     if getattr(config, "head_dim", None) is None:
         config.head_dim = next(iter(head_dims.values()))
     config.allow_global_per_layer_attribute_access = True
     config.per_layer_config = {layer: counts(config, head_map) for layer, head_map in numbered.items()}
+
+
+def all_layers(config: Any, numbered: Mapping[int, HeadMap]) -> bool:
+    """Whether `numbered` holds every layer of `config` that has an attention."""
+    layers = set(range(getattr(config, "num_hidden_layers", None) or 0))
+    without, types = layers - set(numbered), getattr(config, "layer_types", None) or ()
+    if not set(numbered) <= layers or (without and len(types) != len(layers)):
+        return False
+    return not {types[layer] for layer in without} & {types[layer] for layer in numbered if without}
 
 
 def by_layer(head_maps: Mapping[str, HeadMap]) -> dict[int, HeadMap]:

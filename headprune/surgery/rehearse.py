@@ -190,8 +190,8 @@ def called(site: AttentionSite, kept: tuple[int, ...], call: Call) -> tuple[Atte
 
 
 def first_output(returned: Any) -> Tensor | None:
-    return first_tensor(returned if isinstance(returned, tuple) else (returned,))
+    return first_tensor(tuple(returned) if isinstance(returned, (tuple, list)) else (returned,))
 
 
 def form(returned: Any) -> str:
-    return f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
+    return f"{len(returned)} values" if isinstance(returned, (tuple, list)) else type(returned).__name__

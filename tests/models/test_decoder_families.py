@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny_decoders import FAMILIES, decoder
+from tiny_decoders import FAMILIES, MODERN, decoder
 from tiny_models import hidden, padded, tokens
 
 import headprune as hp
@@ -23,8 +23,8 @@ PLANS = {
     "no first layer": ([], [1, 2, 3]),
     "no last layer": ([0, 3], []),
 }
-NO_STATIC_CACHE = {"falcon_alibi"}  # the stock model itself fails with one
-NO_ASSISTANT = {"mpt"}  # decodes without a cache by default, which assisted decoding needs
+NO_STATIC_CACHE = {"falcon_alibi", "openai_gpt"}  # the stock model itself fails with one
+NO_ASSISTANT = {"mpt", "openai_gpt"}  # decode without a cache, by default or always, and assisted decoding needs one
 CROPS_WINDOWS = Version(transformers.__version__) >= Version("5.23")  # earlier, assisted decoding fails in stock models with one
 
 
@@ -91,7 +91,8 @@ def test_it_generates_what_the_gated_model_does(family, keep):
         with gated(model, plan):
             expected = model.generate(**greedy, **options)
         assert torch.equal(pruned.generate(**greedy, **options), expected), options
-    if family not in NO_ASSISTANT and (CROPS_WINDOWS or not getattr(model.config, "sliding_window", None)):
+    assisted = family not in NO_ASSISTANT and not model._is_stateful  # linear attention cannot take tokens back
+    if assisted and (CROPS_WINDOWS or not getattr(model.config, "sliding_window", None)):
         alone = {**greedy, "input_ids": tokens(1, 7), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
         assert torch.equal(pruned.generate(**alone, assistant_model=model), pruned.generate(**alone))
         if keep == PLANS["ragged"]:
@@ -148,8 +149,9 @@ def test_weights_that_were_tied_stay_tied_and_are_saved_once(family, tmp_path):
 def test_the_cache_holds_what_is_counted_for_it(family):
     model, pruned, _ = pruned_pair(family, PLANS["whole group, keep one"])
     for found in (model, pruned):
-        cache = found(tokens(1, 3), use_cache=True).past_key_values  # three tokens are within every window
-        held = sum(states.numel() for layer in cache.layers for states in (layer.keys, layer.values))
+        cache = found(tokens(1, 3), use_cache=True).get("past_key_values")  # three tokens are within every window
+        layers = [] if cache is None else cache.layers
+        held = sum(states.numel() for layer in layers if hasattr(layer, "keys") for states in (layer.keys, layer.values))
         assert kv_cache_bytes_per_token(attention_sites(found), bytes_per_value=1) * 3 == held
 
 
@@ -168,7 +170,9 @@ def test_it_survives_the_disk_and_composes(family, tmp_path):
     }
     hp.save(twice, tmp_path / "twice")
     again = hp.load(tmp_path / "twice", attn_implementation=twice.config._attn_implementation)
-    assert torch.equal(hidden(again, **padded()), hidden(twice, **padded()))
+    assert all(torch.equal(value, twice.state_dict()[name]) for name, value in again.state_dict().items())
+    # Weights that lie otherwise in memory: the products of single rows (a shared expert's gate) are rounded otherwise.
+    assert torch.allclose(hidden(again, **padded()), hidden(twice, **padded()), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,3 +185,22 @@ def test_a_training_step_lowers_the_loss(family):
     assert all(site.output.module.weight.grad.abs().sum() > 0 for site in attention_sites(pruned))
     torch.optim.SGD(pruned.parameters(), lr=0.01).step()
     assert pruned(input_ids=ids, labels=ids).loss < before
+
+
+@pytest.mark.parametrize("name", ["Gemma3n", "Gemma4"])
+def test_layers_that_share_keys_and_values_are_refused_those_that_give_them_too(name):
+    sizes = {
+        **MODERN,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    }
+    sizes |= {"head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61}
+    sizes |= {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 6} if name == "Gemma3n" else {}
+    try:
+        of_kind = getattr(transformers, f"{name}ForCausalLM")
+    except ImportError:
+        pytest.skip("this release wants torchvision for it")
+    model = of_kind(getattr(transformers, f"{name}TextConfig")(**sizes))
+    with pytest.raises(hp.UnsupportedModel, match=r"layers.2.self_attn .*layers.3.self_attn .*layers.4.self_attn .* and more"):
+        attention_sites(model)

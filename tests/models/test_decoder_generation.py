@@ -13,7 +13,11 @@ from transformers import configuration_utils
 import headprune as hp
 
 MIXED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
-MODELS = {"llama": {"num_hidden_layers": 3}, "gpt2": {"n_layer": 3}, "phi3": {"num_hidden_layers": 3}, "gemma3": MIXED}
+HYBRID = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+MODELS = {
+    "llama": {"num_hidden_layers": 3}, "gpt2": {"n_layer": 3}, "phi3": {"num_hidden_layers": 3}, "gemma3": MIXED,
+    "qwen3_next": HYBRID,
+}  # fmt: skip
 # What is kept in some layers; three of four heads in the others.
 PLANS = {"first emptied": {0: [], 1: [2]}, "last emptied": {-1: [], 1: [1, 3]}}
 STATIC = {"cache_implementation": "static", "disable_compile": True}

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import headprune as hp
@@ -99,3 +100,28 @@ def test_what_is_not_proved_is_refused_by_name_and_left_alone(attention, keep, r
     with pytest.raises(UnsupportedModel, match=names):
         hp.cut(whole, keep, run=run, verify=verify)
     assert whole[1].wq.weight.shape == (WIDTH, WIDTH)
+
+
+JOINED = {
+    "XGLM": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "init_std": 0.2, "dropout": 0.0},
+    "Mvp": {
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "init_std": 0.2, "dropout": 0.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_forward_that_joins_the_heads_to_embed_dim_features_is_told_how_many_are_left(name, tmp_path):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=61, max_position_embeddings=32, **JOINED[name])
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    keep = {site.name: [] if index == 1 else [index % 4, 3] for index, site in enumerate(hp.attention_sites(model))}
+    keep = {name: sorted(set(heads)) for name, heads in keep.items()}
+    ids = torch.randint(3, 61, (2, 7))
+    with torch.no_grad(), hp.gated(model, keep):
+        expected = model(ids).last_hidden_state
+    hp.cut(model, keep)
+    again = hp.load(hp.save(model, tmp_path / "model"))
+    with torch.no_grad():
+        assert all(torch.allclose(one(ids).last_hidden_state, expected, atol=1e-5) for one in (model, again))

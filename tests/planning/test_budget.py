@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from tiny_decoders import decoder
@@ -14,8 +16,11 @@ from headprune.scoring import HeadScores, SiteShape, score
 from headprune.surgery import prune
 
 
-def test_flops_are_those_of_the_model_before_and_after():
-    model, budget = llama(), Budget(flops=0.5, sequence_length=37)
+@pytest.mark.parametrize(
+    "make", [llama, partial(decoder, "qwen3_next"), partial(decoder, "laguna")], ids=["llama", "gated", "gates"]
+)
+def test_flops_are_those_of_the_model_before_and_after(make):
+    model, budget = make(), Budget(flops=0.5, sequence_length=37)
     chosen = plan(score(model, criterion="random"), budget)
     cost = lambda: attention_flops(attention_sites(model), 37)  # noqa: E731
     before = cost()

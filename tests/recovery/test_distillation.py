@@ -11,6 +11,7 @@ import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
 from headprune.recovery.divergence import common_heads, top_divergence
+from headprune.recovery.features import catching
 
 
 def hidden_states(model, batch):
@@ -179,6 +180,17 @@ def test_all_classes_of_the_top_give_the_whole_divergence(top):
         by_hand = by_hand + rest * (rest / others).log()
     ours = top_divergence(student, chosen.indices, chosen.values, 1.0)
     torch.testing.assert_close(ours.double(), by_hand, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_of_queries_with_gates_beside_them_the_queries_are_caught():
+    model = decoder("qwen3_next")
+    site, whole = attention_sites(model)[0], []
+    site.module.q_proj.register_forward_hook(lambda _m, _a, out: whole.append(out))
+    with catching(model, [site], {"query": [site.name]}) as found:
+        model(torch.arange(1, 10)[None])
+    queries = whole[0].view(1, 9, 4, 2, site.head_dim)[..., 0, :]  # heads, then query and gate
+    assert torch.equal(found.query[site.name][0], queries.flatten(-2))
 
 
 def test_relation_heads_divide_both_widths():

@@ -77,4 +77,4 @@ def found(tmp_path_factory) -> dict[str, float]:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", [*tiny_decoders.FAMILIES, *OTHERS])
 def test_a_pruned_family_loads_where_headprune_is_not(found, name, plan):
-    assert found[f"{name}-{plan}"] <= 1e-5
+    assert found[f"{name}-{plan}"] <= 2e-5  # eager there, sdpa here; linear attention behind it makes the difference larger

@@ -20,6 +20,7 @@ from headprune.surgery.export.regularise import fill
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, common_counts, in_groups
 from headprune.surgery.export.target import refuse_unknown, target
+from headprune.surgery.modeling_headprune import differs_by_itself
 from headprune.surgery.record import SECTION, head_map_of_json, record_of
 from headprune.surgery.remote_code import stock_class
 
@@ -122,7 +123,8 @@ def original_slots(model: PreTrainedModel, sites: list[AttentionSite]) -> Mappin
 def original_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """`config` without anything that headprune put there."""
     found = copy.deepcopy(config)
-    found.per_layer_config = None
+    if not differs_by_itself(found):
+        found.per_layer_config = None
     for name in (SECTION, "auto_map", "allow_global_per_layer_attribute_access"):
         found.__dict__.pop(name, None)
     return found

@@ -14,7 +14,7 @@ from headprune.surgery.checkpoint import load
 from headprune.surgery.export.regularise import regularise
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.target import refuse_unknown, target
-from headprune.surgery.modeling_headprune import PREFIX
+from headprune.surgery.modeling_headprune import PREFIX, differs_by_itself
 from headprune.surgery.record import SECTION
 from headprune.surgery.remote_code import write_remote_code
 
@@ -26,7 +26,7 @@ def write_vllm(model: PreTrainedModel, folder: Path, options: dict[str, Any]) ->
         raise UnsupportedModel(f"{type(model).__name__} does not dispatch its attention, which vLLM's backend needs.")
     expected = small_output(model)
     changed = regularise(model)
-    if getattr(model.config, SECTION, None) and not model.config.is_heterogeneous:
+    if getattr(model.config, SECTION, None) and (not model.config.is_heterogeneous or differs_by_itself(model.config)):
         raise UnsupportedModel(f"the layers of {type(model).__name__} cannot be told apart in per_layer_config.")
     model.save_pretrained(folder)
     write_remote_code(model, folder)
