@@ -18,15 +18,21 @@ QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LABELS = 5
 
 
+def one_row(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {name: value[[row]] for name, value in batch.items()}
+
+
 @dataclass(frozen=True)
 class Family:
-    """A tiny model: its class and config, a batch for it (padded on a side), and the attentions that it can run."""
+    """A tiny model: its class and config, a batch for it (padded on a side), and the attentions that it can run. one: a
+    sample of a batch."""
 
     model: str
     config: str
     options: dict
     batch: Callable[[str], dict[str, Tensor]]
     implementations: tuple[str, ...] = EVERY
+    one: Callable[[dict[str, Tensor], int], dict[str, Tensor]] = one_row
 
     def make(self, implementation: str | None = None, seed: int = 0) -> transformers.PreTrainedModel:
         torch.manual_seed(seed)

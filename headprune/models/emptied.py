@@ -59,6 +59,13 @@ class EmptiedAlbert(Emptied):
         return self.LayerNorm(residual + self.output_dropout(output)), weights
 
 
+class EmptiedAlone(Emptied):
+    """Returns its output alone, without attention weights (the vision towers of Qwen)."""
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return output
+
+
 class EmptiedTimm(Emptied):
     """timm's attention returns its output alone."""
 

@@ -1,5 +1,5 @@
-"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT (blocks), GPT-NeoX, BLOOM (interleaved per
-head), Falcon (any of them)."""
+"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT, ModernBERT (blocks), GPT-NeoX, BLOOM
+(interleaved per head), Falcon (any of them). Those of vision models: fused_vision.py."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     vocabulary: Any = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     if "input_ids" in taken and main in ("input_ids", "pixel_values") and isinstance(vocabulary, int):
         inputs |= tokens(vocabulary)
-    if "pixel_values" in taken:
+    if "grid_thw" in taken or "image_grid_thw" in taken:
+        inputs |= packed_picture(model, taken, inputs.get("input_ids"))
+    elif "pixel_values" in taken:
         inputs |= pixels(getattr(config, "vision_config", config))
     if "input_features" in taken and main == "input_features":
         inputs |= spectrogram(model, config)
@@ -73,6 +76,28 @@ def pixels(config: Any) -> dict[str, Tensor]:
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
     return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)}
+
+
+def packed_picture(model: nn.Module, taken: Mapping[str, Any], ids: Tensor | None) -> dict[str, Tensor]:
+    """The patches of one picture, [patches, features of a patch], as the vision towers of Qwen-VL and its relatives take them,
+    and its places in the first row of `ids`."""
+    config: Any = model.config
+    tower = getattr(config, "vision_config", config)
+    embedding = next((module for name, module in model.named_modules() if name.endswith("patch_embed.proj")), None)
+    picture_token, merged = getattr(config, "image_token_id", None), getattr(tower, "spatial_merge_size", None)
+    weight: Any = getattr(embedding, "weight", None)
+    if weight is None or not isinstance(merged, int):
+        return {}
+    side, generator = 2 * merged, torch.Generator().manual_seed(0)
+    patches, grid = torch.randn(side**2, weight[0].numel(), generator=generator), torch.tensor([[1, side, side]])
+    if "grid_thw" in taken:
+        return {"hidden_states": patches, "grid_thw": grid}
+    if ids is None or not isinstance(picture_token, int):
+        return {}
+    ids = ids.masked_fill(ids == picture_token, 0)
+    ids[0, 1:5] = picture_token
+    inputs = {"input_ids": ids, "pixel_values": patches, "image_grid_thw": grid}
+    return inputs | ({"mm_token_type_ids": (ids == picture_token).int()} if "mm_token_type_ids" in taken else {})
 
 
 def spectrogram(model: nn.Module, config: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,7 +53,8 @@ def reads_tokens(model: nn.Module, site: str) -> bool:
         path = path.rpartition(".")[0]
         around = model.get_submodule(path)
         if hasattr(around, "main_input_name"):
-            return around.main_input_name == "input_ids"
+            # The towers that take packed pictures do not name their input.
+            return around.main_input_name == "input_ids" and "grid_thw" not in inspect.signature(around.forward).parameters
     return True
 
 
