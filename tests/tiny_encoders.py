@@ -38,7 +38,15 @@ class Family:
         torch.manual_seed(seed)
         config = getattr(transformers, self.config)(**copy.deepcopy(self.options))  # some configs take theirs apart
         config._attn_implementation = implementation or self.implementations[0]
-        return getattr(transformers, self.model)(config).eval()
+        return trained(getattr(transformers, self.model)(config)).eval()
+
+
+def trained(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """What starts as zeros (queries of a Q-Former, tables of relative positions) does not stay so."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 def text_batch(side: str) -> dict[str, Tensor]:

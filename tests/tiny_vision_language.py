@@ -4,7 +4,7 @@ the patches of all pictures of a batch as one packed sequence."""
 from __future__ import annotations
 
 import torch
-from tiny_encoders import EVERY, SIZES, Family
+from tiny_encoders import EVERY, QUIET, SIZES, TEXT, Family, picture_batch
 from tiny_models import VOCABULARY, padded
 from torch import Tensor
 
@@ -50,12 +50,55 @@ def packed(name: str, tower: dict, reader: dict | None = None, implementations: 
     return Family(f"{name}ForConditionalGeneration", f"{name}Config", options, packed_batch, implementations, packed_row)
 
 
+def described_batch(side: str) -> dict[str, Tensor]:
+    """A picture and a padded text that describes it."""
+    text = padded(side=side)
+    labels = text["input_ids"].masked_fill(text["attention_mask"] == 0, -100)
+    return {"pixel_values": picture_batch(side)["pixel_values"], **text, "labels": labels}
+
+
+PLACES = 4  # that a picture takes among the tokens
+
+
+def prompted_batch(side: str) -> dict[str, Tensor]:
+    """A text whose first tokens are a picture's; padding on the other side only, so that the picture stays where it is."""
+    batch = described_batch("right" if side == "left" else side)
+    pixels = picture_batch(side)["pixel_values"]
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == PICTURE_TOKEN, 9)
+    ids[:, :PLACES] = PICTURE_TOKEN
+    return {**batch, "pixel_values": pixels, "input_ids": ids, "labels": batch["labels"].index_fill(1, torch.arange(PLACES), -100)}
+
+
+def instructed_batch(side: str) -> dict[str, Tensor]:
+    """And a text of its own, padded, for the Q-Former."""
+    text = padded(length=7, side=side)
+    return {**prompted_batch(side), **{f"qformer_{name}": value for name, value in text.items()}}
+
+
+EYE = {**SIZES, "image_size": 16, "patch_size": 4, "attention_dropout": 0.0}
+BLIP = {
+    "vision_config": EYE,
+    "text_config": {**TEXT, **QUIET, "encoder_hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2},
+    "projection_dim": 16,
+}  # fmt: skip
+QFORMER = {**TEXT, **QUIET, "encoder_hidden_size": 32, "cross_attention_frequency": 2}
+OPT = {
+    **TEXT, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2, "dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+BLIP2 = {
+    "vision_config": {**EYE, "qkv_bias": True}, "qformer_config": QFORMER, "text_config": OPT, "num_query_tokens": PLACES,
+    "image_token_index": PICTURE_TOKEN, "initializer_range": 0.2,
+}  # fmt: skip
 WINDOWS = {"window_size": 8, "fullatt_block_indexes": [1]}
 VISION_LANGUAGE = {
     "qwen2_vl": packed("Qwen2VL", {"embed_dim": 32, "mlp_ratio": 2}),
     "qwen2_5_vl": packed("Qwen2_5_VL", WINDOWS),
     "qwen3_vl": packed("Qwen3VL", {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}),
     "glm4v": packed("Glm4v", {"image_size": 16}),
+    "blip": Family("BlipForConditionalGeneration", "BlipConfig", BLIP, described_batch, ("eager",)),
+    "blip_2": Family("Blip2ForConditionalGeneration", "Blip2Config", BLIP2, prompted_batch),
+    "instructblip": Family("InstructBlipForConditionalGeneration", "InstructBlipConfig", BLIP2, instructed_batch),
     # Its tower has groups, which become ragged.
     "exaone4_5": packed(
         "Exaone4_5_", {**WINDOWS, "num_key_value_heads": 2}, {"model_type": "exaone4", "sliding_window": 8}, ("headprune",)

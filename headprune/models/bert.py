@@ -1,4 +1,5 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), DeBERTa, DistilBERT, ALBERT."""
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), DeBERTa, DistilBERT, ALBERT, the
+Q-Former of BLIP-2."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ class Named:
         head_map = head_map_of(dispatcher, features, features, head_dim, name)
         heads = head_map.query_heads
         projections = tuple(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, head_dim) for role, path in parts)
-        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ else "self"
+        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ or name.endswith("crossattention") else "self"
         return AttentionSite(name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -57,6 +58,7 @@ def at(module: Foreign, path: str) -> Foreign:
 
 
 register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))
+register_adapter(Named("qformer", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention"))
 register_adapter(
     Named(
         "deberta", ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"), "self",

@@ -1,5 +1,6 @@
 """Attention of vision models whose query, key and value share one linear layer `qkv`: the towers of Qwen-VL and its relatives
-(GLM-V, ERNIE-VL, EXAONE, dots), which take all pictures of a batch as one packed sequence [tokens, features]."""
+(GLM-V, ERNIE-VL, EXAONE, dots), which take all pictures of a batch as one packed sequence [tokens, features]; BLIP, BLIP-2 and
+InstructBLIP."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from headprune.models.emptied import EmptiedAlone
 from headprune.models.fused import Fused
 from headprune.models.fused_layout import blocks
 from headprune.models.layer_config import follow_groups
+from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.separate import unknown_parameters
 from headprune.models.site import AttentionSite, Foreign
+from headprune.models.specialise import specialise
 
 NORMS = {"q_norm", "k_norm"}
 
@@ -42,9 +45,19 @@ def packed_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) 
         module.q_dim, module.kv_dim = head_map.query_heads * site.head_dim, head_map.kv_heads * site.head_dim
 
 
+def blip_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    specialise(site.module, OwnHeadDim)
+
+
 register_adapter(
     Fused(
         "packed_vision", "qkv", "proj", "head_dim", takes_packed, lambda module: blocks, kv_heads=kv_heads, after=packed_after,
         emptied=EmptiedAlone,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "blip_vision", "qkv", "projection", "head_dim", lambda module: not unknown_parameters(module, {"qkv", "projection"}),
+        lambda module: blocks, after=blip_after,
     )
 )  # fmt: skip

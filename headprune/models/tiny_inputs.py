@@ -30,6 +30,9 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
         inputs |= packed_picture(model, taken, inputs.get("input_ids"))
     elif "pixel_values" in taken:
         inputs |= pixels(getattr(config, "vision_config", config))
+        inputs |= with_places(config, inputs)
+    if "qformer_input_ids" in taken:
+        inputs["qformer_input_ids"] = tokens(config.qformer_config.vocab_size)["input_ids"][:1]
     if "input_features" in taken and main == "input_features":
         inputs |= spectrogram(model, config)
     if "input_values" in taken and main == "input_values":
@@ -76,6 +79,22 @@ def pixels(config: Any) -> dict[str, Tensor]:
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
     return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)}
+
+
+def with_places(config: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tokens with those of one picture before them, in the first row, where a model puts few (BLIP-2): the hundreds of others
+    would take their time."""
+    picture_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    many = getattr(config, "num_query_tokens", None)
+    if not isinstance(picture_token, int) or not isinstance(many, int) or not {"input_ids", "pixel_values"} <= set(inputs):
+        return {}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    places = ids.new_zeros(len(ids), many)
+    places[0] = picture_token
+    return {
+        "input_ids": torch.cat([places, ids.masked_fill(ids == picture_token, 0)], dim=1),
+        "attention_mask": torch.cat([(places != 0).to(mask.dtype), mask], dim=1),
+    }
 
 
 def packed_picture(model: nn.Module, taken: Mapping[str, Any], ids: Tensor | None) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprune.models.behaviour import behave
 from headprune.models.emptied import Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedTimm
+from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
 from headprune.models.selection import PicksHeads
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
@@ -38,7 +39,7 @@ BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
         Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedT5, EmptiedTimm, GroupedFalcon,
-        OwnPositions, PicksHeads, SharedPositions,
+        OwnHeadDim, OwnPositions, PicksHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
