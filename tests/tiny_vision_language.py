@@ -90,6 +90,19 @@ BLIP2 = {
     "vision_config": {**EYE, "qkv_bias": True}, "qformer_config": QFORMER, "text_config": OPT, "num_query_tokens": PLACES,
     "image_token_index": PICTURE_TOKEN, "initializer_range": 0.2,
 }  # fmt: skip
+READS = {"text_config": {**READER, "model_type": "qwen2", "use_sliding_window": False}, "image_token_id": PICTURE_TOKEN}
+INTERN = {
+    "vision_config": {**EYE, "use_qk_norm": True, "norm_type": "rms_norm", "layer_scale_init_value": 1.0},
+    "image_seq_length": PLACES, **READS,
+}  # fmt: skip
+JANUS = {
+    "vision_config": {**EYE, "patch_size": 8, "num_image_tokens": 4, "projection_dim": 32, "depth": 1},
+    "vq_config": {
+        "embed_dim": 8, "num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1,
+        "latent_channels": 8,
+    },
+    "text_config": {**READER, "model_type": "llama"}, "image_token_id": PICTURE_TOKEN,
+}  # fmt: skip
 WINDOWS = {"window_size": 8, "fullatt_block_indexes": [1]}
 VISION_LANGUAGE = {
     "qwen2_vl": packed("Qwen2VL", {"embed_dim": 32, "mlp_ratio": 2}),
@@ -99,6 +112,8 @@ VISION_LANGUAGE = {
     "blip": Family("BlipForConditionalGeneration", "BlipConfig", BLIP, described_batch, ("eager",)),
     "blip_2": Family("Blip2ForConditionalGeneration", "Blip2Config", BLIP2, prompted_batch),
     "instructblip": Family("InstructBlipForConditionalGeneration", "InstructBlipConfig", BLIP2, instructed_batch),
+    "internvl": Family("InternVLForConditionalGeneration", "InternVLConfig", INTERN, prompted_batch),
+    "janus": Family("JanusForConditionalGeneration", "JanusConfig", JANUS, prompted_batch),
     # Its tower has groups, which become ragged.
     "exaone4_5": packed(
         "Exaone4_5_", {**WINDOWS, "num_key_value_heads": 2}, {"model_type": "exaone4", "sliding_window": 8}, ("headprune",)

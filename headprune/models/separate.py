@@ -1,5 +1,5 @@
 """Attention with one linear layer each for query, key, value and output, and key/value heads shared in groups or not:
-Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere) and OPT."""
+Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere), OPT, InternVL's vision tower."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from headprune.models.site import (
 from headprune.models.specialise import empty, specialise
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
-OUTPUTS = ("o_proj", "out_proj", "dense")
+MERGED = "projection_layer"  # its modules merge their heads into `embed_dim` features
+OUTPUTS = ("o_proj", "out_proj", "dense", MERGED)
 BESIDES = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "sinks", "relative_position_bias")  # what else may hold parameters
 
 
 class Separate:
-    """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense) in one module that knows its head_dim.
+    """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense, InternVL: projection_layer) in one module that knows its
+    head_dim.
 
     Attention sinks and per-head q/k norms go with their heads; norms of one head_dim are shared by all and stay. A norm
     over all heads at once (OLMo 2) divides every head by a statistic of all of them: there the query and key projections
@@ -78,6 +80,8 @@ class Separate:
         module: Foreign = site.module
         set_head_counts(module, head_map, site.head_dim)
         follow_groups(module, head_map)
+        if site.output.name.endswith(MERGED):
+            module.embed_dim = head_map.query_heads * site.head_dim
         picked: tuple[tuple[Role, tuple[int, ...]], ...] = (("query", kept), ("key", site.head_map.kept_kv_heads(kept)))
         for role, heads in picked:
             if site.projection(role).whole:

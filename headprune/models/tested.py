@@ -14,11 +14,12 @@ TESTED: dict[str, tuple[str, ...]] = {
         "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention", "Exaone4Attention",
         "Exaone4_5_VisionAttention", "FalconAttention", "GPT2Attention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention",
         "Glm4vTextAttention", "Glm4vVisionAttention", "GptOssAttention", "GraniteAttention", "InstructBlipAttention",
-        "InstructBlipQFormerAttention", "LlamaAttention", "MBartAttention", "MistralAttention", "MixtralAttention",
-        "ModernBertAttention", "MptAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention",
-        "Qwen2VLAttention", "Qwen2_5_VLAttention", "Qwen2_5_VLVisionAttention", "Qwen3Attention", "Qwen3MoeAttention",
-        "Qwen3VLTextAttention", "Qwen3VLVisionAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention",
-        "SwinAttention", "T5Attention", "ViTAttention", "VisionAttention", "WhisperAttention",
+        "InstructBlipQFormerAttention", "InternVLVisionAttention", "JanusVisionAttention", "LlamaAttention", "MBartAttention",
+        "MistralAttention", "MixtralAttention", "ModernBertAttention", "MptAttention", "OPTAttention", "Olmo2Attention",
+        "Phi3Attention", "Qwen2Attention", "Qwen2VLAttention", "Qwen2_5_VLAttention", "Qwen2_5_VLVisionAttention",
+        "Qwen3Attention", "Qwen3MoeAttention", "Qwen3VLTextAttention", "Qwen3VLVisionAttention", "RobertaAttention",
+        "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention", "ViTAttention", "VisionAttention",
+        "WhisperAttention",
     ),
 }  # fmt: skip
 

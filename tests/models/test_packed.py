@@ -7,7 +7,7 @@ from torch import nn
 
 import headprune as hp
 from headprune.errors import InvalidInput
-from headprune.models.packed import sample_lengths
+from headprune.models.packed import allotted, sample_lengths
 from headprune.models.tokens import token_masks
 
 
@@ -59,6 +59,38 @@ def test_together_pictures_measure_as_one_by_one(name):
         for field in ("projected_norm", "input_gram", "entropy"):
             assert torch.allclose(getattr(together[site], field), getattr(alone[site], field), rtol=1e-4, atol=1e-4), (site, field)
         assert together[site].projected_norm.shape == (3, 4)
+
+
+def test_tiles_of_a_picture_are_one_sample():
+    """Sample 0 has two pictures, sample 1 none, sample 2 one: all of these rows of the tower's batch."""
+    family = VISION_LANGUAGE["internvl"]
+    model, batch = family.make(), family.batch("right")
+    batch["input_ids"][0, 4:8], batch["input_ids"][1, :4] = PICTURE_TOKEN, 9
+    order = [0, 1, 2]
+    alone = [{key: value[[row]] for key, value in batch.items()} for row in order]
+    alone[0]["pixel_values"] = batch["pixel_values"][:2]
+    del alone[1]["pixel_values"]
+    needs = {"gate_gradient"}
+    together = hp.observe(model, [batch], needs, loss_fn=next_token_losses)
+    parts = [hp.observe(model, [one], needs, loss_fn=next_token_losses, unreached="keep") for one in alone]
+    for site in together:
+        expected = torch.cat([part[site].gate_gradient if part[site].reached else torch.zeros(1, 4) for part in parts])
+        assert torch.allclose(together[site].gate_gradient, expected, rtol=1e-3, atol=1e-5), site
+
+
+def next_token_losses(model, batch) -> torch.Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+    return losses.sum(dim=1) / (labels != -100).sum(dim=1)
+
+
+def test_pictures_that_do_not_take_equal_places_are_not_allotted():
+    assert allotted(torch.tensor([8, 0, 4]), 3) == [2, 0, 1]
+    assert allotted(torch.tensor([8, 0, 4]), 24) == [16, 0, 8]
+    assert allotted(torch.tensor([9, 0, 4]), 3) is None
+    assert allotted(torch.tensor([7, 5]), 3) is None
+    assert allotted(torch.tensor([0, 0]), 3) is None
 
 
 def test_padding_of_text_is_no_padding_of_pictures():

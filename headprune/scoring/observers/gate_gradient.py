@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hooks
-from headprune.models.packed import count_samples, is_packed, sample_lengths
+from headprune.models.packed import count_samples, is_packed, picture_lengths, sample_lengths
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
 from headprune.scoring.observations import Need
@@ -44,15 +44,16 @@ class _Tap(torch.autograd.Function):
 def sample_count(
     batch: Any, loss: Tensor, sites: Sequence[AttentionSite], rows: Mapping[str, Tensor], packed: Set[str] = frozenset()
 ) -> int:
-    """How many samples `batch` has: as many as losses, as rows [samples, heads] at a site, or (all windowed or packed) as it says
-    itself, or as rows of its first tensor."""
+    """How many samples `batch` has: as many as losses, as rows [samples, heads] at a site (as it says itself, where sites differ),
+    or (all windowed) as rows of its first tensor."""
     if loss.dim():
         return loss.shape[0]
     whole = [rows[site.name].shape[0] for site in sites if site.name in rows and not (site.windowed or site.name in packed)]
+    said = count_samples(batch)
+    if said is not None and (said in whole or (packed and not whole)):
+        return said
     if whole or not rows:
         return max(whole, default=0)
-    if packed and (said := count_samples(batch)) is not None:
-        return said
     if isinstance(batch, Tensor):
         return len(batch)
     first = first_tensor(tuple(batch.values()) if isinstance(batch, Mapping) else tuple(batch))
@@ -84,8 +85,9 @@ class GateGradients(Observer):
         for site in self.setting.sites:
             # The loss of a batch that does not run through a site does not depend on its gates.
             grads = self._batch.get(site.name, torch.zeros(samples, site.head_map.query_heads))
-            if site.name in self._packed:
-                lengths = sample_lengths(self.setting.model, site.name, batch, len(grads), samples)
+            lengths_of = sample_lengths if site.name in self._packed else picture_lengths
+            lengths = lengths_of(self.setting.model, site.name, batch, len(grads), samples)
+            if lengths is not None:
                 grads = torch.stack([own.sum(dim=0) for own in grads.split(lengths)])
             elif site.windowed:
                 grads = grads.unflatten(0, (samples, -1)).sum(dim=1)
