@@ -103,6 +103,10 @@ JANUS = {
     },
     "text_config": {**READER, "model_type": "llama"}, "image_token_id": PICTURE_TOKEN,
 }  # fmt: skip
+GOT = {
+    "vision_config": {**EYE, "patch_size": 2, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 48, "output_channels": 16},
+    "image_seq_length": PLACES, "image_token_index": PICTURE_TOKEN, "text_config": READS["text_config"],
+}  # fmt: skip
 WINDOWS = {"window_size": 8, "fullatt_block_indexes": [1]}
 VISION_LANGUAGE = {
     "qwen2_vl": packed("Qwen2VL", {"embed_dim": 32, "mlp_ratio": 2}),
@@ -114,6 +118,7 @@ VISION_LANGUAGE = {
     "instructblip": Family("InstructBlipForConditionalGeneration", "InstructBlipConfig", BLIP2, instructed_batch),
     "internvl": Family("InternVLForConditionalGeneration", "InternVLConfig", INTERN, prompted_batch),
     "janus": Family("JanusForConditionalGeneration", "JanusConfig", JANUS, prompted_batch),
+    "got_ocr2": Family("GotOcr2ForConditionalGeneration", "GotOcr2Config", GOT, prompted_batch, ("eager",)),
     # Its tower has groups, which become ragged.
     "exaone4_5": packed(
         "Exaone4_5_", {**WINDOWS, "num_key_value_heads": 2}, {"model_type": "exaone4", "sliding_window": 8}, ("headprune",)

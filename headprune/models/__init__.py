@@ -1,6 +1,6 @@
 """What a head is in each model family: sites, adapters, gates, and our attention inside transformers."""
 
-from headprune.models import attention_interface, bert, fused, fused_vision, guessed, latent, separate, t5, timm, variable_head
+from headprune.models import attention_interface, bert, fused, fused_vision, guessed, latent, sam, separate, t5, timm, variable_head
 from headprune.models.adapters import Adapter, attention_sites, register_adapter
 from headprune.models.gating import gated
 from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
@@ -19,6 +19,7 @@ __all__ = [
     "guessed",
     "latent",
     "register_adapter",
+    "sam",
     "separate",
     "t5",
     "timm",

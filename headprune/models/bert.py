@@ -3,6 +3,7 @@ Q-Former of BLIP-2."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -24,7 +25,7 @@ class Named:
 
     projections: in the order of ROLES. inner: the part that computes the attention, where the output projection stands beside
     it ("" = the module itself). more: further projections with a slice per head, which a module may lack. emptied: what becomes of
-    an attention without heads.
+    an attention without heads. head_dim: of that inner part, or None where it is of another kind. windowed: as in AttentionSite.
     """
 
     name: str
@@ -32,19 +33,26 @@ class Named:
     inner: str = ""
     more: tuple[tuple[Role, str], ...] = ()
     emptied: type[Emptied] = Emptied
+    head_dim: Callable[[Foreign], int | None] = lambda inner: getattr(inner, "attention_head_size", None)
+    windowed: bool = False
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         parts = [*zip(ROLES, self.projections), *((role, path) for role, path in self.more if at(module, path) is not None)]
         dispatcher = at(module, self.inner) if self.inner else module
-        if not all(isinstance(at(module, path), nn.Module) for _, path in parts) or not hasattr(dispatcher, "attention_head_size"):
+        if not all(isinstance(at(module, path), nn.Module) for _, path in parts):
             return None
-        head_dim, output = dispatcher.attention_head_size, at(module, self.projections[3])
+        head_dim, output = self.head_dim(dispatcher), at(module, self.projections[3])
+        if head_dim is None:
+            return None
         features = at(module, self.projections[0]).weight.shape[0]
         head_map = head_map_of(dispatcher, features, features, head_dim, name)
         heads = head_map.query_heads
         projections = tuple(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, head_dim) for role, path in parts)
-        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ or name.endswith("crossattention") else "self"
-        return AttentionSite(name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections)
+        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ or "cross" in name.rpartition(".")[2] else "self"
+        return AttentionSite(
+            name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections,
+            windowed=self.windowed,
+        )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.dispatcher, head_map, site.head_dim)

@@ -67,9 +67,10 @@ def inputs_of(around: nn.Module | None) -> Set[str]:
 
 
 def reads_tokens(around: nn.Module | None) -> bool:
-    """Whether the transformers model `around` an attention reads tokens, not pictures or sound. The towers that take packed
-    pictures do not name their input."""
-    return around is None or (around.main_input_name == "input_ids" and "grid_thw" not in inputs_of(around))
+    """Whether the transformers model `around` an attention reads tokens, not pictures or sound. Not all towers name their input."""
+    if around is None or around.main_input_name != "input_ids":
+        return around is None
+    return "input_ids" in (inputs := inputs_of(around)) or inputs.isdisjoint({"pixel_values", "grid_thw"})
 
 
 def query_mask(model: nn.Module, around: Any, batch: Mapping[str, Any]) -> Tensor | None:

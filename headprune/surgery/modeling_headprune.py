@@ -22,7 +22,16 @@ from transformers import AttentionInterface, conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprune.models.behaviour import behave
-from headprune.models.emptied import Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedTimm
+from headprune.models.emptied import (
+    Emptied,
+    EmptiedAlbert,
+    EmptiedAlone,
+    EmptiedAsAsked,
+    EmptiedBloom,
+    EmptiedConv1D,
+    EmptiedLinear,
+    EmptiedTimm,
+)
 from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
 from headprune.models.selection import PicksHeads
@@ -38,8 +47,8 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedT5, EmptiedTimm, GroupedFalcon,
-        OwnHeadDim, OwnPositions, PicksHeads, SharedPositions,
+        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedT5, EmptiedTimm,
+        GroupedFalcon, OwnHeadDim, OwnPositions, PicksHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.

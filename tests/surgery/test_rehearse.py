@@ -9,6 +9,7 @@ import torch
 import transformers
 from tiny_decoders import FAMILIES, decoder
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
+from tiny_segmenters import SEGMENTERS
 from tiny_vision_language import VISION_LANGUAGE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -129,8 +130,9 @@ def test_of_another_kind_it_is_refused_until_a_forward_pass_or_the_user_vouches(
 
 
 def test_the_tested_kinds_are_those_of_the_families_in_the_tests():
-    others = ENCODERS | SEQ2SEQ | VISION | VISION_LANGUAGE
-    models = [decoder(family) for family in FAMILIES] + [family.make() for family in others.values()]
+    others = ENCODERS | SEQ2SEQ | VISION | VISION_LANGUAGE | SEGMENTERS
+    models = [decoder(family) for family in FAMILIES]
+    models += [family.make(implementation) for family in others.values() for implementation in family.implementations]
     assert {type(site.module).__name__ for model in models for site in hp.attention_sites(model)} == set(TESTED["transformers"])
 
 

@@ -108,10 +108,10 @@ class GateGradients(Observer):
         name = site.name
 
         def seen(inputs: Tensor, grad: Tensor) -> None:
-            if inputs.dim() not in (2, 3):
+            if inputs.dim() not in (2, 3) and not site.windowed:
                 raise InvalidInput(f"{site.output.name} receives {list(inputs.shape)}; expected [batch, tokens, features].")
             columns = inputs.to(torch.float32, copy=True).mul_(grad)
-            columns = columns if is_packed(inputs) else columns.sum(dim=1)
+            columns = columns if is_packed(inputs) else columns.flatten(1, -2).sum(dim=1)
             features = self._features[name] = self._features[name].to(columns.device)
             found = columns[:, features].sum(dim=2)
             earlier = self._batch.get(name)

@@ -52,7 +52,7 @@ class OutputNorms(Observer):
                 lengths = sample_lengths(self.setting.model, site.name, batch, len(inputs))
                 means = torch.stack([own.mean(dim=0) for own in norms.split(lengths) if len(own)])
             else:
-                means = norms.sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+                means = norms.flatten(1, -2).sum(dim=1) / valid.flatten(1).sum(dim=1, keepdim=True).clamp(min=1)
             self._rows.add(site.name, projected_norm=means)
 
         return add
