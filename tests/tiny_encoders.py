@@ -155,9 +155,15 @@ CLIP = {
     "projection_dim": 16, "initializer_factor": 4.0,
 }  # fmt: skip
 SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [4, 4], "window_size": 4, "patch_size": 2, "drop_path_rate": 0.0}
+HIERA = {
+    "embed_dim": 32, "depths": [1, 1], "num_heads": [4, 4], "image_size": [16, 16], "patch_size": [3, 3], "patch_stride": [2, 2],
+    "patch_padding": [1, 1], "masked_unit_size": [4, 4], "masked_unit_attention": [True, False], "num_query_pool": 1,
+    "query_stride": [2, 2], "drop_path_rate": 0.0,
+}  # fmt: skip
 VISION = {
     "vit": classifier("ViT", **SIZES),
     "deit": classifier("DeiT", layer_norm_eps=1e-3, **SIZES),
     "swin": classifier("Swin", **SWIN),
+    "hiera": Family("HieraForImageClassification", "HieraConfig", {**PICTURE, **HIERA}, picture_batch, ("eager",)),
     "clip": Family("CLIPModel", "CLIPConfig", CLIP, caption_batch),
 }

@@ -1,4 +1,4 @@
-"""Tiny random SAM, SAM-HQ and ViTDet: vision attentions over windows of pictures; they give no loss."""
+"""Tiny random SAM, SAM-HQ, SAM 2 and ViTDet: vision attentions over windows of pictures; they give no loss."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ VITDET = {
 }
 
 
-def pictures(side: str = "left") -> Tensor:
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(len(side)))
+def pictures(side: str = "left", size: int = 16) -> Tensor:
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(len(side)))
 
 
 def prompted(side: str) -> dict[str, Tensor]:
@@ -35,8 +35,28 @@ def prompted(side: str) -> dict[str, Tensor]:
     return {"pixel_values": pictures(side), "input_points": points}
 
 
+def prompted_large(side: str) -> dict[str, Tensor]:
+    return {**prompted(side), "pixel_values": pictures(side, 32)}
+
+
+HIERA = {
+    "model_type": "sam2_hiera_det_model", "hidden_size": 16, "num_attention_heads": 2, "image_size": [32, 32],
+    "patch_kernel_size": [3, 3], "patch_stride": [2, 2], "patch_padding": [1, 1], "blocks_per_stage": [1, 1, 2],
+    "embed_dim_per_stage": [16, 32, 64], "num_attention_heads_per_stage": [2, 4, 4], "window_size_per_stage": [4, 4, 2],
+    "global_attention_blocks": [3], "num_query_pool_stages": 2, "window_positional_embedding_background_size": [4, 4],
+    "initializer_range": 0.2,
+}  # fmt: skip
+SAM2 = {
+    "vision_config": {
+        "backbone_config": HIERA, "backbone_channel_list": [64, 32, 16], "fpn_hidden_size": 16, "num_feature_levels": 3,
+        "fpn_top_down_levels": [1, 2], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "prompt_encoder_config": {"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4},
+    "mask_decoder_config": SAM["mask_decoder_config"], "initializer_range": 0.2,
+}  # fmt: skip
 SEGMENTERS = {
     "sam": Family("SamModel", "SamConfig", SAM, prompted, ("eager", "sdpa")),
     "sam_hq": Family("SamHQModel", "SamHQConfig", SAM, prompted, ("eager", "sdpa")),
+    "sam2": Family("Sam2Model", "Sam2Config", SAM2, prompted_large, ("eager", "sdpa", "headprune")),
     "vitdet": Family("VitDetModel", "VitDetConfig", VITDET, lambda side: {"pixel_values": pictures(side)}, ("eager",)),
 }

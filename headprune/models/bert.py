@@ -26,6 +26,7 @@ class Named:
     projections: in the order of ROLES. inner: the part that computes the attention, where the output projection stands beside
     it ("" = the module itself). more: further projections with a slice per head, which a module may lack. emptied: what becomes of
     an attention without heads. head_dim: of that inner part, or None where it is of another kind. windowed: as in AttentionSite.
+    beside: what else must stand there.
     """
 
     name: str
@@ -35,11 +36,14 @@ class Named:
     emptied: type[Emptied] = Emptied
     head_dim: Callable[[Foreign], int | None] = lambda inner: getattr(inner, "attention_head_size", None)
     windowed: bool = False
+    beside: tuple[str, ...] = ()
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         parts = [*zip(ROLES, self.projections), *((role, path) for role, path in self.more if at(module, path) is not None)]
         dispatcher = at(module, self.inner) if self.inner else module
-        if not all(isinstance(at(module, path), nn.Module) for _, path in parts):
+        # A layer has a feed-forward, whose output may be called as an attention's (TVP).
+        paths = [*(path for _, path in parts), *self.beside]
+        if hasattr(module, "intermediate") or not all(isinstance(at(module, path), nn.Module) for path in paths):
             return None
         head_dim, output = self.head_dim(dispatcher), at(module, self.projections[3])
         if head_dim is None:
@@ -66,7 +70,12 @@ def at(module: Foreign, path: str) -> Foreign:
 
 
 register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))
-register_adapter(Named("qformer", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention"))
+register_adapter(
+    Named(
+        "qformer", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention",
+        beside=("output.LayerNorm",),
+    )
+)  # fmt: skip
 register_adapter(
     Named(
         "deberta", ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"), "self",

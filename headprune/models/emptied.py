@@ -7,6 +7,7 @@ placeholder there: one key and one value of one feature per token, or as many ze
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -31,10 +32,14 @@ class Emptied(Behaviour):
         states = args[0] if states is None else states
         source = next((kwargs[name] for name in SOURCES if kwargs.get(name) is not None), None)
         keys = count_tokens(self, states if source is None else source, source is not None, kwargs)
-        nothing = states.new_zeros(*states.shape[:-1], 0)
+        nothing = states.new_zeros(*self.places(states), 0)
         # The projection runs, so that hooks on it do too; its bias is what the layer gives without heads.
         output = nothing if self.headprune_output is None else getattr(self, self.headprune_output)(nothing)
         return self.result(output, no_weights(states, keys), args, kwargs)
+
+    def places(self, states: Tensor) -> Sequence[int]:
+        """The shape of the output for `states` [batch, tokens, features], without the features."""
+        return states.shape[:-1]
 
     def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns for this output [batch, tokens, features] and these attention weights."""
@@ -64,6 +69,24 @@ class EmptiedAlbert(Emptied):
 
 class EmptiedAlone(Emptied):
     """Returns its output alone, without attention weights (the vision towers of Qwen)."""
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return output
+
+
+class EmptiedPooled(Emptied):
+    """Its queries are pooled: of `query_stride` neighbouring tokens (Hiera), or along rows and columns (SAM 2), one is left."""
+
+    query_stride: int | tuple[int, int] | None
+
+    def places(self, states: Tensor) -> Sequence[int]:
+        sizes, stride = states.shape[1:-1], self.query_stride or 1
+        strides = (stride,) * len(sizes) if isinstance(stride, int) else stride
+        return states.shape[0], *(size // step for size, step in zip(sizes, strides))
+
+
+class EmptiedPooledAlone(EmptiedPooled):
+    """And returns its output alone (SAM 2)."""
 
     def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return output

@@ -67,13 +67,14 @@ class Separate:
             extras.append(HeadTensor(f"{name}.sinks", module, "sinks"))
         table: Foreign = getattr(module, "relative_position_bias", None)  # of a Swin window
         windowed = isinstance(getattr(table, "relative_position_bias_table", None), Tensor)
+        by_prompt = hasattr(module, "internal_dim")  # SAM 2's mask decoder runs each prompt of a picture by itself
         if windowed:
             extras.append(HeadTensor(f"{name}.relative_position_bias", table, "relative_position_bias_table", dim=1))
         last = name.rpartition(".")[2]
         kind: Kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
             name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
-            windowed, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *BESIDES}),
+            windowed or by_prompt, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *BESIDES}),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:

@@ -30,6 +30,8 @@ from headprune.models.emptied import (
     EmptiedBloom,
     EmptiedConv1D,
     EmptiedLinear,
+    EmptiedPooled,
+    EmptiedPooledAlone,
     EmptiedTimm,
 )
 from headprune.models.own_head_dim import OwnHeadDim
@@ -47,8 +49,8 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedT5, EmptiedTimm,
-        GroupedFalcon, OwnHeadDim, OwnPositions, PicksHeads, SharedPositions,
+        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedPooled,
+        EmptiedPooledAlone, EmptiedT5, EmptiedTimm, GroupedFalcon, OwnHeadDim, OwnPositions, PicksHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
