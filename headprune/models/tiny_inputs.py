@@ -73,7 +73,7 @@ def tokens(vocabulary: int) -> dict[str, Tensor]:
 
 
 def pixels(config: Any) -> dict[str, Tensor]:
-    size = getattr(config, "image_size", None)
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None)
     if size is None:
         return {}
     height, width = (size, size) if isinstance(size, int) else size
