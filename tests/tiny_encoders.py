@@ -18,21 +18,35 @@ QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LABELS = 5
 
 
+def one_row(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {name: value[[row]] for name, value in batch.items()}
+
+
 @dataclass(frozen=True)
 class Family:
-    """A tiny model: its class and config, a batch for it (padded on a side), and the attentions that it can run."""
+    """A tiny model: its class and config, a batch for it (padded on a side), and the attentions that it can run. one: a
+    sample of a batch."""
 
     model: str
     config: str
     options: dict
     batch: Callable[[str], dict[str, Tensor]]
     implementations: tuple[str, ...] = EVERY
+    one: Callable[[dict[str, Tensor], int], dict[str, Tensor]] = one_row
 
     def make(self, implementation: str | None = None, seed: int = 0) -> transformers.PreTrainedModel:
         torch.manual_seed(seed)
         config = getattr(transformers, self.config)(**copy.deepcopy(self.options))  # some configs take theirs apart
         config._attn_implementation = implementation or self.implementations[0]
-        return getattr(transformers, self.model)(config).eval()
+        return trained(getattr(transformers, self.model)(config)).eval()
+
+
+def trained(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """What starts as zeros (queries of a Q-Former, tables of relative positions) does not stay so."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 def text_batch(side: str) -> dict[str, Tensor]:
@@ -142,9 +156,15 @@ CLIP = {
     "projection_dim": 16, "initializer_factor": 4.0,
 }  # fmt: skip
 SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [4, 4], "window_size": 4, "patch_size": 2, "drop_path_rate": 0.0}
+HIERA = {
+    "embed_dim": 32, "depths": [1, 1], "num_heads": [4, 4], "image_size": [16, 16], "patch_size": [3, 3], "patch_stride": [2, 2],
+    "patch_padding": [1, 1], "masked_unit_size": [4, 4], "masked_unit_attention": [True, False], "num_query_pool": 1,
+    "query_stride": [2, 2], "drop_path_rate": 0.0,
+}  # fmt: skip
 VISION = {
     "vit": classifier("ViT", **SIZES),
     "deit": classifier("DeiT", layer_norm_eps=1e-3, **SIZES),
     "swin": classifier("Swin", **SWIN),
+    "hiera": Family("HieraForImageClassification", "HieraConfig", {**PICTURE, **HIERA}, picture_batch, ("eager",)),
     "clip": Family("CLIPModel", "CLIPConfig", CLIP, caption_batch),
 }

@@ -28,8 +28,8 @@ NAME = "headprune"
 # already (and read for packed sequences), the rest is for other layers or other kernels.
 HARMLESS = {
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "indices", "logits_to_keep", "max_length_k",
-    "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids",
-    "return_dict", "seq_idx", "sliding_window", "use_cache",
+    "max_length_q", "mm_token_type_ids", "num_items_in_batch", "output_hidden_states", "output_router_logits",
+    "position_embeddings", "position_ids", "return_dict", "seq_idx", "sliding_window", "use_cache",
 }  # fmt: skip
 
 

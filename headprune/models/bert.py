@@ -1,7 +1,9 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), DeBERTa, DistilBERT, ALBERT."""
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), DeBERTa, DistilBERT, ALBERT, the
+Q-Former of BLIP-2."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -23,7 +25,8 @@ class Named:
 
     projections: in the order of ROLES. inner: the part that computes the attention, where the output projection stands beside
     it ("" = the module itself). more: further projections with a slice per head, which a module may lack. emptied: what becomes of
-    an attention without heads.
+    an attention without heads. head_dim: of that inner part, or None where it is of another kind. windowed: as in AttentionSite.
+    beside: what else must stand there.
     """
 
     name: str
@@ -31,19 +34,29 @@ class Named:
     inner: str = ""
     more: tuple[tuple[Role, str], ...] = ()
     emptied: type[Emptied] = Emptied
+    head_dim: Callable[[Foreign], int | None] = lambda inner: getattr(inner, "attention_head_size", None)
+    windowed: bool = False
+    beside: tuple[str, ...] = ()
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         parts = [*zip(ROLES, self.projections), *((role, path) for role, path in self.more if at(module, path) is not None)]
         dispatcher = at(module, self.inner) if self.inner else module
-        if not all(isinstance(at(module, path), nn.Module) for _, path in parts) or not hasattr(dispatcher, "attention_head_size"):
+        # A layer has a feed-forward, whose output may be called as an attention's (TVP).
+        paths = [*(path for _, path in parts), *self.beside]
+        if hasattr(module, "intermediate") or not all(isinstance(at(module, path), nn.Module) for path in paths):
             return None
-        head_dim, output = dispatcher.attention_head_size, at(module, self.projections[3])
+        head_dim, output = self.head_dim(dispatcher), at(module, self.projections[3])
+        if head_dim is None:
+            return None
         features = at(module, self.projections[0]).weight.shape[0]
         head_map = head_map_of(dispatcher, features, features, head_dim, name)
         heads = head_map.query_heads
         projections = tuple(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, head_dim) for role, path in parts)
-        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ else "self"
-        return AttentionSite(name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections)
+        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ or "cross" in name.rpartition(".")[2] else "self"
+        return AttentionSite(
+            name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections,
+            windowed=self.windowed,
+        )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.dispatcher, head_map, site.head_dim)
@@ -57,6 +70,12 @@ def at(module: Foreign, path: str) -> Foreign:
 
 
 register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))
+register_adapter(
+    Named(
+        "qformer", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention",
+        beside=("output.LayerNorm",),
+    )
+)  # fmt: skip
 register_adapter(
     Named(
         "deberta", ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"), "self",

@@ -6,6 +6,8 @@ placeholder there: one key and one value of one feature per token, or as many ze
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from headprune.models.behaviour import Behaviour
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
+STATES = ("hidden_states", "hidden_state", "query")
 SOURCES = ("encoder_hidden_states", "key_value_states")
 
 
@@ -25,13 +28,18 @@ class Emptied(Behaviour):
     headprune_output: str | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        states = next((kwargs[name] for name in STATES if name in kwargs), None)
+        states = args[0] if states is None else states
         source = next((kwargs[name] for name in SOURCES if kwargs.get(name) is not None), None)
         keys = count_tokens(self, states if source is None else source, source is not None, kwargs)
-        nothing = states.new_zeros(*states.shape[:-1], 0)
+        nothing = states.new_zeros(*self.places(states), 0)
         # The projection runs, so that hooks on it do too; its bias is what the layer gives without heads.
         output = nothing if self.headprune_output is None else getattr(self, self.headprune_output)(nothing)
         return self.result(output, no_weights(states, keys), args, kwargs)
+
+    def places(self, states: Tensor) -> Sequence[int]:
+        """The shape of the output for `states` [batch, tokens, features], without the features."""
+        return states.shape[:-1]
 
     def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns for this output [batch, tokens, features] and these attention weights."""
@@ -75,6 +83,38 @@ class EmptiedOpenAI(Emptied):
         return [output, weights] if kwargs.get("output_attentions") else [output]
 
 
+class EmptiedAlone(Emptied):
+    """Returns its output alone, without attention weights (the vision towers of Qwen)."""
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return output
+
+
+class EmptiedPooled(Emptied):
+    """Its queries are pooled: of `query_stride` neighbouring tokens (Hiera), or along rows and columns (SAM 2), one is left."""
+
+    query_stride: int | tuple[int, int] | None
+
+    def places(self, states: Tensor) -> Sequence[int]:
+        sizes, stride = states.shape[1:-1], self.query_stride or 1
+        strides = (stride,) * len(sizes) if isinstance(stride, int) else stride
+        return states.shape[0], *(size // step for size, step in zip(sizes, strides))
+
+
+class EmptiedPooledAlone(EmptiedPooled):
+    """And returns its output alone (SAM 2)."""
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return output
+
+
+class EmptiedAsAsked(Emptied):
+    """Returns attention weights only where they are asked for (ViTDet)."""
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (output, weights) if kwargs.get("output_attentions") else (output,)
+
+
 class EmptiedTimm(Emptied):
     """timm's attention returns its output alone."""
 
@@ -101,7 +141,12 @@ class EmptiedConv1D(Behaviour):
 
 def no_weights(states: Tensor, keys: int) -> Tensor:
     """[batch, 0, queries, keys]: in a model's attention weights the layers behind keep their places. states: as in count_tokens."""
-    return states.new_empty(states.shape[0], 0, states.shape[1], keys)
+    return states.new_empty(states.shape[0], 0, tokens_in(states), keys)
+
+
+def tokens_in(states: Tensor) -> int:
+    """Of each sample of [batch, tokens, features] or of pictures [batch, rows, columns, features]."""
+    return math.prod(states.shape[1:-1])
 
 
 def count_tokens(module: Any, states: Tensor, cross: bool, kwargs: dict[str, Any]) -> int:
@@ -109,7 +154,7 @@ def count_tokens(module: Any, states: Tensor, cross: bool, kwargs: dict[str, Any
     Returns how many keys a layer with heads would now read."""
     cache = next((kwargs[name] for name in CACHES if isinstance(kwargs.get(name), Cache)), None)
     if cache is None or module.layer_idx is None:
-        return states.shape[1]
+        return tokens_in(states)
     if isinstance(cache, EncoderDecoderCache):
         seen = cross and cache.is_updated.get(module.layer_idx)
         if cross:

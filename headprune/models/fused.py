@@ -1,5 +1,6 @@
-"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT (blocks), GPT-NeoX, BLOOM (interleaved per
-head), Falcon (any of them), StarCoder (one key/value head behind all queries, or interleaved), and others like them."""
+"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT, ModernBERT (blocks), GPT-NeoX, BLOOM
+(interleaved per head), Falcon (any of them), StarCoder (one key/value head behind all queries, or interleaved), and others like
+them. Those of vision models: fused_vision.py."""
 
 from __future__ import annotations
 
@@ -28,17 +29,18 @@ Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
 class Fused:
     """One fused layout; registered once per kind of module.
 
-    fused, output, head_dim: attributes of the module. is_kind: tells it from others with the same three attributes.
+    fused, output, head_dim: attributes of the module; head_dim also a function of it. is_kind: tells it from others with the same
+    attributes.
     layout: where the heads lie, or a function of the module that tells. kv_heads: key/value heads of a module that was never
     cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads.
-    runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite. width: features
-    of a head, of a module that has no attribute for them (then `head_dim` names another that it must have).
+    runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite. windowed: as
+    there.
     """
 
     name: str
     fused: str
     output: str
-    head_dim: str
+    head_dim: str | Callable[[Foreign], int]
     is_kind: Callable[[Foreign], bool]
     layout: Callable[[Foreign], Layout]
     kv_heads: Callable[[Foreign], int] | None = None
@@ -46,12 +48,13 @@ class Fused:
     emptied: type = Emptied
     runs_ragged: bool = False
     cached: Callable[[Foreign], CachedFeatures | None] = lambda module: None
-    width: Callable[[Foreign], int] | None = None
+    windowed: bool = False
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
-        if not all(hasattr(module, part) for part in (self.fused, self.output, self.head_dim)) or not self.is_kind(module):
+        attributes = [self.fused, self.output, *([self.head_dim] if isinstance(self.head_dim, str) else [])]
+        if not all(hasattr(module, part) for part in attributes) or not self.is_kind(module):
             return None
-        head_dim = getattr(module, self.head_dim) if self.width is None else self.width(module)
+        head_dim = getattr(module, self.head_dim) if isinstance(self.head_dim, str) else self.head_dim(module)
         output = getattr(module, self.output)
         check_projection(f"{name}.{self.output}", output)
         features, hidden = output.weight.shape if is_conv1d(output) else reversed(output.weight.shape)
@@ -61,7 +64,10 @@ class Fused:
         out = contiguous_heads("output", f"{name}.{self.output}", output, head_map.query_heads, head_dim)
         parts = (*inputs, out)
         kind: Kind = "cross" if getattr(module, "is_cross_attention", False) else "self"
-        return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, kind, parts, cached=self.cached(module))
+        return AttentionSite(
+            name, module, module, head_map, head_dim, head_dim, hidden, kind, parts, windowed=self.windowed,
+            cached=self.cached(module),
+        )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.module, head_map, site.head_dim)
@@ -131,7 +137,7 @@ def is_gpt2(module: Foreign) -> bool:
 
 
 def is_openai(module: Foreign) -> bool:
-    return is_gpt2(module) and not hasattr(module, "head_dim")
+    return is_gpt2(module) and hasattr(module, "n_head") and not hasattr(module, "head_dim")
 
 
 def openai_head_dim(module: Foreign) -> int:
@@ -214,7 +220,7 @@ register_adapter(
 )
 register_adapter(
     Fused(
-        "openai-gpt", "c_attn", "c_proj", "n_head", is_openai, lambda module: blocks, width=openai_head_dim,
+        "openai-gpt", "c_attn", "c_proj", openai_head_dim, is_openai, lambda module: blocks,
         after=openai_after, emptied=EmptiedOpenAI, cached=lambda module: CachedFeatures(),
     )
 )  # fmt: skip

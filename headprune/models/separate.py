@@ -1,7 +1,7 @@
 """Attention with one linear layer each for query, key, value and output, and key/value heads shared in groups or not:
-Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere) and OPT. In Qwen3-Next and
-Qwen3.5 each head's query has a gate beside it, which its output is multiplied with; in MiMo-V2 values have a width of their own;
-in some layers of Gemma 4 keys and values come from one layer."""
+Llama and its relatives (Mistral, Mixtral, Qwen, Gemma, Granite, SmolLM, gpt-oss, OLMo 2, Cohere), OPT and InternVL's vision
+tower. In Qwen3-Next and Qwen3.5 each head's query has a gate beside it, which its output is multiplied with; in MiMo-V2 values
+have a width of their own; in some layers of Gemma 4 keys and values come from one layer."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from headprune.models.specialise import empty, specialise
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("Wq", "Wk", "Wv"))
-OUTPUTS = ("o_proj", "out_proj", "dense", "Wo")
+OUTPUTS = ("o_proj", "out_proj", "dense", "Wo", "projection_layer")
 GATES = ("gate_proj", "g_proj")
 BESIDES = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "sinks", "relative_position_bias")  # what else may hold parameters
 
 
 class Separate:
-    """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense, ModernBERT's decoder: Wo; CTRL: Wq, Wk, Wv, dense) in one
-    module that knows its head_dim, and its v_head_dim where values have another. Where v_proj is None k_proj gives both.
+    """q_proj, k_proj, v_proj and o_proj (OPT: out_proj, Phi: dense, ModernBERT's decoder: Wo, InternVL: projection_layer; CTRL: Wq,
+    Wk, Wv, dense) in one module that knows its head_dim, and its v_head_dim where values have another. Where v_proj is None k_proj
+    gives both.
 
     A q_proj of twice the width holds the query and the gate of head 0, then those of head 1, ...; gates may also have a layer of
     their own (AFMoE, Laguna), with a feature for each of the head's outputs or one for all of them.
@@ -93,13 +94,14 @@ class Separate:
             extras.append(HeadTensor(f"{name}.sinks", module, "sinks"))
         table: Foreign = getattr(module, "relative_position_bias", None)  # of a Swin window
         windowed = isinstance(getattr(table, "relative_position_bias_table", None), Tensor)
+        by_prompt = hasattr(module, "internal_dim")  # SAM 2's mask decoder runs each prompt of a picture by itself
         if windowed:
             extras.append(HeadTensor(f"{name}.relative_position_bias", table, "relative_position_bias_table", dim=1))
         last = name.rpartition(".")[2]
         kind: Kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
             name, module, module, head_map, head_dim, value_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
-            windowed, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *gates, *BESIDES}),
+            windowed or by_prompt, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *gates, *BESIDES}),
             gate_width=gate_width,
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,8 +26,13 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     vocabulary: Any = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     if "input_ids" in taken and main in ("input_ids", "pixel_values") and isinstance(vocabulary, int):
         inputs |= tokens(vocabulary)
-    if "pixel_values" in taken:
+    if "grid_thw" in taken or "image_grid_thw" in taken:
+        inputs |= packed_picture(model, taken, inputs.get("input_ids"))
+    elif "pixel_values" in taken:
         inputs |= pixels(getattr(config, "vision_config", config))
+        inputs |= with_places(config, inputs)
+    if "qformer_input_ids" in taken:
+        inputs["qformer_input_ids"] = tokens(config.qformer_config.vocab_size)["input_ids"][:1]
     if "input_features" in taken and main == "input_features":
         inputs |= spectrogram(model, config)
     if "input_values" in taken and main == "input_values":
@@ -67,12 +73,50 @@ def tokens(vocabulary: int) -> dict[str, Tensor]:
 
 
 def pixels(config: Any) -> dict[str, Tensor]:
-    size = getattr(config, "image_size", None)
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None)
     if size is None:
         return {}
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
     return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)}
+
+
+def with_places(config: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tokens with those of one picture before them, in the first row, where a model puts few (BLIP-2): the hundreds of others
+    would take their time."""
+    picture_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    many = getattr(config, "num_query_tokens", None)
+    if not isinstance(picture_token, int) or not isinstance(many, int) or not {"input_ids", "pixel_values"} <= set(inputs):
+        return {}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    places = ids.new_zeros(len(ids), many)
+    places[0] = picture_token
+    return {
+        "input_ids": torch.cat([places, ids.masked_fill(ids == picture_token, 0)], dim=1),
+        "attention_mask": torch.cat([(places != 0).to(mask.dtype), mask], dim=1),
+    }
+
+
+def packed_picture(model: nn.Module, taken: Mapping[str, Any], ids: Tensor | None) -> dict[str, Tensor]:
+    """The patches of one picture, [patches, features of a patch], as the vision towers of Qwen-VL and its relatives take them,
+    and its places in the first row of `ids`."""
+    config: Any = model.config
+    tower = getattr(config, "vision_config", config)
+    embedding = next((module for name, module in model.named_modules() if name.endswith("patch_embed.proj")), None)
+    picture_token, merged = getattr(config, "image_token_id", None), getattr(tower, "spatial_merge_size", None)
+    weight: Any = getattr(embedding, "weight", None)
+    if weight is None or not isinstance(merged, int):
+        return {}
+    side, generator = 2 * merged, torch.Generator().manual_seed(0)
+    patches, grid = torch.randn(side**2, weight[0].numel(), generator=generator), torch.tensor([[1, side, side]])
+    if "grid_thw" in taken:
+        return {"hidden_states": patches, "grid_thw": grid}
+    if ids is None or not isinstance(picture_token, int):
+        return {}
+    ids = ids.masked_fill(ids == picture_token, 0)
+    ids[0, 1:5] = picture_token
+    inputs = {"input_ids": ids, "pixel_values": patches, "image_grid_thw": grid}
+    return inputs | ({"mm_token_type_ids": (ids == picture_token).int()} if "mm_token_type_ids" in taken else {})
 
 
 def spectrogram(model: nn.Module, config: Any) -> dict[str, Tensor]:

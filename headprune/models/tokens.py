@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -19,15 +20,20 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
     """(site name, batch) -> bool or 0/1 [batch, tokens] of the tokens that count at that attention of `model`; None: all do.
 
     token_mask(batch) counts for all attentions. By default it is the batch's 2-D "attention_mask"; in the decoder of an
-    encoder-decoder its "decoder_attention_mask", else the positions that have a label; in a part of the model that reads
-    pictures or sound there is none.
+    encoder-decoder its "decoder_attention_mask", else the positions that have a label; in a Q-Former that of its own text behind
+    its queries; in a part of the model that reads pictures or sound there is none.
     """
     if token_mask is not None:
         return lambda site, batch: token_mask(batch)
     decoder = decoder_of(model)
 
     def mask(site: str, batch: Any) -> Tensor | None:
-        if not isinstance(batch, Mapping) or not reads_tokens(model, site):
+        if not isinstance(batch, Mapping):
+            return None
+        around = model_around(model, site)
+        if "query_embeds" in inputs_of(around):
+            return None if site.endswith("crossattention") else query_mask(model, around, batch)
+        if not reads_tokens(around):
             return None
         if decoder is not None and f"{site}.".startswith(f"{decoder}."):
             return plane(batch, "decoder_attention_mask", target_mask(batch))
@@ -45,15 +51,36 @@ def decoder_of(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is decoder and name), None)
 
 
-def reads_tokens(model: nn.Module, site: str) -> bool:
-    """Whether the innermost transformers model around the attention `site` reads tokens, not pictures or sound."""
+def model_around(model: nn.Module, site: str) -> nn.Module | None:
+    """The innermost transformers model around the attention `site`."""
     path = site
     while path:
         path = path.rpartition(".")[0]
         around = model.get_submodule(path)
         if hasattr(around, "main_input_name"):
-            return around.main_input_name == "input_ids"
-    return True
+            return around
+    return None
+
+
+def inputs_of(around: nn.Module | None) -> Set[str]:
+    return set() if around is None else inspect.signature(around.forward).parameters.keys()
+
+
+def reads_tokens(around: nn.Module | None) -> bool:
+    """Whether the transformers model `around` an attention reads tokens, not pictures or sound. Not all towers name their input."""
+    if around is None or around.main_input_name != "input_ids":
+        return around is None
+    return "input_ids" in (inputs := inputs_of(around)) or inputs.isdisjoint({"pixel_values", "grid_thw"})
+
+
+def query_mask(model: nn.Module, around: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """Of a Q-Former, which reads learned queries and behind them, in InstructBLIP and in BLIP-2 for retrieval, text."""
+    own_text = "input_ids" in inputs_of(around)
+    if not own_text and not getattr(around.config, "use_qformer_text_input", False):
+        return None
+    text = plane(batch, "qformer_attention_mask" if own_text else "attention_mask")
+    queries: Any = getattr(getattr(model, "config", None), "num_query_tokens", None)
+    return text if text is None or queries is None else torch.cat([text.new_ones(len(text), queries), text], dim=1)
 
 
 def target_mask(batch: Mapping[str, Any]) -> Tensor | None:

@@ -136,9 +136,12 @@ def add_tokens(
 
 
 def sample_weights(valid: Tensor) -> Tensor:
-    """[valid tokens] of valid [batch, tokens]: every sample counts alike, however long it is."""
-    counts = valid.sum(dim=1, keepdim=True).clamp(min=1)
-    return (TYPICAL_LENGTH / counts).expand(valid.shape)[valid]
+    """[valid tokens] of valid [batch, tokens] or [batch, rows, columns]: every sample counts alike, however long it is; of packed
+    pictures, [tokens], every token."""
+    if valid.dim() == 1:
+        return torch.ones(int(valid.sum()), device=valid.device)
+    counts = valid.flatten(1).sum(dim=1).clamp(min=1)
+    return (TYPICAL_LENGTH / counts).view(-1, *[1] * (valid.dim() - 1)).expand(valid.shape)[valid]
 
 
 def sums_for(

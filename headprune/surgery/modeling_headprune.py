@@ -25,13 +25,18 @@ from headprune.models.behaviour import behave
 from headprune.models.emptied import (
     Emptied,
     EmptiedAlbert,
+    EmptiedAlone,
+    EmptiedAsAsked,
     EmptiedBloom,
     EmptiedConv1D,
     EmptiedLinear,
     EmptiedOpenAI,
+    EmptiedPooled,
+    EmptiedPooledAlone,
     EmptiedTimm,
     EmptiedWithBias,
 )
+from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
 from headprune.models.quarters import QuarteredHeads
 from headprune.models.selection import PicksHeads
@@ -47,8 +52,9 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedOpenAI, EmptiedT5, EmptiedTimm, EmptiedWithBias,
-        GroupedFalcon, OwnPositions, PicksHeads, QuarteredHeads, SharedPositions,
+        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedOpenAI,
+        EmptiedPooled, EmptiedPooledAlone, EmptiedT5, EmptiedTimm, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnPositions,
+        PicksHeads, QuarteredHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.

@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION, Family
+from tiny_vision_language import VISION_LANGUAGE
 
 import headprune as hp
 
-FAMILIES = {**ENCODERS, **SEQ2SEQ, **VISION}
+FAMILIES = {**ENCODERS, **SEQ2SEQ, **VISION, **VISION_LANGUAGE}
 RUNS = [(name, implementation) for name, family in FAMILIES.items() for implementation in family.implementations]
 
 
@@ -123,14 +124,22 @@ def test_gate_gradients_are_of_single_samples(name):
     if name == "clip":
         pytest.skip("its loss compares the samples of a batch")
     model, batch = FAMILIES[name].make(), FAMILIES[name].batch("right")
-    together = hp.observe(model, [batch], {"gate_gradient"}, loss_fn=loss_of_each)
-    alone = hp.observe(model, [{key: value[[row]] for key, value in batch.items()} for row in range(3)], {"gate_gradient"})
+    each = next_token_loss_of_each if name in VISION_LANGUAGE else loss_of_each
+    together = hp.observe(model, [batch], {"gate_gradient"}, loss_fn=each)
+    alone = hp.observe(model, [FAMILIES[name].one(batch, row) for row in range(3)], {"gate_gradient"})
     for site in together:
         assert together[site].gate_gradient.shape[0] == 3
         assert torch.allclose(together[site].gate_gradient, alone[site].gate_gradient, rtol=1e-3, atol=1e-4)
 
 
 def loss_of_each(model, batch) -> torch.Tensor:
-    logits, labels = model(**batch).logits, batch["labels"]
+    return mean_of_each(model(**batch).logits, batch["labels"])
+
+
+def next_token_loss_of_each(model, batch) -> torch.Tensor:
+    return mean_of_each(model(**batch).logits[:, :-1], batch["labels"][:, 1:])
+
+
+def mean_of_each(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     losses = torch.nn.functional.cross_entropy(logits.movedim(-1, 1), labels, reduction="none").view(len(labels), -1)
     return losses.sum(dim=1) / (labels != -100).view(len(labels), -1).sum(dim=1)

@@ -1,5 +1,6 @@
 import torch
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
+from tiny_vision_language import VISION_LANGUAGE
 
 from headprune.models import attention_sites
 from headprune.models.tokens import token_masks
@@ -38,3 +39,13 @@ def test_a_given_mask_counts_everywhere():
     model = SEQ2SEQ["bart"].make()
     mask = token_masks(model, lambda batch: batch["mine"])
     assert all(mask(site.name, {"mine": 1}) == 1 for site in attention_sites(model))
+
+
+def test_a_q_former_reads_queries_and_text_of_its_own():
+    found = masks(VISION_LANGUAGE["blip_2"])
+    assert all((mask is None) == (not name.startswith("language_model.")) for name, mask in found.items())
+    batch = VISION_LANGUAGE["instructblip"].batch("left")
+    found = masks(VISION_LANGUAGE["instructblip"], batch)
+    assert torch.equal(found["qformer.encoder.layer.1.attention"][:, 4:], batch["qformer_attention_mask"])
+    assert found["qformer.encoder.layer.1.attention"][:, :4].all()
+    assert found["qformer.encoder.layer.0.crossattention"] is None

@@ -9,6 +9,8 @@ import torch
 import transformers
 from tiny_decoders import FAMILIES, decoder
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
+from tiny_segmenters import SEGMENTERS
+from tiny_vision_language import VISION_LANGUAGE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -52,9 +54,11 @@ def test_a_layout_that_is_wrong_is_seen_in_every_dtype(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("family", ["gpt2", "falcon_gqa", "gemma3", "gpt_oss", "deepseek_v3", "bert", "t5", "clip", "swin"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "falcon_gqa", "gemma3", "gpt_oss", "deepseek_v3", "bert", "t5", "clip", "swin", "qwen3_vl"]
+)
 def test_every_layout_passes_in_half_precision_and_the_model_keeps_its_dtype(family, dtype, caplog):
-    makers = {**ENCODERS, **SEQ2SEQ, **VISION}
+    makers = {**ENCODERS, **SEQ2SEQ, **VISION, **VISION_LANGUAGE}
     model = (makers[family].make() if family in makers else decoder(family)).to(dtype)
     keep = {site.name: [0, 2] for site in hp.attention_sites(model)}
     with caplog.at_level(logging.WARNING, "headprune"):
@@ -126,7 +130,9 @@ def test_of_another_kind_it_is_refused_until_a_forward_pass_or_the_user_vouches(
 
 
 def test_the_tested_kinds_are_those_of_the_families_in_the_tests():
-    models = [decoder(family) for family in FAMILIES] + [family.make() for family in (ENCODERS | SEQ2SEQ | VISION).values()]
+    others = ENCODERS | SEQ2SEQ | VISION | VISION_LANGUAGE | SEGMENTERS
+    models = [decoder(family) for family in FAMILIES]
+    models += [family.make(implementation) for family in others.values() for implementation in family.implementations]
     assert {type(site.module).__name__ for model in models for site in hp.attention_sites(model)} == set(TESTED["transformers"])
 
 

@@ -11,10 +11,11 @@ import tiny_decoders
 import torch
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
 from tiny_models import padded
+from tiny_vision_language import VISION_LANGUAGE
 
 import headprune as hp
 
-OTHERS = {**ENCODERS, **SEQ2SEQ, **VISION}
+OTHERS = {**ENCODERS, **SEQ2SEQ, **VISION, **VISION_LANGUAGE}
 # Heads of the first attention, and of the others.
 PLANS = {"some": ([2, 3], [0, 1, 3]), "emptied": ([], [1, 2])}
 SCRIPT = """

@@ -8,7 +8,7 @@ handed to our attention gives the same sums, in no less time on a CPU (bench/NOT
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.models.gating import output_input_hooks
+from headprune.models.packed import count_samples, is_packed, picture_lengths, sample_lengths
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
 from headprune.scoring.observations import Need
@@ -40,12 +41,17 @@ class _Tap(torch.autograd.Function):
         return (grad if ctx.needs_input_grad[0] else None), None, None
 
 
-def sample_count(batch: Any, loss: Tensor, sites: Sequence[AttentionSite], rows: Mapping[str, Tensor]) -> int:
-    """How many samples `batch` has: as many as losses, as rows [samples, heads] at a site, or (all windowed) as rows of its
-    first tensor."""
+def sample_count(
+    batch: Any, loss: Tensor, sites: Sequence[AttentionSite], rows: Mapping[str, Tensor], packed: Set[str] = frozenset()
+) -> int:
+    """How many samples `batch` has: as many as losses, as rows [samples, heads] at a site (as it says itself, where sites differ),
+    or (all windowed) as rows of its first tensor."""
     if loss.dim():
         return loss.shape[0]
-    whole = [rows[site.name].shape[0] for site in sites if site.name in rows and not site.windowed]
+    whole = [rows[site.name].shape[0] for site in sites if site.name in rows and not (site.windowed or site.name in packed)]
+    said = count_samples(batch)
+    if said is not None and (said in whole or (packed and not whole)):
+        return said
     if whole or not rows:
         return max(whole, default=0)
     if isinstance(batch, Tensor):
@@ -64,24 +70,33 @@ class GateGradients(Observer):
         super().__init__(setting)
         self._rows = SampleRows(setting, ("gate_gradient",))
         self._batch: dict[str, Tensor] = {}
+        self._packed: set[str] = set()  # of this batch, the sites whose rows are tokens
         self._reached: set[str] = set()
         self._features = {site.name: site.output.features for site in setting.sites}
 
     def watching_batch(self, batch: Any) -> AbstractContextManager[object]:
-        self._batch.clear()
+        self._forget_batch()
         return output_input_hooks(self.setting.sites, self._tap)
 
     def after_batch(self, batch: Any, loss: Tensor | None) -> None:
         assert loss is not None  # of a backward pass
         self._reached |= set(self._batch)
-        samples = sample_count(batch, loss, self.setting.sites, self._batch)
+        samples = sample_count(batch, loss, self.setting.sites, self._batch, self._packed)
         for site in self.setting.sites:
             # The loss of a batch that does not run through a site does not depend on its gates.
             grads = self._batch.get(site.name, torch.zeros(samples, site.head_map.query_heads))
-            if site.windowed:
+            lengths_of = sample_lengths if site.name in self._packed else picture_lengths
+            lengths = lengths_of(self.setting.model, site.name, batch, len(grads), samples)
+            if lengths is not None:
+                grads = torch.stack([own.sum(dim=0) for own in grads.split(lengths)])
+            elif site.windowed:
                 grads = grads.unflatten(0, (samples, -1)).sum(dim=1)
             self._rows.add(site.name, gate_gradient=grads * samples if loss.dim() == 0 else grads)
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
         self._batch.clear()
+        self._packed.clear()
 
     def found(self) -> dict[str, dict[str, Tensor]]:
         return self._rows.found()
@@ -93,13 +108,18 @@ class GateGradients(Observer):
         name = site.name
 
         def seen(inputs: Tensor, grad: Tensor) -> None:
-            if inputs.dim() != 3:
+            if inputs.dim() not in (2, 3) and not site.windowed:
                 raise InvalidInput(f"{site.output.name} receives {list(inputs.shape)}; expected [batch, tokens, features].")
-            columns = inputs.to(torch.float32, copy=True).mul_(grad).sum(dim=1)
+            columns = inputs.to(torch.float32, copy=True).mul_(grad)
+            columns = columns if is_packed(inputs) else columns.flatten(1, -2).sum(dim=1)
             features = self._features[name] = self._features[name].to(columns.device)
             found = columns[:, features].sum(dim=2)
             earlier = self._batch.get(name)
-            self._batch[name] = found if earlier is None else earlier + found
+            if is_packed(inputs):
+                self._packed.add(name)
+                self._batch[name] = found if earlier is None else torch.cat([found, earlier])  # the last call comes first
+            else:
+                self._batch[name] = found if earlier is None else earlier + found
 
         def tap(inputs: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():

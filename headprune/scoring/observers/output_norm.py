@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headprune.models.gating import output_input_hooks
+from headprune.models.packed import is_packed, sample_lengths
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.observations import Need
@@ -29,7 +30,7 @@ class OutputNorms(Observer):
         self._seen: set[str] = set()
 
     def watching_forward(self, batch: Any) -> AbstractContextManager[object]:
-        return output_input_hooks(self.setting.sites, lambda site: self._adder(site, self.setting.token_mask(site.name, batch)))
+        return output_input_hooks(self.setting.sites, lambda site: self._adder(site, batch))
 
     def found(self) -> dict[str, dict[str, Tensor]]:
         return self._rows.found()
@@ -37,17 +38,22 @@ class OutputNorms(Observer):
     def reached(self) -> set[str]:
         return set(self._seen)
 
-    def _adder(self, site: AttentionSite, mask: Tensor | None) -> Callable[[Tensor], None]:
-        gram, features = self._grams[site.name], site.output.features
+    def _adder(self, site: AttentionSite, batch: Any) -> Callable[[Tensor], None]:
+        gram, features, mask = self._grams[site.name], site.output.features, self.setting.token_mask(site.name, batch)
 
         @torch.no_grad()
         def add(inputs: Tensor) -> None:
             self._seen.add(site.name)
             valid = valid_tokens(inputs, mask)
-            heads = inputs[..., features.to(inputs.device)].float()  # [batch, tokens, heads, value_dim]
-            squares = (torch.einsum("bthd,hde->bthe", heads, gram) * heads).sum(dim=3).clamp(min=0)
+            heads = inputs[..., features.to(inputs.device)].float()  # [batch, tokens, heads, value_dim], packed [tokens, ...]
+            squares = (torch.einsum("...hd,hde->...he", heads, gram) * heads).sum(dim=-1).clamp(min=0)
             norms = squares.sqrt().masked_fill(~valid[..., None], 0.0)
-            self._rows.add(site.name, projected_norm=norms.sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp(min=1))
+            if is_packed(inputs):
+                lengths = sample_lengths(self.setting.model, site.name, batch, len(inputs))
+                means = torch.stack([own.mean(dim=0) for own in norms.split(lengths) if len(own)])
+            else:
+                means = norms.flatten(1, -2).sum(dim=1) / valid.flatten(1).sum(dim=1, keepdim=True).clamp(min=1)
+            self._rows.add(site.name, projected_norm=means)
 
         return add
 
