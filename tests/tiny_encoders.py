@@ -20,19 +20,27 @@ LABELS = 5
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model: its class and config, a batch for it (padded on a side), and the attentions that it can run."""
+    """A tiny model: its class and config, a batch for it (padded on a side), and the attentions that it can run.
+
+    random: the end of the names of parameters that training would make out of zeros.
+    """
 
     model: str
     config: str
     options: dict
     batch: Callable[[str], dict[str, Tensor]]
     implementations: tuple[str, ...] = EVERY
+    random: str | None = None
 
     def make(self, implementation: str | None = None, seed: int = 0) -> transformers.PreTrainedModel:
         torch.manual_seed(seed)
         config = getattr(transformers, self.config)(**copy.deepcopy(self.options))  # some configs take theirs apart
         config._attn_implementation = implementation or self.implementations[0]
-        return getattr(transformers, self.model)(config).eval()
+        model = getattr(transformers, self.model)(config).eval()
+        for name, parameter in model.named_parameters():
+            if self.random and name.endswith(self.random):
+                torch.nn.init.normal_(parameter)
+        return model
 
 
 def text_batch(side: str) -> dict[str, Tensor]:
@@ -130,8 +138,14 @@ def caption_batch(side: str) -> dict[str, Tensor]:
     return {"pixel_values": picture_batch(side)["pixel_values"], **padded(side=side), "return_loss": True}
 
 
-def classifier(name: str, **options) -> Family:
-    return Family(f"{name}ForImageClassification", f"{name}Config", {**PICTURE, **options}, picture_batch)
+def film_batch(side: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5 if side == "left" else 6)
+    return {"pixel_values": torch.randn(3, 4, 3, 16, 16, generator=generator), "labels": torch.arange(3) % LABELS}
+
+
+def classifier(name: str, implementations: tuple[str, ...] = EVERY, random: str | None = None, **options) -> Family:
+    model, config = f"{name}ForImageClassification", f"{name}Config"
+    return Family(model, config, {**PICTURE, **options}, picture_batch, implementations, random)
 
 
 PICTURE = {**QUIET, "image_size": 16, "patch_size": 4, "num_labels": LABELS, "initializer_range": 0.2}
@@ -141,7 +155,24 @@ CLIP = {
     "projection_dim": 16, "initializer_factor": 4.0,
 }  # fmt: skip
 SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [4, 4], "window_size": 4, "patch_size": 2, "drop_path_rate": 0.0}
+FILM = {**PICTURE, **SIZES, "patch_size": 8, "num_frames": 4}
+BIASED = {**SIZES, "use_relative_position_bias": True, "drop_path_rate": 0.0, "layer_scale_init_value": 1.0}
 VISION = {
+    "beit": classifier("Beit", random="bias_table", use_shared_relative_position_bias=True, **BIASED),
+    "data2vec_vision": classifier(
+        "Data2VecVision", ("eager", "sdpa"), "bias_table", use_shared_relative_position_bias=True, **BIASED
+    ),
+    "mobilevit": classifier(
+        "MobileViT",
+        ("eager",),
+        image_size=32,
+        patch_size=2,
+        hidden_sizes=[16, 16, 16],
+        neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
+        classifier_dropout_prob=0.0,
+        initializer_range=0.5,
+    ),
+    "videomae": Family("VideoMAEForVideoClassification", "VideoMAEConfig", {**FILM, "tubelet_size": 2}, film_batch),
     "vit": classifier("ViT", **SIZES),
     "deit": classifier("DeiT", layer_norm_eps=1e-3, **SIZES),
     "swin": classifier("Swin", **SWIN),

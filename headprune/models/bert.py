@@ -1,20 +1,27 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), DeBERTa, DistilBERT, ALBERT."""
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), the vision transformers built like
+it (YOLOS, ViLT, VideoMAE, data2vec), DeBERTa, DistilBERT, ALBERT."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import reduce
 
-from torch import nn
+from torch import Tensor, nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.emptied import Emptied, EmptiedAlbert
+from headprune.models.behaviour import original_class
+from headprune.models.emptied import EmptiedAlbert
+from headprune.models.emptied_form import empty_alike
 from headprune.models.head_counts import set_head_counts
-from headprune.models.site import AttentionSite, Foreign, Kind, Role, contiguous_heads
-from headprune.models.specialise import empty
+from headprune.models.own_positions import OwnPositions, remember_positions
+from headprune.models.site import AttentionSite, Foreign, HeadTensor, Kind, Role, contiguous_heads
+from headprune.models.specialise import empty, specialise
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
+BIASES = ("q_bias", "v_bias")  # parameters of the attention that it adds itself (VideoMAE before transformers 5.20)
+TABLE = "relative_position_bias_table"
 
 
 @dataclass(frozen=True)
@@ -23,14 +30,14 @@ class Named:
 
     projections: in the order of ROLES. inner: the part that computes the attention, where the output projection stands beside
     it ("" = the module itself). more: further projections with a slice per head, which a module may lack. emptied: what becomes of
-    an attention without heads.
+    an attention without heads; None: it returns what it returned with them.
     """
 
     name: str
     projections: tuple[str, str, str, str]
     inner: str = ""
     more: tuple[tuple[Role, str], ...] = ()
-    emptied: type[Emptied] = Emptied
+    emptied: type | None = None
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         parts = [*zip(ROLES, self.projections), *((role, path) for role, path in self.more if at(module, path) is not None)]
@@ -43,12 +50,35 @@ class Named:
         heads = head_map.query_heads
         projections = tuple(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, head_dim) for role, path in parts)
         kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ else "self"
-        return AttentionSite(name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections)
+        return AttentionSite(
+            name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections,
+            extras_of(f"{name}.{self.inner}".strip("."), dispatcher, head_dim), windowed=takes_states_alone(module),
+        )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        set_head_counts(site.dispatcher, head_map, site.head_dim)
+        module, output = site.dispatcher, None if self.inner else self.projections[3]
+        set_head_counts(module, head_map, site.head_dim)
+        if getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False):
+            remember_positions(site.module, site.head_map.query_heads, kept)
+            specialise(site.module, OwnPositions)
         if not head_map.query_heads:
-            empty(site.dispatcher, None if self.inner else self.projections[3], self.emptied)
+            empty(module, output, self.emptied) if self.emptied else empty_alike(module, output)
+
+
+def extras_of(name: str, attention: Foreign, head_dim: int) -> tuple[HeadTensor, ...]:
+    """Biases outside the projections, and a column of a position table in a part of its own."""
+    biases = [bias for bias in BIASES if isinstance(getattr(attention, bias, None), Tensor)]
+    tables = [part for part, child in attention.named_children() if isinstance(getattr(child, TABLE, None), Tensor)]
+    return (
+        *(HeadTensor(f"{name}.{bias}", attention, bias, width=head_dim) for bias in biases),
+        *(HeadTensor(f"{name}.{part}", getattr(attention, part), TABLE, dim=1) for part in tables),
+    )
+
+
+def takes_states_alone(module: nn.Module) -> bool:
+    """An attention that can be given no mask and asked for no weights: MobileViT's, which sees parts of pictures as a batch."""
+    original: Foreign = original_class(module)
+    return [*inspect.signature(original.forward).parameters] == ["self", "hidden_states"]
 
 
 def at(module: Foreign, path: str) -> Foreign:
@@ -57,6 +87,7 @@ def at(module: Foreign, path: str) -> Foreign:
 
 
 register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))
+register_adapter(Named("bert_vision", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention"))
 register_adapter(
     Named(
         "deberta", ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"), "self",

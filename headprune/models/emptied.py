@@ -69,6 +69,24 @@ class EmptiedTimm(Emptied):
         return dropped
 
 
+class EmptiedAlone(Emptied):
+    """An attention that returns no weights (MobileViT)."""
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return output
+
+
+class EmptiedOnDemand(Emptied):
+    """An attention that returns its weights where it is asked for them (ViLT, FLAVA, LayoutLMv3)."""
+
+    headprune_asked_at: int  # where output_attentions stands among the arguments
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        behind = args[self.headprune_asked_at :]
+        asked = kwargs.get("output_attentions", behind[0] if behind else False)
+        return (output, weights) if asked else (output,)
+
+
 class EmptiedLinear(NonDynamicallyQuantizableLinear):
     """Quantisers leave it alone: of a weight without elements they would read memory that nobody wrote."""
 

@@ -9,13 +9,14 @@ TESTED: dict[str, tuple[str, ...]] = {
     "headprune": ("VariableHeadAttention",),
     "timm": ("Attention", "WindowAttention"),
     "transformers": (
-        "AlbertAttention", "BartAttention", "BertAttention", "BloomAttention", "CLIPAttention", "CohereAttention",
-        "DebertaV2Attention", "DeepseekV2Attention", "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention",
-        "ElectraAttention", "FalconAttention", "GPT2Attention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention",
-        "GptOssAttention", "GraniteAttention", "LlamaAttention", "MBartAttention", "MistralAttention", "MixtralAttention",
-        "ModernBertAttention", "MptAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention",
-        "Qwen3Attention", "Qwen3MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention",
-        "T5Attention", "ViTAttention", "WhisperAttention",
+        "AlbertAttention", "BartAttention", "BeitAttention", "BertAttention", "BloomAttention", "CLIPAttention",
+        "CohereAttention", "Data2VecVisionAttention", "DebertaV2Attention", "DeepseekV2Attention", "DeepseekV3Attention",
+        "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention", "FalconAttention", "GPT2Attention", "GPTNeoXAttention",
+        "Gemma2Attention", "Gemma3Attention", "GptOssAttention", "GraniteAttention", "LlamaAttention", "MBartAttention",
+        "MistralAttention", "MixtralAttention", "MobileViTAttention", "ModernBertAttention", "MptAttention", "OPTAttention",
+        "Olmo2Attention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention", "RobertaAttention",
+        "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention", "ViTAttention", "VideoMAEAttention",
+        "WhisperAttention",
     ),
 }  # fmt: skip
 

@@ -14,8 +14,8 @@ FRAMES = 64
 
 
 def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Arguments of `model.forward`: two rows of tokens (one of them padded), one picture, one sound or spectrogram, as the
-    model takes them; None where its config does not tell."""
+    """Arguments of `model.forward`: two rows of tokens (one of them padded), one picture or film (beside tokens one for each
+    row), one sound or spectrogram, as the model takes them; None where its config does not tell."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return picture_for_patches(model)
@@ -26,7 +26,7 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     if "input_ids" in taken and main in ("input_ids", "pixel_values") and isinstance(vocabulary, int):
         inputs |= tokens(vocabulary)
     if "pixel_values" in taken:
-        inputs |= pixels(getattr(config, "vision_config", config))
+        inputs |= pixels(getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs))
     if "input_features" in taken and main == "input_features":
         inputs |= spectrogram(model, config)
     if "input_values" in taken and main == "input_values":
@@ -56,7 +56,7 @@ def picture_for_patches(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def rows_of(inputs: dict[str, Tensor]) -> int:
-    return next(iter(inputs.values())).shape[0]
+    return next(iter(inputs.values())).shape[0] if inputs else 1
 
 
 def tokens(vocabulary: int) -> dict[str, Tensor]:
@@ -66,13 +66,16 @@ def tokens(vocabulary: int) -> dict[str, Tensor]:
     return {"input_ids": ids.clamp(max=vocabulary - 1), "attention_mask": mask}
 
 
-def pixels(config: Any) -> dict[str, Tensor]:
+def pixels(config: Any, rows: int) -> dict[str, Tensor]:
     size = getattr(config, "image_size", None)
     if size is None:
         return {}
     height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)}
+    shape: tuple[int, ...] = (getattr(config, "num_channels", 3), height, width)
+    frames = getattr(config, "num_frames", None)
+    if isinstance(frames, int):  # a film
+        shape = (frames, *shape)
+    return {"pixel_values": torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).repeat(rows, *[1] * len(shape))}
 
 
 def spectrogram(model: nn.Module, config: Any) -> dict[str, Tensor]:

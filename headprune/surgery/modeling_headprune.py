@@ -22,7 +22,16 @@ from transformers import AttentionInterface, conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprune.models.behaviour import behave
-from headprune.models.emptied import Emptied, EmptiedAlbert, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedTimm
+from headprune.models.emptied import (
+    Emptied,
+    EmptiedAlbert,
+    EmptiedAlone,
+    EmptiedBloom,
+    EmptiedConv1D,
+    EmptiedLinear,
+    EmptiedOnDemand,
+    EmptiedTimm,
+)
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
 from headprune.models.selection import PicksHeads
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
@@ -37,8 +46,8 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedT5, EmptiedTimm, GroupedFalcon, OwnPositions,
-        PicksHeads, SharedPositions,
+        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedOnDemand, EmptiedT5, EmptiedTimm,
+        GroupedFalcon, OwnPositions, PicksHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.

@@ -1,0 +1,36 @@
+"""What an attention returns beside its output, told from the source of its forward: without heads it returns the same."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+from torch import Tensor
+
+from headprune.models.behaviour import original_class
+from headprune.models.emptied import Emptied, EmptiedAlone, EmptiedOnDemand
+from headprune.models.site import Foreign
+from headprune.models.specialise import empty
+
+ALONE = (Tensor, "torch.Tensor", "Tensor")
+WEIGHTS_ON_DEMAND = re.compile(r"if output_attentions else \(\w+,\)")
+
+
+def empty_alike(module: Foreign, output: str | None) -> None:
+    """`empty` for a module that returns its output alone, with its attention weights, or with them where they are asked for."""
+    original: Foreign = original_class(module)
+    forward = inspect.unwrap(original.forward)
+    behaviour: type[Emptied] = Emptied
+    if inspect.signature(forward).return_annotation in ALONE:
+        behaviour = EmptiedAlone
+    elif WEIGHTS_ON_DEMAND.search(source_of(forward)):
+        module.headprune_asked_at = [*inspect.signature(forward).parameters].index("output_attentions") - 1
+        behaviour = EmptiedOnDemand
+    empty(module, output, behaviour)
+
+
+def source_of(function: Foreign) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:  # a model without its source, where most return their weights
+        return ""
