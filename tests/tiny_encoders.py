@@ -49,8 +49,8 @@ def text_batch(side: str) -> dict[str, Tensor]:
     return {**batch, "labels": labels.where(batch["attention_mask"].bool(), -100)}
 
 
-def encoder(name: str, implementations: tuple[str, ...] = EVERY, **options) -> Family:
-    return Family(f"{name}ForTokenClassification", f"{name}Config", {**TEXT, **options}, text_batch, implementations)
+def encoder(name: str, implementations: tuple[str, ...] = EVERY, random: str | None = None, **options) -> Family:
+    return Family(f"{name}ForTokenClassification", f"{name}Config", {**TEXT, **options}, text_batch, implementations, random)
 
 
 ENCODERS = {
@@ -72,6 +72,10 @@ ENCODERS = {
     "modernbert": encoder(
         "ModernBert", cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2, local_attention=4,
         layer_types=["full_attention", "sliding_attention"], initializer_cutoff_factor=3.0, embedding_dropout=0.0,
+    ),
+    "deberta": encoder(
+        "Deberta", ("eager",), random="_bias", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=8,
+        type_vocab_size=0, position_biased_input=False, **QUIET,
     ),
     "deberta_v3": encoder(
         "DebertaV2", ("eager",), relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4, share_att_key=False,

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import reduce
 
-from torch import Tensor, nn
+from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
@@ -16,12 +15,11 @@ from headprune.models.emptied import EmptiedAlbert
 from headprune.models.emptied_form import empty_alike
 from headprune.models.head_counts import set_head_counts
 from headprune.models.own_positions import OwnPositions, remember_positions
-from headprune.models.site import AttentionSite, Foreign, HeadTensor, Kind, Role, contiguous_heads
+from headprune.models.own_tensors import own_tensors
+from headprune.models.site import AttentionSite, Foreign, Kind, Role, at, contiguous_heads
 from headprune.models.specialise import empty, specialise
 
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
-BIASES = ("q_bias", "v_bias")  # parameters of the attention that it adds itself (VideoMAE before transformers 5.20)
-TABLE = "relative_position_bias_table"
 
 
 @dataclass(frozen=True)
@@ -29,22 +27,23 @@ class Named:
     """Paths below the attention module; there is one key/value head per query head.
 
     projections: in the order of ROLES. inner: the part that computes the attention, where the output projection stands beside
-    it ("" = the module itself). more: further projections with a slice per head, which a module may lack. emptied: what becomes of
-    an attention without heads; None: it returns what it returned with them.
+    it ("" = the module itself). more: further projections with a slice per head, which a module may lack. head_dim: its attribute
+    there. emptied: what becomes of an attention without heads; None: it returns what it returned with them.
     """
 
     name: str
     projections: tuple[str, str, str, str]
     inner: str = ""
     more: tuple[tuple[Role, str], ...] = ()
+    head_dim: str = "attention_head_size"
     emptied: type | None = None
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         parts = [*zip(ROLES, self.projections), *((role, path) for role, path in self.more if at(module, path) is not None)]
         dispatcher = at(module, self.inner) if self.inner else module
-        if not all(isinstance(at(module, path), nn.Module) for _, path in parts) or not hasattr(dispatcher, "attention_head_size"):
+        if not all(isinstance(at(module, path), nn.Module) for _, path in parts) or not hasattr(dispatcher, self.head_dim):
             return None
-        head_dim, output = dispatcher.attention_head_size, at(module, self.projections[3])
+        head_dim, output = getattr(dispatcher, self.head_dim), at(module, self.projections[3])
         features = at(module, self.projections[0]).weight.shape[0]
         head_map = head_map_of(dispatcher, features, features, head_dim, name)
         heads = head_map.query_heads
@@ -52,7 +51,7 @@ class Named:
         kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ else "self"
         return AttentionSite(
             name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections,
-            extras_of(f"{name}.{self.inner}".strip("."), dispatcher, head_dim), windowed=takes_states_alone(module),
+            own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim), windowed=takes_states_alone(module),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -65,25 +64,10 @@ class Named:
             empty(module, output, self.emptied) if self.emptied else empty_alike(module, output)
 
 
-def extras_of(name: str, attention: Foreign, head_dim: int) -> tuple[HeadTensor, ...]:
-    """Biases outside the projections, and a column of a position table in a part of its own."""
-    biases = [bias for bias in BIASES if isinstance(getattr(attention, bias, None), Tensor)]
-    tables = [part for part, child in attention.named_children() if isinstance(getattr(child, TABLE, None), Tensor)]
-    return (
-        *(HeadTensor(f"{name}.{bias}", attention, bias, width=head_dim) for bias in biases),
-        *(HeadTensor(f"{name}.{part}", getattr(attention, part), TABLE, dim=1) for part in tables),
-    )
-
-
 def takes_states_alone(module: nn.Module) -> bool:
     """An attention that can be given no mask and asked for no weights: MobileViT's, which sees parts of pictures as a batch."""
     original: Foreign = original_class(module)
     return [*inspect.signature(original.forward).parameters] == ["self", "hidden_states"]
-
-
-def at(module: Foreign, path: str) -> Foreign:
-    """What stands at `path` below `module`; None where there is nothing."""
-    return reduce(lambda found, name: getattr(found, name, None), path.split("."), module)
 
 
 register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))

@@ -1,10 +1,12 @@
-"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT (blocks), GPT-NeoX, BLOOM (interleaved per
-head), Falcon (any of them)."""
+"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT (blocks), GPT-NeoX, BLOOM, DeBERTa v1
+(interleaved per head), Falcon (any of them)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
@@ -15,7 +17,18 @@ from headprune.models.fused_layout import blocks, key_value_blocks, per_group, p
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import GroupedFalcon, OwnPositions, remember_positions
-from headprune.models.site import AttentionSite, Foreign, Kind, ProjectionHeads, check_projection, contiguous_heads, is_conv1d
+from headprune.models.own_tensors import own_tensors
+from headprune.models.site import (
+    AttentionSite,
+    Foreign,
+    Kind,
+    ProjectionHeads,
+    Role,
+    at,
+    check_projection,
+    contiguous_heads,
+    is_conv1d,
+)
 from headprune.models.specialise import empty, specialise
 
 Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
@@ -25,7 +38,8 @@ Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
 class Fused:
     """One fused layout; registered once per kind of module.
 
-    fused, output, head_dim: attributes of the module. is_kind: tells it from others with the same three attributes.
+    fused, output, head_dim: paths below the module. is_kind: tells it from others with the same three. inner: the part that
+    computes the attention, where the output projection stands beside it ("" = the module itself).
     layout: where the heads lie, or a function of the module that tells. kv_heads: key/value heads of a module that was never
     cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads.
     runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite.
@@ -42,26 +56,30 @@ class Fused:
     emptied: type = Emptied
     runs_ragged: bool = False
     cached: Callable[[Foreign], CachedFeatures | None] = lambda module: None
+    inner: str = ""
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
-        if not all(hasattr(module, part) for part in (self.fused, self.output, self.head_dim)) or not self.is_kind(module):
+        fused, output, head_dim = (at(module, path) for path in (self.fused, self.output, self.head_dim))
+        if fused is None or output is None or head_dim is None or not self.is_kind(module):
             return None
-        head_dim, output = getattr(module, self.head_dim), getattr(module, self.output)
+        dispatcher = at(module, self.inner) if self.inner else module
         check_projection(f"{name}.{self.output}", output)
         features, hidden = output.weight.shape if is_conv1d(output) else reversed(output.weight.shape)
         kv_features = features if self.kv_heads is None else self.kv_heads(module) * head_dim
-        head_map = head_map_of(module, features, kv_features, head_dim, name)
-        inputs = self.layout(module)(f"{name}.{self.fused}", getattr(module, self.fused), head_map, head_dim)
+        head_map = head_map_of(dispatcher, features, kv_features, head_dim, name)
+        inputs = self.layout(module)(f"{name}.{self.fused}", fused, head_map, head_dim)
         out = contiguous_heads("output", f"{name}.{self.output}", output, head_map.query_heads, head_dim)
-        parts = (*inputs, out)
         kind: Kind = "cross" if getattr(module, "is_cross_attention", False) else "self"
-        return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, kind, parts, cached=self.cached(module))
+        extras = own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim)
+        return AttentionSite(
+            name, module, dispatcher, head_map, head_dim, head_dim, hidden, kind, (*inputs, out), extras, cached=self.cached(module)
+        )
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        set_head_counts(site.module, head_map, site.head_dim)
+        set_head_counts(site.dispatcher, head_map, site.head_dim)
         self.after(site, head_map, kept)
         if not head_map.query_heads:
-            empty(site.module, self.output, self.emptied)
+            empty(site.dispatcher, None if self.inner else self.output, self.emptied)
 
 
 def phi3_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -91,6 +109,30 @@ def is_bloom(module: Foreign) -> bool:
     if module.pretraining_tp > 1 and module.slow_but_exact:
         raise UnsupportedModel("BLOOM's slow_but_exact forward slices weights by the original width; set slow_but_exact=False.")
     return True
+
+
+def is_deberta(module: Foreign) -> bool:
+    if any(getattr(module.self, mix, None) is not None for mix in ("head_logits_proj", "head_weights_proj")):
+        raise UnsupportedModel(
+            "DeBERTa's talking heads mix all heads with each other: cutting heads would differ from gating them."
+        )
+    return isinstance(getattr(module.self, "q_bias", None), Tensor)
+
+
+def deberta_layout(module: Foreign) -> Layout:
+    """Positions have projections of their own, which the query and the key of the same head read."""
+    positions: tuple[tuple[Role, str], ...] = (("key", "pos_proj"), ("query", "pos_q_proj"))
+    there = [(role, part) for role, part in positions if hasattr(module.self, part)]
+
+    def with_positions(name: str, fused: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+        around = name.rpartition(".")[0]
+        more = (
+            contiguous_heads(role, f"{around}.{part}", getattr(module.self, part), head_map.query_heads, head_dim)
+            for role, part in there
+        )
+        return *per_head(name, fused, head_map, head_dim), *more
+
+    return with_positions
 
 
 def is_gpt2(module: Foreign) -> bool:
@@ -139,6 +181,9 @@ register_adapter(
 register_adapter(Fused("modernbert", "Wqkv", "Wo", "head_dim", lambda module: hasattr(module, "config"), lambda module: blocks))
 register_adapter(
     Fused("gpt_neox", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "config"), lambda module: per_head)
+)
+register_adapter(
+    Fused("deberta_v1", "self.in_proj", "output.dense", "self.attention_head_size", is_deberta, deberta_layout, inner="self")
 )
 register_adapter(
     Fused(

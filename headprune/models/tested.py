@@ -10,13 +10,13 @@ TESTED: dict[str, tuple[str, ...]] = {
     "timm": ("Attention", "WindowAttention"),
     "transformers": (
         "AlbertAttention", "BartAttention", "BeitAttention", "BertAttention", "BloomAttention", "CLIPAttention",
-        "CohereAttention", "Data2VecVisionAttention", "DebertaV2Attention", "DeepseekV2Attention", "DeepseekV3Attention",
-        "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention", "FalconAttention", "GPT2Attention", "GPTNeoXAttention",
-        "Gemma2Attention", "Gemma3Attention", "GptOssAttention", "GraniteAttention", "LlamaAttention", "MBartAttention",
-        "MistralAttention", "MixtralAttention", "MobileViTAttention", "ModernBertAttention", "MptAttention", "OPTAttention",
-        "Olmo2Attention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention", "RobertaAttention",
-        "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention", "ViTAttention", "VideoMAEAttention",
-        "WhisperAttention",
+        "CohereAttention", "Data2VecVisionAttention", "DebertaAttention", "DebertaV2Attention", "DeepseekV2Attention",
+        "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention", "FalconAttention",
+        "GPT2Attention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention", "GptOssAttention", "GraniteAttention",
+        "LlamaAttention", "MBartAttention", "MistralAttention", "MixtralAttention", "MobileViTAttention", "ModernBertAttention",
+        "MptAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention",
+        "Qwen3MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention",
+        "ViTAttention", "VideoMAEAttention", "WhisperAttention",
     ),
 }  # fmt: skip
 
