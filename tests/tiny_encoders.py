@@ -88,6 +88,39 @@ ENCODERS = {
 }  # fmt: skip
 
 
+def sound_batch(side: str) -> dict[str, Tensor]:
+    values = torch.randn(3, 420, generator=torch.Generator().manual_seed(4 if side == "left" else 5))
+    mask = torch.ones(3, 420, dtype=torch.long)
+    mask[1, 300:] = 0
+    return {"input_values": values * mask, "attention_mask": mask, "labels": torch.arange(3) % LABELS}
+
+
+def frames_batch(side: str) -> dict[str, Tensor]:
+    """A spectrogram [batch, frames, bins]."""
+    batch = sound_batch(side)
+    values, mask = batch["input_values"].view(3, 42, 10), batch["attention_mask"][:, ::10]
+    return {"input_features": values, "attention_mask": mask, "labels": batch["labels"]}
+
+
+def listener(name: str, batch: Callable[[str], dict[str, Tensor]], **options) -> Family:
+    options = {**SIZES, **LISTENER, "num_labels": LABELS, **options}
+    return Family(f"{name}ForSequenceClassification", f"{name}Config", options, batch, random="pos_bias_u")
+
+
+LISTENER = {
+    "conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False, "layerdrop": 0.0, "hidden_dropout": 0.0,
+    "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0, "conformer_conv_dropout": 0.0,
+    "conv_depthwise_kernel_size": 3, "classifier_proj_size": 16, "feature_projection_input_dim": 10,
+    "left_max_position_embeddings": 4, "right_max_position_embeddings": 2,
+}  # fmt: skip
+ENCODERS |= {
+    "wav2vec2_conformer": listener("Wav2Vec2Conformer", sound_batch, position_embeddings_type="relative"),
+    "wav2vec2_conformer_rotary": listener("Wav2Vec2Conformer", sound_batch, position_embeddings_type="rotary"),
+    "wav2vec2_bert": listener("Wav2Vec2Bert", frames_batch, position_embeddings_type="relative_key"),
+}
+
+
 def target_batch(side: str) -> dict[str, Tensor]:
     """Encoder tokens with padding, and labels of another length whose last positions do not count."""
     labels = tokens(3, 6, seed=3)

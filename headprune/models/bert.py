@@ -1,5 +1,5 @@
 """Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), the vision transformers built like
-it (YOLOS, ViLT, VideoMAE, data2vec), DeBERTa, DistilBERT, ALBERT."""
+it (YOLOS, ViLT, VideoMAE, data2vec), DeBERTa, DistilBERT, ALBERT, conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Named:
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         module, output = site.dispatcher, None if self.inner else self.projections[3]
-        set_head_counts(module, head_map, site.head_dim)
+        if getattr(module, "position_embeddings_type", None) != "rotary":  # then the states turn, as wide as all heads
+            set_head_counts(module, head_map, site.head_dim)
         if getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False):
             remember_positions(site.module, site.head_map.query_heads, kept)
             specialise(site.module, OwnPositions)
@@ -79,6 +80,9 @@ register_adapter(
         (("key", "self.pos_key_proj"), ("query", "self.pos_query_proj")),
     )
 )  # fmt: skip
+for name, head_dim in (("conformer", "head_size"), ("conformer_of_speech", "head_dim")):
+    linear = ("linear_q", "linear_k", "linear_v", "linear_out")
+    register_adapter(Named(name, linear, more=(("key", "linear_pos"),), head_dim=head_dim))
 register_adapter(Named("distilbert", ("q_lin", "k_lin", "v_lin", "out_lin")))
 # One module is several layers: what it loses they all lose.
 register_adapter(Named("albert", ("query", "key", "value", "dense"), emptied=EmptiedAlbert))

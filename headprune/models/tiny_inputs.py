@@ -92,7 +92,8 @@ def spectrogram(model: nn.Module, config: Any) -> dict[str, Tensor]:
 
 
 def bins_of(config: Any) -> Any:
-    return getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", None))
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
 
 
 def sound(config: Any) -> dict[str, Tensor]:
