@@ -1,5 +1,6 @@
 """Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), the vision transformers built like
-it (YOLOS, ViLT, VideoMAE, data2vec), DeBERTa, DistilBERT, ALBERT, conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2)."""
+it (YOLOS, ViLT, VideoMAE, data2vec), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec 2.0,
+SeamlessM4T, FastSpeech 2)."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from headprune.models.own_tensors import own_tensors
 from headprune.models.site import AttentionSite, Foreign, Kind, Role, at, contiguous_heads
 from headprune.models.specialise import empty, specialise
 
+CROSS = ("cross_attention.attention", "visual_attention")  # where Perceiver and LXMERT keep theirs
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 
 
@@ -28,7 +30,8 @@ class Named:
 
     projections: in the order of ROLES. inner: the part that computes the attention, where the output projection stands beside
     it ("" = the module itself). more: further projections with a slice per head, which a module may lack. head_dim: its attribute
-    there. emptied: what becomes of an attention without heads; None: it returns what it returned with them.
+    there; value_dim: that of the values where they have one. emptied: what becomes of an attention without heads; None: it
+    returns what it returned with them.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Named:
     inner: str = ""
     more: tuple[tuple[Role, str], ...] = ()
     head_dim: str = "attention_head_size"
+    value_dim: str | None = None
     emptied: type | None = None
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
@@ -46,18 +50,24 @@ class Named:
         head_dim, output = getattr(dispatcher, self.head_dim), at(module, self.projections[3])
         features = at(module, self.projections[0]).weight.shape[0]
         head_map = head_map_of(dispatcher, features, features, head_dim, name)
-        heads = head_map.query_heads
-        projections = tuple(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, head_dim) for role, path in parts)
-        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ else "self"
+        value_dim = head_dim if self.value_dim is None else getattr(dispatcher, self.value_dim)
+        widths: dict[Role, int] = {"query": head_dim, "key": head_dim, "value": value_dim, "output": value_dim}
+        projections = tuple(
+            contiguous_heads(role, f"{name}.{path}", at(module, path), head_map.query_heads, widths[role]) for role, path in parts
+        )
+        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ or name.endswith(CROSS) else "self"
         return AttentionSite(
-            name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections,
+            name, module, dispatcher, head_map, head_dim, value_dim, output.weight.shape[0], kind, projections,
             own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim), windowed=takes_states_alone(module),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        module, output = site.dispatcher, None if self.inner else self.projections[3]
+        module: Foreign = site.dispatcher
+        output = None if self.inner else self.projections[3]
         if getattr(module, "position_embeddings_type", None) != "rotary":  # then the states turn, as wide as all heads
             set_head_counts(module, head_map, site.head_dim)
+        if self.head_dim != "head_size" and hasattr(module, "head_size"):  # LXMERT's name for the width of all heads
+            module.head_size = head_map.query_heads * site.head_dim
         if getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False):
             remember_positions(site.module, site.head_map.query_heads, kept)
             specialise(site.module, OwnPositions)
@@ -78,6 +88,13 @@ register_adapter(
         "deberta", ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"), "self",
         # Positions have projections of their own, which the query and the key of the same head read.
         (("key", "self.pos_key_proj"), ("query", "self.pos_query_proj")),
+    )
+)  # fmt: skip
+register_adapter(Named("lxmert", ("att.query", "att.key", "att.value", "output.dense"), "att"))
+register_adapter(
+    Named(
+        "perceiver", ("self.query", "self.key", "self.value", "output.dense"), "self",
+        head_dim="qk_channels_per_head", value_dim="v_channels_per_head",
     )
 )  # fmt: skip
 for name, head_dim in (("conformer", "head_size"), ("conformer_of_speech", "head_dim")):

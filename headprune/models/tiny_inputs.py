@@ -23,10 +23,12 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     inputs: dict[str, Any] = {}
     main = getattr(model, "main_input_name", "input_ids")
     vocabulary: Any = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
-    if "input_ids" in taken and main in ("input_ids", "pixel_values") and isinstance(vocabulary, int):
+    if "input_ids" in taken and main in ("input_ids", "pixel_values", "inputs") and isinstance(vocabulary, int):
         inputs |= tokens(vocabulary)
     if "pixel_values" in taken:
         inputs |= pixels(getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs))
+    if "visual_feats" in taken and hasattr(config, "visual_feat_dim"):  # of what LXMERT's detector found
+        inputs |= {"visual_feats": torch.ones(2, 3, config.visual_feat_dim), "visual_pos": torch.ones(2, 3, config.visual_pos_dim)}
     if "input_features" in taken and main == "input_features":
         inputs |= spectrogram(model, config)
     if "input_values" in taken and main == "input_values":

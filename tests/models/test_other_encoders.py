@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from tiny_encoders import EVERY, LISTENER, PICTURE, SIZES, TEXT
+from tiny_encoders import EVERY, LISTENER, PICTURE, QUIET, SIZES, TEXT
 from tiny_models import VOCABULARY, padded, tokens
 from torch import Tensor
 
@@ -35,6 +35,13 @@ def frames() -> dict[str, Tensor]:
     return {"input_features": values * mask[..., None], "attention_mask": mask, "decoder_input_ids": tokens(3, 5)}
 
 
+def seen() -> dict[str, Tensor]:
+    """Text, and what a detector found in a picture."""
+    generator = torch.Generator().manual_seed(1)
+    places = torch.rand(3, 5, 4, generator=generator)
+    return {**padded(), "visual_feats": torch.randn(3, 5, 7, generator=generator), "visual_pos": places}
+
+
 SMALL = {**PICTURE, **SIZES, "patch_size": 8}
 PARTS = {"text_config": {**SIZES, "vocab_size": VOCABULARY}, "image_config": SMALL, "multimodal_config": SIZES}
 CONFORMER = {"layers": 1, "num_attention_heads": 4, "linear_units": 32, "kernel_size": 3}
@@ -52,7 +59,15 @@ SEAMLESS = {
     "t2u_encoder_attention_heads": 4, "t2u_decoder_attention_heads": 4, "t2u_encoder_ffn_dim": 48, "t2u_decoder_ffn_dim": 48,
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
 }  # fmt: skip
+PERCEIVER = {
+    **SIZES, **QUIET, "vocab_size": VOCABULARY, "num_latents": 6, "d_latents": 32, "d_model": 24, "num_self_attends_per_block": 2,
+    "num_self_attention_heads": 4, "num_cross_attention_heads": 4, "qk_channels": 16, "v_channels": 32,
+    "max_position_embeddings": 9,
+}  # fmt: skip
+LXMERT = {**TEXT, **QUIET, "l_layers": 1, "x_layers": 2, "r_layers": 1, "visual_feat_dim": 7}
 MODELS = {
+    "PerceiverForMaskedLM": Model("Perceiver", PERCEIVER, padded, ("eager",), "logits"),
+    "LxmertModel": Model("Lxmert", LXMERT, seen, ("eager",), "language_output"),
     "YolosModel": Model("Yolos", {**SMALL, "image_size": [16, 16], "num_detection_tokens": 3}, picture),
     "DPTModel": Model("DPT", {**SMALL, "is_hybrid": False, "backbone_out_indices": [0, 1, 1, 1]}, picture),
     "ViltModel": Model("Vilt", {**PICTURE, **TEXT, "patch_size": 8}, lambda: picture() | padded(), ("eager",)),
