@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,13 +12,16 @@ from torch import Tensor
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
+from headprune.models.behaviour import original_class
 from headprune.models.cached import CachedFeatures
 from headprune.models.emptied import Emptied, EmptiedBloom
+from headprune.models.emptied_form import empty_alike
 from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import GroupedFalcon, OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
+from headprune.models.own_width import OwnWidth, OwnWidthProjected
 from headprune.models.site import (
     AttentionSite,
     Foreign,
@@ -38,10 +42,12 @@ Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
 class Fused:
     """One fused layout; registered once per kind of module.
 
-    fused, output, head_dim: paths below the module. is_kind: tells it from others with the same three. inner: the part that
-    computes the attention, where the output projection stands beside it ("" = the module itself).
+    fused, output, head_dim: paths below the module (head_dim: or to the scale, its root's reciprocal). is_kind: tells it from
+    others with the same three. inner: the part that computes the attention, where the output projection stands beside it ("" =
+    the module itself).
     layout: where the heads lie, or a function of the module that tells. kv_heads: key/value heads of a module that was never
-    cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads.
+    cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads;
+    None: one that returns what it returned with them.
     runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite.
     """
 
@@ -53,15 +59,17 @@ class Fused:
     layout: Callable[[Foreign], Layout]
     kv_heads: Callable[[Foreign], int] | None = None
     after: Callable[[AttentionSite, HeadMap, tuple[int, ...]], None] = lambda site, head_map, kept: None
-    emptied: type = Emptied
+    emptied: type | None = Emptied
     runs_ragged: bool = False
     cached: Callable[[Foreign], CachedFeatures | None] = lambda module: None
     inner: str = ""
+    windowed: bool = False
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         fused, output, head_dim = (at(module, path) for path in (self.fused, self.output, self.head_dim))
         if fused is None or output is None or head_dim is None or not self.is_kind(module):
             return None
+        head_dim = head_dim if isinstance(head_dim, int) else round(head_dim**-2)
         dispatcher = at(module, self.inner) if self.inner else module
         check_projection(f"{name}.{self.output}", output)
         features, hidden = output.weight.shape if is_conv1d(output) else reversed(output.weight.shape)
@@ -72,14 +80,16 @@ class Fused:
         kind: Kind = "cross" if getattr(module, "is_cross_attention", False) else "self"
         extras = own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim)
         return AttentionSite(
-            name, module, dispatcher, head_map, head_dim, head_dim, hidden, kind, (*inputs, out), extras, cached=self.cached(module)
-        )
+            name, module, dispatcher, head_map, head_dim, head_dim, hidden, kind, (*inputs, out), extras, self.windowed,
+            cached=self.cached(module),
+        )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         set_head_counts(site.dispatcher, head_map, site.head_dim)
         self.after(site, head_map, kept)
         if not head_map.query_heads:
-            empty(site.dispatcher, None if self.inner else self.output, self.emptied)
+            output = None if self.inner else self.output
+            empty(site.dispatcher, output, self.emptied) if self.emptied else empty_alike(site.dispatcher, output)
 
 
 def phi3_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -90,6 +100,10 @@ def phi3_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) ->
 def positions_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
     remember_positions(site.module, site.head_map.query_heads, kept)
     specialise(site.module, OwnPositions)
+
+
+def width_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    specialise(site.dispatcher, OwnWidth if site.dispatcher is not site.module else OwnWidthProjected)
 
 
 def falcon_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -133,6 +147,17 @@ def deberta_layout(module: Foreign) -> Layout:
         return *per_head(name, fused, head_map, head_dim), *more
 
     return with_positions
+
+
+def takes_width_of_states(module: Foreign) -> bool:
+    """Told by its parts and by the arguments of the forward that it had at first."""
+    inner: Foreign = getattr(module, "attention", module)
+    projected = ["qkv", "attn_drop", "proj", "proj_drop"]
+    original: Foreign = original_class(inner)
+    arguments = [*inspect.signature(original.forward).parameters][1:]
+    parts = [name for name, _ in inner.named_children()]
+    known = (projected, ["hidden_states"]) if inner is module else (projected[:2], ["hidden_states", "output_attentions"])
+    return (parts, arguments) == known and hasattr(inner, "num_heads")
 
 
 def is_gpt2(module: Foreign) -> bool:
@@ -185,6 +210,13 @@ register_adapter(
 register_adapter(
     Fused("deberta_v1", "self.in_proj", "output.dense", "self.attention_head_size", is_deberta, deberta_layout, inner="self")
 )
+register_adapter(
+    Fused(
+        "timesformer", "attention.qkv", "output.dense", "attention.scale", takes_width_of_states, lambda module: blocks,
+        after=width_after, emptied=None, inner="attention", windowed=True,
+    )
+)  # fmt: skip
+register_adapter(Fused("mgp_str", "qkv", "proj", "scale", takes_width_of_states, lambda module: blocks, after=width_after))
 register_adapter(
     Fused(
         "bloom", "query_key_value", "dense", "head_dim", is_bloom, lambda module: per_head,

@@ -16,7 +16,8 @@ TESTED: dict[str, tuple[str, ...]] = {
         "LlamaAttention", "MBartAttention", "MistralAttention", "MixtralAttention", "MobileViTAttention", "ModernBertAttention",
         "MptAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention",
         "Qwen3MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention",
-        "ViTAttention", "VideoMAEAttention", "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention", "WhisperAttention",
+        "TimeSformerAttention", "ViTAttention", "VideoMAEAttention", "Wav2Vec2BertSelfAttention",
+        "Wav2Vec2ConformerSelfAttention", "WhisperAttention",
     ),
 }  # fmt: skip
 

@@ -33,6 +33,7 @@ from headprune.models.emptied import (
     EmptiedTimm,
 )
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
+from headprune.models.own_width import OwnWidth, OwnWidthProjected
 from headprune.models.selection import PicksHeads
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
 
@@ -47,7 +48,7 @@ BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
         Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedOnDemand, EmptiedT5, EmptiedTimm,
-        GroupedFalcon, OwnPositions, PicksHeads, SharedPositions,
+        GroupedFalcon, OwnPositions, OwnWidth, OwnWidthProjected, PicksHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.

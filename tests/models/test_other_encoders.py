@@ -65,9 +65,11 @@ PERCEIVER = {
     "max_position_embeddings": 9,
 }  # fmt: skip
 LXMERT = {**TEXT, **QUIET, "l_layers": 1, "x_layers": 2, "r_layers": 1, "visual_feat_dim": 7}
+MGPSTR = {**SMALL, "image_size": [16, 16], "drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0, "mlp_ratio": 2.0}
 MODELS = {
     "PerceiverForMaskedLM": Model("Perceiver", PERCEIVER, padded, ("eager",), "logits"),
     "LxmertModel": Model("Lxmert", LXMERT, seen, ("eager",), "language_output"),
+    "MgpstrModel": Model("Mgpstr", MGPSTR, picture, ("eager",)),
     "YolosModel": Model("Yolos", {**SMALL, "image_size": [16, 16], "num_detection_tokens": 3}, picture),
     "DPTModel": Model("DPT", {**SMALL, "is_hybrid": False, "backbone_out_indices": [0, 1, 1, 1]}, picture),
     "ViltModel": Model("Vilt", {**PICTURE, **TEXT, "patch_size": 8}, lambda: picture() | padded(), ("eager",)),
