@@ -1,6 +1,6 @@
 """Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), the vision transformers built like
 it (YOLOS, ViLT, VideoMAE, data2vec), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec 2.0,
-SeamlessM4T, FastSpeech 2)."""
+SeamlessM4T, FastSpeech 2), VITS."""
 
 from __future__ import annotations
 
@@ -75,6 +75,18 @@ class Named:
             empty(module, output, self.emptied) if self.emptied else empty_alike(module, output)
 
 
+class OfEmbedDim(Named):
+    """VITS, whose forward takes the width of all heads from `embed_dim`; its relative positions are the same for all heads."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        return super().site(name, module) if hasattr(module, "window_size") and hasattr(module, "embed_dim") else None
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        super().after_cut(site, head_map, kept)
+        module: Foreign = site.module
+        module.embed_dim = head_map.query_heads * site.head_dim
+
+
 def takes_states_alone(module: nn.Module) -> bool:
     """An attention that can be given no mask and asked for no weights: MobileViT's, which sees parts of pictures as a batch."""
     original: Foreign = original_class(module)
@@ -97,6 +109,7 @@ register_adapter(
         head_dim="qk_channels_per_head", value_dim="v_channels_per_head",
     )
 )  # fmt: skip
+register_adapter(OfEmbedDim("vits", ("q_proj", "k_proj", "v_proj", "out_proj"), head_dim="head_dim"))
 for name, head_dim in (("conformer", "head_size"), ("conformer_of_speech", "head_dim")):
     linear = ("linear_q", "linear_k", "linear_v", "linear_out")
     register_adapter(Named(name, linear, more=(("key", "linear_pos"),), head_dim=head_dim))

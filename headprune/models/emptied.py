@@ -69,6 +69,16 @@ class EmptiedTimm(Emptied):
         return dropped
 
 
+class EmptiedGraniteSpeech(Emptied):
+    """Granite Speech's conformer: its output alone, through its dropout."""
+
+    dropout: nn.Module
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        dropped: Tensor = self.dropout(output)
+        return dropped
+
+
 class EmptiedAlone(Emptied):
     """An attention that returns no weights (MobileViT)."""
 

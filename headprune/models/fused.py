@@ -14,7 +14,7 @@ from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.behaviour import original_class
 from headprune.models.cached import CachedFeatures
-from headprune.models.emptied import Emptied, EmptiedBloom
+from headprune.models.emptied import Emptied, EmptiedBloom, EmptiedGraniteSpeech
 from headprune.models.emptied_form import empty_alike
 from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups
 from headprune.models.head_counts import set_head_counts
@@ -176,6 +176,16 @@ def gpt2_layout(module: Foreign) -> Layout:
     return cross
 
 
+def granite_speech_layout(module: Foreign) -> Layout:
+    """Queries in a layer of their own; positions are embedded in one head's width, for all heads."""
+
+    def apart(name: str, fused: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+        query = contiguous_heads("query", f"{name.rpartition('.')[0]}.to_q", module.to_q, head_map.query_heads, head_dim)
+        return query, *key_value_blocks(name, fused, head_map, head_dim)
+
+    return apart
+
+
 def falcon_layout(module: Foreign) -> Layout:
     return per_group if module.new_decoder_architecture else blocks if module.multi_query else per_head
 
@@ -210,6 +220,12 @@ register_adapter(
 register_adapter(
     Fused("deberta_v1", "self.in_proj", "output.dense", "self.attention_head_size", is_deberta, deberta_layout, inner="self")
 )
+register_adapter(
+    Fused(
+        "granite_speech", "to_kv", "to_out", "dim_head", lambda module: hasattr(module, "to_q") and hasattr(module, "rel_pos_emb"),
+        granite_speech_layout, emptied=EmptiedGraniteSpeech,
+    )
+)  # fmt: skip
 register_adapter(
     Fused(
         "timesformer", "attention.qkv", "output.dense", "attention.scale", takes_width_of_states, lambda module: blocks,

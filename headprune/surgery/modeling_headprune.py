@@ -28,6 +28,7 @@ from headprune.models.emptied import (
     EmptiedAlone,
     EmptiedBloom,
     EmptiedConv1D,
+    EmptiedGraniteSpeech,
     EmptiedLinear,
     EmptiedOnDemand,
     EmptiedTimm,
@@ -47,8 +48,8 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedOnDemand, EmptiedT5, EmptiedTimm,
-        GroupedFalcon, OwnPositions, OwnWidth, OwnWidthProjected, PicksHeads, SharedPositions,
+        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedGraniteSpeech, EmptiedLinear, EmptiedOnDemand,
+        EmptiedT5, EmptiedTimm, GroupedFalcon, OwnPositions, OwnWidth, OwnWidthProjected, PicksHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
