@@ -121,6 +121,21 @@ ENCODERS |= {
 }
 
 
+def longformer_batch(side: str) -> dict[str, Tensor]:
+    """As long as whole windows; the first token sees all others and is seen by them."""
+    batch = padded(length=12, side=side)
+    labels = torch.randint(0, LABELS, batch["input_ids"].shape, generator=torch.Generator().manual_seed(2))
+    seeing = torch.zeros_like(labels)
+    seeing[:, 0] = 1
+    return {**batch, "labels": labels.where(batch["attention_mask"].bool(), -100), "global_attention_mask": seeing}
+
+
+ENCODERS["longformer"] = Family(
+    "LongformerForTokenClassification", "LongformerConfig", {**TEXT, **QUIET, "attention_window": [4, 4]}, longformer_batch,
+    ("eager",),
+)  # fmt: skip
+
+
 def target_batch(side: str) -> dict[str, Tensor]:
     """Encoder tokens with padding, and labels of another length whose last positions do not count."""
     labels = tokens(3, 6, seed=3)

@@ -1,6 +1,6 @@
 """What a head is in each model family: sites, adapters, gates, and our attention inside transformers."""
 
-from headprune.models import attention_interface, bert, fused, guessed, latent, separate, t5, timm, variable_head
+from headprune.models import attention_interface, bert, fused, guessed, latent, longformer, separate, t5, timm, variable_head
 from headprune.models.adapters import Adapter, attention_sites, register_adapter
 from headprune.models.gating import gated
 from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
@@ -17,6 +17,7 @@ __all__ = [
     "gated",
     "guessed",
     "latent",
+    "longformer",
     "register_adapter",
     "separate",
     "t5",

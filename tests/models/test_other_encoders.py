@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from tiny_encoders import EVERY, LISTENER, PICTURE, QUIET, SIZES, TEXT
+from tiny_encoders import ENCODERS, EVERY, LISTENER, PICTURE, QUIET, SIZES, TEXT, VISION
 from tiny_models import VOCABULARY, padded, tokens
 from torch import Tensor
 
@@ -137,3 +137,13 @@ def test_cutting_equals_gating_and_survives_the_disk(name, implementation, tmp_p
     shrink(built, layout)
     built.load_state_dict(model.state_dict())
     assert torch.allclose(output(name, built), output(name, model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [ENCODERS["longformer"], VISION["timesformer"], VISION["data2vec_vision"]])
+def test_attention_weights_are_those_of_the_heads_that_are_left(family):
+    model, batch = family.make(), family.batch("right")
+    sites = hp.attention_sites(model)
+    hp.cut(model, {site.name: [] if index % 2 else [0, 1, 3] for index, site in enumerate(sites)})
+    found = model(**batch, output_attentions=True)
+    for weights in [*found.attentions, *(found.get("global_attentions") or ())]:
+        assert weights.shape[1] in (0, 3)
