@@ -143,6 +143,10 @@ def target_batch(side: str) -> dict[str, Tensor]:
     return {**padded(side=side), "labels": labels}
 
 
+def long_target_batch(side: str) -> dict[str, Tensor]:
+    return {**target_batch(side), **padded(length=12, side=side)}
+
+
 def spectrogram_batch(side: str) -> dict[str, Tensor]:
     """The mask says which frames are sound; Whisper's encoder has half as many positions and looks at all of them."""
     features = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(4))
@@ -171,7 +175,9 @@ BERT_GPT2 = {
     },
     "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
+LED = {**BART, "attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
 SEQ2SEQ = {
+    "led": Family("LEDForConditionalGeneration", "LEDConfig", LED, long_target_batch, ("eager",)),
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),

@@ -13,11 +13,11 @@ TESTED: dict[str, tuple[str, ...]] = {
         "CohereAttention", "Data2VecVisionAttention", "DebertaAttention", "DebertaV2Attention", "DeepseekV2Attention",
         "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention", "FalconAttention",
         "GPT2Attention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention", "GptOssAttention", "GraniteAttention",
-        "LlamaAttention", "LongformerAttention", "MBartAttention", "MistralAttention", "MixtralAttention", "MobileViTAttention",
-        "ModernBertAttention", "MptAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention",
-        "Qwen3Attention", "Qwen3MoeAttention", "RobertaAttention", "SmolLM3Attention", "StableLmAttention", "SwinAttention",
-        "T5Attention", "TimeSformerAttention", "ViTAttention", "VideoMAEAttention", "Wav2Vec2BertSelfAttention",
-        "Wav2Vec2ConformerSelfAttention", "WhisperAttention",
+        "LEDDecoderAttention", "LEDEncoderAttention", "LlamaAttention", "LongformerAttention", "MBartAttention",
+        "MistralAttention", "MixtralAttention", "MobileViTAttention", "ModernBertAttention", "MptAttention", "OPTAttention",
+        "Olmo2Attention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention", "RobertaAttention",
+        "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention", "TimeSformerAttention", "ViTAttention",
+        "VideoMAEAttention", "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention", "WhisperAttention",
     ),
 }  # fmt: skip
 

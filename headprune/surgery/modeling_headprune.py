@@ -33,6 +33,7 @@ from headprune.models.emptied import (
     EmptiedOnDemand,
     EmptiedTimm,
 )
+from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
@@ -49,9 +50,9 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedGraniteSpeech, EmptiedLinear,
-        EmptiedLongformer, EmptiedOnDemand, EmptiedT5, EmptiedTimm, GroupedFalcon, OwnLongformer, OwnPositions, OwnWidth,
-        OwnWidthProjected, PicksHeads, SharedPositions,
+        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedBloom, EmptiedConv1D, EmptiedGraniteSpeech, EmptiedLedDecoder,
+        EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedT5, EmptiedTimm, GroupedFalcon, OwnLedDecoder,
+        OwnLongformer, OwnPositions, OwnWidth, OwnWidthProjected, PicksHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
