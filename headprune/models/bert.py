@@ -11,9 +11,8 @@ from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.behaviour import original_class
 from headprune.models.emptied import EmptiedAlbert
-from headprune.models.emptied_form import empty_alike
+from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
@@ -58,7 +57,7 @@ class Named:
         kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ or name.endswith(CROSS) else "self"
         return AttentionSite(
             name, module, dispatcher, head_map, head_dim, value_dim, output.weight.shape[0], kind, projections,
-            own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim), windowed=takes_states_alone(module),
+            own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim), windowed=sees_parts(module, dispatcher),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -87,10 +86,10 @@ class OfEmbedDim(Named):
         module.embed_dim = head_map.query_heads * site.head_dim
 
 
-def takes_states_alone(module: nn.Module) -> bool:
-    """An attention that can be given no mask and asked for no weights: MobileViT's, which sees parts of pictures as a batch."""
-    original: Foreign = original_class(module)
-    return [*inspect.signature(original.forward).parameters] == ["self", "hidden_states"]
+def sees_parts(module: nn.Module, attention: nn.Module) -> bool:
+    """MobileViT's see parts of pictures as a batch; they are given states alone, and so no mask, and return no weights."""
+    given = [*inspect.signature(forward_of(module)).parameters]
+    return given == ["self", "hidden_states"] and returns_alone(attention)
 
 
 register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))

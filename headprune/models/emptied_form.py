@@ -18,15 +18,25 @@ WEIGHTS_ON_DEMAND = re.compile(r"if output_attentions else \(\w+,\)")
 
 def empty_alike(module: Foreign, output: str | None) -> None:
     """`empty` for a module that returns its output alone, with its attention weights, or with them where they are asked for."""
-    original: Foreign = original_class(module)
-    forward = inspect.unwrap(original.forward)
+    forward = forward_of(module)
     behaviour: type[Emptied] = Emptied
-    if inspect.signature(forward).return_annotation in ALONE:
+    if returns_alone(module):
         behaviour = EmptiedAlone
     elif WEIGHTS_ON_DEMAND.search(source_of(forward)):
         module.headprune_asked_at = [*inspect.signature(forward).parameters].index("output_attentions") - 1
         behaviour = EmptiedOnDemand
     empty(module, output, behaviour)
+
+
+def forward_of(module: Foreign) -> Foreign:
+    """As its family wrote it."""
+    original: Foreign = original_class(module)
+    return inspect.unwrap(original.forward)
+
+
+def returns_alone(module: Foreign) -> bool:
+    """Whether it says that it returns its output alone."""
+    return inspect.signature(forward_of(module)).return_annotation in ALONE
 
 
 def source_of(function: Foreign) -> str:

@@ -12,10 +12,9 @@ from torch import Tensor
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.behaviour import original_class
 from headprune.models.cached import CachedFeatures
 from headprune.models.emptied import Emptied, EmptiedBloom, EmptiedGraniteSpeech
-from headprune.models.emptied_form import empty_alike
+from headprune.models.emptied_form import empty_alike, forward_of
 from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
@@ -153,8 +152,7 @@ def takes_width_of_states(module: Foreign) -> bool:
     """Told by its parts and by the arguments of the forward that it had at first."""
     inner: Foreign = getattr(module, "attention", module)
     projected = ["qkv", "attn_drop", "proj", "proj_drop"]
-    original: Foreign = original_class(inner)
-    arguments = [*inspect.signature(original.forward).parameters][1:]
+    arguments = [*inspect.signature(forward_of(inner)).parameters][1:]
     parts = [name for name, _ in inner.named_children()]
     known = (projected, ["hidden_states"]) if inner is module else (projected[:2], ["hidden_states", "output_attentions"])
     return (parts, arguments) == known and hasattr(inner, "num_heads")

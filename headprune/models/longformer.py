@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import register_adapter
-from headprune.models.behaviour import original_class
 from headprune.models.bert import Named
+from headprune.models.emptied_form import forward_of
 from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.site import AttentionSite, Foreign, Role, at
@@ -34,8 +34,7 @@ class LedDecoder(Named):
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         if hasattr(module, "config") or not all(hasattr(module, part) for part in ("embed_dim", "out_proj", "scaling")):
             return None
-        original: Foreign = original_class(module)
-        given = [*inspect.signature(original.forward).parameters][1:]
+        given = [*inspect.signature(forward_of(module)).parameters][1:]
         if given != ["hidden_states", "key_value_states", "past_key_values", "attention_mask", "output_attentions"]:
             return None
         site = super().site(name, module)
