@@ -36,13 +36,22 @@ def test_grouped_heads_are_query_heads():
     assert str(hp.attention_sites(model)[1].head_map) == "4q/3kv ragged 1+2+1"
 
 
-@pytest.mark.parametrize("name", [name for name in {**ENCODERS, **VISION} if name != "clip"])
+SEVERAL = ("clip", "timesformer")  # stacks of layers, attentions in a layer
+
+
+@pytest.mark.parametrize("name", [name for name in {**ENCODERS, **VISION} if name not in SEVERAL])
 def test_every_encoder_has_its_layers(name):
     model = {**ENCODERS, **VISION}[name].make()
     before = heads_of(model)
     last = len(before) - 1
     prune_heads(model, {0: [0], last: [1, 2]})
     assert list(heads_of(model).values()) == [3, *[4] * (last - 1), 2]
+
+
+def test_all_self_attentions_of_a_layer_lose_the_heads():
+    model = VISION["timesformer"].make()
+    prune_heads(model, {1: [0, 3]})
+    assert list(heads_of(model).values()) == [4, 4, 2, 2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

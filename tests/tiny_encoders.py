@@ -42,9 +42,9 @@ class Family:
 
 
 def trained(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """What starts as zeros (queries of a Q-Former, tables of relative positions) does not stay so."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
+    """What starts as zeros (queries of a Q-Former, tables of relative positions, DeBERTa's biases) does not stay so."""
+    for name, parameter in model.named_parameters():
+        if not parameter.any() and (parameter.dim() > 1 or name.endswith(("q_bias", "v_bias"))):
             torch.nn.init.normal_(parameter, std=0.5)
     return model
 
@@ -79,6 +79,10 @@ ENCODERS = {
         "ModernBert", cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2, local_attention=4,
         layer_types=["full_attention", "sliding_attention"], initializer_cutoff_factor=3.0, embedding_dropout=0.0,
     ),
+    "deberta": encoder(
+        "Deberta", ("eager",), relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=8,
+        type_vocab_size=0, position_biased_input=False, **QUIET,
+    ),
     "deberta_v3": encoder(
         "DebertaV2", ("eager",), relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4, share_att_key=False,
         norm_rel_ebd="layer_norm", type_vocab_size=0, position_biased_input=False, **QUIET,
@@ -90,11 +94,63 @@ ENCODERS = {
 }  # fmt: skip
 
 
+def sound_batch(side: str) -> dict[str, Tensor]:
+    values = torch.randn(3, 420, generator=torch.Generator().manual_seed(4 if side == "left" else 5))
+    mask = torch.ones(3, 420, dtype=torch.long)
+    mask[1, 300:] = 0
+    return {"input_values": values * mask, "attention_mask": mask, "labels": torch.arange(3) % LABELS}
+
+
+def frames_batch(side: str) -> dict[str, Tensor]:
+    """A spectrogram [batch, frames, bins]."""
+    batch = sound_batch(side)
+    values, mask = batch["input_values"].view(3, 42, 10), batch["attention_mask"][:, ::10]
+    return {"input_features": values, "attention_mask": mask, "labels": batch["labels"]}
+
+
+def listener(name: str, batch: Callable[[str], dict[str, Tensor]], **options) -> Family:
+    options = {**SIZES, **LISTENER, "num_labels": LABELS, **options}
+    return Family(f"{name}ForSequenceClassification", f"{name}Config", options, batch)
+
+
+LISTENER = {
+    "conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False, "layerdrop": 0.0, "hidden_dropout": 0.0,
+    "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0, "conformer_conv_dropout": 0.0,
+    "conv_depthwise_kernel_size": 3, "classifier_proj_size": 16, "feature_projection_input_dim": 10,
+    "left_max_position_embeddings": 4, "right_max_position_embeddings": 2,
+}  # fmt: skip
+ENCODERS |= {
+    "wav2vec2_conformer": listener("Wav2Vec2Conformer", sound_batch, position_embeddings_type="relative"),
+    "wav2vec2_conformer_rotary": listener("Wav2Vec2Conformer", sound_batch, position_embeddings_type="rotary"),
+    "wav2vec2_bert": listener("Wav2Vec2Bert", frames_batch, position_embeddings_type="relative_key"),
+}
+
+
+def longformer_batch(side: str) -> dict[str, Tensor]:
+    """As long as whole windows; the first token sees all others and is seen by them."""
+    batch = padded(length=12, side=side)
+    labels = torch.randint(0, LABELS, batch["input_ids"].shape, generator=torch.Generator().manual_seed(2))
+    seeing = torch.zeros_like(labels)
+    seeing[:, 0] = 1
+    return {**batch, "labels": labels.where(batch["attention_mask"].bool(), -100), "global_attention_mask": seeing}
+
+
+ENCODERS["longformer"] = Family(
+    "LongformerForTokenClassification", "LongformerConfig", {**TEXT, **QUIET, "attention_window": [4, 4]}, longformer_batch,
+    ("eager",),
+)  # fmt: skip
+
+
 def target_batch(side: str) -> dict[str, Tensor]:
     """Encoder tokens with padding, and labels of another length whose last positions do not count."""
     labels = tokens(3, 6, seed=3)
     labels[1, 4:] = -100
     return {**padded(side=side), "labels": labels}
+
+
+def long_target_batch(side: str) -> dict[str, Tensor]:
+    return {**target_batch(side), **padded(length=12, side=side)}
 
 
 def spectrogram_batch(side: str) -> dict[str, Tensor]:
@@ -125,7 +181,9 @@ BERT_GPT2 = {
     },
     "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
+LED = {**BART, "attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
 SEQ2SEQ = {
+    "led": Family("LEDForConditionalGeneration", "LEDConfig", LED, long_target_batch, ("eager",)),
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
@@ -145,8 +203,14 @@ def caption_batch(side: str) -> dict[str, Tensor]:
     return {"pixel_values": picture_batch(side)["pixel_values"], **padded(side=side), "return_loss": True}
 
 
-def classifier(name: str, **options) -> Family:
-    return Family(f"{name}ForImageClassification", f"{name}Config", {**PICTURE, **options}, picture_batch)
+def film_batch(side: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5 if side == "left" else 6)
+    return {"pixel_values": torch.randn(3, 4, 3, 16, 16, generator=generator), "labels": torch.arange(3) % LABELS}
+
+
+def classifier(name: str, implementations: tuple[str, ...] = EVERY, **options) -> Family:
+    model, config = f"{name}ForImageClassification", f"{name}Config"
+    return Family(model, config, {**PICTURE, **options}, picture_batch, implementations)
 
 
 PICTURE = {**QUIET, "image_size": 16, "patch_size": 4, "num_labels": LABELS, "initializer_range": 0.2}
@@ -161,7 +225,23 @@ HIERA = {
     "patch_padding": [1, 1], "masked_unit_size": [4, 4], "masked_unit_attention": [True, False], "num_query_pool": 1,
     "query_stride": [2, 2], "drop_path_rate": 0.0,
 }  # fmt: skip
+FILM = {**PICTURE, **SIZES, "patch_size": 8, "num_frames": 4}
+BIASED = {**SIZES, "use_relative_position_bias": True, "drop_path_rate": 0.0, "layer_scale_init_value": 1.0}
 VISION = {
+    "beit": classifier("Beit", use_shared_relative_position_bias=True, **BIASED),
+    "data2vec_vision": classifier("Data2VecVision", ("eager", "sdpa"), use_shared_relative_position_bias=True, **BIASED),
+    "mobilevit": classifier(
+        "MobileViT",
+        ("eager",),
+        image_size=32,
+        patch_size=2,
+        hidden_sizes=[16, 16, 16],
+        neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
+        classifier_dropout_prob=0.0,
+        initializer_range=0.5,
+    ),
+    "timesformer": Family("TimesformerForVideoClassification", "TimesformerConfig", FILM, film_batch, ("eager",)),
+    "videomae": Family("VideoMAEForVideoClassification", "VideoMAEConfig", {**FILM, "tubelet_size": 2}, film_batch),
     "vit": classifier("ViT", **SIZES),
     "deit": classifier("DeiT", layer_norm_eps=1e-3, **SIZES),
     "swin": classifier("Swin", **SWIN),

@@ -1,6 +1,19 @@
 """What a head is in each model family: sites, adapters, gates, and our attention inside transformers."""
 
-from headprune.models import attention_interface, bert, fused, fused_vision, guessed, latent, sam, separate, t5, timm, variable_head
+from headprune.models import (
+    attention_interface,
+    bert,
+    fused,
+    fused_vision,
+    guessed,
+    latent,
+    longformer,
+    sam,
+    separate,
+    t5,
+    timm,
+    variable_head,
+)
 from headprune.models.adapters import Adapter, attention_sites, register_adapter
 from headprune.models.gating import gated
 from headprune.models.site import AttentionSite, HeadTensor, ProjectionHeads
@@ -18,6 +31,7 @@ __all__ = [
     "gated",
     "guessed",
     "latent",
+    "longformer",
     "register_adapter",
     "sam",
     "separate",

@@ -1,21 +1,26 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), DeBERTa, DistilBERT, ALBERT, the
-Q-Former of BLIP-2."""
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), the vision transformers built like
+it (YOLOS, ViLT, VideoMAE, data2vec), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec 2.0,
+SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 
 from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.emptied import Emptied, EmptiedAlbert
+from headprune.models.emptied import EmptiedAlbert
+from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
-from headprune.models.site import AttentionSite, Foreign, Kind, Role, contiguous_heads
-from headprune.models.specialise import empty
+from headprune.models.own_positions import OwnPositions, remember_positions
+from headprune.models.own_tensors import own_tensors
+from headprune.models.site import AttentionSite, Foreign, Role, at, contiguous_heads
+from headprune.models.specialise import empty, specialise
 
+CROSS = ("cross_attention.attention", "visual_attention")  # where Perceiver and LXMERT keep theirs
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 
 
@@ -24,58 +29,78 @@ class Named:
     """Paths below the attention module; there is one key/value head per query head.
 
     projections: in the order of ROLES. inner: the part that computes the attention, where the output projection stands beside
-    it ("" = the module itself). more: further projections with a slice per head, which a module may lack. emptied: what becomes of
-    an attention without heads. head_dim: of that inner part, or None where it is of another kind. windowed: as in AttentionSite.
-    beside: what else must stand there.
+    it ("" = the module itself). more: further projections with a slice per head, which a module may lack. head_dim: its attribute
+    there, or a function of that part that gives it (None where it is of another kind); value_dim: that of the values where they
+    have one. emptied: what becomes of an attention without heads; None: it returns what it returned with them. windowed: as in
+    AttentionSite.
     """
 
     name: str
     projections: tuple[str, str, str, str]
     inner: str = ""
     more: tuple[tuple[Role, str], ...] = ()
-    emptied: type[Emptied] = Emptied
-    head_dim: Callable[[Foreign], int | None] = lambda inner: getattr(inner, "attention_head_size", None)
+    head_dim: str | Callable[[Foreign], int | None] = "attention_head_size"
+    value_dim: str | None = None
+    emptied: type | None = None
     windowed: bool = False
-    beside: tuple[str, ...] = ()
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         parts = [*zip(ROLES, self.projections), *((role, path) for role, path in self.more if at(module, path) is not None)]
         dispatcher = at(module, self.inner) if self.inner else module
         # A layer has a feed-forward, whose output may be called as an attention's (TVP).
-        paths = [*(path for _, path in parts), *self.beside]
-        if hasattr(module, "intermediate") or not all(isinstance(at(module, path), nn.Module) for path in paths):
+        if hasattr(module, "intermediate") or not all(isinstance(at(module, path), nn.Module) for _, path in parts):
             return None
-        head_dim, output = self.head_dim(dispatcher), at(module, self.projections[3])
+        head_dim = self.head_dim(dispatcher) if callable(self.head_dim) else getattr(dispatcher, self.head_dim, None)
         if head_dim is None:
             return None
-        features = at(module, self.projections[0]).weight.shape[0]
+        output, features = at(module, self.projections[3]), at(module, self.projections[0]).weight.shape[0]
         head_map = head_map_of(dispatcher, features, features, head_dim, name)
-        heads = head_map.query_heads
-        projections = tuple(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, head_dim) for role, path in parts)
-        kind: Kind = "cross" if "Cross" in type(dispatcher).__name__ or "cross" in name.rpartition(".")[2] else "self"
+        value_dim = head_dim if self.value_dim is None else getattr(dispatcher, self.value_dim)
+        widths: dict[Role, int] = {"query": head_dim, "key": head_dim, "value": value_dim, "output": value_dim}
+        projections = tuple(
+            contiguous_heads(role, f"{name}.{path}", at(module, path), head_map.query_heads, widths[role]) for role, path in parts
+        )
+        crossing = "Cross" in type(dispatcher).__name__ or "cross" in name.rpartition(".")[2] or name.endswith(CROSS)
         return AttentionSite(
-            name, module, dispatcher, head_map, head_dim, head_dim, output.weight.shape[0], kind, projections,
-            windowed=self.windowed,
+            name, module, dispatcher, head_map, head_dim, value_dim, output.weight.shape[0], "cross" if crossing else "self",
+            projections, own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim),
+            windowed=self.windowed or sees_parts(module, dispatcher),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        set_head_counts(site.dispatcher, head_map, site.head_dim)
+        module: Foreign = site.dispatcher
+        output = None if self.inner else self.projections[3]
+        if getattr(module, "position_embeddings_type", None) != "rotary":  # then the states turn, as wide as all heads
+            set_head_counts(module, head_map, site.head_dim)
+        if self.head_dim != "head_size" and hasattr(module, "head_size"):  # LXMERT's name for the width of all heads
+            module.head_size = head_map.query_heads * site.head_dim
+        if getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False):
+            remember_positions(site.module, site.head_map.query_heads, kept)
+            specialise(site.module, OwnPositions)
         if not head_map.query_heads:
-            empty(site.dispatcher, None if self.inner else self.projections[3], self.emptied)
+            empty(module, output, self.emptied) if self.emptied else empty_alike(module, output)
 
 
-def at(module: Foreign, path: str) -> Foreign:
-    """What stands at `path` below `module`; None where there is nothing."""
-    return reduce(lambda found, name: getattr(found, name, None), path.split("."), module)
+class OfEmbedDim(Named):
+    """VITS, whose forward takes the width of all heads from `embed_dim`; its relative positions are the same for all heads."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        return super().site(name, module) if hasattr(module, "window_size") and hasattr(module, "embed_dim") else None
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        super().after_cut(site, head_map, kept)
+        module: Foreign = site.module
+        module.embed_dim = head_map.query_heads * site.head_dim
+
+
+def sees_parts(module: nn.Module, attention: nn.Module) -> bool:
+    """MobileViT's see parts of pictures as a batch; they are given states alone, and so no mask, and return no weights."""
+    given = [*inspect.signature(forward_of(module)).parameters]
+    return given == ["self", "hidden_states"] and returns_alone(attention)
 
 
 register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))
-register_adapter(
-    Named(
-        "qformer", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention",
-        beside=("output.LayerNorm",),
-    )
-)  # fmt: skip
+register_adapter(Named("bert_vision", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention"))
 register_adapter(
     Named(
         "deberta", ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"), "self",
@@ -83,6 +108,17 @@ register_adapter(
         (("key", "self.pos_key_proj"), ("query", "self.pos_query_proj")),
     )
 )  # fmt: skip
+register_adapter(Named("lxmert", ("att.query", "att.key", "att.value", "output.dense"), "att"))
+register_adapter(
+    Named(
+        "perceiver", ("self.query", "self.key", "self.value", "output.dense"), "self",
+        head_dim="qk_channels_per_head", value_dim="v_channels_per_head",
+    )
+)  # fmt: skip
+register_adapter(OfEmbedDim("vits", ("q_proj", "k_proj", "v_proj", "out_proj"), head_dim="head_dim"))
+for name, head_dim in (("conformer", "head_size"), ("conformer_of_speech", "head_dim")):
+    linear = ("linear_q", "linear_k", "linear_v", "linear_out")
+    register_adapter(Named(name, linear, more=(("key", "linear_pos"),), head_dim=head_dim))
 register_adapter(Named("distilbert", ("q_lin", "k_lin", "v_lin", "out_lin")))
 # One module is several layers: what it loses they all lose.
 register_adapter(Named("albert", ("query", "key", "value", "dense"), emptied=EmptiedAlbert))

@@ -84,9 +84,9 @@ class EmptiedOpenAI(Emptied):
 
 
 class EmptiedAlone(Emptied):
-    """Returns its output alone, without attention weights (the vision towers of Qwen)."""
+    """Returns its output alone, without attention weights (the vision towers of Qwen, MobileViT)."""
 
-    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return output
 
 
@@ -123,6 +123,27 @@ class EmptiedTimm(Emptied):
     def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         dropped: Tensor = self.proj_drop(output)
         return dropped
+
+
+class EmptiedGraniteSpeech(Emptied):
+    """Granite Speech's conformer: its output alone, through its dropout."""
+
+    dropout: nn.Module
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        dropped: Tensor = self.dropout(output)
+        return dropped
+
+
+class EmptiedOnDemand(Emptied):
+    """An attention that returns its weights where it is asked for them (ViLT, FLAVA, LayoutLMv3)."""
+
+    headprune_asked_at: int  # where output_attentions stands among the arguments
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        behind = args[self.headprune_asked_at :]
+        asked = kwargs.get("output_attentions", behind[0] if behind else False)
+        return (output, weights) if asked else (output,)
 
 
 class EmptiedLinear(NonDynamicallyQuantizableLinear):

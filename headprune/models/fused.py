@@ -1,25 +1,40 @@
-"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT, ModernBERT (blocks), GPT-NeoX, BLOOM
+"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT, ModernBERT (blocks), GPT-NeoX, BLOOM, DeBERTa v1
 (interleaved per head), Falcon (any of them), StarCoder (one key/value head behind all queries, or interleaved), and others like
 them. Those of vision models: fused_vision.py."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.cached import CachedFeatures
-from headprune.models.emptied import Emptied, EmptiedBloom, EmptiedOpenAI, EmptiedWithBias
+from headprune.models.emptied import Emptied, EmptiedBloom, EmptiedGraniteSpeech, EmptiedOpenAI, EmptiedWithBias
+from headprune.models.emptied_form import empty_alike, forward_of
 from headprune.models.fused_layout import blocks, key_value_blocks, per_group, per_head, places_in_groups, quarters
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import GroupedFalcon, OwnPositions, remember_positions
+from headprune.models.own_tensors import own_tensors
+from headprune.models.own_width import OwnWidth, OwnWidthProjected
 from headprune.models.quarters import QuarteredHeads
-from headprune.models.site import AttentionSite, Foreign, Kind, ProjectionHeads, Role, check_projection, contiguous_heads, is_conv1d
+from headprune.models.site import (
+    AttentionSite,
+    Foreign,
+    Kind,
+    ProjectionHeads,
+    Role,
+    at,
+    check_projection,
+    contiguous_heads,
+    is_conv1d,
+)
 from headprune.models.specialise import empty, specialise
 
 Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
@@ -29,10 +44,12 @@ Layout = Callable[[str, Foreign, HeadMap, int], tuple[ProjectionHeads, ...]]
 class Fused:
     """One fused layout; registered once per kind of module.
 
-    fused, output, head_dim: attributes of the module; head_dim also a function of it. is_kind: tells it from others with the same
-    attributes.
+    fused, output: paths below the module. head_dim: another (or to the scale, its root's reciprocal), or a function of the module.
+    is_kind: tells it from others with the same. inner: the part that computes the attention, where the output projection stands
+    beside it ("" = the module itself).
     layout: where the heads lie, or a function of the module that tells. kv_heads: key/value heads of a module that was never
-    cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads.
+    cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads;
+    None: one that returns what it returned with them.
     runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite. windowed: as
     there.
     """
@@ -45,35 +62,40 @@ class Fused:
     layout: Callable[[Foreign], Layout]
     kv_heads: Callable[[Foreign], int] | None = None
     after: Callable[[AttentionSite, HeadMap, tuple[int, ...]], None] = lambda site, head_map, kept: None
-    emptied: type = Emptied
+    emptied: type | None = Emptied
     runs_ragged: bool = False
     cached: Callable[[Foreign], CachedFeatures | None] = lambda module: None
+    inner: str = ""
     windowed: bool = False
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
-        attributes = [self.fused, self.output, *([self.head_dim] if isinstance(self.head_dim, str) else [])]
-        if not all(hasattr(module, part) for part in attributes) or not self.is_kind(module):
+        fused, output = at(module, self.fused), at(module, self.output)
+        if fused is None or output is None or (isinstance(self.head_dim, str) and at(module, self.head_dim) is None):
             return None
-        head_dim = getattr(module, self.head_dim) if isinstance(self.head_dim, str) else self.head_dim(module)
-        output = getattr(module, self.output)
+        if not self.is_kind(module):
+            return None
+        told = at(module, self.head_dim) if isinstance(self.head_dim, str) else self.head_dim(module)
+        head_dim = told if isinstance(told, int) else round(told**-2)
+        dispatcher = at(module, self.inner) if self.inner else module
         check_projection(f"{name}.{self.output}", output)
         features, hidden = output.weight.shape if is_conv1d(output) else reversed(output.weight.shape)
         kv_features = features if self.kv_heads is None else self.kv_heads(module) * head_dim
-        head_map = head_map_of(module, features, kv_features, head_dim, name)
-        inputs = self.layout(module)(f"{name}.{self.fused}", getattr(module, self.fused), head_map, head_dim)
+        head_map = head_map_of(dispatcher, features, kv_features, head_dim, name)
+        inputs = self.layout(module)(f"{name}.{self.fused}", fused, head_map, head_dim)
         out = contiguous_heads("output", f"{name}.{self.output}", output, head_map.query_heads, head_dim)
-        parts = (*inputs, out)
         kind: Kind = "cross" if getattr(module, "is_cross_attention", False) else "self"
+        extras = own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim)
         return AttentionSite(
-            name, module, module, head_map, head_dim, head_dim, hidden, kind, parts, windowed=self.windowed,
+            name, module, dispatcher, head_map, head_dim, head_dim, hidden, kind, (*inputs, out), extras, self.windowed,
             cached=self.cached(module),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        set_head_counts(site.module, head_map, site.head_dim)
+        set_head_counts(site.dispatcher, head_map, site.head_dim)
         self.after(site, head_map, kept)
         if not head_map.query_heads:
-            empty(site.module, self.output, self.emptied)
+            output = None if self.inner else self.output
+            empty(site.dispatcher, output, self.emptied) if self.emptied else empty_alike(site.dispatcher, output)
 
 
 def in_groups(module: Foreign) -> bool:
@@ -113,6 +135,10 @@ def codegen_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...])
     specialise(site.module, QuarteredHeads)
 
 
+def width_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    specialise(site.dispatcher, OwnWidth if site.dispatcher is not site.module else OwnWidthProjected)
+
+
 def falcon_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
     module: Foreign = site.module
     remember_positions(module, site.head_map.query_heads, kept)
@@ -130,6 +156,40 @@ def is_bloom(module: Foreign) -> bool:
     if module.pretraining_tp > 1 and module.slow_but_exact:
         raise UnsupportedModel("BLOOM's slow_but_exact forward slices weights by the original width; set slow_but_exact=False.")
     return True
+
+
+def is_deberta(module: Foreign) -> bool:
+    if any(getattr(module.self, mix, None) is not None for mix in ("head_logits_proj", "head_weights_proj")):
+        raise UnsupportedModel(
+            "DeBERTa's talking heads mix all heads with each other: cutting heads would differ from gating them."
+        )
+    return isinstance(getattr(module.self, "q_bias", None), Tensor)
+
+
+def deberta_layout(module: Foreign) -> Layout:
+    """Positions have projections of their own, which the query and the key of the same head read."""
+    positions: tuple[tuple[Role, str], ...] = (("key", "pos_proj"), ("query", "pos_q_proj"))
+    there = [(role, part) for role, part in positions if hasattr(module.self, part)]
+
+    def with_positions(name: str, fused: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+        around = name.rpartition(".")[0]
+        more = (
+            contiguous_heads(role, f"{around}.{part}", getattr(module.self, part), head_map.query_heads, head_dim)
+            for role, part in there
+        )
+        return *per_head(name, fused, head_map, head_dim), *more
+
+    return with_positions
+
+
+def takes_width_of_states(module: Foreign) -> bool:
+    """Told by its parts and by the arguments of the forward that it had at first."""
+    inner: Foreign = getattr(module, "attention", module)
+    projected = ["qkv", "attn_drop", "proj", "proj_drop"]
+    arguments = [*inspect.signature(forward_of(inner)).parameters][1:]
+    parts = [name for name, _ in inner.named_children()]
+    known = (projected, ["hidden_states"]) if inner is module else (projected[:2], ["hidden_states", "output_attentions"])
+    return (parts, arguments) == known and hasattr(inner, "num_heads")
 
 
 def is_gpt2(module: Foreign) -> bool:
@@ -161,6 +221,16 @@ def gpt2_layout(module: Foreign) -> Layout:
         return query, *key_value_blocks(name, fused, head_map, head_dim)
 
     return cross
+
+
+def granite_speech_layout(module: Foreign) -> Layout:
+    """Queries in a layer of their own; positions are embedded in one head's width, for all heads."""
+
+    def apart(name: str, fused: Foreign, head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:
+        query = contiguous_heads("query", f"{name.rpartition('.')[0]}.to_q", module.to_q, head_map.query_heads, head_dim)
+        return query, *key_value_blocks(name, fused, head_map, head_dim)
+
+    return apart
 
 
 def falcon_layout(module: Foreign) -> Layout:
@@ -207,6 +277,22 @@ register_adapter(Fused("modernbert", "Wqkv", "Wo", "head_dim", lambda module: ha
 register_adapter(
     Fused("gpt_neox", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "config"), lambda module: per_head)
 )
+register_adapter(
+    Fused("deberta_v1", "self.in_proj", "output.dense", "self.attention_head_size", is_deberta, deberta_layout, inner="self")
+)
+register_adapter(
+    Fused(
+        "granite_speech", "to_kv", "to_out", "dim_head", lambda module: hasattr(module, "to_q") and hasattr(module, "rel_pos_emb"),
+        granite_speech_layout, emptied=EmptiedGraniteSpeech,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "timesformer", "attention.qkv", "output.dense", "attention.scale", takes_width_of_states, lambda module: blocks,
+        after=width_after, emptied=None, inner="attention", windowed=True,
+    )
+)  # fmt: skip
+register_adapter(Fused("mgp_str", "qkv", "proj", "scale", takes_width_of_states, lambda module: blocks, after=width_after))
 register_adapter(
     Fused(
         "gpt_neox_japanese", "query_key_value", "dense", "head_size", lambda module: hasattr(module, "dense_bias"),

@@ -1,5 +1,6 @@
-"""Position biases that a model makes for all heads at once and hands to every layer (ALiBi in BLOOM, Falcon and MPT): a
-pruned layer picks those of its own heads. The slopes stay those of the original heads, whatever was cut."""
+"""Position biases that a model makes for all heads at once and hands to every layer (ALiBi in BLOOM, Falcon and MPT, tables of
+relative positions in BEiT): a pruned layer picks those of its own heads. They stay those of the original heads, whatever was
+cut."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from headprune.models.behaviour import Behaviour
 from headprune.models.selection import select_heads
 
-BIASES = ("alibi", "position_bias", "attention_mask")
+BIASES = ("alibi", "position_bias", "attention_mask", "relative_position_bias")
 
 
 class OwnPositions(Behaviour):

@@ -7,18 +7,13 @@ from __future__ import annotations
 from headprune.head_map import HeadMap
 from headprune.models.adapters import register_adapter
 from headprune.models.bert import Named
-from headprune.models.emptied import EmptiedAsAsked, EmptiedPooled, EmptiedPooledAlone
+from headprune.models.emptied import Emptied, EmptiedAsAsked, EmptiedPooled, EmptiedPooledAlone
 from headprune.models.fused import Fused
 from headprune.models.fused_layout import blocks
 from headprune.models.separate import unknown_parameters
 from headprune.models.site import AttentionSite, Foreign
 
 DECODER = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-def size_of_head(module: Foreign) -> int:
-    size: int = round(module.scale**-2)
-    return size
 
 
 def tables_of_window(module: Foreign) -> bool:
@@ -56,14 +51,11 @@ def size_in_decoder(module: Foreign) -> int | None:
     return round(module.scaling**-2) if known and not unknown_parameters(module, set(DECODER)) else None
 
 
-register_adapter(Fused("sam", "qkv", "proj", size_of_head, is_sam, lambda module: blocks, windowed=True))
-register_adapter(
-    Fused("vitdet", "qkv", "proj", size_of_head, is_vitdet, lambda module: blocks, emptied=EmptiedAsAsked, windowed=True)
-)
-register_adapter(
-    Fused("sam2", "qkv", "proj", size_of_head, is_sam2, lambda module: blocks, emptied=EmptiedPooledAlone, windowed=True)
-)
+register_adapter(Fused("sam", "qkv", "proj", "scale", is_sam, lambda module: blocks, windowed=True))
+register_adapter(Fused("vitdet", "qkv", "proj", "scale", is_vitdet, lambda module: blocks, emptied=EmptiedAsAsked, windowed=True))
+register_adapter(Fused("sam2", "qkv", "proj", "scale", is_sam2, lambda module: blocks, emptied=EmptiedPooledAlone, windowed=True))
 register_adapter(
     Fused("hiera", "qkv", "proj", "head_dim", is_hiera, lambda module: blocks, after=hiera_after, emptied=EmptiedPooled)
 )
-register_adapter(Named("mask_decoder", DECODER, head_dim=size_in_decoder, windowed=True))
+# The annotation of its forward says that it returns no weights; it does.
+register_adapter(Named("mask_decoder", DECODER, head_dim=size_in_decoder, emptied=Emptied, windowed=True))

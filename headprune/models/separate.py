@@ -14,6 +14,7 @@ from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.head_counts import follow_width, set_head_counts
 from headprune.models.layer_config import follow_groups
+from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.selection import PicksHeads
 from headprune.models.site import (
     AttentionSite,
@@ -34,6 +35,8 @@ INPUTS = (("q_proj", "k_proj", "v_proj"), ("Wq", "Wk", "Wv"))
 OUTPUTS = ("o_proj", "out_proj", "dense", "Wo", "projection_layer")
 GATES = ("gate_proj", "g_proj")
 BESIDES = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "sinks", "relative_position_bias")  # what else may hold parameters
+# Options of a model that makes biases of positions for all heads and hands them to its attentions as a mask (BEiT).
+POSITIONS = ("use_relative_position_bias", "use_shared_relative_position_bias")
 
 
 class Separate:
@@ -110,6 +113,9 @@ class Separate:
         set_head_counts(module, head_map, site.head_dim)
         follow_width(module, site, head_map)
         follow_groups(module, head_map)
+        if any(getattr(module.config, bias, False) for bias in POSITIONS):
+            remember_positions(module, site.head_map.query_heads, kept)
+            specialise(module, OwnPositions)
         picked: tuple[tuple[Role, tuple[int, ...]], ...] = (("query", kept), ("key", site.head_map.kept_kv_heads(kept)))
         for role, heads in picked:
             if site.projection(role).whole:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -221,6 +221,11 @@ def check_projection(name: str, module: Foreign) -> None:
         raise UnsupportedModel(
             f"{name} holds {found} weights, quantised or spread over devices; prune first and quantise or shard after."
         )
+
+
+def at(module: Foreign, path: str) -> Foreign:
+    """What stands at `path` below `module`; None where there is nothing."""
+    return reduce(lambda found, name: getattr(found, name, None), path.split("."), module)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -15,8 +15,8 @@ FRAMES = 64
 
 
 def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Arguments of `model.forward`: two rows of tokens (one of them padded), one picture, one sound or spectrogram, as the
-    model takes them; None where its config does not tell."""
+    """Arguments of `model.forward`: two rows of tokens (one of them padded), one picture or film (beside tokens one for each
+    row), one sound or spectrogram, as the model takes them; None where its config does not tell."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return picture_for_patches(model)
@@ -24,15 +24,17 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     inputs: dict[str, Any] = {}
     main = getattr(model, "main_input_name", "input_ids")
     vocabulary: Any = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
-    if "input_ids" in taken and main in ("input_ids", "pixel_values") and isinstance(vocabulary, int):
+    if "input_ids" in taken and main in ("input_ids", "pixel_values", "inputs") and isinstance(vocabulary, int):
         inputs |= tokens(vocabulary)
     if "grid_thw" in taken or "image_grid_thw" in taken:
         inputs |= packed_picture(model, taken, inputs.get("input_ids"))
     elif "pixel_values" in taken:
-        inputs |= pixels(getattr(config, "vision_config", config))
+        inputs |= pixels(getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs))
         inputs |= with_places(config, inputs)
     if "qformer_input_ids" in taken:
         inputs["qformer_input_ids"] = tokens(config.qformer_config.vocab_size)["input_ids"][:1]
+    if "visual_feats" in taken and hasattr(config, "visual_feat_dim"):  # of what LXMERT's detector found
+        inputs |= {"visual_feats": torch.ones(2, 3, config.visual_feat_dim), "visual_pos": torch.ones(2, 3, config.visual_pos_dim)}
     if "input_features" in taken and main == "input_features":
         inputs |= spectrogram(model, config)
     if "input_values" in taken and main == "input_values":
@@ -62,7 +64,7 @@ def picture_for_patches(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def rows_of(inputs: dict[str, Tensor]) -> int:
-    return next(iter(inputs.values())).shape[0]
+    return next(iter(inputs.values())).shape[0] if inputs else 1
 
 
 def tokens(vocabulary: int) -> dict[str, Tensor]:
@@ -72,13 +74,16 @@ def tokens(vocabulary: int) -> dict[str, Tensor]:
     return {"input_ids": ids.clamp(max=vocabulary - 1), "attention_mask": mask}
 
 
-def pixels(config: Any) -> dict[str, Tensor]:
+def pixels(config: Any, rows: int) -> dict[str, Tensor]:
     size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None)
     if size is None:
         return {}
     height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)}
+    shape: tuple[int, ...] = (getattr(config, "num_channels", 3), height, width)
+    frames = getattr(config, "num_frames", None)
+    if isinstance(frames, int):  # a film
+        shape = (frames, *shape)
+    return {"pixel_values": torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).repeat(rows, *[1] * len(shape))}
 
 
 def with_places(config: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,7 +138,8 @@ def spectrogram(model: nn.Module, config: Any) -> dict[str, Tensor]:
 
 
 def bins_of(config: Any) -> Any:
-    return getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", None))
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
 
 
 def sound(config: Any) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ def block_of(entries: Tensor, length: int) -> int:
 
 def fresh(shape: list[int], dtype: torch.dtype) -> Tensor:
     """Empty CPU memory, where it is large in huge pages if the system gives them on request."""
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device="cpu")  # where a model is built on another device too
     if out.nbytes < LARGE or sys.platform != "linux":
         return out
     start = -(-out.data_ptr() // HUGE_PAGE) * HUGE_PAGE

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from transformers import PreTrainedModel
 
 from headprune.models import attention_sites
@@ -48,7 +49,7 @@ def layout_of(model: PreTrainedModel, stock: type[PreTrainedModel]) -> dict[str,
 def difference(module: nn.Module, original: nn.Module) -> dict[str, Any] | None:
     """What `layout_of` says of one module; None where it cannot be said."""
     behaviour = vars(type(module)).get("headprune_behaviour")
-    if original_class(module) is not type(original) or (behaviour is not None and behaviour.__name__ not in BEHAVIOURS):
+    if class_of(module) is not class_of(original) or (behaviour is not None and behaviour.__name__ not in BEHAVIOURS):
         return None
     if hooks(module) != hooks(original) or buffers(module) != buffers(original):
         return None
@@ -69,6 +70,11 @@ def difference(module: nn.Module, original: nn.Module) -> dict[str, Any] | None:
     if length(module) < length(original):
         found["modules"] = length(module)
     return found
+
+
+def class_of(module: nn.Module) -> type:
+    """torch makes a class for each module with a parametrisation (weight_norm in wav2vec 2.0); before that it had its family's."""
+    return type_before_parametrizations(module) if is_parametrized(module) else original_class(module)
 
 
 def attributes_of_its_own(module: nn.Module, original: nn.Module) -> dict[str, Any]:

@@ -29,15 +29,20 @@ from headprune.models.emptied import (
     EmptiedAsAsked,
     EmptiedBloom,
     EmptiedConv1D,
+    EmptiedGraniteSpeech,
     EmptiedLinear,
+    EmptiedOnDemand,
     EmptiedOpenAI,
     EmptiedPooled,
     EmptiedPooledAlone,
     EmptiedTimm,
     EmptiedWithBias,
 )
+from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
+from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
+from headprune.models.own_width import OwnWidth, OwnWidthProjected
 from headprune.models.quarters import QuarteredHeads
 from headprune.models.selection import PicksHeads
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
@@ -52,9 +57,10 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedLinear, EmptiedOpenAI,
-        EmptiedPooled, EmptiedPooledAlone, EmptiedT5, EmptiedTimm, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnPositions,
-        PicksHeads, QuarteredHeads, SharedPositions,
+        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGraniteSpeech,
+        EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone,
+        EmptiedT5, EmptiedTimm, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnPositions, OwnWidth,
+        OwnWidthProjected, PicksHeads, QuarteredHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.

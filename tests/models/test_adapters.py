@@ -5,6 +5,7 @@ import torch
 from tiny_decoders import decoder
 from tiny_models import bert, hidden, llama, padded
 from torch import nn
+from transformers import DebertaConfig, DebertaModel
 
 import headprune as hp
 import headprune.models as models
@@ -120,3 +121,9 @@ def test_a_norm_over_some_heads_is_refused_with_the_reason():
     model.model.layers[0].self_attn.q_norm = nn.RMSNorm(24)
     with pytest.raises(UnsupportedModel, match=r"q_proj: its norm spans 24 features, neither one head \(8\) nor all of them"):
         models.attention_sites(model)
+
+
+def test_heads_that_talk_to_each_other_are_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 16}
+    with pytest.raises(UnsupportedModel, match="talking heads mix all heads"):
+        models.attention_sites(DebertaModel(DebertaConfig(talking_head=True, **sizes)))

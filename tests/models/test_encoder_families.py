@@ -47,7 +47,8 @@ def output(model, batch) -> torch.Tensor:
         found = model(**batch)
     logits = next(found[name] for name in ("logits", "logits_per_image") if name in found)
     counted = batch.get("labels")
-    return logits * (counted != -100)[..., None] if counted is not None and counted.shape == logits.shape[:2] else logits
+    of_tokens = counted is not None and logits.dim() == 3 and counted.shape == logits.shape[:2]
+    return logits * (counted != -100)[..., None] if of_tokens else logits
 
 
 def batches(family: Family) -> list[dict]:
@@ -90,7 +91,8 @@ def test_a_pruned_model_survives_the_disk(name, tmp_path):
     hp.cut(model, drawn(hp.attention_sites(model)))
     hp.save(model, tmp_path / "model")
     again = hp.load(tmp_path / "model", attn_implementation=model.config._attn_implementation)
-    assert torch.equal(output(again, batch), output(model, batch))
+    # Convolutions (MobileViT) may add in another order in other memory.
+    assert torch.allclose(output(again, batch), output(model, batch), rtol=0, atol=1e-6)
     assert [site.head_map for site in hp.attention_sites(again)] == [site.head_map for site in hp.attention_sites(model)]
 
 

@@ -37,7 +37,7 @@ def generated(model, batch, options) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_pruned_model_generates_what_its_gated_original_does(name, way):
     batch = SEQ2SEQ[name].batch("left")
     _, dense = generated(SEQ2SEQ[name].make(), batch, WAYS[way])
-    for implementation in ("sdpa", "headprune"):
+    for implementation in SEQ2SEQ[name].implementations[-2:]:
         for keep in plans(SEQ2SEQ[name].make()):
             model = SEQ2SEQ[name].make(implementation)
             with hp.gated(model, keep):

@@ -1,0 +1,64 @@
+"""The forward of an attention in LED's decoder that has lost heads: the stock one with the width of the heads that are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
+
+from headprune.models.behaviour import Behaviour
+from headprune.models.emptied import Emptied
+
+
+class OwnLedDecoder(Behaviour):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
+    num_heads: int
+    head_dim: int
+    scaling: float
+    dropout: float
+    layer_idx: int
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Any, ...]:
+        query = self.split(self.q_proj(hidden_states) * self.scaling)
+        key, value = self.keys_and_values(hidden_states, key_value_states, past_key_values)
+        scores = query @ key.transpose(-2, -1)
+        weights = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1)
+        output = (F.dropout(weights, self.dropout, self.training) @ value).transpose(1, 2).flatten(2)
+        return self.out_proj(output), weights if output_attentions else None, past_key_values
+
+    def keys_and_values(self, states: Tensor, source: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
+        """Those of all tokens so far; of the encoder's tokens they are made once."""
+        cross, both = source is not None, isinstance(cache, EncoderDecoderCache)
+        own = (cache.cross_attention_cache if cross else cache.self_attention_cache) if both else cache
+        if cross and both and cache.is_updated.get(self.layer_idx):
+            return own.layers[self.layer_idx].keys, own.layers[self.layer_idx].values
+        read = states if source is None else source
+        made = self.split(self.k_proj(read)), self.split(self.v_proj(read))
+        if own is not None:
+            made = own.update(*made, self.layer_idx)
+        if cross and both:
+            cache.is_updated[self.layer_idx] = True
+        return made
+
+    def split(self, states: Tensor) -> Tensor:
+        """[batch, tokens, features] -> [batch, heads, tokens, head_dim]"""
+        return states.view(*states.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
+
+
+class EmptiedLedDecoder(Emptied):
+    """It hands back the cache too."""
+
+    def result(self, output: Tensor, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        return output, weights if kwargs.get("output_attentions") else None, kwargs.get("past_key_values")

@@ -1,0 +1,24 @@
+"""What heads have beside their projections, found by the names that transformers gives it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from headprune.models.site import Foreign, HeadTensor
+
+# Biases that an attention adds itself: one after another (DeBERTa) or [heads, head_dim] (Transformer-XL's positions in conformers).
+BIASES = ("q_bias", "v_bias", "pos_bias_u", "pos_bias_v")
+TABLE = "relative_position_bias_table"  # [distances, heads], in a part of the attention (BEiT and its relatives)
+
+
+def own_tensors(name: str, attention: Foreign, head_dim: int) -> tuple[HeadTensor, ...]:
+    """Those of `attention`, which stands at `name`."""
+    biases = {bias: tensor for bias in BIASES if isinstance(tensor := getattr(attention, bias, None), Tensor)}
+    tables = [part for part, child in attention.named_children() if isinstance(getattr(child, TABLE, None), Tensor)]
+    return (
+        *(
+            HeadTensor(f"{name}.{bias}", attention, bias, width=head_dim if tensor.dim() == 1 else 1)
+            for bias, tensor in biases.items()
+        ),
+        *(HeadTensor(f"{name}.{part}", getattr(attention, part), TABLE, dim=1) for part in tables),
+    )
