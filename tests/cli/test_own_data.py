@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from tiny_encoders import VISION
 from tiny_models import llama
 
 import headprune as hp
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "own-text.yaml"
 
 
 @pytest.fixture
@@ -40,15 +43,11 @@ def test_the_whole_way_on_a_text_by_commands(call, decoder, tmp_path):
     assert sum(site.head_map.query_heads for site in hp.attention_sites(hp.load("recovered"))) == 8
 
 
-def test_a_recipe_takes_the_tasks_options(call, decoder, tmp_path):
-    recipe = {
-        "model": str(decoder), "task": {"name": "text", "options": {"calibration": str(tmp_path / "own.txt"), "window": 16}},
-        "evaluate": {"repeats": 1}, "output": str(tmp_path / "run"),
-    }  # fmt: skip
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
-    code, _, err = call("run", str(tmp_path / "own.yaml"), "plan.budget.heads=0.25")
+def test_the_recipe_for_ones_own_text_runs(call, decoder, tmp_path):
+    text = f"task.options.calibration={tmp_path / 'own.txt'}"
+    code, _, err = call("run", str(RECIPE), f"model={decoder}", text, "task.options.window=16", "evaluate.repeats=1", "output=run")
     assert code == 0, err
-    assert sum(site.head_map.query_heads for site in hp.attention_sites(hp.load(tmp_path / "run" / "model"))) == 12
+    assert sum(site.head_map.query_heads for site in hp.attention_sites(hp.load("run/model"))) == 12
 
 
 def test_a_model_in_bf16_goes_through_a_run_with_recovery(call, decoder, tmp_path):
