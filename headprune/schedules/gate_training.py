@@ -21,6 +21,7 @@ from headprune.models.uncompiled import uncompiled
 from headprune.models.watching import through_headprune
 from headprune.nn.linear import through_onednn
 from headprune.recovery import Objective
+from headprune.recovery.master_weights import master_weights, mixed_precision
 from headprune.schedules.gates import GateLayout, GateMethod, Moment
 from headprune.schedules.gates.reach import gates_in_place, through_operator
 from headprune.schedules.spacing import cubic
@@ -85,6 +86,7 @@ class GateTrainer:
             groups.append({"params": learnt, "lr": self.training.gate_rate(0), "weight_decay": 0.0, "gates": True})
         self.weights = weights
         self.optimizer = torch.optim.AdamW(groups) if groups else None
+        self.mixed = bool(weights and mixed_precision(self.model, {}))
 
     @property
     def layout(self) -> GateLayout:
@@ -92,6 +94,10 @@ class GateTrainer:
 
     def train(self, data: Any, state: Path | None, progress: Callable[[int, int], None] | None) -> None:
         """Raises HeadpruneError where the loss is not finite; the state before that step is saved."""
+        with master_weights(self.model, self.mixed):
+            self.train_all(data, state, progress)
+
+    def train_all(self, data: Any, state: Path | None, progress: Callable[[int, int], None] | None) -> None:
         first, steps, saved = self.take_up(state), self.training.steps, time.monotonic()
         with self.ready(next(batches_from(data, 0, 1, self.training.seed))):
             for step, batch in enumerate(batches_from(data, first, steps, self.training.seed), start=first):
@@ -124,9 +130,13 @@ class GateTrainer:
             stack.enter_context(self.objective.ready(next(self.model.parameters()).device, batch))
             if not self.weights:
                 stack.enter_context(frozen(self.model))
-            self.operator = through_operator(self.model, self.sites, lambda: self.objective(self.model, batch))
+            self.operator = through_operator(self.model, self.sites, lambda: self.loss(batch))
             self.model.train(self.training.dropout)
             yield
+
+    def loss(self, batch: Any) -> Tensor:
+        with torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=self.mixed):
+            return self.objective(self.model, batch)
 
     def one_step(self, step: int, batch: Any) -> float:
         """The loss; where it is not finite nothing was changed."""
@@ -135,7 +145,7 @@ class GateTrainer:
         drawn = self.gates(moment)
         drawn.retain_grad()
         with gates_in_place(self.sites, self.operator, self.layout.by_site(drawn)):
-            loss = self.objective(self.model, batch)
+            loss = self.loss(batch)
             if not bool(loss.isfinite()):
                 return float(loss.detach())
             if self.optimizer:

@@ -185,3 +185,17 @@ def test_gates_are_trained_by_the_dense_model_too():
     )
     assert {name: sorted(set(range(4)) - set(heads)) for name, heads in found.plan.items()} == PLANTED
     assert found.quality is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_in_half_precision_are_trained_in_fp32(method):
+    seen = []
+
+    def watched(model, batch):
+        seen.append({parameter.dtype for parameter in model.parameters()})
+        return loss(model, batch)
+
+    options = {"method": method, "steps": 6, "lr": 1e-3, "loss_fn": watched, "compensate": False}
+    found = schedules.pruning_aware(tiny().to(torch.bfloat16), batches(), hp.Budget(heads=0.5), **options)
+    assert seen.count({torch.float32}) >= 6
+    assert {parameter.dtype for parameter in found.model.parameters()} == {torch.bfloat16}
