@@ -18,6 +18,7 @@ from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.evaluation.cost import kv_cache_bytes_per_token
 from headprune.models import attention_sites
 from headprune.models.trunk import trunk_of
+from headprune.nn.replace import own_attention
 from headprune.planning import Budget, plan
 from headprune.scoring import score
 from headprune.scoring.causal_losses import TOKENS
@@ -165,7 +166,8 @@ def estimate(
     if kind not in found.flops:
         raise InvalidInput(f"nothing is known of the rate of {device} in {kind}; take dtype= out of {', '.join(found.flops)}.")
     chosen = plan(score(model, (), "random"), budget, allocation="uniform", granularity=granularity)
-    dense, memory = cost_of(model, length, weights), Memory.of(model, batch * length, weights)
+    with own_attention(model):
+        dense, memory = cost_of(model, length, weights), Memory.of(model, batch * length, weights)
     pruned = skeleton(folder)
     cut(pruned, chosen, verify=False)
     flops = 3 * tokens * dense.flops_per_token  # forward, the same again in the backward pass, gradients of activations alone

@@ -5,7 +5,7 @@ import resource
 
 from command_line import only_error
 from tiny_models import bert, llama
-from transformers import BertModel
+from transformers import BertModel, SiglipVisionConfig, SiglipVisionModel
 
 from headprune.planning import PruningPlan
 from headprune.scoring import score
@@ -99,3 +99,17 @@ def test_a_disk_that_is_full_while_saving_is_one_line_and_leaves_nothing(call, t
     assert code == 2
     assert "cannot write out/pruned" in only_error(err)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_that_pools_by_torchs_own_attention_is_inspected(call, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path / "siglip")
+    for command in (("inspect",), ("diff", "./siglip")):
+        code, out, err = call(command[0], "./siglip", *command[1:], "--json")
+        assert code == 0, err
+        assert json.loads(out)
+    code, _, err = call("estimate", "./siglip", "--heads", "0.5", "--device", "h100")
+    assert code == 2
+    assert "one stack" in only_error(err)
+    code, out, _ = call("inspect", "./siglip", "--json")
+    assert [row["attention"] for row in json.loads(out)["attentions"]][-1] == "head.attention"
