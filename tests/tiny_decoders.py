@@ -89,6 +89,7 @@ FAMILIES = {
     ),
     "gemma3": ("Gemma3", {**MODERN, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}),
     "gemma4": ("Gemma4", GEMMA4),
+    "moshi": ("Moshi", {**MODERN, "head_dim": 8, "ffn_dim": 48, "sliding_window": 64}),
     "phi3": ("Phi3", MODERN),
     "olmo2": ("Olmo2", MODERN),
     "granite": ("Granite", MODERN),

@@ -24,6 +24,7 @@ from headprune.models.site import (
     Kind,
     ProjectionHeads,
     Role,
+    at,
     check_projection,
     contiguous_heads,
     heads_at,
@@ -62,27 +63,28 @@ class Separate:
             return None
         key = inputs[1]
         keys_alone = hasattr(module, inputs[2]) and getattr(module, inputs[2]) is None  # they are the values too
-        linear = (*inputs[:2], key if keys_alone else inputs[2], output)
-        if not all(isinstance(getattr(module, part, None), nn.Module) for part in linear):
+        parts = (*inputs[:2], key if keys_alone else inputs[2], output)
+        linear = tuple(linear_in(module, part) for part in parts)
+        if not all(isinstance(at(module, path), nn.Module) for path in linear):
             return None
         if not (isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "config")):
             return None
         if getattr(module, "store_full_length_kv", False) and getattr(module.config, "num_kv_shared_layers", 0):
             return None  # later layers read its keys and values, of all heads (Gemma 3n)
-        head_dim, o = module.head_dim, getattr(module, output)
+        head_dim, o = module.head_dim, at(module, linear[3])
         value_dim = getattr(module, "v_head_dim", head_dim)
-        for part in linear:
-            check_projection(f"{name}.{part}", getattr(module, part))
-        queries, _, values, _ = (getattr(module, part).weight.shape[0] for part in linear)
+        for path in linear:
+            check_projection(f"{name}.{path}", at(module, path))
+        queries, _, values, _ = (at(module, path).weight.shape[0] for path in linear)
         head_map = head_map_of(module, o.weight.shape[1], values, value_dim, name)
         # Two features in the queries for each that is read of the output: half of them are gates.
         gated = bool(head_map.query_heads) and queries == 2 * head_map.query_heads * head_dim
         widths = (head_dim * (1 + gated), head_dim, value_dim, value_dim)
         heads = dict(zip(ROLES, (head_map.query_heads, head_map.kv_heads, head_map.kv_heads, head_map.query_heads)))
         projections, extras, modules = [], [], []
-        for role, part, width in zip(ROLES, linear, widths):
+        for role, path, width in zip(ROLES, linear, widths):
             norm = getattr(module, f"{role[0]}_norm", None) if role in ("query", "key") else None
-            projections.append(projection(role, f"{name}.{part}", getattr(module, part), norm, heads[role], head_dim, width))
+            projections.append(projection(role, f"{name}.{path}", at(module, path), norm, heads[role], head_dim, width))
             modules += norms_in_a_list(f"{name}.{role[0]}_layernorm", module, role[0], heads[role], role == "key")
             extras += norm_of_each_head(f"{name}.{role[0]}_norm", norm, heads[role], head_dim, role == "key")
         if keys_alone:
@@ -104,7 +106,7 @@ class Separate:
         kind: Kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
             name, module, module, head_map, head_dim, value_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
-            windowed or by_prompt, head_modules=tuple(modules), proven=not unknown_parameters(module, {*linear, *gates, *BESIDES}),
+            windowed or by_prompt, head_modules=tuple(modules), proven=not unknown_parameters(module, {*parts, *gates, *BESIDES}),
             gate_width=gate_width,
         )  # fmt: skip
 
@@ -121,7 +123,15 @@ class Separate:
             if site.projection(role).whole:
                 pick_behind_norm(getattr(module, f"{role[0]}_norm"), heads, site.head_dim)
         if not head_map.query_heads:
-            empty(module, site.output.name.rpartition(".")[2])
+            empty(module, site.output.name.removeprefix(f"{site.name}.").partition(".")[0])
+
+
+def linear_in(module: Foreign, part: str) -> str:
+    """The path of a projection's linear layer: the part itself, or what is in it (Gemma 4's vision tower bounds what goes in and
+    out, Moshi has a class of its own)."""
+    held: Foreign = getattr(module, part, None)
+    wraps = not hasattr(held, "weight") and isinstance(getattr(held, "linear", None), nn.Linear)
+    return f"{part}.linear" if wraps else part
 
 
 def unknown_parameters(module: nn.Module, known: set[str]) -> list[str]:

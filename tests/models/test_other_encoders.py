@@ -31,6 +31,13 @@ def picture() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
 
 
+def patches() -> dict[str, Tensor]:
+    """Of two pictures, and where they lie."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).repeat(2, 1, 1)
+    values = torch.randn(2, 16, 3 * 4 * 4, generator=torch.Generator().manual_seed(1))
+    return {"pixel_values": values, "pixel_position_ids": places}
+
+
 def frames() -> dict[str, Tensor]:
     mask = torch.ones(3, 20, dtype=torch.long)
     mask[1, 12:] = 0
@@ -79,7 +86,12 @@ GRANITE = {
     "input_dim": 10, "num_layers": 2, "hidden_dim": 32, "num_heads": 4, "dim_head": 8, "output_dim": 7, "context_size": 6,
     "max_pos_emb": 8, "initializer_range": 0.2,
 }  # fmt: skip
+GEMMA4 = {
+    **SIZES, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 64, "pooling_kernel_size": 2,
+    "use_clipped_linears": True,
+}  # fmt: skip
 MODELS = {
+    "Gemma4VisionModel": Model("Gemma4Vision", GEMMA4, patches, alone=True),
     "VitsModel": Model("Vits", VITS, padded, ("eager",), "waveform"),
     "GraniteSpeechCTCEncoder": Model(
         "GraniteSpeechEncoder", GRANITE, lambda: {"hidden_states": frames()["input_features"]}, ("eager",), alone=True
