@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -41,11 +42,23 @@ class Cutting:
         self.sites = {site.name: site for site in attention_sites(self.model)}
         self.in_memory = memory_names(self.model, shards)
         self._ready: dict[str, Tensor] = {}
+        self._lock = Lock()
         lacking = sorted(set(shapes) - set(self.in_memory.values()))
         if lacking:
             raise UnsupportedModel(f"{lacking[0]} is made from other tensors of the files when it is loaded; load the model whole.")
-        for name in shapes:
-            self._site_of(name)  # refused now, not when hours of compensation are behind
+        owners = {id(part.module): name for name in kept for part in self.sites[name].projections}
+        owners |= {id(part.module): name for name in kept for part in self.sites[name].extras}
+        self._tensors: dict[str, dict[str, str]] = {}  # site -> names in the files, and in memory, of what changes with its cut
+        self._site_of: dict[str, str] = {}  # name in memory -> site
+        for stored, memory in self.in_memory.items():
+            if memory in shapes:
+                site = owners.get(id(self.model.get_submodule(memory.rpartition(".")[0])))
+                if site is None:  # refused now, not when hours of compensation are behind
+                    raise UnsupportedModel(
+                        f"{memory} changes with a cut but is no attention's own; load the model whole to prune it."
+                    )
+                self._tensors.setdefault(site, {})[stored] = memory
+                self._site_of[memory] = site
 
     def entries(self, file: str) -> list[Entry]:
         """What the file of this name is to hold."""
@@ -66,28 +79,20 @@ class Cutting:
         return found
 
     def _taken(self, name: str) -> Tensor:
-        if name not in self._ready:
-            site = self._site_of(name)
-            changed = {stored: memory for stored, memory in self.in_memory.items() if memory in self.shapes}
-            inside = {stored: memory for stored, memory in changed.items() if self._site_of(memory) == site}
-            for stored, memory in inside.items():
-                own = self.shards.read(stored)
-                set_tensor(self.model, memory, read_stored(self.solved[memory]).to(own) if memory in self.solved else own)
-            cut_site(self.sites[site], self.kept[site])
-            for memory in inside.values():
-                if self.shapes[memory] is not None:
-                    self._ready[memory] = self.model.get_parameter(memory).detach()
-                    set_tensor(self.model, memory, self._ready[memory].to("meta"))
-        return self._ready.pop(name)
+        with self._lock:  # files are written side by side
+            if name not in self._ready:
+                self._cut(self._site_of[name])
+            return self._ready.pop(name)
 
-    def _site_of(self, name: str) -> str:
-        owner = self.model.get_submodule(name.rpartition(".")[0])
-        for site in self.kept:
-            own = self.sites[site]
-            parts = [part.module for part in own.projections] + [part.module for part in own.extras]
-            if any(owner is part for part in parts):
-                return site
-        raise UnsupportedModel(f"{name} changes with a cut but is no attention's own; load the model whole to prune it.")
+    def _cut(self, site: str) -> None:
+        for stored, memory in self._tensors[site].items():
+            own = self.shards.read(stored)
+            set_tensor(self.model, memory, read_stored(self.solved[memory]).to(own) if memory in self.solved else own)
+        cut_site(self.sites[site], self.kept[site])
+        for memory in self._tensors[site].values():
+            if self.shapes[memory] is not None:
+                self._ready[memory] = self.model.get_parameter(memory).detach()
+                set_tensor(self.model, memory, self._ready[memory].to("meta"))
 
 
 def read_as(stored: Stored, dtype: str) -> Tensor:

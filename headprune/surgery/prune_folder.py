@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from headprune.surgery.streamed_compensation import resolve_streamed
 log = logging.getLogger("headprune")
 DRAFT_KIND = "folder_being_pruned"
 DIGESTS, DIGESTS_KIND = "digests.json", "digests_of_a_folder_being_pruned"
-BEHIND = 2  # files whose digests may still be made while the next one is written
+AT_ONCE = 2  # files
 
 
 def prune_folder(
@@ -64,7 +64,7 @@ def prune_folder(
 ) -> PruneReport:
     """Writes the model of `source` without the heads that `plan` lets go to `target`, a folder as `hp.save` writes it.
 
-    Weight files are written one by one; a killed run keeps those whose digests were recorded, all but the last three. They are not
+    Weight files are written two at a time; a killed run keeps those whose digests were recorded, all but the last. They are not
     forced to the disk: where the machine itself goes down soon after, `hp.load` says which are off. Peak memory: the projections of
     the attentions of one or two layers. With `calibration` the output projections are re-solved first, layer by layer
     (`headprune.surgery.streamed_compensation`); that holds two layers, and a killed run goes on behind the last whole layer.
@@ -126,19 +126,28 @@ def prune_folder(
 
 
 def write_shards(draft: Path, cutting: Cutting, steps: Steps) -> dict[str, str]:
-    """File -> its digest, made while the next files are written. A file of an earlier try stays where it has the digest that was
-    recorded for it: after a machine went down its bytes may not be those that were written."""
-    recorded = recorded_digests(draft / DIGESTS)
-    pending: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(max_workers=1) as hashing:
-        for done, file in enumerate(cutting.shards.files):
-            path = draft / file
-            if not (file in recorded and path.exists() and file_digest(path) == recorded[file]):
-                write_shard(path, cutting.entries(file), cutting.shards.metadata[file])
-                pending[file] = hashing.submit(file_digest, path)
-                record(draft, recorded, pending, BEHIND)
-            steps.files(done + 1)
-        record(draft, recorded, pending, 0)
+    """File -> its digest. A file of an earlier try stays where it has the digest that was recorded for it: after a machine went
+    down its bytes may not be those that were written."""
+    earlier = recorded_digests(draft / DIGESTS)
+
+    def written(file: str) -> str:
+        path = draft / file
+        if not (file in earlier and path.exists() and file_digest(path) == earlier[file]):
+            write_shard(path, cutting.entries(file), cutting.shards.metadata[file])
+            return file_digest(path)
+        return earlier[file]
+
+    recorded: dict[str, str] = {}
+    with ThreadPoolExecutor(AT_ONCE) as writers:
+        made = {file: writers.submit(written, file) for file in cutting.shards.files}
+        try:
+            for done, (file, digest) in enumerate(made.items(), 1):
+                recorded[file] = digest.result()
+                write_json(draft / DIGESTS, DIGESTS_KIND, {"digests": earlier | recorded})
+                steps.files(done)
+        except BaseException:
+            writers.shutdown(cancel_futures=True)
+            raise
     return recorded
 
 
@@ -153,17 +162,6 @@ def recorded_digests(path: Path) -> dict[str, str]:
             f"{path} is damaged ({error}). Remove it to go on: the weight files that an earlier try has written are then written "
             "again; what it has re-solved stays."
         ) from None
-
-
-def record(draft: Path, recorded: dict[str, str], pending: dict[str, Future[str]], behind: int) -> None:
-    """Moves digests that are made, and all but the last `behind`, from `pending` to those that the disk knows."""
-    made: dict[str, str] = {}
-    while pending and (len(pending) > behind or next(iter(pending.values())).done()):
-        file = next(iter(pending))
-        made[file] = pending.pop(file).result()
-    if made:
-        recorded |= made
-        write_json(draft / DIGESTS, DIGESTS_KIND, {"digests": recorded})
 
 
 def refuse_unsuited(site: AttentionSite) -> None:

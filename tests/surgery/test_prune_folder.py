@@ -108,9 +108,9 @@ def test_killed_between_files_it_goes_on_and_the_bytes_are_the_same(damaged, tmp
     assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "pruned").exists()
     draft = tmp_path / ".pruned.part"
-    assert len(list(draft.glob("*.safetensors"))) == 3
+    assert len(list(draft.glob("*.safetensors"))) >= 3
     finished = {name: (draft / name).stat().st_ino for name in json.loads((draft / "digests.json").read_text())["digests"]}
-    assert 1 <= len(finished) <= 3
+    assert len(finished) == 3
     if damaged:
         name = min(finished)
         del finished[name]
