@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation import Comparison, compare
 from headprune.evaluation.tasks import Task, build_task, check_task
-from headprune.files import read_json, write_json, write_text
+from headprune.files import read_json, refuse_unwritable, write_json, write_text
 from headprune.models.placement import chosen_device
 from headprune.models.streamed import streamed_of
 from headprune.planning import PruningPlan
 from headprune.recipe import Recipe, load_recipe
 from headprune.report.progress import Stages
 from headprune.report.web_page import report
+from headprune.run_inputs import FILE, KIND, refuse_changed, run_inputs
 from headprune.run_recovery import recovered_model
 from headprune.run_schedule import scheduled_model
 from headprune.run_streamed import pruned_in_files, reads_streamed, show_estimate
@@ -59,7 +60,8 @@ class RunResult:
 def run(recipe: Recipe, stages: Stages) -> RunResult:
     """Carries `recipe` out in `recipe.output`; what a killed run of the same recipe left there is taken up.
 
-    Raises InvalidInput where the folder holds a run of another recipe; HeadpruneError where a check fails.
+    Raises InvalidInput where the folder holds a run of another recipe, or of other weights or data of the same names;
+    HeadpruneError where a check fails.
     """
     folder = Path(recipe.output)
     refuse_foreign(folder, recipe)
@@ -76,7 +78,10 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
         task.check_model(dense)
     if streamed:
         show_estimate(recipe, task, stages)
+    inputs = run_inputs(recipe, task)
+    refuse_changed(recipe, inputs)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
+    write_json(folder / FILE, KIND, inputs)
     scores = scored(dense, task, recipe, stages)
     chosen, pruned, checks = smaller_model(dense, task, scores, recipe, folder, stages)
     with stages.stage("evaluate dense and pruned") as progress:
@@ -104,7 +109,8 @@ def smaller_model(
 
 
 def refuse_foreign(folder: Path, recipe: Recipe) -> None:
-    """InvalidInput unless `folder` is new, empty, or holds a run of this very recipe."""
+    """InvalidInput unless `folder` is new, empty, or holds a run of this very recipe, and may be written to."""
+    refuse_unwritable(folder, file=False)
     existing = folder / "recipe.yaml"
     if existing.exists() and work_of(load_recipe(existing)) != work_of(recipe):
         raise InvalidInput(f"{folder} holds a run of another recipe; give another output (output=...), or remove that folder.")

@@ -10,7 +10,7 @@ PACKAGE = Path(headprune.__file__).parent
 LAYERS = [
     {"__init__", "__main__"},
     {"cli"},
-    {"run", "run_recovery", "run_schedule", "run_streamed", "run_values", "sources", "demo", "sweep"},
+    {"run", "run_inputs", "run_recovery", "run_schedule", "run_streamed", "run_values", "sources", "demo", "sweep"},
     {"report"},
     {"recipe"},
     {"comparison"},

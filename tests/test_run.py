@@ -34,7 +34,7 @@ def carried_out(recipe):
 def test_a_run_leaves_every_value_of_the_way(recipe):
     result = carried_out(recipe)
     assert {path.name for path in result.folder.iterdir()} == {
-        "recipe.yaml", "scores.json", "plan.json", "model", "checks.json", "result.json", "report.html",
+        "recipe.yaml", "inputs.json", "scores.json", "plan.json", "model", "checks.json", "result.json", "report.html",
     }  # fmt: skip
     assert result.plan.removed_heads == 4
     assert result.checks["reload"] == 0.0
@@ -151,9 +151,13 @@ def test_a_run_carries_out_a_plan_by_hand(recipe, tmp_path):
     plan = PruningPlan.from_keep(bert(), {"encoder.layer.0.attention": [1]})
     plan.save(tmp_path / "mine.json")
     section = recipe.plan.model_copy(update={"file": str(tmp_path / "mine.json")})
-    result = carried_out(recipe.model_copy(update={"plan": section}))
+    recipe = recipe.model_copy(update={"plan": section})
+    result = carried_out(recipe)
     assert result.plan.keep == plan.keep
     assert result.checks["cut_equals_gated"] < 1e-5
+    PruningPlan.from_keep(bert(), {"encoder.layer.0.attention": [2]}).save(tmp_path / "mine.json")
+    with pytest.raises(InvalidInput, match=r"mine\.json has changed since the run in .* began"):
+        carried_out(recipe)
 
 
 def test_a_folder_of_another_run_is_refused(recipe, tmp_path):
@@ -201,3 +205,33 @@ def test_a_run_may_try_plans_on_its_calibration_data(recipe):
     assert "try plans, pruned and compensated" in titles
     assert "plan" not in titles
     assert result.plan.removed_heads == 4
+
+
+def test_a_run_does_not_go_on_with_other_data_of_the_same_name(recipe, monkeypatch):
+    carried_out(recipe)
+    carried_out(recipe)
+    first = SmallStates.__init__
+    monkeypatch.setattr(SmallStates, "__init__", lambda task, tokenizer=None: (first(task), task.calibration.pop())[0])
+    with pytest.raises(InvalidInput, match=f"the data of task {SmallStates.name} has changed since the run in .* began"):
+        carried_out(recipe)
+
+
+def test_a_run_does_not_go_on_with_other_weights_in_the_same_folder(recipe, tmp_path):
+    folder = tmp_path / "dense"
+    bert().save_pretrained(folder)
+    recipe = recipe.model_copy(update={"model": str(folder)})
+    carried_out(recipe)
+    model = bert()
+    with torch.no_grad():
+        model.encoder.layer[1].attention.self.query.weight.mul_(1.01)
+    model.save_pretrained(folder)
+    with pytest.raises(InvalidInput, match=r"the weights in .*dense have changed since the run in .* began.*give another output"):
+        carried_out(recipe)
+    (tmp_path / "run" / "inputs.json").unlink()  # as a run of an earlier version
+    carried_out(recipe)
+
+
+def test_a_file_in_the_place_of_the_output_is_told(recipe, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InvalidInput, match="run is a file; give a folder to write to"):
+        carried_out(recipe)

@@ -135,7 +135,7 @@ def refuse_other_models(model: nn.Module, name: str, tokens: int) -> None:
 def text_of(text: Path | str | Iterable[str | Mapping[str, Any]]) -> str:
     if isinstance(text, Path):
         try:
-            return text.read_text(encoding="utf-8")
+            return text.read_text(encoding="utf-8-sig")  # without the mark that some programs put first
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInput(f"{text} cannot be read as UTF-8 text: {error}.") from None
     if isinstance(text, str):

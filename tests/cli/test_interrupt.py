@@ -23,7 +23,13 @@ def test_an_interrupted_run_ends_with_130_and_goes_on_where_it_was(call, tmp_pat
     assert code == 130
     assert err.splitlines()[-1] == "stopped; nothing is half-written, and a run goes on from here with the same command"
     assert "Traceback" not in err
-    assert sorted(path.name for path in Path("run").iterdir()) == ["log.txt", "plan.json", "recipe.yaml", "scores.json"]
+    assert sorted(path.name for path in Path("run").iterdir()) == [
+        "inputs.json",
+        "log.txt",
+        "plan.json",
+        "recipe.yaml",
+        "scores.json",
+    ]
     scored = Path("run/scores.json").stat().st_mtime_ns
     register_task(SmallStates)
     code, out, err = call("run", "recipe.yaml", "--json")

@@ -64,7 +64,8 @@ def test_numbers_count_as_they_are_and_names_in_their_order_where_the_model_has_
 
 
 def test_loss_and_quality_are_those_of_the_model(rows):
-    task = build_task("text-classification", tokenizer(), calibration=str(rows), test=str(rows), text="text", pair="text", batch=8)
+    (test := rows.with_name("test.jsonl")).write_text(rows.read_text())
+    task = build_task("text-classification", tokenizer(), calibration=str(rows), test=str(test), text="text", pair="text", batch=8)
     model, batch = classifier(), task.calibration[1]
     with pytest.raises(InvalidInput, match="check_model"):
         task.loss(model, batch)

@@ -58,3 +58,9 @@ def test_an_unknown_pooling_or_column_is_told(pairs):
         build(pairs, pooling="cls")
     with pytest.raises(InvalidInput, match="row 1: no 'text', only question, answer"):
         build(pairs, query="text")
+
+
+def test_batches_without_wrong_documents_are_refused(pairs):
+    for size in (0, 1):
+        with pytest.raises(InvalidInput, match=f"batch={size}; expected at least 2 pairs a batch"):
+            build(pairs, batch=size)

@@ -1,9 +1,10 @@
+import csv
 import json
 
 import pytest
 
 from headprune.errors import InvalidInput
-from headprune.evaluation.tasks.rows import read_rows, read_texts, without_a_tenth
+from headprune.evaluation.tasks.rows import read_rows, read_texts, refuse_counts, refuse_same, without_a_tenth
 
 ROWS = [{"text": 'one, "two"', "label": "1"}, {"text": "three\nlines\nlong", "label": "0"}]
 WRITTEN = {
@@ -29,7 +30,10 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path, name):
         ("rows.jsonl", "{", r"rows\.jsonl cannot be read as \.jsonl: "),
         ("rows.json", "{}", "expected a list of objects, found dict"),
         ("rows.jsonl", '{"text": "a"}\n{"words": "b"}\n', r"row 2: no 'text', only words\. Name the column"),
-        ("rows.jsonl", '["a"]\n', r"row 1: no 'text', only \['a'\]"),
+        ("rows.jsonl", '["a"]\n', r"row 1: \['a'\] is no object; expected one with 'text'"),
+        ("rows.jsonl", '{"text": null}\n', r"row 1 has no value for 'text'; give one, or leave the row out"),
+        ("rows.csv", "label,text\n1,a\n0\n", r"row 2 has no value for 'text'"),
+        ("rows.csv", "text,label\none, two,1\n", r"row 1 has more fields than the header; .* stand in quotes"),
         ("rows.csv", "text\n", "holds no rows"),
     ],
 )
@@ -66,3 +70,57 @@ def test_a_tenth_is_held_out_the_same_every_time():
     assert [len(part) for part in without_a_tenth([1, 2])] == [1, 1]
     with pytest.raises(InvalidInput, match="one example"):
         without_a_tenth([1])
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_mark_before_the_text_is_not_part_of_it(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(WRITTEN[name], encoding="utf-8-sig")
+    assert read_rows(str(path), ["text", "label"]) == ROWS
+
+
+def test_what_unicode_calls_line_separators_may_stand_in_a_text(tmp_path):
+    texts = ["one\u2028two", "three\x85four\x0cfive"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
+    (tmp_path / "rows.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts), "utf-8")
+    for name in ("rows.jsonl", "rows.csv"):
+        assert read_texts(str(tmp_path / name), "text") == texts
+
+
+def test_a_document_in_a_table_may_be_long(tmp_path):
+    limit = csv.field_size_limit()
+    (tmp_path / "rows.csv").write_text(f"text\n{'long ' * 40_000}\n")
+    assert len(read_texts(str(tmp_path / "rows.csv"), "text")[0]) == 200_000
+    assert csv.field_size_limit() == limit
+
+
+def test_names_in_capitals_are_read_and_commas_at_the_end_of_a_row_are_nothing(tmp_path):
+    (tmp_path / "ROWS.CSV").write_text(",text\n0,a,,\n1,b\n")
+    (tmp_path / "A.TXT").write_text("c")
+    assert read_texts(str(tmp_path / "ROWS.CSV"), "text") == ["a", "b"]
+    assert read_texts(str(tmp_path), "text") == ["c"]
+
+
+def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.txt").write_text("a")
+    assert read_texts("~/own.txt", "text") == ["a"]
+
+
+def test_test_data_that_were_learnt_from_are_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in ("a.txt", "b.txt", "folder/c.txt"):
+        (tmp_path / path).write_text("a")
+    a, b, folder = (str(tmp_path / name) for name in ("a.txt", "b.txt", "folder"))
+    refuse_same(a, b, folder)
+    refuse_same(a, None, a)
+    for calibration, test, training in ((a, a, None), (b, a, a), (folder, f"{folder}/c.txt", None)):
+        with pytest.raises(InvalidInput, match="quality would be measured on what was learnt from"):
+            refuse_same(calibration, test, training, nested=True)
+    refuse_same(folder, f"{folder}/c.txt")  # images: folders of classes lie beside each other
+
+
+def test_counts_below_one_are_refused():
+    refuse_counts(test_rows=None, calibration_rows=1)
+    with pytest.raises(InvalidInput, match="test_rows=-1; expected at least 1"):
+        refuse_counts(test_rows=-1)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.tasks.labelled import Example, Labelled
-from headprune.evaluation.tasks.rows import without_a_tenth
+from headprune.evaluation.tasks.rows import place_of, refuse_counts, refuse_same, without_a_tenth
 from headprune.evaluation.tasks.task import register_task
 from headprune.evaluation.tasks.text_pairs import shuffled
-from headprune.files import path_of
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -41,6 +40,8 @@ class ImageClassification(Labelled):
         batch: int = 16,
         seed: int = 0,
     ) -> None:
+        refuse_counts(calibration_images=calibration_images, test_images=test_images, training_images=training_images)
+        refuse_same(calibration, test, training)
         known = images_in(calibration)
         known, held_out = without_a_tenth(known) if test is None else (known, images_in(test))
         drawn = shuffled(known, seed)
@@ -65,7 +66,7 @@ class ImageClassification(Labelled):
 
 def images_in(source: str) -> list[Example]:
     """(path of an image, its folder's name), in the order of their names."""
-    folder = path_of(source)
+    folder = place_of(source)
     found: list[tuple[Path, str]] = [
         (path, path.parent.name) for path in sorted(folder.glob("*/*")) if path.suffix.lower() in IMAGES
     ]

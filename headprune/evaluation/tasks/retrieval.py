@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headprune.evaluation.tasks.rows import read_rows, without_a_tenth
+from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
 from headprune.evaluation.tasks.task import register_task
 from headprune.evaluation.tasks.text_pairs import Pair, TextPairs, shuffled
 
@@ -36,6 +36,9 @@ class RetrievalOfPairs(TextPairs):
         max_tokens: int = 128,
         seed: int = 0,
     ) -> None:
+        refuse_counts(calibration_pairs=calibration_pairs, test_pairs=test_pairs, max_tokens=max_tokens)
+        refuse_same(calibration, test, training)
+
         def pairs(source: str) -> list[Pair]:
             return [Pair(str(row[query]), str(row[document])) for row in read_rows(source, [query, document])]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from headprune.files import path_of
 Row = dict[str, Any]
 Item = TypeVar("Item")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+ROWS = (".jsonl", ".json", *SEPARATORS)
 TEXTS = (".txt", ".md")
 TENTH = 10
 
@@ -22,58 +24,106 @@ TENTH = 10
 def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
     """The rows of a .jsonl file (an object a line), .json (a list of objects), .csv or .tsv (with a header).
 
-    Raises InvalidInput where the file is none of these or cannot be read, and for a row without one of `columns`.
+    Raises InvalidInput where the file is none of these or cannot be read, and for a row without a value in one of `columns`.
     """
-    path = path_of(source)
-    if path.suffix not in (".jsonl", ".json", *SEPARATORS):
+    path = place_of(source)
+    suffix = path.suffix.lower()
+    if suffix not in ROWS:
         raise InvalidInput(f"{path}: rows are read from .jsonl, .json, .csv and .tsv files; convert it to one of these.")
     text = read_text(path)
     try:
-        rows = parsed(path.suffix, text)
+        rows = parsed(suffix, text)
     except (ValueError, csv.Error) as error:
-        raise InvalidInput(f"{path} cannot be read as {path.suffix}: {error}.") from None
+        raise InvalidInput(f"{path} cannot be read as {suffix}: {error}.") from None
     for number, row in enumerate(rows, 1):
-        missing = [name for name in columns if not isinstance(row, dict) or row.get(name) is None]
-        if missing:
-            there = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:60]
-            raise InvalidInput(f"{path}, row {number}: no {missing[0]!r}, only {there}. Name the column in the task's options.")
+        refuse_incomplete(row, columns, f"{path}, row {number}")
     if not rows:
         raise InvalidInput(f"{path} holds no rows.")
     return rows
 
 
+def refuse_incomplete(row: Any, columns: Sequence[str], place: str) -> None:
+    """InvalidInput where `row` is no object, or lacks one of `columns` or a value in it."""
+    if not isinstance(row, dict):
+        raise InvalidInput(f"{place}: {row!r:.60} is no object; expected one with {', '.join(map(repr, columns))}.")
+    if any(row.get(None) or ()):  # where csv puts fields beyond the header's
+        raise InvalidInput(f"{place} has more fields than the header; a text with a separator in it must stand in quotes.")
+    missing = next((name for name in columns if row.get(name) is None), None)
+    if missing is None:
+        return
+    if missing in row:
+        raise InvalidInput(f"{place} has no value for {missing!r}; give one, or leave the row out.")
+    there = ", ".join(str(name) for name in row if name is not None)
+    raise InvalidInput(f"{place}: no {missing!r}, only {there}. Name the column in the task's options.")
+
+
 def parsed(suffix: str, text: str) -> list[Any]:
     if suffix in SEPARATORS:
-        return list(csv.DictReader(text.splitlines(keepends=True), delimiter=SEPARATORS[suffix]))
+        return table_rows(text, SEPARATORS[suffix])
     if suffix == ".json":
         content = json.loads(text)
         if not isinstance(content, list):
             raise ValueError(f"expected a list of objects, found {type(content).__name__}")
         return content
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    # Not splitlines: what Unicode calls a line separator may stand in a string of JSON.
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def table_rows(text: str, separator: str) -> list[Row]:
+    limit = csv.field_size_limit(len(text) + 1)  # a document may be longer than the 128 KiB that csv reads otherwise
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    finally:
+        csv.field_size_limit(limit)
 
 
 def read_texts(source: str, column: str) -> list[str]:
     """Documents: a .txt or .md file is one, a row of another file is one (its `column`), a folder holds those of its .txt and .md
     files, in the order of their names."""
-    path = path_of(source)
+    path = place_of(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXTS)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXTS)
         if not files:
             raise InvalidInput(f"{path} holds no {' or '.join(TEXTS)} files.")
         return [read_text(file) for file in files]
-    if path.suffix in (".jsonl", ".json", *SEPARATORS):
+    if path.suffix.lower() in ROWS:
         return [str(row[column]) for row in read_rows(source, [column])]
     return [read_text(path)]
 
 
 def read_text(path: Path) -> str:
+    """Of a file in UTF-8, without the mark that some programs put before it."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist (looked for in {Path.cwd()}); expected a file of data.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} cannot be read as UTF-8 text: {error}.") from None
+        raise InvalidInput(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8.") from None
+
+
+def place_of(source: str) -> Path:
+    """The path of a file or folder of data; ~ is the home folder, as in a recipe no shell has replaced it."""
+    return path_of(source).expanduser()
+
+
+def refuse_same(calibration: str, test: str | None, training: str | None = None, *, nested: bool = False) -> None:
+    """InvalidInput where the test data is what heads are scored, or a model is trained, on; nested: or lies in that folder."""
+    for name, other in (("calibration", calibration), ("training", training)):
+        if test is None or other is None:
+            continue
+        tested, known = place_of(test).resolve(), place_of(other).resolve()
+        if tested == known or (nested and known.is_dir() and tested.is_relative_to(known)):
+            raise InvalidInput(
+                f"test={test} is {name}={other}, or in it: quality would be measured on what was learnt from. Give other data, or "
+                "leave test out to hold out a tenth."
+            )
+
+
+def refuse_counts(**counts: int | None) -> None:
+    """InvalidInput where a number of examples is below 1; None is all of them."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise InvalidInput(f"{name}={count}; expected at least 1.")
 
 
 def without_a_tenth(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.tasks.causal_text import CausalText, refuse_sizes, token_stream, windows_of
-from headprune.evaluation.tasks.rows import TENTH, read_texts
+from headprune.evaluation.tasks.rows import TENTH, read_texts, refuse_counts, refuse_same
 from headprune.evaluation.tasks.task import register_task
 
 
@@ -40,6 +40,8 @@ class Text(CausalText):
         seed: int = 0,
     ) -> None:
         refuse_sizes(window, batch)
+        refuse_counts(calibration_windows=calibration_windows, test_windows=test_windows, training_windows=training_windows)
+        refuse_same(calibration, test, training, nested=True)
         stream = token_stream(tokenizer, read_texts(calibration, column))
         if test is None:
             rest = len(stream) - len(stream) // TENTH

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from headprune.evaluation.tasks.labelled import Example, Labelled
-from headprune.evaluation.tasks.rows import read_rows, without_a_tenth
+from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
 from headprune.evaluation.tasks.task import register_task
 from headprune.evaluation.tasks.text_pairs import shuffled
 
@@ -39,6 +39,8 @@ class TextClassification(Labelled):
         max_tokens: int = 128,
         seed: int = 0,
     ) -> None:
+        refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens)
+        refuse_same(calibration, test, training)
         columns = [text, label] if pair is None else [text, pair, label]
 
         def examples(source: str) -> list[Example]:

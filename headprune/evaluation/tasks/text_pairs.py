@@ -41,6 +41,8 @@ class TextPairs(Task):
         max_tokens: int, seed: int = 0, pooling: str = "mean",
     ) -> None:  # fmt: skip
         check_pooling(pooling)
+        if batch < 2:
+            raise InvalidInput(f"batch={batch}; expected at least 2 pairs a batch: the documents of the others are the wrong ones.")
         self.tokenizer, self.max_tokens, self.batch, self.pooling = tokenizer, max_tokens, batch, pooling
         self.test, self.training_pairs = list(test), list(training)
         self.calibration = self.batches(calibration, seed)
