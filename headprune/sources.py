@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from headprune import demo
 from headprune.errors import CorruptCheckpoint, InvalidInput, unknown_name
@@ -88,25 +88,35 @@ def open_model(name: str, progress: Progress | None = None, device: torch.device
     """(model in eval mode, tokenizer or None) of `name`, see `model_folder`."""
     folder = model_folder(name, progress)
     model: Any = load(folder).eval()
-    return model.to(device), tokenizer_of(folder)
+    return model.to(device), tokenizer_of(folder, classifies_images(model))
 
 
 def open_from_disk(name: str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer or None) of `name`, whose weights are read layer by layer as it runs (`hp.open_streamed`)."""
     folder = model_folder(name)
-    return open_streamed(folder, device=device), tokenizer_of(folder)
+    model = open_streamed(folder, device=device)
+    return model, tokenizer_of(folder, classifies_images(model))
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer, or the image processor of a model that reads images alone; None where there is neither. Raises
+def classifies_images(model: PreTrainedModel) -> bool:
+    """Whether it reads images alone, though its folder may hold a tokenizer too, as those of CLIP and SigLIP do."""
+    return "ImageClassification" in type(model).__name__
+
+
+def tokenizer_of(folder: Path, images: bool = False) -> Any:
+    """The tokenizer, or where there is none, or `images` are read, the image processor; None where there is neither. Raises
     CorruptCheckpoint where there is one that does not load."""
-    text = any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
-    if not text and not (folder / "preprocessor_config.json").exists():
+    pictures = (folder / "preprocessor_config.json").exists() or (images and (folder / "processor_config.json").exists())
+    text = any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")) and not (images and pictures)
+    if not text and not pictures:
         return None
-    kind: Any = AutoTokenizer if text else AutoImageProcessor
-    try:
-        return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a class of tokenizers raises on files that it cannot read
-        reason = " ".join(str(error).split())[:300]
-        what = "tokenizer" if text else "image processor"
-        raise CorruptCheckpoint(f"the {what} in {folder} does not load: {type(error).__name__}: {reason}.") from error
+    kinds: list[Any] = [AutoTokenizer] if text else [AutoImageProcessor, AutoFeatureExtractor]  # of sound, in a file of that name
+    failures = []
+    for kind in kinds:
+        try:
+            return kind.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # whatever a class of tokenizers raises on files that it cannot read
+            failures.append(error)
+    reason = " ".join(str(failures[0]).split())[:300]
+    what = "tokenizer" if text else "image processor"
+    raise CorruptCheckpoint(f"the {what} in {folder} does not load: {type(failures[0]).__name__}: {reason}.") from failures[0]

@@ -66,6 +66,7 @@ def evaluate_command(
         result = with_bar("evaluate", lambda progress: evaluate(found, data, repeats=repeats, progress=progress))
     else:
         dense = opened_model(against, device=device)[0]
+        data.check_model(dense)
         models = {"dense": dense, "pruned": found}
         result = with_bar("evaluate", lambda progress: compare(dense, found, data, repeats=repeats, progress=progress))
     terminal.show(json, asdict(result), result)
@@ -81,6 +82,7 @@ def opened_for_evaluation(
 ) -> tuple[PreTrainedModel, EvaluationData]:
     """(model, evaluation data): of a text, of tasks of lm-evaluation-harness, or of one of headprune's tasks."""
     from headprune.evaluation import LanguageModelHarness, Perplexity
+    from headprune.evaluation.tasks.task import refuse_other_tokenizer
 
     given = [name for name, value in (("--task", task), ("--text", text), ("--lm-eval", lm_eval)) if value is not None]
     if len(given) > 1:
@@ -88,8 +90,7 @@ def opened_for_evaluation(
     if text is None and lm_eval is None:
         return opened(model, task, device=device)
     found, tokenizer = opened_model(model, device=device)
-    if tokenizer is None:
-        raise InvalidInput(f"{model} has no tokenizer, which {given[0]} needs; save one beside the model.")
+    refuse_other_tokenizer(given[0], "text", tokenizer)
     if lm_eval is not None:
         return found, LanguageModelHarness([name.strip() for name in lm_eval.split(",")], tokenizer, limit=options["limit"])
     assert text is not None  # one of the three was given

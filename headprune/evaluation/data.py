@@ -32,6 +32,10 @@ class EvaluationData(ABC):
             raise NotImplementedError(f"{type(self).__name__} gives neither examples nor evaluate")
         return {name: metric.value for name, metric in found.items()}
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raises InvalidInput where `model` is not of the kind that this data is for."""
+        return
+
     @abstractmethod
     def latency_inputs(self) -> Mapping[str, Tensor]:
         """Real inputs for `model(**inputs)`."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.metric import Metric, perplexity
+from headprune.evaluation.positions import position_limit
 
 LATENCY_ROWS, PROMPT_TOKENS = 4, 32
 
@@ -127,9 +128,9 @@ def share(rows: Tensor) -> float:
 def refuse_other_models(model: nn.Module, name: str, tokens: int) -> None:
     if not getattr(model, "can_generate", bool)():
         raise InvalidInput(f"{name} needs a causal language model; {type(model).__name__} is none.")
-    limit = getattr(model.config, "max_position_embeddings", None) or tokens
-    if limit < tokens:
-        raise InvalidInput(f"window={tokens}: {type(model).__name__} takes at most {limit} tokens.")
+    limit = position_limit(model)
+    if limit is not None and limit < tokens:
+        raise InvalidInput(f"window={tokens}: {type(model).__name__} takes at most {limit} tokens; give a smaller window.")
 
 
 def text_of(text: Path | str | Iterable[str | Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from headprune.evaluation.metric import Metric, mean
 
 Encode = Callable[[list[str]], Mapping[str, Tensor]]  # texts -> input_ids and attention_mask
 POOLINGS = ("mean", "first", "last")
+WITHOUT_HEAD = "Save what is under its head: AutoModel.from_pretrained(folder).save_pretrained(other)."
 
 
 class Retrieval(EvaluationData):
@@ -62,7 +63,10 @@ def encoded(tokenizer: Any, texts: list[str], max_tokens: int) -> dict[str, Tens
 def embed(model: nn.Module, batch: Mapping[str, Tensor], pooling: str = "mean") -> Tensor:
     """[texts, hidden], of length 1; differentiable."""
     batch = placed(model, batch)
-    return F.normalize(pooled(model(**batch).last_hidden_state, batch["attention_mask"], pooling), dim=-1)
+    states = getattr(model(**batch), "last_hidden_state", None)
+    if states is None:
+        raise InvalidInput(f"a {type(model).__name__} gives no states of its tokens, which retrieval pools. {WITHOUT_HEAD}")
+    return F.normalize(pooled(states, batch["attention_mask"], pooling), dim=-1)
 
 
 def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:

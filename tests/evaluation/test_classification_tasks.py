@@ -9,7 +9,7 @@ from letter_tokenizer import letter_tokenizer
 from PIL import Image
 from tiny_encoders import ENCODERS, VISION
 from tiny_models import bert
-from transformers import AutoImageProcessor, BertConfig, BertForSequenceClassification
+from transformers import AutoImageProcessor, BertConfig, BertForSequenceClassification, Wav2Vec2FeatureExtractor
 
 import headprune as hp
 from headprune.errors import InvalidInput
@@ -87,8 +87,33 @@ def test_labels_that_the_model_does_not_have_are_refused(rows):
         task.check_model(classifier(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1}))
     with pytest.raises(InvalidInput, match="needs a model with a classification head; BertModel has none"):
         task.check_model(bert())
-    with pytest.raises(InvalidInput, match="labels go up to 1, and the model has 1 classes"):
-        build_task("text-classification", tokenizer(), calibration=str(rows), label="number").check_model(classifier(num_labels=1))
+    rows.write_text(rows.read_text().replace('"number": 1', '"number": 2'))
+    with pytest.raises(InvalidInput, match="labels go up to 2, and the model has 2 classes"):
+        build_task("text-classification", tokenizer(), calibration=str(rows), label="number").check_model(classifier())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_labels": 1}, "this BertForSequenceClassification gives one number"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "tells several at once"),
+        ({"num_labels": 3}, r"the data has 2 labels \(no, yes\), .* has 3 classes without names\. Name them in config\.label2id"),
+        ({"max_position_embeddings": 4}, "a text has 7 tokens, and .* takes at most 4; give max_tokens=4"),
+    ],
+)
+def test_models_that_do_not_fit_the_labels_or_texts_are_told(rows, options, message):
+    with pytest.raises(InvalidInput, match=message):
+        build_task("text-classification", tokenizer(), calibration=str(rows)).check_model(classifier(**options))
+
+
+def test_whole_numbers_may_be_written_with_a_point_and_a_guess_is_said(rows, caplog):
+    rows.write_text(rows.read_text().replace('"number": 1', '"number": 1.0').replace('"number": 0', '"number": 0.0'))
+    task = build_task("text-classification", tokenizer(), calibration=str(rows), label="number")
+    task.check_model(classifier())
+    assert task.numbers == {"0.0": 0, "1.0": 1}
+    assert not caplog.records
+    build_task("text-classification", tokenizer(), calibration=str(rows)).check_model(classifier())
+    assert "labels are taken in alphabetical order: no = 0, yes = 1" in caplog.text
 
 
 @pytest.fixture
@@ -131,6 +156,32 @@ def test_folders_without_images_and_broken_images_are_named(images, tmp_path):
         path.write_text("no image")
     with pytest.raises(InvalidInput, match=r"class1/\d+\.png cannot be read as an image"):
         build_task("image-classification", object(), calibration=str(images))
+
+
+def test_what_a_model_of_another_kind_came_with_is_told(images, rows, tmp_path):
+    processor = AutoImageProcessor.from_pretrained(image_processor(tmp_path))
+    with pytest.raises(InvalidInput, match="image-classification is for models of images and needs an image processor"):
+        build_task("image-classification", tokenizer(), calibration=str(images))
+    for made in (processor, Wav2Vec2FeatureExtractor()):
+        with pytest.raises(InvalidInput, match="is for models of text and needs a tokenizer; this model came with"):
+            build_task("text-classification", made, calibration=str(rows))
+    with pytest.raises(InvalidInput, match="needs an image processor, and the model folder has none"):
+        build_task("image-classification", None, calibration=str(images))
+
+
+def test_a_folder_with_both_gives_what_the_model_reads(tmp_path):
+    tokenizer().save_pretrained(image_processor(tmp_path))
+    assert "ImageProcessor" in type(tokenizer_of(tmp_path, images=True)).__name__
+    assert tokenizer_of(tmp_path).is_fast
+    (tmp_path / "sound").mkdir()
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "sound")
+    assert isinstance(tokenizer_of(tmp_path / "sound"), Wav2Vec2FeatureExtractor)
+
+
+def image_processor(folder):
+    content = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    return folder
 
 
 def test_models_that_no_task_of_ours_fits_are_told_which_to_name():

@@ -5,7 +5,8 @@ import csv
 import pytest
 import torch
 from letter_tokenizer import letter_tokenizer
-from tiny_models import bert
+from tiny_models import bert, llama
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.retrieval import pooled
@@ -64,3 +65,17 @@ def test_batches_without_wrong_documents_are_refused(pairs):
     for size in (0, 1):
         with pytest.raises(InvalidInput, match=f"batch={size}; expected at least 2 pairs a batch"):
             build(pairs, batch=size)
+
+
+def test_models_without_states_of_tokens_and_texts_that_are_too_long_are_told(pairs):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 61}
+    classifier = BertForSequenceClassification(BertConfig(**shape))
+    task = build(pairs)
+    with pytest.raises(InvalidInput, match=r"a BertForSequenceClassification gives no states .* AutoModel\.from_pretrained"):
+        task.loss(classifier, task.calibration[0])
+    with pytest.raises(InvalidInput, match=r"LlamaForCausalLM is a language model\. Save what is under its head"):
+        task.check_model(llama())
+    with pytest.raises(InvalidInput, match="a text has 25 tokens, and BertModel takes at most 9; give max_tokens=9"):
+        task.check_model(BertModel(BertConfig(**shape, max_position_embeddings=9)))
+    build(pairs, max_tokens=9).check_model(BertModel(BertConfig(**shape, max_position_embeddings=9)))

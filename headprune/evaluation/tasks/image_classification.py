@@ -27,6 +27,7 @@ class ImageClassification(Labelled):
     """
 
     name = "image-classification"
+    reads = "images"
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,17 +16,21 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.classification import LABELS, Classification, logits_of
 from headprune.evaluation.data import Progress, placed
 from headprune.evaluation.metric import Metric
+from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.task import Task
 
 Example = tuple[Any, str]  # what the model reads (texts, the path of an image), its label as it stands in the data
 DEFAULT_NAME = "LABEL_"  # transformers' names of classes that nobody named
+NUMBER = re.compile(r"\d+(\.0+)?")  # 1.0: as pandas writes a column of whole numbers in which one is missing
+OTHER_KINDS = {"regression": "gives numbers", "multi_label_classification": "tells several at once"}  # `config.problem_type`
+log = logging.getLogger("headprune")
 
 
 class Labelled(Task):
     """accuracy (the headline), macro F1 and Matthews correlation; the loss is cross entropy.
 
-    Labels are numbers of classes, or names in the model's `config.label2id`; where the model's classes have no names, names are
-    counted in alphabetical order. They are settled by `check_model`.
+    Labels are numbers of classes, or names in the model's `config.label2id`; where the model's classes have no names, as many names
+    as it has classes are counted in alphabetical order. They are settled by `check_model`.
     """
 
     headline = "accuracy"
@@ -55,6 +61,7 @@ class Labelled(Task):
 
     def check_model(self, model: nn.Module) -> None:
         numbers = numbers_of(self.names, model, f"task {self.name}")
+        refuse_longer([*self.calibration, *self.test], position_limit(model), model)
         if self.numbers is None:
             for batch in (*self.calibration, *self.test):
                 self.settle(batch, numbers)
@@ -106,15 +113,32 @@ def numbers_of(names: Sequence[str], model: nn.Module, task: str) -> dict[str, i
     classes, known = getattr(config, "num_labels", None), dict(getattr(config, "label2id", None) or {})
     if not isinstance(classes, int) or "Classification" not in type(model).__name__:
         raise InvalidInput(f"{task} needs a model with a classification head; {type(model).__name__} has none.")
+    kind = str(getattr(config, "problem_type", None))
+    if classes == 1 or kind in OTHER_KINDS:
+        what = OTHER_KINDS.get(kind, "gives one number")
+        raise InvalidInput(f"{task} is for models that tell one class of several; this {type(model).__name__} {what}.")
     if all(name in known for name in names):
         return {name: int(known[name]) for name in names}
-    if all(name.isdecimal() for name in names):
-        numbers = {name: int(name) for name in names}
+    if all(NUMBER.fullmatch(name) for name in names):
+        numbers = {name: int(float(name)) for name in names}
     elif all(str(name).startswith(DEFAULT_NAME) for name in known):
-        numbers = {name: place for place, name in enumerate(names)}
+        numbers = counted(names, classes, type(model).__name__, task)
     else:
         strange = next(name for name in names if name not in known)
         raise InvalidInput(f"{task}: the label {strange!r} is none of the model's classes, {', '.join(map(str, known))[:200]}.")
     if max(numbers.values()) >= classes:
         raise InvalidInput(f"{task}: labels go up to {max(numbers.values())}, and the model has {classes} classes, counted from 0.")
+    return numbers
+
+
+def counted(names: Sequence[str], classes: int, model: str, task: str) -> dict[str, int]:
+    """Names in alphabetical order, which is a guess, and is said; InvalidInput where they are not as many as the classes."""
+    if len(names) != classes:
+        raise InvalidInput(
+            f"{task}: the data has {len(names)} labels ({', '.join(names)[:200]}), {model} has {classes} classes without names. "
+            "Name them in config.label2id, or give numbers."
+        )
+    numbers = {name: place for place, name in enumerate(names)}
+    shown = ", ".join(f"{name} = {place}" for name, place in numbers.items())
+    log.warning("the model's classes have no names; labels are taken in alphabetical order: %s", shown[:200])
     return numbers

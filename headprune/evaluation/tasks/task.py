@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import yaml
 from torch import Tensor, nn
+from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
 
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
@@ -22,6 +24,7 @@ class Task(EvaluationData):
     test data; `tokenizer` is saved with a pruned model.
     """
 
+    reads: ClassVar[Literal["text", "images"]] = "text"
     calibration: list[Any]
     tokenizer: Any
 
@@ -48,10 +51,6 @@ class Task(EvaluationData):
     def token_kinds(self) -> Any:
         """What tells special tokens and punctuation apart, for portraits; None where the model reads no tokens."""
         return self.tokenizer
-
-    def check_model(self, model: nn.Module) -> None:
-        """Raises InvalidInput where `model` is not of the kind that the task reads."""
-        return
 
 
 _tasks: dict[str, type[Task]] = {}
@@ -98,10 +97,9 @@ def named_task(text: str) -> tuple[str, dict[str, Any]]:
 
 def build_task(name: str, tokenizer: Any, **options: Any) -> Task:
     """The task `name` for models that read what `tokenizer` (of images: the image processor) makes. Raises InvalidInput for an
-    unknown name or option, for a missing tokenizer, and where no calibration data is left."""
+    unknown name or option, for a missing tokenizer or one of another kind, and where no calibration data is left."""
     kind = check_task(name)
-    if tokenizer is None:
-        raise InvalidInput(f"task {name} needs a tokenizer, or of images an image processor, and the model folder has none.")
+    refuse_other_tokenizer(f"task {name}", kind.reads, tokenizer)
     try:
         signature(kind).bind(tokenizer, **options)
     except TypeError as error:
@@ -112,3 +110,14 @@ def build_task(name: str, tokenizer: Any, **options: Any) -> Task:
     if not task.calibration:
         raise InvalidInput(f"the calibration set of task {name} is empty; give more pairs, texts or tokens.")
     return task
+
+
+def refuse_other_tokenizer(task: str, reads: str, tokenizer: Any) -> None:
+    """InvalidInput where `tokenizer`, which came with a model, is missing or is not for what `task` reads ("text", "images")."""
+    needed = {"text": "a tokenizer", "images": "an image processor"}[reads]
+    if tokenizer is None:
+        raise InvalidInput(f"{task} needs {needed}, and the model folder has none; save one there.")
+    others = {"text": (ImageProcessingMixin, FeatureExtractionMixin), "images": (PreTrainedTokenizerBase, FeatureExtractionMixin)}
+    if isinstance(tokenizer, others[reads]):
+        name = type(tokenizer).__name__
+        raise InvalidInput(f"{task} is for models of {reads} and needs {needed}; this model came with a {name}.")

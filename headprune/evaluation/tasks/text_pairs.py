@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress, placed
 from headprune.evaluation.metric import Metric
-from headprune.evaluation.retrieval import check_pooling, embed, embed_texts, encoded, rank_metrics, ranks
+from headprune.evaluation.positions import position_limit, refuse_longer
+from headprune.evaluation.retrieval import WITHOUT_HEAD, check_pooling, embed, embed_texts, encoded, rank_metrics, ranks
 from headprune.evaluation.tasks.task import Task
 
 SCALE = 20.0  # of the cosine similarities in the contrastive loss, as sentence-transformers trains
@@ -49,7 +50,11 @@ class TextPairs(Task):
 
     def check_model(self, model: nn.Module) -> None:
         if getattr(model, "can_generate", bool)():
-            raise InvalidInput(f"task {self.name} needs an encoder; {type(model).__name__} is a language model.")
+            raise InvalidInput(f"task {self.name} needs an encoder; {type(model).__name__} is a language model. {WITHOUT_HEAD}")
+        limit = position_limit(model)
+        if limit is not None and self.max_tokens > limit:
+            texts = [text for pair in (*self.test, *self.training_pairs) for text in (pair.query, pair.document)]
+            refuse_longer([*self.calibration, self.encoded(texts)], limit, model)
 
     def training(self) -> list[dict[str, Tensor]]:
         return self.batches(self.training_pairs, 0)
