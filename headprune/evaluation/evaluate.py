@@ -22,6 +22,7 @@ from headprune.evaluation.latency import measure_generation, measure_latency
 from headprune.evaluation.memory import peak_activation_bytes
 from headprune.evaluation.metric import Metric
 from headprune.models import attention_sites
+from headprune.nn.replace import own_attention
 from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.savings import count_parameters
 
@@ -193,7 +194,8 @@ def evaluations_in_eval_mode(
     found: dict[str, Evaluation] = {}
     examples: dict[str, dict[str, Metric] | None] = {}
     for name, model in models.items():
-        sites = attention_sites(model)
+        with own_attention(model):
+            sites = attention_sites(model)
         length = sequence_length(model, sites, inputs)
         examples[name] = metrics = data.examples(model, progress)
         found[name] = Evaluation(

@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import nn
 
 from headprune.models import attention_sites
+from headprune.nn.replace import own_attention
 from headprune.surgery.record import record_of
 
 
@@ -35,7 +36,9 @@ def site_rows(model: nn.Module) -> list[dict[str, Any]]:
     """What `sites_table` shows, as plain data; kept numbers the heads as in the unpruned original."""
     recorded = record_of(model).get("sites", {})
     rows = []
-    for site in attention_sites(model):
+    with own_attention(model):
+        sites = attention_sites(model)
+    for site in sites:
         entry = recorded.get(site.name)
         original = len(entry["original"]["kv_of_query"]) if entry else site.head_map.query_heads
         rows.append(
