@@ -37,6 +37,9 @@ class ScoreSection(Section):
     criterion: str = "fisher"
     normalize: str = "none"
     batches: int | None = Field(default=None, ge=1, description="score on the first calibration batches alone; by default on all")
+    unreached: Literal["error", "keep"] = Field(
+        default="error", description="attentions that the data does not run through: keep leaves them all of their heads"
+    )
 
     @field_validator("criterion")
     @classmethod

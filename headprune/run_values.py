@@ -66,6 +66,7 @@ def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> Head
             observed = observe(
                 model, batches, needs, loss_fn=task.loss, token_kinds=task.token_kinds() if portray else None,
                 progress=lambda done: progress(done, len(batches)), checkpoint=folder / STATES if streamed_of(model) else None,
+                unreached=recipe.score.unreached,
             )  # fmt: skip
         if portray:
             portraits(observed).save(folder / "portraits.json")

@@ -40,6 +40,9 @@ def score(
         str, typer.Option(help="none, layer_l2 or layer_sum.", autocompletion=completion.one_of(completion.normalizations))
     ] = "none",
     portraits: Annotated[bool, typer.Option("--portraits", help="Say what each head attends to.")] = False,
+    keep_unreached: Annotated[
+        bool, typer.Option("--keep-unreached", help="Leave attentions that the data does not run through all of their heads.")
+    ] = False,
     streamed: StreamedOption = False,
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -58,6 +61,7 @@ def score(
     observed = with_bar(f"score heads by {', '.join(names)}", lambda progress: scoring.observe(
         dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,
         token_kinds=data.token_kinds(), progress=lambda done: progress(done, len(data.calibration)), checkpoint=states,
+        unreached="keep" if keep_unreached else "error",
     ))  # fmt: skip
     report = ScoreReport.of(observed, names, normalize, portraits, ModelIdentity.of(dense))
     written = report.save(output)

@@ -186,8 +186,8 @@ def refuse_unreached(observed: Observations, unreached: str) -> None:
     shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     if unreached == "error" or len(names) == len(observed):
         raise InvalidInput(
-            f"{shown} not reached by the calibration data or its loss; give data that runs through it, or "
-            "unreached='keep' to keep all of its heads."
+            f"{shown} not reached by the calibration data or its loss; give data that runs through it, or keep all of its heads: "
+            "unreached='keep', on the command line --keep-unreached, in a recipe score.unreached."
         )
     log.warning("%s not reached by the calibration data: not scored, all heads stay", shown)
 

@@ -278,7 +278,7 @@ def resolve(
     """The change that leaves the smallest held-out error, and the weights that it gives; the old ones where none helps.
 
     keep: the heads that stay, None for a feed-forward. join: what the held-out batches have chosen is solved once more with
-    them. Raises InvalidInput for too few tokens; a feed-forward then stays as it is.
+    them. Raises InvalidInput for too few tokens; a feed-forward, and an attention that loses no head, then stay as they are.
     """
     weight, bias = old
     columns = columns_of(part, {} if keep is None else {part.name: keep}, weight).to(weight.device)
@@ -287,6 +287,8 @@ def resolve(
         solver = get_solver("least_squares")
         if train.tokens < FEED_FORWARD_TOKENS * solver.unknowns(layer):
             return Resolved(part.name, 1.0, 1.0, None), old
+    if len(columns) == weight.shape[1] and train.tokens < solver.unknowns(layer):  # as of a pool over patches, one a picture
+        return Resolved(part.name, 1.0, 1.0, None), old
     refuse_too_few(part.name, train.tokens, solver.unknowns(layer))
     before = held_out.error(torch.zeros_like(held_out.cross))
     best, last = before, math.inf

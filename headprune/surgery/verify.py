@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headprune.models import attention_sites, gated
 from headprune.models.site import Foreign, is_conv1d
+from headprune.nn.replace import own_attention
 
 
 @torch.no_grad()
@@ -21,13 +22,14 @@ def gated_twin(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[
     Under `gated(twin, keep)` it must give exactly what `pruned` gives, compensated or not.
     """
     twin = copy.deepcopy(dense)
-    small = {site.name: site for site in attention_sites(pruned)}
-    for site in attention_sites(twin):
-        module, source = site.output.module, small[site.name].output.module
-        columns = site.columns(tuple(keep[site.name])).to(module.weight.device)
-        module.weight.data.index_copy_(0 if is_conv1d(module) else 1, columns, source.weight.data)
-        if module.bias is not None:
-            module.bias.data.copy_(source.bias.data)
+    with own_attention(twin, keep=True), own_attention(pruned):  # what is written to the twin stays in it
+        small = {site.name: site for site in attention_sites(pruned)}
+        for site in attention_sites(twin):
+            module, source = site.output.module, small[site.name].output.module
+            columns = site.columns(tuple(keep[site.name])).to(module.weight.device)
+            module.weight.data.index_copy_(0 if is_conv1d(module) else 1, columns, source.weight.data)
+            if module.bias is not None:
+                module.bias.data.copy_(source.bias.data)
     for name in resolved:
         twin.get_submodule(name).load_state_dict(pruned.get_submodule(name).state_dict())
     return twin

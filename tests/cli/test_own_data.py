@@ -11,6 +11,7 @@ from letter_tokenizer import LETTERS, letter_tokenizer
 from PIL import Image
 from tiny_encoders import VISION
 from tiny_models import llama
+from transformers import SiglipConfig, SiglipForImageClassification
 
 import headprune as hp
 
@@ -82,6 +83,42 @@ def test_a_vision_transformer_is_scored_on_a_folder_of_images(call, tmp_path):
     code, _, err = call("score", str(tmp_path / "vit"), "--task", f"image-classification,calibration={tmp_path / 'images'}")
     assert code == 0, err
     assert len(hp.HeadScores.load("scores.json")) == 2
+
+
+def test_a_classifier_with_an_attention_that_is_not_used_keeps_its_heads_where_that_is_asked_for(call, tmp_path):
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = SiglipConfig(text_config={**tower, "vocab_size": 20}, vision_config={**tower, "image_size": 16, "patch_size": 8})
+    config.num_labels = 5
+    torch.manual_seed(0)
+    SiglipForImageClassification(config).save_pretrained(tmp_path / "siglip")
+    processor = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 16, "width": 16}}
+    (tmp_path / "siglip" / "preprocessor_config.json").write_text(json.dumps(processor))
+    for number in range(20):
+        folder = tmp_path / "images" / f"class{number % 5}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 18), number * 10).save(folder / f"{number}.png")
+    task = f"image-classification,calibration={tmp_path / 'images'}"
+    code, _, err = call("score", str(tmp_path / "siglip"), "--task", task)
+    assert code == 2
+    assert "vision_model.head.attention not reached" in " ".join(err.split())
+    assert "--keep-unreached" in err
+    recipe = {
+        "model": str(tmp_path / "siglip"), "score": {"unreached": "keep"}, "evaluate": {"repeats": 1}, "output": "run",
+        "task": {"name": "image-classification", "options": {"calibration": str(tmp_path / "images")}},
+    }  # fmt: skip
+    Path("own.yaml").write_text(yaml.safe_dump(recipe))
+    for command in (
+        ("score", str(tmp_path / "siglip"), "--task", task, "--keep-unreached"),
+        ("plan", "scores.json", "--heads", "0.3", "-o", "plan.json"),
+        ("prune", str(tmp_path / "siglip"), "plan.json", "--task", task, "-o", "pruned"),
+        ("evaluate", "pruned", "--against", str(tmp_path / "siglip"), "--task", task, "--repeats", "1"),
+        ("run", "own.yaml"),
+    ):
+        code, _, err = call(*command)
+        assert code == 0, err
+    heads = {site.name: site.head_map.query_heads for site in hp.attention_sites(hp.load("pruned"))}
+    assert heads["vision_model.head.attention"] == 4
+    assert sum(heads.values()) < 12
 
 
 def test_tasks_are_listed_with_their_options(call):

@@ -237,6 +237,17 @@ def test_too_few_calibration_tokens_are_refused_with_the_number_needed():
     prune(model, plan, few, compensation="bias")
 
 
+def test_an_attention_that_loses_nothing_stays_as_it_is_where_tokens_are_too_few():
+    model = bert()
+    last = model.encoder.layer[1].attention.output.dense.weight
+    before, plan = last.detach().clone(), PruningPlan.from_keep(model, {"encoder.layer.0.attention": [1]})  # 8 inputs and a bias
+    few = [{"input_ids": tokens(1, 8, seed), "attention_mask": torch.ones(1, 8, dtype=torch.long)} for seed in range(3)]
+    reports = {report.site: report for report in prune(model, plan, few).resolved}
+    assert reports["encoder.layer.0.attention"].ridge is not None
+    assert reports["encoder.layer.1.attention"].ridge is None
+    assert torch.equal(last, before)
+
+
 @pytest.mark.parametrize("make", [bert, llama])
 def test_resolving_the_feed_forwards_too_brings_the_output_nearer_still(make):
     dense, alone, both = make(), make(), make()
