@@ -16,6 +16,7 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.metric import Metric, perplexity
 from headprune.evaluation.positions import position_limit
+from headprune.evaluation.token_stream import tokens_of
 
 LATENCY_ROWS, PROMPT_TOKENS = 4, 32
 
@@ -53,8 +54,7 @@ class Perplexity(EvaluationData):
         stride = window if stride is None else stride
         if window < 2 or not 1 <= stride <= window or batch < 1:
             raise InvalidInput(f"window={window}, stride={stride}, batch={batch}: expected 1 <= stride <= window, 2 <= window.")
-        ids = tokenizer(text_of(text), add_special_tokens=False, verbose=False)["input_ids"]
-        self.tokens = torch.as_tensor(ids, dtype=torch.long).flatten()
+        self.tokens = tokens_of(tokenizer, text_of(text))
         if len(self.tokens) < 2:
             raise InvalidInput(f"the text has {len(self.tokens)} tokens; perplexity needs at least 2.")
         self.window, self.batch = window, batch

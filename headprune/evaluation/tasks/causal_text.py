@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,13 +89,6 @@ class CausalText(Task):
 def refuse_sizes(window: int, batch: int) -> None:
     if window < 2 or batch < 1:
         raise InvalidInput(f"window={window}, batch={batch}: expected at least 2 tokens a window and 1 window a batch.")
-
-
-def token_stream(tokenizer: Any, texts: Iterable[str]) -> Tensor:
-    """The texts' tokens in one row [tokens], int64, each behind the end-of-text token where there is one."""
-    start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(list(itertools.chain.from_iterable(start + ids for ids in encoded)), dtype=torch.long)
 
 
 def windows_of(stream: Tensor, window: int, count: int, seed: int = 0) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from headprune.evaluation.tasks.causal_text import CausalText, refuse_sizes, token_stream, windows_of
+from headprune.evaluation.tasks.causal_text import CausalText, refuse_sizes, windows_of
 from headprune.evaluation.tasks.standard_library import Document, digest, standard_library_text
 from headprune.evaluation.tasks.task import register_task
+from headprune.evaluation.token_stream import token_stream
 
 TRAINING_WINDOWS = 4096
 

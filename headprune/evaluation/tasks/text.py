@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from headprune.errors import InvalidInput
-from headprune.evaluation.tasks.causal_text import CausalText, refuse_sizes, token_stream, windows_of
+from headprune.evaluation.tasks.causal_text import CausalText, refuse_sizes, windows_of
 from headprune.evaluation.tasks.rows import TENTH, read_texts, refuse_counts, refuse_same
 from headprune.evaluation.tasks.task import register_task
+from headprune.evaluation.token_stream import token_stream
 
 
 @register_task

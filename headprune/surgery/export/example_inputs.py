@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,17 @@ def example_inputs(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor
     inputs = tiny_inputs(model)
     if inputs is None:
         raise HeadpruneError(f"{type(model).__name__} does not tell what input it takes, so the export cannot be checked.")
-    return {name: resized(name, value, rows, tokens) for name, value in inputs.items()}
+    found = {name: resized(name, value, rows, tokens) for name, value in inputs.items()}
+    if "input_ids" in found and tells_texts_apart(model):
+        second = torch.arange(tokens, device=found["input_ids"].device) >= tokens // 2
+        found["token_type_ids"] = second.long().expand(rows, tokens).contiguous()
+    return found
+
+
+def tells_texts_apart(model: nn.Module) -> bool:
+    """Whether it takes the first and the second text of a pair by their types, as BERT does; without them both are the first."""
+    types = getattr(getattr(model, "config", None), "type_vocab_size", None) or 0
+    return types > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 def resized(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:

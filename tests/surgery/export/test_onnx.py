@@ -52,9 +52,13 @@ def run(path, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return dict(zip([one.name for one in session.get_outputs()], found))
 
 
+def pair(rows: int, length: int) -> dict[str, torch.Tensor]:
+    return {**text(rows, length), "token_type_ids": (torch.arange(length) >= length // 2).long().expand(rows, length)}
+
+
 CASES = {
     "llama": (llama, text, ["logits"]),
-    "classifier": (classifier, text, ["logits"]),
+    "classifier": (classifier, pair, ["logits"]),
     "swin": (small(VISION["swin"], depths=[2], num_heads=[4]), lambda rows, _: {"pixel_values": pictures(rows)}, ["logits"]),
     "clip": (
         small(VISION["clip"], **{part: {**CLIP[part], "num_hidden_layers": 1} for part in ("text_config", "vision_config")}),
@@ -92,7 +96,7 @@ def test_bfloat16_becomes_float32_and_the_export_says_so(tmp_path, caplog):
     assert "bfloat16 is written as float32" in str(report)
     assert "bfloat16 is written as float32" in caplog.text
     assert model.dtype == torch.bfloat16
-    inputs = text(2, 7)
+    inputs = pair(2, 7)
     with torch.no_grad():
         expected = model.float()(**inputs)
     found = run(tmp_path / "model.onnx", inputs)
