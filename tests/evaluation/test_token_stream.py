@@ -9,10 +9,6 @@ from headprune.evaluation.token_stream import pieces_of, token_stream, tokens_of
 
 WORDS = ["".join(random.Random(seed).choices(LETTERS, k=5)) for seed in range(9)]
 TEXTS = [" ".join(WORDS), " ".join(reversed(WORDS)), "", "x" * 70, "a\nb"]
-    "",
-    "x" * 70,
-    "a\nb",
-]
 
 
 @pytest.mark.parametrize("piece", [20, 7])
