@@ -63,6 +63,7 @@ class Labelled(Task):
         numbers = numbers_of(self.names, model, f"task {self.name}")
         refuse_longer([*self.calibration, *self.test], position_limit(model), model)
         if self.numbers is None:
+            tell_guess(numbers, model)
             for batch in (*self.calibration, *self.test):
                 self.settle(batch, numbers)
         elif numbers != self.numbers:
@@ -122,7 +123,7 @@ def numbers_of(names: Sequence[str], model: nn.Module, task: str) -> dict[str, i
     if all(NUMBER.fullmatch(name) for name in names):
         numbers = {name: int(float(name)) for name in names}
     elif all(str(name).startswith(DEFAULT_NAME) for name in known):
-        numbers = counted(names, classes, type(model).__name__, task)
+        numbers = in_order(names, classes, type(model).__name__, task)
     else:
         strange = next(name for name in names if name not in known)
         raise InvalidInput(f"{task}: the label {strange!r} is none of the model's classes, {', '.join(map(str, known))[:200]}.")
@@ -131,14 +132,19 @@ def numbers_of(names: Sequence[str], model: nn.Module, task: str) -> dict[str, i
     return numbers
 
 
-def counted(names: Sequence[str], classes: int, model: str, task: str) -> dict[str, int]:
-    """Names in alphabetical order, which is a guess, and is said; InvalidInput where they are not as many as the classes."""
+def in_order(names: Sequence[str], classes: int, model: str, task: str) -> dict[str, int]:
+    """Names in alphabetical order, which is a guess; InvalidInput where they are not as many as the classes."""
     if len(names) != classes:
         raise InvalidInput(
             f"{task}: the data has {len(names)} labels ({', '.join(names)[:200]}), {model} has {classes} classes without names. "
             "Name them in config.label2id, or give numbers."
         )
-    numbers = {name: place for place, name in enumerate(names)}
-    shown = ", ".join(f"{name} = {place}" for name, place in numbers.items())
-    log.warning("the model's classes have no names; labels are taken in alphabetical order: %s", shown[:200])
-    return numbers
+    return {name: place for place, name in enumerate(names)}
+
+
+def tell_guess(numbers: Mapping[str, int], model: nn.Module) -> None:
+    """A line in the log where labels are numbered by their order alone."""
+    known: Any = getattr(getattr(model, "config", None), "label2id", None) or {}
+    if not all(name in known or NUMBER.fullmatch(name) for name in numbers):
+        shown = ", ".join(f"{name} = {number}" for name, number in numbers.items())
+        log.warning("the model's classes have no names; labels are taken in alphabetical order: %s", shown[:200])
