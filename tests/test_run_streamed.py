@@ -52,7 +52,7 @@ class Tokens(Task):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "tokenizer_of", lambda folder: object())
+    monkeypatch.setattr(sources, "tokenizer_of", lambda folder, images=False: object())
     content = {
         "model": str(sharded_folder("llama", tmp_path / "model")), "task": {"name": "tokens-for-tests"},
         "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}, "memory": "streamed",
