@@ -79,7 +79,7 @@ def test_pruning_a_folder_file_by_file(versus, folder, plan):
 
     versus(
         f"CPU pruning of a folder of {size:.1f} GB, file by file, half of the heads", pruned, {"copy of the folder": copied},
-        at_least=0.6, rounds=5, before=fresh,
+        at_least=0.6, rounds=21, before=fresh,
     )  # fmt: skip
     fresh()
 
