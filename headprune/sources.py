@@ -12,6 +12,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from headprune import demo
 from headprune.errors import CorruptCheckpoint, InvalidInput, unknown_name
+from headprune.models.tokens import decoder_of
 from headprune.surgery import load, open_streamed
 
 Progress = Callable[[int, int], None]
@@ -75,12 +76,17 @@ def default_task(name: str, model: PreTrainedModel) -> str:
     """The task of an embedded model, or the one that comes with headprune for models like `model`. InvalidInput where none does."""
     if name in EMBEDDED:
         return EMBEDDED[name].task
-    if model.main_input_name != "input_ids" or "Classification" in type(model).__name__:
-        kind = "text" if model.main_input_name == "input_ids" else "image"
-        raise InvalidInput(
-            f"no task of headprune's own is for a {type(model).__name__}; name yours, for example "
-            f"{kind}-classification,calibration={'train.jsonl' if kind == 'text' else 'FOLDER'}."
-        )
+    name, example = type(model).__name__, None
+    if model.main_input_name != "input_ids":
+        example = "image-classification,calibration=FOLDER"
+    elif "Classification" in name:
+        example = "text-classification,calibration=train.jsonl"
+    elif "MaskedLM" in name:
+        example = "masked-text,calibration=train.txt"
+    elif decoder_of(model) is not None:
+        example = "text-to-text,calibration=train.jsonl"
+    if example is not None:
+        raise InvalidInput(f"no task of headprune's own is for a {name}; name yours, for example {example}.")
     return EMBEDDED["stdlib-lm" if model.can_generate() else "minilm"].task
 
 

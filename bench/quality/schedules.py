@@ -3,11 +3,12 @@
     python bench/quality/schedules.py stdlib-lm --validation      # to choose settings: no test text is read
     python bench/quality/schedules.py stdlib-lm --heads 0.5 -o schedules-stdlib-lm.json
     python bench/quality/schedules.py minilm --heads 0.5 -o schedules-minilm.json
+    python bench/quality/schedules.py stdlib-lm --criterion magnitude_l2 --cut-only -o schedules-cut-only-stdlib-lm.json
 
 Every way sees the same number of batches of the same size out of the same texts, distils from the same dense model and compensates
-on the same batches: one shot trains for all steps after its cut, iterative for an equal part of them after each of its cuts (late:
-for 0.7 of them after the last; two: for an eighth of them between two cuts), pruning-aware for half of them with gates and for half
-after the cut. Training texts are never test texts.
+on the same batches (with --cut-only not at all): one shot trains for all steps after its cut, iterative for an equal part of them
+after each of its cuts (late: for 0.7 of them after the last; two: for an eighth of them between two cuts), pruning-aware for half of
+them with gates and for half after the cut. Training texts are never test texts.
 """
 
 from __future__ import annotations
@@ -106,15 +107,19 @@ def rows(arguments: argparse.Namespace):
     subject = SUBJECTS[arguments.model](arguments.validation, arguments.seed)
     task, train, split = subject.task, subject.task.training(), "validation" if arguments.validation else "test"
     original = task.evaluate(subject.dense)
-    about = {"model": arguments.model, "split": split, "seed": arguments.seed, "steps": arguments.steps, "batch": task.batch}
+    criterion = arguments.criterion or subject.criterion
+    about = {
+        "model": arguments.model, "split": split, "seed": arguments.seed, "steps": arguments.steps, "batch": task.batch,
+        "criterion": criterion, "compensated": not arguments.cut_only,
+    }  # fmt: skip
     yield {**about, "way": "dense", "heads": 0.0, **original, "ratio": 1.0}
     for fraction in arguments.heads:
         for way in arguments.ways:
             started = time.process_time()
             call = {
                 "model": subject.dense, "batches": task.calibration, "budget": hp.Budget(heads=fraction), "train": train,
-                "criterion": subject.criterion, "loss_fn": task.loss, "forward": task.forward, "seed": arguments.seed,
-                "metric": lambda model: 0.0,  # quality is measured once, in the end
+                "criterion": criterion, "compensate": not arguments.cut_only, "loss_fn": task.loss, "forward": task.forward,
+                "seed": arguments.seed, "metric": lambda model: 0.0,  # quality is measured once, in the end
             }  # fmt: skip
             found = WAYS[way](subject, call, arguments.steps)
             seconds, quality = time.process_time() - started, task.evaluate(found.model)
@@ -130,6 +135,8 @@ def main() -> None:
     parser.add_argument("model", choices=list(SUBJECTS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--heads", nargs="+", type=float, default=[0.5], help="fractions to remove")
+    parser.add_argument("--criterion", help="of the heads to keep (default: the model's recipe's)")
+    parser.add_argument("--cut-only", action="store_true", help="no output projection is re-solved")
     parser.add_argument("--steps", type=int, default=240, help="training steps of each way in all")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration and training data and of their order")
     parser.add_argument("--validation", action="store_true", help="quality on held-out calibration texts instead of test texts")

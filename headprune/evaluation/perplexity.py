@@ -17,6 +17,7 @@ from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.metric import Metric, perplexity
 from headprune.evaluation.positions import position_limit
 from headprune.evaluation.token_stream import tokens_of
+from headprune.models.tokens import decoder_of
 
 LATENCY_ROWS, PROMPT_TOKENS = 4, 32
 
@@ -126,6 +127,11 @@ def share(rows: Tensor) -> float:
 
 
 def refuse_other_models(model: nn.Module, name: str, tokens: int) -> None:
+    if decoder_of(model) is not None:
+        raise InvalidInput(
+            f"{name} needs a causal language model; {type(model).__name__} is an encoder-decoder, for which there is the task "
+            "text-to-text."
+        )
     if not getattr(model, "can_generate", bool)():
         raise InvalidInput(f"{name} needs a causal language model; {type(model).__name__} is none.")
     limit = position_limit(model)

@@ -90,6 +90,7 @@ def test_the_command_line_names_tasks_with_options():
     assert named_task("text") == ("text", {})
     found = named_task("text,calibration=own.txt,window=32,test=null")
     assert found == ("text", {"calibration": "own.txt", "window": 32, "test": None})
+    assert named_task("text-to-text,prefix=summarize: ") == ("text-to-text", {"prefix": "summarize: "})
     with pytest.raises(InvalidInput, match=r"'own\.txt' is no option; expected text,option=value"):
         named_task("text,own.txt")
     with pytest.raises(InvalidInput, match="is not a YAML value"):

@@ -89,7 +89,8 @@ def named_task(text: str) -> tuple[str, dict[str, Any]]:
         if not equals or not key:
             raise InvalidInput(f"task {text!r}: {part!r} is no option; expected {name},option=value, as in calibration=train.txt.")
         try:
-            options[key.strip()] = yaml.safe_load(value)
+            found = yaml.safe_load(value)
+            options[key.strip()] = value if isinstance(found, dict) else found  # "summarize: " is text
         except yaml.YAMLError:
             raise InvalidInput(f"task {text!r}: {value!r} is not a YAML value.") from None
     return name, options

@@ -1,0 +1,161 @@
+"""Masked tokens of one's own text, as encoders are pretrained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.data import Progress, placed
+from headprune.evaluation.metric import Metric, perplexity
+from headprune.evaluation.perplexity import share
+from headprune.evaluation.positions import position_limit
+from headprune.evaluation.tasks.causal_text import windows_of
+from headprune.evaluation.tasks.rows import TENTH, read_texts, refuse_counts, refuse_same
+from headprune.evaluation.tasks.task import Task, register_task
+from headprune.evaluation.token_stream import token_stream
+from headprune.models.tokens import IGNORED_LABEL
+
+Batch = dict[str, Tensor]
+
+
+@register_task
+class MaskedText(Task):
+    """Masked tokens of your own text, for encoders with their pretraining head: calibration=FILE, and test=FILE or a tenth of it.
+
+    calibration: a .txt or .md file, a folder of such, or a .jsonl, .json, .csv or .tsv file, whose `column` holds documents.
+    test: the same, for the perplexity; by default the last tenth of calibration's tokens, which then count for nothing else.
+    training: the same, for recovery; by default the text of calibration. Documents are joined and cut into windows of `window`
+    tokens that do not overlap, of which a seeded choice is used; `masked` of their tokens (in every window, at least one) are
+    replaced by the mask token, always (Wettig et al. 2023: as good as BERT's 80 %).
+
+    Perplexity is exp of the mean negative log-likelihood over all masked tokens, which all models with this tokenizer see alike;
+    accuracy the share of them that the model ranks first. The loss of a sample is the mean over its masked tokens.
+    """
+
+    name = "masked-text"
+    headline = "perplexity"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        calibration: str,
+        test: str | None = None,
+        training: str | None = None,
+        column: str = "text",
+        window: int = 128,
+        masked: float = 0.15,
+        batch: int = 16,
+        calibration_windows: int = 256,
+        test_windows: int = 512,
+        training_windows: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        refuse_counts(calibration_windows=calibration_windows, test_windows=test_windows, training_windows=training_windows)
+        refuse_same(calibration, test, training, nested=True)
+        if tokenizer.mask_token_id is None:
+            raise InvalidInput(f"task {self.name}: the tokenizer has no mask token, so the model is no masked language model.")
+        if batch < 1 or not 0 < masked < 1:
+            raise InvalidInput(f"batch={batch}, masked={masked}: expected at least 1 window a batch, and a share between 0 and 1.")
+        self.tokenizer, self.batch, self.window, self.masked, self.seed = tokenizer, batch, window, masked, seed
+        self.before, self.behind = special_tokens(tokenizer)
+        self.inside = window - len(self.before) - len(self.behind)
+        if self.inside < 2:
+            raise InvalidInput(f"window={window}; expected at least 2 tokens beside {window - self.inside} special ones.")
+        stream = token_stream(tokenizer, read_texts(calibration, column))
+        if test is None:
+            rest = len(stream) - len(stream) // TENTH
+            stream, held_out = stream[:rest], stream[rest:]
+        else:
+            held_out = token_stream(tokenizer, read_texts(test, column))
+        if min(len(stream), len(held_out)) < self.inside:
+            raise InvalidInput(
+                f"task {self.name}: calibration has {len(stream)} tokens and test {len(held_out)}; expected at least one window of "
+                f"{window} each. Give more text, or a smaller window."
+            )
+        self.calibration = self.batches(windows_of(stream, self.inside, calibration_windows, seed), seed)
+        self.test = self.batches(windows_of(held_out, self.inside, test_windows), 0)
+        self.stream, self.training_text, self.column, self.training_windows = stream, training, column, training_windows
+
+    def batches(self, windows: Tensor, seed: int) -> list[Batch]:
+        """Of windows [windows, inside], each put between special tokens, some of its tokens masked, the same for the same seed."""
+        draws = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed))
+        chosen = draws.argsort(dim=1).argsort(dim=1) < max(1, round(self.masked * self.inside))
+        framed = torch.cat([self.before.expand(len(windows), -1), windows, self.behind.expand(len(windows), -1)], dim=1)
+        hidden = F.pad(chosen, (len(self.before), len(self.behind)))
+        inputs, labels = framed.masked_fill(hidden, self.tokenizer.mask_token_id), framed.masked_fill(~hidden, IGNORED_LABEL)
+        return [
+            {"input_ids": some, "attention_mask": torch.ones_like(some), "labels": wanted}
+            for some, wanted in zip(inputs.split(self.batch), labels.split(self.batch))
+        ]
+
+    def training(self) -> list[Batch]:
+        stream = self.stream
+        if self.training_text is not None:
+            stream = token_stream(self.tokenizer, read_texts(self.training_text, self.column))
+        return self.batches(windows_of(stream, self.inside, self.training_windows, self.seed), self.seed + 1) or self.calibration
+
+    def check_model(self, model: nn.Module) -> None:
+        name = type(model).__name__
+        if "MaskedLM" not in name and "WithLMHead" not in name:
+            raise InvalidInput(
+                f"task {self.name} needs a masked language model with its head (...ForMaskedLM); {name} has none. Load the "
+                "checkpoint with AutoModelForMaskedLM and save it, or take another task."
+            )
+        limit = position_limit(model)
+        if limit is not None and limit < self.window:
+            raise InvalidInput(f"window={self.window}: {name} takes at most {limit} tokens; give a smaller window.")
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        return model(**placed(model, {name: value for name, value in batch.items() if name != "labels"}))
+
+    def predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(negative log-likelihood, whether ranked first) of the masked tokens of each window, [windows, tokens]."""
+        logits = self.forward(model, batch).logits
+        labels = batch["labels"].to(logits.device)
+        masked = labels != IGNORED_LABEL  # as many in each window
+        found, wanted = logits[masked].float(), labels[masked]
+        losses, hits = F.cross_entropy(found, wanted, reduction="none"), found.argmax(dim=-1) == wanted
+        return losses.view(len(labels), -1), hits.view(len(labels), -1)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.predicted(model, batch)[0].mean(dim=1)
+
+    @torch.inference_mode()
+    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
+        """An example is a window."""
+        losses, right = [], []
+        for done, batch in enumerate(self.test, 1):
+            loss, hit = self.predicted(model, batch)
+            losses.append(counted(loss))
+            right.append(counted(hit))
+            if progress:
+                progress(done, len(self.test))
+        return {"perplexity": Metric(torch.cat(losses), perplexity), "accuracy": Metric(torch.cat(right), share)}
+
+    @torch.inference_mode()
+    def outputs(self, model: nn.Module) -> Tensor:
+        logits: Tensor = self.forward(model, self.test[0]).logits
+        return logits[:2].float()
+
+    def latency_inputs(self) -> Batch:
+        return {name: value for name, value in self.test[0].items() if name != "labels"}
+
+
+def counted(rows: Tensor) -> Tensor:
+    """[windows, 2], fp64, on the CPU: the sum of each row of [windows, tokens], and how many tokens it has."""
+    total = rows.double().sum(dim=1).cpu()
+    return torch.stack([total, torch.full_like(total, rows.shape[1])], dim=1)
+
+
+def special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """What the tokenizer puts before a text and behind it, [tokens] each."""
+    found = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = torch.tensor(found["input_ids"]), [bool(mark) for mark in found["special_tokens_mask"]]
+    if False not in special:
+        return ids[:0], ids[:0]
+    return ids[: special.index(False)], ids[len(special) - special[::-1].index(False) :]

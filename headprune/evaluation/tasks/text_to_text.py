@@ -1,0 +1,135 @@
+"""Encoder-decoders on one's own pairs of texts: translation, summaries, answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.data import Progress, placed
+from headprune.evaluation.metric import Metric, perplexity
+from headprune.evaluation.perplexity import share
+from headprune.evaluation.positions import position_limit, refuse_longer
+from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
+from headprune.evaluation.tasks.task import Task, register_task
+from headprune.evaluation.tasks.text_pairs import shuffled
+from headprune.models.tokens import IGNORED_LABEL, decoder_of
+
+Batch = dict[str, Tensor]
+PROMPT_ROWS = 4
+
+
+@register_task
+class TextToText(Task):
+    """Your own sources and targets for encoder-decoders (T5, BART, Marian): calibration=FILE, and test=FILE or a tenth of it.
+
+    calibration: a .jsonl, .json, .csv or .tsv file with the columns `source` and `target`. test: the same; by default a tenth of
+    calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows of calibration.
+    prefix: is put before each source ("translate English to German: "). seed: which rows are drawn for calibration.
+
+    Perplexity is exp of the mean negative log-likelihood over all tokens of the targets, each read with the true ones before it;
+    accuracy the share of them that the model ranks first. The loss of a sample is the mean over its target's tokens.
+    """
+
+    name = "text-to-text"
+    headline = "perplexity"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        calibration: str,
+        test: str | None = None,
+        training: str | None = None,
+        source: str = "source",
+        target: str = "target",
+        prefix: str = "",
+        calibration_rows: int = 256,
+        test_rows: int | None = 1000,
+        batch: int = 8,
+        max_tokens: int = 256,
+        seed: int = 0,
+    ) -> None:
+        refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch)
+        refuse_same(calibration, test, training)
+        self.tokenizer, self.batch, self.max_tokens, self.prefix = tokenizer, batch, max_tokens, prefix
+
+        def pairs(file: str) -> list[tuple[str, str]]:
+            return [(str(row[source]), str(row[target])) for row in read_rows(file, [source, target])]
+
+        known = pairs(calibration)
+        known, held_out = without_a_tenth(known) if test is None else (known, pairs(test))
+        drawn = shuffled(known, seed)
+        self.calibration, self.test = self.batches(drawn[:calibration_rows]), self.batches(held_out[:test_rows])
+        self.training_pairs = drawn if training is None else pairs(training)
+
+    def batches(self, pairs: list[tuple[str, str]]) -> list[Batch]:
+        return [self.encoded(pairs[start : start + self.batch]) for start in range(0, len(pairs), self.batch)]
+
+    def encoded(self, pairs: list[tuple[str, str]]) -> Batch:
+        options: dict[str, Any] = {
+            "padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt",
+            "return_attention_mask": True,
+        }  # fmt: skip
+        read = self.tokenizer([self.prefix + source for source, _ in pairs], **options)
+        said = self.tokenizer(text_target=[target for _, target in pairs], **options)
+        labels = said["input_ids"].masked_fill(said["attention_mask"] == 0, IGNORED_LABEL)
+        return {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"], "labels": labels}
+
+    def training(self) -> list[Batch]:
+        return self.batches(self.training_pairs)
+
+    def check_model(self, model: nn.Module) -> None:
+        name = type(model).__name__
+        reads_text = getattr(model, "main_input_name", None) == "input_ids"
+        if decoder_of(model) is None or not reads_text or not getattr(model, "can_generate", bool)():
+            raise InvalidInput(f"task {self.name} needs an encoder-decoder of text with its head, as T5 or BART; {name} is none.")
+        limit = position_limit(model)
+        refuse_longer([*self.calibration, *self.test], limit, model)
+        refuse_longer([{"input_ids": batch["labels"]} for batch in (*self.calibration, *self.test)], limit, model)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """The labels go in too: the model itself makes what its decoder reads from them."""
+        return model(**placed(model, batch), use_cache=False)
+
+    def readout(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[targets, tokens, vocabulary], the logits."""
+        logits: Tensor = self.forward(model, batch).logits
+        return logits
+
+    def predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(negative log-likelihood, whether ranked first, whether it counts) of each token of the targets, [targets, tokens]."""
+        logits = self.readout(model, batch).float()
+        labels = batch["labels"].to(logits.device)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+        counts = labels != IGNORED_LABEL
+        return losses.view_as(labels), (logits.argmax(dim=-1) == labels) & counts, counts
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses, _, counts = self.predicted(model, batch)
+        return losses.sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+
+    @torch.inference_mode()
+    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
+        """An example is a pair."""
+        losses, right = [], []
+        for done, batch in enumerate(self.test, 1):
+            found, hits, counts = (value.double().sum(dim=1).cpu() for value in self.predicted(model, batch))
+            losses.append(torch.stack([found, counts], dim=1))
+            right.append(torch.stack([hits, counts], dim=1))
+            if progress:
+                progress(done, len(self.test))
+        return {"perplexity": Metric(torch.cat(losses), perplexity), "accuracy": Metric(torch.cat(right), share)}
+
+    @torch.inference_mode()
+    def outputs(self, model: nn.Module) -> Tensor:
+        return self.readout(model, self.test[0])[:2].float()
+
+    def latency_inputs(self) -> Batch:
+        return self.test[0]
+
+    def prompt(self) -> Batch:
+        return {name: self.test[0][name][:PROMPT_ROWS] for name in ("input_ids", "attention_mask")}
