@@ -7,8 +7,8 @@
 
 Every way sees the same number of batches of the same size out of the same texts, distils from the same dense model and compensates
 on the same batches (with --cut-only not at all): one shot trains for all steps after its cut, iterative for an equal part of them
-after each of its cuts (late: for 0.7 of them after the last; two: for an eighth of them between two cuts), pruning-aware for half of
-them with gates and for half after the cut. Training texts are never test texts.
+after each of its cuts (late: for 0.7 of them after the last; two: for an eighth of them between two cuts), pruning-aware for half
+of them with gates and for half after the cut. Training texts are never test texts.
 """
 
 from __future__ import annotations
