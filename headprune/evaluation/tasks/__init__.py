@@ -1,5 +1,6 @@
 """Tasks: data and a metric each; importing this package registers those that come with headprune."""
 
+from headprune.evaluation.tasks.chat import Chat
 from headprune.evaluation.tasks.docstring_retrieval import DocstringRetrieval
 from headprune.evaluation.tasks.image_classification import ImageClassification
 from headprune.evaluation.tasks.masked_text import MaskedText
@@ -11,6 +12,6 @@ from headprune.evaluation.tasks.text_classification import TextClassification
 from headprune.evaluation.tasks.text_to_text import TextToText
 
 __all__ = [
-    "DocstringRetrieval", "ImageClassification", "MaskedText", "RetrievalOfPairs", "StandardLibraryText", "Task", "Text",
+    "Chat", "DocstringRetrieval", "ImageClassification", "MaskedText", "RetrievalOfPairs", "StandardLibraryText", "Task", "Text",
     "TextClassification", "TextToText", "build_task", "check_task", "named_task", "register_task", "task_options", "tasks",
 ]  # fmt: skip

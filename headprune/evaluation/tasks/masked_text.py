@@ -9,21 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
-from headprune.evaluation.data import Progress, placed
-from headprune.evaluation.metric import Metric, perplexity
-from headprune.evaluation.perplexity import share
+from headprune.evaluation.data import placed
 from headprune.evaluation.positions import position_limit
 from headprune.evaluation.tasks.causal_text import windows_of
 from headprune.evaluation.tasks.rows import TENTH, read_texts, refuse_counts, refuse_same
-from headprune.evaluation.tasks.task import Task, register_task
+from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
+from headprune.evaluation.tasks.task import register_task
 from headprune.evaluation.token_stream import token_stream
 from headprune.models.tokens import IGNORED_LABEL
 
-Batch = dict[str, Tensor]
-
 
 @register_task
-class MaskedText(Task):
+class MaskedText(TargetTokens):
     """Masked tokens of your own text, for encoders with their pretraining head: calibration=FILE, and test=FILE or a tenth of it.
 
     calibration: a .txt or .md file, a folder of such, or a .jsonl, .json, .csv or .tsv file, whose `column` holds documents.
@@ -31,14 +28,9 @@ class MaskedText(Task):
     training: the same, for recovery; by default the text of calibration. Documents are joined and cut into windows of `window`
     tokens that do not overlap, of which a seeded choice is used; `masked` of their tokens (in every window, at least one) are
     replaced by the mask token, always (Wettig et al. 2023: as good as BERT's 80 %).
-
-    Perplexity is exp of the mean negative log-likelihood over all masked tokens, which all models with this tokenizer see alike;
-    accuracy the share of them that the model ranks first. The loss of a sample is the mean over its masked tokens.
     """
 
     name = "masked-text"
-    headline = "perplexity"
-    higher_is_better = False
 
     def __init__(
         self,
@@ -113,43 +105,11 @@ class MaskedText(Task):
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(**placed(model, {name: value for name, value in batch.items() if name != "labels"}))
 
-    def predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(negative log-likelihood, whether ranked first) of the masked tokens of each window, [windows, tokens]."""
-        logits = self.forward(model, batch).logits
-        labels = batch["labels"].to(logits.device)
-        masked = labels != IGNORED_LABEL  # as many in each window
-        found, wanted = logits[masked].float(), labels[masked]
-        losses, hits = F.cross_entropy(found, wanted, reduction="none"), found.argmax(dim=-1) == wanted
-        return losses.view(len(labels), -1), hits.view(len(labels), -1)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.predicted(model, batch)[0].mean(dim=1)
-
-    @torch.inference_mode()
-    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
-        """An example is a window."""
-        losses, right = [], []
-        for done, batch in enumerate(self.test, 1):
-            loss, hit = self.predicted(model, batch)
-            losses.append(counted(loss))
-            right.append(counted(hit))
-            if progress:
-                progress(done, len(self.test))
-        return {"perplexity": Metric(torch.cat(losses), perplexity), "accuracy": Metric(torch.cat(right), share)}
-
-    @torch.inference_mode()
-    def outputs(self, model: nn.Module) -> Tensor:
-        logits: Tensor = self.forward(model, self.test[0]).logits
-        return logits[:2].float()
+    def asked(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.forward(model, batch).logits, batch["labels"]
 
     def latency_inputs(self) -> Batch:
         return {name: value for name, value in self.test[0].items() if name != "labels"}
-
-
-def counted(rows: Tensor) -> Tensor:
-    """[windows, 2], fp64, on the CPU: the sum of each row of [windows, tokens], and how many tokens it has."""
-    total = rows.double().sum(dim=1).cpu()
-    return torch.stack([total, torch.full_like(total, rows.shape[1])], dim=1)
 
 
 def special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:

@@ -4,39 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
-from headprune.evaluation.data import Progress, placed
-from headprune.evaluation.metric import Metric, perplexity
-from headprune.evaluation.perplexity import share
+from headprune.evaluation.data import placed
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
-from headprune.evaluation.tasks.task import Task, register_task
+from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
+from headprune.evaluation.tasks.task import register_task
 from headprune.evaluation.tasks.text_pairs import shuffled
 from headprune.models.tokens import IGNORED_LABEL, decoder_of
 
-Batch = dict[str, Tensor]
 PROMPT_ROWS = 4
 
 
 @register_task
-class TextToText(Task):
+class TextToText(TargetTokens):
     """Your own sources and targets for encoder-decoders (T5, BART, Marian): calibration=FILE, and test=FILE or a tenth of it.
 
     calibration: a .jsonl, .json, .csv or .tsv file with the columns `source` and `target`. test: the same; by default a tenth of
     calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows of calibration.
-    prefix: is put before each source ("translate English to German: "). seed: which rows are drawn for calibration.
-
-    Perplexity is exp of the mean negative log-likelihood over all tokens of the targets, each read with the true ones before it;
-    accuracy the share of them that the model ranks first. The loss of a sample is the mean over its target's tokens.
+    prefix: is put before each source ("translate English to German: "). seed: which rows are drawn for calibration. Every token of
+    a target is asked for with the true ones before it.
     """
 
     name = "text-to-text"
-    headline = "perplexity"
-    higher_is_better = False
 
     def __init__(
         self,
@@ -96,37 +88,10 @@ class TextToText(Task):
         return model(**placed(model, batch), use_cache=False)
 
     def readout(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[targets, tokens, vocabulary], the logits."""
-        logits: Tensor = self.forward(model, batch).logits
-        return logits
+        return self.asked(model, batch)[0]
 
-    def predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(negative log-likelihood, whether ranked first, whether it counts) of each token of the targets, [targets, tokens]."""
-        logits = self.readout(model, batch).float()
-        labels = batch["labels"].to(logits.device)
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
-        counts = labels != IGNORED_LABEL
-        return losses.view_as(labels), (logits.argmax(dim=-1) == labels) & counts, counts
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        losses, _, counts = self.predicted(model, batch)
-        return losses.sum(dim=1) / counts.sum(dim=1).clamp(min=1)
-
-    @torch.inference_mode()
-    def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
-        """An example is a pair."""
-        losses, right = [], []
-        for done, batch in enumerate(self.test, 1):
-            found, hits, counts = (value.double().sum(dim=1).cpu() for value in self.predicted(model, batch))
-            losses.append(torch.stack([found, counts], dim=1))
-            right.append(torch.stack([hits, counts], dim=1))
-            if progress:
-                progress(done, len(self.test))
-        return {"perplexity": Metric(torch.cat(losses), perplexity), "accuracy": Metric(torch.cat(right), share)}
-
-    @torch.inference_mode()
-    def outputs(self, model: nn.Module) -> Tensor:
-        return self.readout(model, self.test[0])[:2].float()
+    def asked(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.forward(model, batch).logits, batch["labels"]
 
     def latency_inputs(self) -> Batch:
         return self.test[0]

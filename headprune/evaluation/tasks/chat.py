@@ -1,0 +1,166 @@
+"""Language models on one's own conversations: what they answer, not what they are asked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from headprune.errors import InvalidInput
+from headprune.evaluation.data import placed
+from headprune.evaluation.perplexity import refuse_other_models
+from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
+from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
+from headprune.evaluation.tasks.task import register_task
+from headprune.evaluation.tasks.text_pairs import shuffled
+from headprune.models.tokens import IGNORED_LABEL
+
+Turn = Mapping[str, Any]
+ROLE, CONTENT, ANSWERS = "role", "content", "assistant"
+log = logging.getLogger("headprune")
+
+
+@register_task
+class Chat(TargetTokens):
+    """Answers in your own conversations, for language models: calibration=FILE, and test=FILE or a tenth of it.
+
+    calibration: a .jsonl or .json file whose column `messages` holds the turns ({"role": "user" | "assistant" | ..., "content":
+    text}), or, with prompt=COLUMN and answer=COLUMN, any file of rows that has these. Turns are written as the tokenizer's chat
+    template says; without one, a prompt and its answer follow each other, with the end-of-text token behind. test: the same; by
+    default a tenth of calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows
+    of calibration. seed: which rows are drawn for calibration.
+
+    Asked for are the tokens of a conversation's last answer, what stands before it is context. Conversations are cut behind
+    `max_tokens`; those whose last answer begins only there are left out.
+    """
+
+    name = "chat"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        calibration: str,
+        test: str | None = None,
+        training: str | None = None,
+        messages: str = "messages",
+        prompt: str | None = None,
+        answer: str | None = None,
+        calibration_rows: int = 256,
+        test_rows: int | None = 500,
+        batch: int = 4,
+        max_tokens: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch)
+        refuse_same(calibration, test, training)
+        if (prompt is None) != (answer is None):
+            raise InvalidInput(f"prompt={prompt}, answer={answer}: expected both columns, or neither for a column of messages.")
+        self.tokenizer, self.batch, self.max_tokens = tokenizer, batch, max_tokens
+        self.columns = [messages] if prompt is None or answer is None else [prompt, answer]
+        if not tokenizer.chat_template and len(self.columns) == 1:
+            raise InvalidInput(
+                f"task {self.name}: the tokenizer has no chat template to write messages with; give one, or rows with a prompt and "
+                "an answer (prompt=COLUMN,answer=COLUMN)."
+            )
+        known = self.conversations(calibration)
+        known, held_out = without_a_tenth(known) if test is None else (known, self.conversations(test))
+        drawn = shuffled(known, seed)
+        self.calibration = self.batches(drawn[:calibration_rows])
+        self.test = self.batches(held_out[:test_rows])
+        self.training_rows = drawn if training is None else self.conversations(training)
+        if not self.test:
+            raise InvalidInput(f"task {self.name}: no answer of the test data begins within max_tokens={max_tokens}; give more.")
+
+    def conversations(self, file: str) -> list[list[Turn]]:
+        """The turns of each row up to its last answer."""
+        found: list[list[Turn]] = []
+        for number, row in enumerate(read_rows(file, self.columns), 1):
+            if len(self.columns) == 2:
+                prompt, answer = (str(row[name]) for name in self.columns)
+                found.append([{ROLE: "user", CONTENT: prompt}, {ROLE: ANSWERS, CONTENT: answer}])
+            else:
+                found.append(up_to_the_last_answer(row[self.columns[0]], f"{file}, row {number}"))
+        return found
+
+    def batches(self, conversations: Sequence[Sequence[Turn]]) -> list[Batch]:
+        written = [self.written(turns) for turns in conversations]
+        asked = [(tokens, labels) for tokens, labels in written if (labels[1:] != IGNORED_LABEL).any()]
+        if len(asked) < len(written):
+            log.warning("%d of %d conversations left out: their last answer begins behind max_tokens=%d",
+                        len(written) - len(asked), len(written), self.max_tokens)  # fmt: skip
+        return [self.padded(asked[start : start + self.batch]) for start in range(0, len(asked), self.batch)]
+
+    def written(self, turns: Sequence[Turn]) -> tuple[Tensor, Tensor]:
+        """(tokens, labels), at most max_tokens of each."""
+        before, tokens = self.tokens_of(turns)
+        labels = torch.tensor(tokens)
+        labels[:before] = IGNORED_LABEL
+        return torch.tensor(tokens[: self.max_tokens]), labels[: self.max_tokens]
+
+    def tokens_of(self, turns: Sequence[Turn]) -> tuple[int, list[int]]:
+        """(how many tokens stand before the answer, all tokens)."""
+        if not self.tokenizer.chat_template:
+            end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+            before = without_end(self.tokenizer(turns[0][CONTENT])["input_ids"], end)
+            return len(before), before + self.tokenizer(turns[1][CONTENT], add_special_tokens=False)["input_ids"] + end
+        write = self.tokenizer.apply_chat_template
+        before = write(list(turns[:-1]), add_generation_prompt=True, tokenize=True, return_dict=False)
+        tokens = write(list(turns), tokenize=True, return_dict=False)
+        if tokens[: len(before)] != before:
+            raise InvalidInput(
+                f"task {self.name}: as the tokenizer's chat template writes it, a conversation does not begin with what the model "
+                "is asked, so its answer cannot be told from that. Give a template that only adds to the turns before."
+            )
+        return len(before), tokens
+
+    def padded(self, rows: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+        """On the right, behind everything that a causal model reads."""
+        tokens, labels = zip(*rows)
+        filler = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id or 0
+        return {
+            "input_ids": pad_sequence(list(tokens), batch_first=True, padding_value=filler),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True),
+            "labels": pad_sequence(list(labels), batch_first=True, padding_value=IGNORED_LABEL),
+        }
+
+    def training(self) -> list[Batch]:
+        return self.batches(self.training_rows)
+
+    def check_model(self, model: nn.Module) -> None:
+        longest = max(batch["input_ids"].shape[1] for batch in (*self.calibration, *self.test))
+        refuse_other_models(model, f"task {self.name}", longest, "max_tokens")
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return model(**placed(model, inputs), use_cache=False)
+
+    def asked(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.forward(model, batch).logits[:, :-1], batch["labels"][:, 1:]
+
+    def latency_inputs(self) -> Batch:
+        return {name: value for name, value in self.test[0].items() if name != "labels"}
+
+    def prompt(self) -> Batch:
+        """What stands before the first answer of the test data."""
+        first = self.test[0]
+        length = int((first["labels"][0] != IGNORED_LABEL).int().argmax())
+        return {name: first[name][:1, : max(1, length)] for name in ("input_ids", "attention_mask")}
+
+
+def up_to_the_last_answer(turns: Any, place: str) -> list[Turn]:
+    """InvalidInput where `turns` are no turns, or none of them is an answer."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and {ROLE, CONTENT} <= turn.keys() for turn in turns):
+        raise InvalidInput(f"{place}: {turns!r:.60} is no list of turns; expected objects with {ROLE!r} and {CONTENT!r}.")
+    answers = [number for number, turn in enumerate(turns) if turn[ROLE] == ANSWERS]
+    if not answers or not answers[-1]:
+        raise InvalidInput(f"{place}: no turn after the first has the role {ANSWERS!r}; leave the row out.")
+    return turns[: answers[-1] + 1]
+
+
+def without_end(tokens: list[int], end: list[int]) -> list[int]:
+    """Some tokenizers put the end-of-text token behind every text."""
+    return tokens[:-1] if end and tokens[-1:] == end and len(tokens) > 1 else tokens

@@ -1,0 +1,150 @@
+"""Your own conversations as a task."""
+
+import copy
+import json
+import logging
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from letter_tokenizer import LETTERS, letter_tokenizer
+from tiny_models import bert, llama
+
+import headprune as hp
+from headprune.errors import InvalidInput
+from headprune.evaluation.tasks import build_task
+
+# z before what a user says, y before an answer, x behind both.
+TEMPLATE = (
+    "{% for turn in messages %}{{ ('y' if turn.role == 'assistant' else 'z') + turn.content }}x{% endfor %}"
+    "{% if add_generation_prompt %}y{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None = TEMPLATE):
+    found = letter_tokenizer()
+    found.chat_template = template
+    return found
+
+
+def turns(*said: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[number % 2], "content": words} for number, words in enumerate(said)]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    drawn = random.Random(0)
+    words = lambda: "".join(drawn.choices("abcdefgh", k=drawn.randint(2, 9)))  # noqa: E731
+    found = [{"messages": turns(*(words() for _ in range(2 + number % 4))), "q": words(), "a": words()} for number in range(40)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, found)))
+    return path
+
+
+def text_of(tokens) -> str:
+    return "".join(LETTERS[token - 2] if token >= 2 else "." for token in tokens)
+
+
+def asked(batches) -> set[tuple[str, str]]:
+    """(what stands before the answer, the answer), as text."""
+    found = set()
+    for batch in batches:
+        for ids, mask, labels in zip(*(batch[name].tolist() for name in ("input_ids", "attention_mask", "labels"))):
+            length, start = sum(mask), next(place for place, label in enumerate(labels) if label != -100)
+            assert labels[start:length] == ids[start:length]
+            assert all(label == -100 for label in labels[length:])
+            found.add((text_of(ids[:start]), text_of(ids[start:length])))
+    return found
+
+
+def test_the_last_answer_is_asked_for(rows):
+    task = build_task("chat", chat_tokenizer(), calibration=str(rows), batch=3, calibration_rows=10)
+    expected = set()
+    for row in map(json.loads, rows.read_text().splitlines()):
+        said = [turn["content"] for turn in row["messages"]][: len(row["messages"]) // 2 * 2]
+        before = "".join("zy"[number % 2] + words + "x" for number, words in enumerate(said[:-1])) + "y"
+        expected.add((before, said[-1] + "x"))
+    assert len(asked(task.calibration)) == 10
+    assert asked(task.calibration) <= asked(task.training())
+    assert asked(task.training()) | asked(task.test) == expected
+    assert len(asked(task.test)) == 4
+    before, _ = min(asked(task.test[:1]), key=lambda pair: task.prompt()["input_ids"].shape[1] != len(pair[0]))
+    assert text_of(task.prompt()["input_ids"][0].tolist()) == before
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_prompts_and_answers_may_stand_in_columns(rows, template):
+    task = build_task("chat", chat_tokenizer(template), calibration=str(rows), prompt="q", answer="a")
+    expected = {(row["q"], row["a"]) for row in map(json.loads, rows.read_text().splitlines())}
+    written = {(f"z{q}xy", f"{a}x") if template else (q, f"{a}.") for q, a in expected}
+    assert asked(task.training()) | asked(task.test) == written
+
+
+def test_perplexity_is_of_the_answers(rows):
+    task, model = build_task("chat", chat_tokenizer(), calibration=str(rows), batch=4), llama()
+    task.check_model(model)
+    losses, hits = [], []
+    for batch in task.test:
+        found = task.loss(model, batch).detach()
+        for row in range(len(found)):
+            length = int(batch["attention_mask"][row].sum())
+            with torch.no_grad():
+                logits = model(batch["input_ids"][row : row + 1, :length]).logits[0, :-1].double()
+            labels = batch["labels"][row, 1:length]
+            each = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)[labels != -100]
+            assert float(found[row]) == pytest.approx(float(each.mean()), rel=1e-4)
+            losses.append(each)
+            hits.append((logits.argmax(dim=-1) == labels)[labels != -100])
+    quality = task.evaluate(model)
+    assert quality["perplexity"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-4)
+    assert quality["accuracy"] == pytest.approx(float(torch.cat(hits).double().mean()))
+
+
+def test_a_model_goes_the_whole_way_on_it(rows, tmp_path):
+    task, dense = build_task("chat", chat_tokenizer(), calibration=str(rows), batch=4), llama()
+    model = copy.deepcopy(dense)
+    scores = hp.score(model, task.calibration, ["fisher", "entropy"], loss_fn=task.loss)["fisher"]
+    hp.prune(model, hp.plan(scores, hp.Budget(heads=0.5)), task.calibration, forward=task.forward)
+    hp.recover(model, task.training(), loss_fn=task.loss, teacher=dense, steps=2)
+    hp.save(model, tmp_path / "pruned", tokenizer=task.tokenizer)
+    loaded = hp.load(tmp_path / "pruned")
+    torch.testing.assert_close(task.outputs(loaded), task.outputs(model))
+    compared = hp.evaluate(loaded, task, repeats=1)
+    assert compared.quality["perplexity"] == pytest.approx(task.evaluate(model)["perplexity"], rel=1e-5)
+
+
+def test_answers_behind_the_last_token_are_left_out(rows, caplog):
+    with caplog.at_level(logging.WARNING, logger="headprune"):
+        task = build_task("chat", chat_tokenizer(), calibration=str(rows), max_tokens=16)
+    assert "conversations left out: their last answer begins behind max_tokens=16" in caplog.text
+    assert max(batch["input_ids"].shape[1] for batch in task.calibration) <= 16
+    assert all((batch["labels"] != -100).any(dim=1).all() for batch in (*task.calibration, *task.test))
+    with pytest.raises(InvalidInput, match="begins within max_tokens=3; give more"):
+        build_task("chat", chat_tokenizer(), calibration=str(rows), max_tokens=3)
+
+
+def test_mistakes_are_told(rows, tmp_path):
+    tokenizer, options = chat_tokenizer(), {"calibration": str(rows)}
+    with pytest.raises(InvalidInput, match="has no chat template"):
+        build_task("chat", chat_tokenizer(None), **options)
+    with pytest.raises(InvalidInput, match="expected both columns, or neither"):
+        build_task("chat", tokenizer, **options, prompt="q")
+    with pytest.raises(InvalidInput, match="row 1: no 'turns', only messages, q, a"):
+        build_task("chat", tokenizer, **options, messages="turns")
+    with pytest.raises(InvalidInput, match="does not begin with what the model is asked"):
+        build_task(
+            "chat", chat_tokenizer("{% for turn in messages %}{{ loop.revindex0 * 'z' + turn.content }}{% endfor %}"), **options
+        )
+    for messages, said in (("hello", "'hello' is no list of turns"), ([{"role": "user"}], "is no list of turns"),
+                           (turns("a"), "no turn after the first has the role 'assistant'"), ([], "no turn after")):  # fmt: skip
+        (tmp_path / "wrong.jsonl").write_text("\n".join(json.dumps({"messages": said}) for said in (turns("a", "b"), messages)))
+        with pytest.raises(InvalidInput, match=f"row 2: .*{said}"):
+            build_task("chat", tokenizer, calibration=str(tmp_path / "wrong.jsonl"))
+    task = build_task("chat", tokenizer, **options)
+    with pytest.raises(InvalidInput, match="task chat needs a causal language model; BertModel is none"):
+        task.check_model(bert())
+    model = llama()
+    model.config.max_position_embeddings = 8
+    with pytest.raises(InvalidInput, match="takes at most 8 tokens; give a smaller max_tokens"):
+        task.check_model(model)
