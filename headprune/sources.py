@@ -13,6 +13,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from headprune import demo
 from headprune.errors import CorruptCheckpoint, InvalidInput, unknown_name
 from headprune.surgery import load, open_streamed
+from headprune.surgery.checkpoint import class_of, load_config
 
 Progress = Callable[[int, int], None]
 
@@ -71,30 +72,33 @@ def demo_recipe(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def default_task(name: str, model: PreTrainedModel) -> str:
-    """The task of an embedded model, or the one that comes with headprune for models like `model`. InvalidInput where none does."""
+def default_task(name: str) -> str:
+    """The task of an embedded model, or the one that comes with headprune for models like `name`. InvalidInput where none does."""
     if name in EMBEDDED:
         return EMBEDDED[name].task
-    if model.main_input_name != "input_ids" or "Classification" in type(model).__name__:
+    model = class_of(load_config(model_folder(name)))
+    if model.main_input_name != "input_ids" or "Classification" in model.__name__:
         kind = "text" if model.main_input_name == "input_ids" else "image"
         raise InvalidInput(
-            f"no task of headprune's own is for a {type(model).__name__}; name yours, for example "
+            f"no task of headprune's own is for a {model.__name__}; name yours, for example "
             f"{kind}-classification,calibration={'train.jsonl' if kind == 'text' else 'FOLDER'}."
         )
     return EMBEDDED["stdlib-lm" if model.can_generate() else "minilm"].task
 
 
-def open_model(name: str, progress: Progress | None = None, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
-    """(model in eval mode, tokenizer or None) of `name`, see `model_folder`."""
+def open_model(
+    name: str, progress: Progress | None = None, device: torch.device | str = "cpu", base: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """(model in eval mode, tokenizer or None) of `name`, see `model_folder`; base: as in `hp.load`."""
     folder = model_folder(name, progress)
-    model: Any = load(folder).eval()
+    model: Any = load(folder, base=base).eval()
     return model.to(device), tokenizer_of(folder, classifies_images(model))
 
 
-def open_from_disk(name: str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
+def open_from_disk(name: str, device: torch.device | str = "cpu", base: bool = False) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer or None) of `name`, whose weights are read layer by layer as it runs (`hp.open_streamed`)."""
     folder = model_folder(name)
-    model = open_streamed(folder, device=device)
+    model = open_streamed(folder, device=device, base=base)
     return model, tokenizer_of(folder, classifies_images(model))
 
 

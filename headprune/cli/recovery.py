@@ -54,7 +54,7 @@ def recover_command(
         refuse_replacing_source(source, output)
     work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
     pruned, data = opened(model, task)
-    dense = None if teacher is None else opened_model(teacher)[0]
+    dense = None if teacher is None else opened_model(teacher, base=data.base)[0]
     result = with_bar("recover", lambda progress: recover(
         pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr, seed=seed,
         output_dir=work, progress=progress,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ class EvaluationData(ABC):
     name: str
     headline: str  # the metric that stands for quality
     higher_is_better: bool
+    base: ClassVar[bool] = False  # whether it reads the states of the base model: a language model goes without its head
 
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric] | None:
         """Each metric with its examples, the same ones in the same order for every model; None where there are only totals."""

@@ -9,9 +9,10 @@ import torch
 import yaml
 from letter_tokenizer import LETTERS, letter_tokenizer
 from PIL import Image
+from tiny_embedder import saved_embedder, saved_pairs
 from tiny_encoders import VISION
 from tiny_models import llama
-from transformers import SiglipConfig, SiglipForImageClassification
+from transformers import AutoModel, SiglipConfig, SiglipForImageClassification
 
 import headprune as hp
 
@@ -49,6 +50,34 @@ def test_the_recipe_for_ones_own_text_runs(call, decoder, tmp_path):
     code, _, err = call("run", str(RECIPE), f"model={decoder}", text, "task.options.window=16", "evaluate.repeats=1", "output=run")
     assert code == 0, err
     assert sum(site.head_map.query_heads for site in hp.attention_sites(hp.load("run/model"))) == 12
+
+
+@pytest.mark.parametrize("streamed", [(), ("--streamed",)])
+@pytest.mark.parametrize("named", [True, False])  # whether `prune` is told the task, which says that the head is left out
+def test_an_embedder_saved_as_a_language_model_goes_the_whole_way(call, tmp_path, streamed, named):
+    dense = saved_embedder(tmp_path / "dense")
+    task = ("--task", f"retrieval,calibration={saved_pairs(tmp_path / 'pairs.csv')},batch=8")
+    recipe = {
+        "model": str(dense), "memory": "streamed" if streamed else "resident", "evaluate": {"repeats": 1}, "output": "run",
+        "task": {"name": "retrieval", "options": {"calibration": str(tmp_path / "pairs.csv"), "batch": 8}},
+    }  # fmt: skip
+    Path("own.yaml").write_text(yaml.safe_dump(recipe))
+    for command in (
+        ("score", dense, *task, *streamed),
+        ("plan", "scores.json", "--heads", "0.4", "-o", "plan.json"),
+        ("prune", dense, "plan.json", *(task if named else ()), *streamed, "-o", "pruned"),
+        ("recover", "pruned", "--teacher", dense, *task, "--steps", "2", "-o", "recovered"),
+        ("evaluate", "recovered", "--against", dense, *task, "--repeats", "1"),
+        ("diff", dense, "pruned"),
+        *([("run", "own.yaml")] if named else []),
+    ):
+        code, _, err = call(*map(str, command))
+        assert code == 0, err
+    found = AutoModel.from_pretrained("recovered", trust_remote_code=True)
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(found(ids).last_hidden_state, hp.load("recovered")(ids).last_hidden_state)
+    assert json.loads(Path("recovered/config.json").read_text())["architectures"] == ["Qwen3Model"]
+    assert Path("recovered/1_Pooling/config.json").exists()
 
 
 def test_a_model_in_bf16_goes_through_a_run_with_recovery(call, decoder, tmp_path):

@@ -1,4 +1,4 @@
-"""Retrieval with a sentence encoder on one's own pairs of texts."""
+"""Retrieval with an embedder on one's own pairs of texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ class RetrievalOfPairs(TextPairs):
     calibration: a .jsonl, .json, .csv or .tsv file whose columns `query` and `document` hold texts that belong together; a
     document belongs to one query alone, and the others of its batch are wrong ones. test: the same; by default a tenth of
     calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows of calibration.
-    pooling: mean (of a text's tokens), first (BGE, GTE) or last (of decoders). seed: which rows are drawn for calibration.
+    pooling: mean (of a text's tokens), cls (the first one) or last; prompt, document_prompt: put before each query, each document.
+    By default what sentence-transformers wrote beside the model, else mean, of causal decoders last, and no prompts. seed: which
+    rows are drawn for calibration.
     """
 
     name = "retrieval"
@@ -29,7 +31,9 @@ class RetrievalOfPairs(TextPairs):
         training: str | None = None,
         query: str = "query",
         document: str = "document",
-        pooling: str = "mean",
+        pooling: str | None = None,
+        prompt: str | None = None,
+        document_prompt: str | None = None,
         calibration_pairs: int = 384,
         test_pairs: int | None = None,
         batch: int = 32,
@@ -48,5 +52,5 @@ class RetrievalOfPairs(TextPairs):
         more = drawn if training is None else pairs(training)
         super().__init__(
             tokenizer, drawn[:calibration_pairs], held_out[:test_pairs], more, batch=batch, max_tokens=max_tokens, seed=seed,
-            pooling=pooling,
+            pooling=pooling, prompt=prompt, document_prompt=document_prompt,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable
 from inspect import signature
@@ -53,6 +54,7 @@ class Task(EvaluationData):
         return self.tokenizer
 
 
+COMMA = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')  # outside of double quotes
 _tasks: dict[str, type[Task]] = {}
 
 
@@ -79,9 +81,9 @@ def task_options(task: type[Task]) -> list[str]:
 
 
 def named_task(text: str) -> tuple[str, dict[str, Any]]:
-    """(name, options) of a task as the command line names it: NAME, or NAME,option=value,... with YAML values. Raises InvalidInput
-    for an unknown name and for what is no option."""
-    name, *rest = text.split(",")
+    """(name, options) of a task as the command line names it: NAME, or NAME,option=value,... with YAML values, in double
+    quotes where there is a comma in one. Raises InvalidInput for an unknown name and for what is no option."""
+    name, *rest = COMMA.split(text)
     check_task(name)
     options: dict[str, Any] = {}
     for part in rest:
