@@ -19,7 +19,7 @@ from headprune.comparison.sizes import compact_bytes, file_bytes, nonzero_parame
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.evaluation import Interval, paired_bootstrap
 from headprune.evaluation.cost import model_flops
-from headprune.evaluation.evaluate import values_of
+from headprune.evaluation.evaluate import count_of, tell_few, values_of
 from headprune.evaluation.latency import measure_latency
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.tasks import Task
@@ -64,7 +64,9 @@ class Bench:
     def dense(self) -> Metric | None:
         """The dense model's examples of the headline, that differences are taken from."""
         with in_eval_mode(self.subject.model):
-            return (self.task.examples(self.subject.model) or {}).get(self.task.headline)
+            found = self.task.examples(self.subject.model) or {}
+        tell_few(self.task, count_of(found))
+        return found.get(self.task.headline)
 
     def measured(self, method: Method, progress: Progress | None) -> MethodRow:
         """The method's row, which is also kept; one with the reason where it is refused."""

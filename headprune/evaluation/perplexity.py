@@ -44,6 +44,7 @@ class Perplexity(EvaluationData):
     """
 
     name = "perplexity"
+    more = "a longer text or a smaller window"
     headline = "perplexity"
     higher_is_better = False
 

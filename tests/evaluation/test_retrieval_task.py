@@ -8,6 +8,7 @@ from letter_tokenizer import letter_tokenizer
 from tiny_models import bert, llama
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
+import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.evaluation.retrieval import pooled
 from headprune.evaluation.tasks import build_task
@@ -41,6 +42,9 @@ def test_pairs_are_calibration_but_for_a_tenth(pairs):
     task.check_model(bert())
     assert 0 < task.evaluate(bert())["mrr"] <= 1
     assert task.loss(bert(), task.calibration[0]).shape == (8,)
+    found = hp.evaluate(bert(), task, repeats=1)
+    assert (found.test_examples, found.calibration_examples) == (4, 36)
+    assert found.__rich__().title == "4 test examples, 36 for calibration"
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "first", "last"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
+from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.task import register_task
-from headprune.evaluation.tasks.text_pairs import Pair, TextPairs, shuffled
+from headprune.evaluation.tasks.text_pairs import Pair, TextPairs
 
 
 @register_task
@@ -22,6 +22,7 @@ class RetrievalOfPairs(TextPairs):
     """
 
     name = "retrieval"
+    more = "test=FILE (and test_pairs, where you gave it)"
 
     def __init__(
         self,
@@ -41,16 +42,12 @@ class RetrievalOfPairs(TextPairs):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_pairs=calibration_pairs, test_pairs=test_pairs, max_tokens=max_tokens)
-        refuse_same(calibration, test, training)
 
         def pairs(source: str) -> list[Pair]:
             return [Pair(str(row[query]), str(row[document])) for row in read_rows(source, [query, document])]
 
-        known = pairs(calibration)
-        known, held_out = without_a_tenth(known) if test is None else (known, pairs(test))
-        drawn = shuffled(known, seed)
-        more = drawn if training is None else pairs(training)
+        parts = parts_of(pairs, calibration, test, training, calibration_count=calibration_pairs, test_count=test_pairs, seed=seed)
         super().__init__(
-            tokenizer, drawn[:calibration_pairs], held_out[:test_pairs], more, batch=batch, max_tokens=max_tokens, seed=seed,
+            tokenizer, parts.calibration, parts.test, parts.training, batch=batch, max_tokens=max_tokens, seed=seed,
             pooling=pooling, prompt=prompt, document_prompt=document_prompt,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,12 @@ class Task(EvaluationData):
     reads: ClassVar[Literal["text", "images"]] = "text"
     calibration: list[Any]
     tokenizer: Any
+
+    @property
+    def calibration_examples(self) -> int | None:
+        """Rows of the calibration batches; None where these are no tensors by name."""
+        batches = [batch for batch in self.calibration if isinstance(batch, Mapping)]
+        return sum(len(next(iter(batch.values()))) for batch in batches) or None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

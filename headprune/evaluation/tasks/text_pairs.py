@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from headprune.evaluation.embedder import usual_pooling, written_pooling, writte
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.retrieval import WITHOUT_HEAD, check_pooling, embed, embed_texts, encoded, rank_metrics, ranks
+from headprune.evaluation.tasks.rows import shuffled
 from headprune.evaluation.tasks.task import Task
 
 SCALE = 20.0  # of the cosine similarities in the contrastive loss, as sentence-transformers trains
@@ -54,6 +54,10 @@ class TextPairs(Task):
         self.tokenizer, self.max_tokens, self.batch, self.pooling = tokenizer, max_tokens, batch, pooling
         self.test, self.training_pairs = prompted(test, before), prompted(training, before)
         self.calibration = self.batches(prompted(calibration, before), seed)
+
+    @property
+    def calibration_examples(self) -> int:
+        return sum(len(batch["input_ids"]) // 2 for batch in self.calibration)
 
     def check_model(self, model: nn.Module) -> None:
         if getattr(model, "can_generate", bool)():
@@ -109,10 +113,3 @@ class TextPairs(Task):
 
 def prompted(pairs: Sequence[Pair], before: Pair) -> list[Pair]:
     return [Pair(before.query + pair.query, before.document + pair.document) for pair in pairs]
-
-
-def shuffled(items: Sequence[Any], seed: int = 0) -> list[Any]:
-    """The same order for the same items and seed, every time."""
-    items = list(items)
-    random.Random(seed).shuffle(items)
-    return items
