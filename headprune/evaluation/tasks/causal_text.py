@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress
 from headprune.evaluation.metric import Metric, mean, perplexity
-from headprune.evaluation.perplexity import negative_log_likelihood, refuse_other_models
+from headprune.evaluation.perplexity import refuse_other_models
+from headprune.evaluation.predicted import negative_log_likelihood, predictor
 from headprune.evaluation.tasks.task import Task
 from headprune.models.placement import device_of
 
@@ -64,10 +65,11 @@ class CausalText(Task):
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
         """Perplexity, and the share of tokens that the model ranks first (accuracy); an example is a window."""
         losses, right = [], []
+        predict = predictor(model, min(self.batch, len(self.test)), self.test[0])
         for windows in self.test.split(self.batch):
-            logits, targets = self.predictions(model, windows)
-            losses.append(negative_log_likelihood(logits, targets).double().sum(dim=1).cpu())
-            right.append((logits.argmax(dim=-1) == targets).double().mean(dim=1).cpu())
+            found, hits = predict(windows)
+            losses.append(found.double().sum(dim=1))
+            right.append(hits.double().mean(dim=1))
             if progress:
                 progress(sum(map(len, losses)), len(self.test))
         total = torch.cat(losses)
