@@ -11,6 +11,7 @@ import typer
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
 from headprune.cli.inputs import (
+    DeviceOption,
     JsonOption,
     ModelArgument,
     ModelOutputOption,
@@ -41,9 +42,11 @@ def recover_command(
     minutes: Annotated[float | None, typer.Option(help="How long to train, in place of steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the method's own.")] = None,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
+    device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Train a pruned model for a while on a task's training data, so that it is as good again. A killed one goes on."""
+    from headprune.models.placement import chosen_device, trainer_options
     from headprune.recovery import recover
     from headprune.recovery.budget import TrainingBudget
     from headprune.recovery.methods import get_method
@@ -52,12 +55,13 @@ def recover_command(
     TrainingBudget.of(steps, minutes, None, get_method(method).lr if lr is None else lr, 1)  # refused before the data are read
     for source in filter(None, (model, teacher)):
         refuse_replacing_source(source, output)
+    place = {} if device == "auto" else trainer_options(chosen_device(device))
     work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
-    pruned, data = opened(model, task)
-    dense = None if teacher is None else opened_model(teacher, base=data.base)[0]
+    pruned, data = opened(model, task, device=device)
+    dense = None if teacher is None else opened_model(teacher, device=device, base=data.base)[0]
     result = with_bar("recover", lambda progress: recover(
         pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr, seed=seed,
-        output_dir=work, progress=progress,
+        output_dir=work, progress=progress, **place,
     ))  # fmt: skip
     result.refuse_diverged(lr)
     with_bar("save", lambda progress: save(pruned, output, tokenizer=data.tokenizer))

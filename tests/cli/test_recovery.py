@@ -1,6 +1,7 @@
 """`headprune recover`: a folder becomes a better one, and what cannot be is one clear line."""
 
 import pytest
+import torch
 from command_line import only_error
 from pruned_pairs import pruned_bert
 from small_states import SmallStates
@@ -28,6 +29,28 @@ def test_recover_learns_from_the_dense_model(call, folders, tmp_path):
     error = [float((hidden(model, **batch) - hidden(dense, **batch)).square().mean()) for model in (pruned, found)]
     assert error[1] < error[0]
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned", "better"}
+
+
+def test_the_device_that_was_asked_for_is_where_it_trains(call, folders, monkeypatch):
+    import headprune.recovery as recovery
+
+    own, given = recovery.recover, []
+    monkeypatch.setattr(
+        recovery, "recover", lambda *args, **options: given.append(options.pop("use_cpu", None)) or own(*args, **options)
+    )
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for device, cpu in (("cpu", True), ("auto", None)):
+        code, _, err = call("recover", "./pruned", "-o", f"on-{device}", "--steps", "1", "--device", device)
+        assert code == 0, err
+        assert given[-1] is cpu
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for command in (("recover", "./pruned", "-o", "better"), ("compare", "./dense", "--steps", "1")):
+        code, _, err = call(*command, "--device", "cuda:1")
+        assert code == 2
+        assert "training takes the first GPU" in only_error(err)
+    code, _, err = call("recover", "./pruned", "-o", "better", "--device", "gpu")
+    assert code == 2
+    assert "Give one of them, or auto" in only_error(err)
 
 
 @pytest.mark.parametrize("read", ["pruned", "dense"])
