@@ -45,7 +45,9 @@ def recover_command(
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Train a pruned model for a while on a task's training data, so that it is as good again. A killed one goes on."""
+    """Train a pruned model for a while on a task's training data, so that it is as good again; its quality on the task's test data
+    is told before and after. A killed one goes on."""
+    from headprune.evaluation.evaluate import quality_of
     from headprune.models.placement import chosen_device, trainer_options
     from headprune.recovery import recover
     from headprune.recovery.budget import TrainingBudget
@@ -59,11 +61,17 @@ def recover_command(
     work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
     pruned, data = opened(model, task, device=device)
     dense = None if teacher is None else opened_model(teacher, device=device, base=data.base)[0]
+    before = with_bar("evaluate the pruned model", lambda progress: quality_of(pruned, data, progress))
     result = with_bar("recover", lambda progress: recover(
         pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr, seed=seed,
         output_dir=work, progress=progress, **place,
     ))  # fmt: skip
     result.refuse_diverged(lr)
+    after = with_bar("evaluate the recovered model", lambda progress: quality_of(pruned, data, progress))
     with_bar("save", lambda progress: save(pruned, output, tokenizer=data.tokenizer))
     shutil.rmtree(work)
-    terminal.show(json, {"model": str(output), **asdict(result)}, str(result), f"written to {output}")
+    better = "higher" if data.higher_is_better else "lower"
+    told = f"{data.headline} ({better} is better): {before[data.headline]:.4f} → {after[data.headline]:.4f}"
+    ends = dict(zip(("first_loss", "last_loss"), result.loss_ends))
+    document = {"model": str(output), **asdict(result), **ends, "quality_before": before, "quality": after}
+    terminal.show(json, document, str(result), told, f"written to {output}")

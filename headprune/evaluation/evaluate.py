@@ -174,6 +174,14 @@ def compare(
     return Comparison(data.name, data.headline, found["dense"], found["pruned"], data.higher_is_better, differences)
 
 
+def quality_of(model: nn.Module, data: EvaluationData, progress: Progress | None = None) -> dict[str, float]:
+    """Each metric of `model`; nothing of what it costs."""
+    with in_eval_mode(model):
+        metrics = data.examples(model, progress)
+        tell_few(data, count_of(metrics))
+        return data.evaluate(model, progress) if metrics is None else values_of(metrics)
+
+
 def data_of(data: EvaluationData | Callable[[nn.Module], Any], inputs: Mapping[str, Tensor] | None) -> EvaluationData:
     if isinstance(data, EvaluationData):
         return data
