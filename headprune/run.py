@@ -65,7 +65,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     """
     folder = Path(recipe.output)
     refuse_foreign(folder, recipe)
-    base = check_task(recipe.task.name).base
+    kind = check_task(recipe.task.name)
     if recipe.plan.file:
         PruningPlan.load(recipe.plan.file)  # refused before anything is measured
     torch.manual_seed(recipe.seed)
@@ -73,9 +73,10 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     streamed = reads_streamed(recipe, device)
     with stages.stage(opening(recipe.model)) as progress:
         if streamed:
-            dense, tokenizer = open_from_disk(recipe.model, device, base)
+            dense, tokenizer = open_from_disk(recipe.model, device, kind.base)
         else:
-            dense, tokenizer = open_model(recipe.model, progress, device, base)
+            dense, tokenizer = open_model(recipe.model, progress, device, kind.base)
+    kind.check_options(dense, recipe.task.options)
     with stages.stage(f"prepare {recipe.task.name}"):
         task = build_task(recipe.task.name, tokenizer, **recipe.task.options)
         task.check_model(dense)

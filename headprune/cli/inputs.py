@@ -98,7 +98,9 @@ def opened(model: str, task: str | None, streamed: bool = False, device: str = "
     from headprune.sources import default_task
 
     name, options = (default_task(model), {}) if task is None else named_task(task)
-    found, tokenizer = opened_model(model, streamed, device, check_task(name).base)
+    kind = check_task(name)
+    found, tokenizer = opened_model(model, streamed, device, kind.base)
+    kind.check_options(found, options)
     data = with_bar(f"prepare {name}", lambda progress: build_task(name, tokenizer, **options))
     data.check_model(found)
     return found, data

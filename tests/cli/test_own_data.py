@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_line import only_error
 from letter_tokenizer import LETTERS, letter_tokenizer
 from PIL import Image
 from tiny_embedder import saved_embedder, saved_pairs, write_json
@@ -83,6 +84,19 @@ def test_the_whole_way_on_a_text_by_commands(succeed, decoder, tmp_path):
     quality = json.loads(out)["pruned"]["quality"]
     assert quality["perplexity"] > 1
     assert sum(site.head_map.query_heads for site in hp.attention_sites(hp.load("recovered"))) == 8
+
+
+def test_a_window_that_the_model_does_not_take_is_refused_before_the_text_is_read(call, decoder):
+    for command in (
+        ("score", decoder, "--task", "text,calibration=nowhere.txt"),
+        ("evaluate", decoder, "--task", "text,calibration=nowhere.txt,window=129"),
+        ("run", recipe(decoder, "text", {"calibration": "nowhere.txt"})),
+    ):
+        code, _, err = call(*command)
+        assert code == 2
+        assert "LlamaForCausalLM takes at most 128 tokens; give a smaller window" in only_error(err)
+    code, _, err = call("score", decoder, "--task", "text,calibration=nowhere.txt,window=128")
+    assert "nowhere.txt does not exist" in only_error(err)
 
 
 def test_the_recipe_for_ones_own_text_runs(succeed, decoder, tmp_path):

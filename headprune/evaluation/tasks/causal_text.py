@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -41,6 +43,12 @@ class CausalText(Task):
 
     def batches(self, windows: Tensor) -> list[dict[str, Tensor]]:
         return [{"input_ids": rows, "labels": rows} for rows in windows.split(self.batch)] if len(windows) else []
+
+    @classmethod
+    def check_options(cls, model: nn.Module, options: Mapping[str, Any]) -> None:
+        window = options.get("window", signature(cls).parameters["window"].default)
+        if isinstance(window, int):  # what else it may be is refused with the other options
+            refuse_other_models(model, f"task {cls.name}", window)
 
     def check_model(self, model: nn.Module) -> None:
         refuse_other_models(model, f"task {self.name}", self.window)

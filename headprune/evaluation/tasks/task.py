@@ -29,6 +29,11 @@ class Task(EvaluationData):
     calibration: list[Any]
     tokenizer: Any
 
+    @classmethod
+    def check_options(cls, model: nn.Module, options: Mapping[str, Any]) -> None:
+        """Raises InvalidInput where a task with `options` is not for `model`, as far as that is known before the data are read."""
+        return
+
     @property
     def calibration_examples(self) -> int | None:
         """Rows of the calibration batches; None where these are no tensors by name."""
