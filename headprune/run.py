@@ -65,14 +65,18 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     """
     folder = Path(recipe.output)
     refuse_foreign(folder, recipe)
-    check_task(recipe.task.name)
+    kind = check_task(recipe.task.name)
     if recipe.plan.file:
         PruningPlan.load(recipe.plan.file)  # refused before anything is measured
     torch.manual_seed(recipe.seed)
     device = chosen_device(recipe.device)
     streamed = reads_streamed(recipe, device)
     with stages.stage(opening(recipe.model)) as progress:
-        dense, tokenizer = open_from_disk(recipe.model, device) if streamed else open_model(recipe.model, progress, device)
+        if streamed:
+            dense, tokenizer = open_from_disk(recipe.model, device, kind.base)
+        else:
+            dense, tokenizer = open_model(recipe.model, progress, device, kind.base)
+    kind.check_options(dense, recipe.task.options)
     with stages.stage(f"prepare {recipe.task.name}"):
         task = build_task(recipe.task.name, tokenizer, **recipe.task.options)
         task.check_model(dense)

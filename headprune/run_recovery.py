@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from headprune.evaluation.tasks import Task
+from headprune.models.placement import trainer_options
 from headprune.recipe import Recipe
 from headprune.recovery import recover
 from headprune.report.progress import Stages
@@ -32,9 +35,14 @@ def recovered_model(
         result = recover(
             pruned, task.training(), loss_fn=task.loss, teacher=dense if section.distil else None, method=section.method,
             steps=section.steps, minutes=section.minutes, lr=section.lr, seed=recipe.seed, output_dir=folder / "recovery",
-            progress=progress,
+            progress=progress, **as_asked(recipe.device),
         )  # fmt: skip
     result.refuse_diverged(section.lr)
     log.info("recovery: %s", result)
     save(pruned, folder / "recovered", tokenizer=task.tokenizer)
     return loaded_beside(dense, folder / "recovered")
+
+
+def as_asked(device: str) -> dict[str, Any]:
+    """What makes a recovery train on the CPU where the recipe names that; else it takes a GPU by itself."""
+    return trainer_options(torch.device("cpu")) if device == "cpu" else {}

@@ -15,6 +15,7 @@ from headprune.evaluation.tasks import Task
 from headprune.planning import Budget, PruningPlan
 from headprune.recipe import Recipe, RecoverSection
 from headprune.report.progress import Stages
+from headprune.run_recovery import as_asked
 from headprune.run_values import loaded_beside, planning_options
 from headprune.schedules import RecoverySettings, get_schedule
 from headprune.schedules.quality import mean_loss
@@ -47,7 +48,7 @@ def scheduled_model(
             compensate=recipe.prune.compensate,
             feed_forward=recipe.prune.feed_forward,
             trials=recipe.plan.trials,
-            recover=recovery_settings(recipe.recover),
+            recover=recovery_settings(recipe.recover, recipe.device),
             train=task.training(),
             metric=lambda model: -mean_loss(model, held_out, task.loss),
             folder=folder / "schedule",
@@ -76,10 +77,11 @@ def calibration(task: Task, limited: bool) -> tuple[list[Any], list[Any]]:
     return [batch for index, batch in enumerate(batches) if index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
 
 
-def recovery_settings(section: RecoverSection | None) -> RecoverySettings | None:
+def recovery_settings(section: RecoverSection | None, device: str) -> RecoverySettings | None:
     if section is None:
         return None
-    return RecoverySettings(section.steps, section.minutes, section.lr, section.method, section.distil, last=section.last)
+    options = as_asked(device)
+    return RecoverySettings(section.steps, section.minutes, section.lr, section.method, section.distil, options, section.last)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from headprune import demo
 from headprune.errors import CorruptCheckpoint, InvalidInput, unknown_name
-from headprune.models.tokens import decoder_of
 from headprune.surgery import load, open_streamed
+from headprune.surgery.checkpoint import class_of, load_config
 
 Progress = Callable[[int, int], None]
 
@@ -72,35 +72,38 @@ def demo_recipe(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def default_task(name: str, model: PreTrainedModel) -> str:
-    """The task of an embedded model, or the one that comes with headprune for models like `model`. InvalidInput where none does."""
+def default_task(name: str) -> str:
+    """The task of an embedded model, or the one that comes with headprune for models like `name`. InvalidInput where none does."""
     if name in EMBEDDED:
         return EMBEDDED[name].task
-    name, example = type(model).__name__, None
+    config = load_config(model_folder(name))
+    model, example = class_of(config), None
     if model.main_input_name != "input_ids":
         example = "image-classification,calibration=FOLDER"
-    elif "Classification" in name:
+    elif "Classification" in model.__name__:
         example = "text-classification,calibration=train.jsonl"
-    elif "MaskedLM" in name:
+    elif "MaskedLM" in model.__name__:
         example = "masked-text,calibration=train.txt"
-    elif decoder_of(model) is not None:
+    elif getattr(config, "is_encoder_decoder", False):
         example = "text-to-text,calibration=train.jsonl"
     if example is not None:
-        raise InvalidInput(f"no task of headprune's own is for a {name}; name yours, for example {example}.")
+        raise InvalidInput(f"no task of headprune's own is for a {model.__name__}; name yours, for example {example}.")
     return EMBEDDED["stdlib-lm" if model.can_generate() else "minilm"].task
 
 
-def open_model(name: str, progress: Progress | None = None, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
-    """(model in eval mode, tokenizer or None) of `name`, see `model_folder`."""
+def open_model(
+    name: str, progress: Progress | None = None, device: torch.device | str = "cpu", base: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """(model in eval mode, tokenizer or None) of `name`, see `model_folder`; base: as in `hp.load`."""
     folder = model_folder(name, progress)
-    model: Any = load(folder).eval()
+    model: Any = load(folder, base=base).eval()
     return model.to(device), tokenizer_of(folder, classifies_images(model))
 
 
-def open_from_disk(name: str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
+def open_from_disk(name: str, device: torch.device | str = "cpu", base: bool = False) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer or None) of `name`, whose weights are read layer by layer as it runs (`hp.open_streamed`)."""
     folder = model_folder(name)
-    model = open_streamed(folder, device=device)
+    model = open_streamed(folder, device=device, base=base)
     return model, tokenizer_of(folder, classifies_images(model))
 
 

@@ -15,13 +15,14 @@ from headprune.planning import PruningPlan
 from headprune.recipe import RecoverSection, ReportSection, load_recipe, parse_recipe
 from headprune.report.progress import Stages
 from headprune.report.run_folder import read_run
+from headprune.run_recovery import as_asked
 from headprune.scoring import HeadScores, observe
 from headprune.surgery import load
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "open_model", lambda name, progress, device: (bert(), object()))
+    monkeypatch.setattr(run_module, "open_model", lambda *_: (bert(), object()))
     return parse_recipe(
         {"model": "bert", "task": {"name": SmallStates.name}, "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}}, "test"
     )
@@ -235,3 +236,9 @@ def test_a_file_in_the_place_of_the_output_is_told(recipe, tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InvalidInput, match="run is a file; give a folder to write to"):
         carried_out(recipe)
+
+
+def test_a_recipe_for_the_cpu_trains_there(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert as_asked("cpu") == {"use_cpu": True}
+    assert as_asked("auto") == as_asked("cuda:1") == {}

@@ -21,7 +21,7 @@ from headprune.surgery import load
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "open_model", lambda name, progress, device: (bert(), object()))
+    monkeypatch.setattr(run_module, "open_model", lambda *_: (bert(), object()))
 
     def build(**schedule):
         content = {"model": "bert", "task": {"name": SmallStates.name}, "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}}

@@ -9,7 +9,7 @@ import typer
 
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import JsonOption, ModelArgument, TaskOption, opened, writable_file
+from headprune.cli.inputs import DeviceOption, JsonOption, ModelArgument, TaskOption, opened, writable_file
 from headprune.cli.terminal import with_bar
 
 
@@ -46,12 +46,14 @@ def compare_command(
     folder: Annotated[
         Path | None, typer.Option(help="Keeps each method's row as it is done; by default NAME.rows beside the table.")
     ] = None,
+    device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Head pruning against other pruning, sparsity, distillation and quantisation, measured on the model. A killed one goes on."""
     from headprune.comparison import compare_methods
     from headprune.comparison.method import chosen_methods
     from headprune.files import write_text
+    from headprune.models.placement import chosen_device, trainer_options
     from headprune.planning import PruningPlan
     from headprune.sources import EMBEDDED
 
@@ -60,7 +62,9 @@ def compare_command(
     chosen_methods(names)
     chosen = None if plan is None else PruningPlan.load(plan)
     own = EMBEDDED.get(model)
-    dense, data = opened(model, task)
+    if steps:
+        trainer_options(chosen_device(device))  # refuses one that the fine-tune does not take
+    dense, data = opened(model, task, device=device)
     found = with_bar("compare methods", lambda progress: compare_methods(
         dense, data, heads=heads, plan=chosen, methods=names, criterion=criterion or (own.criterion if own else "fisher"),
         trials=trials, feed_forward=bool(own and own.feed_forward), steps=steps, lr=lr, repeats=repeats, seed=seed,

@@ -65,7 +65,7 @@ def evaluate_command(
     if against is None:
         result = with_bar("evaluate", lambda progress: evaluate(found, data, repeats=repeats, progress=progress))
     else:
-        dense = opened_model(against, device=device)[0]
+        dense = opened_model(against, device=device, base=data.base)[0]
         data.check_model(dense)
         models = {"dense": dense, "pruned": found}
         result = with_bar("evaluate", lambda progress: compare(dense, found, data, repeats=repeats, progress=progress))

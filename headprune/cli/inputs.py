@@ -94,23 +94,24 @@ FlopsOption = Annotated[float | None, typer.Option("--flops", help="Fraction of 
 
 def opened(model: str, task: str | None, streamed: bool = False, device: str = "cpu") -> tuple[PreTrainedModel, Task]:
     """(model, task), the task by its name and options or the one for such models."""
-    from headprune.evaluation.tasks import build_task, named_task
+    from headprune.evaluation.tasks import build_task, check_task, named_task
     from headprune.sources import default_task
 
-    chosen = None if task is None else named_task(task)
-    found, tokenizer = opened_model(model, streamed, device)
-    name, options = chosen or (default_task(model, found), {})
+    name, options = (default_task(model), {}) if task is None else named_task(task)
+    kind = check_task(name)
+    found, tokenizer = opened_model(model, streamed, device, kind.base)
+    kind.check_options(found, options)
     data = with_bar(f"prepare {name}", lambda progress: build_task(name, tokenizer, **options))
     data.check_model(found)
     return found, data
 
 
-def opened_model(model: str, streamed: bool = False, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
-    """(model, its tokenizer or None)."""
+def opened_model(model: str, streamed: bool = False, device: str = "cpu", base: bool = False) -> tuple[PreTrainedModel, Any]:
+    """(model, its tokenizer or None); base: as in `hp.load`."""
     from headprune.models.placement import chosen_device
     from headprune.sources import open_from_disk, open_model, opening
 
     place = chosen_device(device)
     if streamed:
-        return open_from_disk(model, place)
-    return with_bar(opening(model), lambda progress: open_model(model, progress, place))
+        return open_from_disk(model, place, base)
+    return with_bar(opening(model), lambda progress: open_model(model, progress, place, base))

@@ -11,6 +11,7 @@ import typer
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
 from headprune.cli.inputs import (
+    DeviceOption,
     JsonOption,
     ModelArgument,
     ModelOutputOption,
@@ -41,9 +42,13 @@ def recover_command(
     minutes: Annotated[float | None, typer.Option(help="How long to train, in place of steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the method's own.")] = None,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
+    device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Train a pruned model for a while on a task's training data, so that it is as good again. A killed one goes on."""
+    """Train a pruned model for a while on a task's training data, so that it is as good again; its quality on the task's test data
+    is told before and after. A killed one goes on."""
+    from headprune.evaluation.evaluate import quality_of
+    from headprune.models.placement import chosen_device, trainer_options
     from headprune.recovery import recover
     from headprune.recovery.budget import TrainingBudget
     from headprune.recovery.methods import get_method
@@ -52,14 +57,21 @@ def recover_command(
     TrainingBudget.of(steps, minutes, None, get_method(method).lr if lr is None else lr, 1)  # refused before the data are read
     for source in filter(None, (model, teacher)):
         refuse_replacing_source(source, output)
+    place = {} if device == "auto" else trainer_options(chosen_device(device))
     work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
-    pruned, data = opened(model, task)
-    dense = None if teacher is None else opened_model(teacher)[0]
+    pruned, data = opened(model, task, device=device)
+    dense = None if teacher is None else opened_model(teacher, device=device, base=data.base)[0]
+    before = with_bar("evaluate the pruned model", lambda progress: quality_of(pruned, data, progress))
     result = with_bar("recover", lambda progress: recover(
         pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr, seed=seed,
-        output_dir=work, progress=progress,
+        output_dir=work, progress=progress, **place,
     ))  # fmt: skip
     result.refuse_diverged(lr)
+    after = with_bar("evaluate the recovered model", lambda progress: quality_of(pruned, data, progress))
     with_bar("save", lambda progress: save(pruned, output, tokenizer=data.tokenizer))
     shutil.rmtree(work)
-    terminal.show(json, {"model": str(output), **asdict(result)}, str(result), f"written to {output}")
+    better = "higher" if data.higher_is_better else "lower"
+    told = f"{data.headline} ({better} is better): {before[data.headline]:.4f} → {after[data.headline]:.4f}"
+    ends = dict(zip(("first_loss", "last_loss"), result.loss_ends))
+    document = {"model": str(output), **asdict(result), **ends, "quality_before": before, "quality": after}
+    terminal.show(json, document, str(result), told, f"written to {output}")

@@ -50,13 +50,15 @@ def prune_command(
     """Cut the heads that a plan lets go and save the smaller model."""
     from headprune.planning import PruningPlan
     from headprune.surgery import prune, save
+    from headprune.surgery.checkpoint import names_base
 
     refuse_replacing_source(model, output)
     chosen = PruningPlan.load(plan)
     if streamed:
         prune_in_files(model, chosen, output, task, device)
     elif task is None:
-        dense, tokenizer = opened_model(model, device=device)
+        base = Path(model).is_dir() and names_base(model, chosen)
+        dense, tokenizer = opened_model(model, device=device, base=base)
         with_bar("cut", lambda progress: prune(dense, chosen, progress=progress))
         with_bar("save", lambda progress: save(dense, output, tokenizer=tokenizer))
     else:

@@ -19,10 +19,11 @@ from headprune.comparison.sizes import compact_bytes, file_bytes, nonzero_parame
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.evaluation import Interval, paired_bootstrap
 from headprune.evaluation.cost import model_flops
-from headprune.evaluation.evaluate import values_of
+from headprune.evaluation.evaluate import count_of, tell_few, values_of
 from headprune.evaluation.latency import measure_latency
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.tasks import Task
+from headprune.models.placement import device_of, trainer_options
 from headprune.recovery import recover
 from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.savings import count_parameters
@@ -64,7 +65,9 @@ class Bench:
     def dense(self) -> Metric | None:
         """The dense model's examples of the headline, that differences are taken from."""
         with in_eval_mode(self.subject.model):
-            return (self.task.examples(self.subject.model) or {}).get(self.task.headline)
+            found = self.task.examples(self.subject.model) or {}
+        tell_few(self.task, count_of(found))
+        return found.get(self.task.headline)
 
     def measured(self, method: Method, progress: Progress | None) -> MethodRow:
         """The method's row, which is also kept; one with the reason where it is refused."""
@@ -95,11 +98,13 @@ class Bench:
     def tuned(self, row: MethodRow, found: Compressed, progress: Progress | None) -> MethodRow:
         """After the fine-tune, which keeps the pattern of zeros; the sizes are those of before. The note says where it
         diverged."""
-        teacher: dict[str, Any] = {} if found.teaches is None else {"teacher": self.subject.model, "distil": found.teaches}
+        options: dict[str, Any] = {} if found.teaches is None else {"teacher": self.subject.model, "distil": found.teaches}
+        device = device_of(self.subject.model)
+        options |= trainer_options(device) if device.type == "cpu" else {}
         with held(found.model, found.masks):
             done = recover(
                 found.model, self.texts.train, loss_fn=self.task.loss, steps=self.steps, lr=self.lr, seed=self.seed, dropout=False,
-                output_dir=self.kept.tuning(row.method), progress=progress, **teacher,
+                output_dir=self.kept.tuning(row.method), progress=progress, **options,
             )  # fmt: skip
         if done.diverged:
             return replace(row, note="; ".join(filter(None, (row.note, f"the fine-tune failed: {done.stopped_because}"))))

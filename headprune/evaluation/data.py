@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,6 +20,8 @@ class EvaluationData(ABC):
     name: str
     headline: str  # the metric that stands for quality
     higher_is_better: bool
+    more: ClassVar[str] = "more test data"  # what is to be given where the test examples are too few
+    base: ClassVar[bool] = False  # whether it reads the states of the base model: a language model goes without its head
 
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric] | None:
         """Each metric with its examples, the same ones in the same order for every model; None where there are only totals."""
@@ -31,6 +33,11 @@ class EvaluationData(ABC):
         if found is None:
             raise NotImplementedError(f"{type(self).__name__} gives neither examples nor evaluate")
         return {name: metric.value for name, metric in found.items()}
+
+    @property
+    def calibration_examples(self) -> int | None:
+        """How many there are to score heads on and re-solve projections on; None for data that is for evaluation alone."""
+        return None
 
     def check_model(self, model: nn.Module) -> None:
         """Raises InvalidInput where `model` is not of the kind that this data is for."""

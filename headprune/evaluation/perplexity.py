@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
-from headprune.evaluation.data import EvaluationData, Progress, placed
+from headprune.evaluation.data import EvaluationData, Progress
 from headprune.evaluation.metric import Metric, perplexity
 from headprune.evaluation.positions import position_limit
+from headprune.evaluation.predicted import predictor
 from headprune.evaluation.token_stream import tokens_of
 from headprune.models.tokens import decoder_of
 
@@ -45,6 +45,7 @@ class Perplexity(EvaluationData):
     """
 
     name = "perplexity"
+    more = "a longer text or a smaller window"
     headline = "perplexity"
     higher_is_better = False
 
@@ -69,12 +70,13 @@ class Perplexity(EvaluationData):
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
         self.check_model(model)
         losses, right, done = [], [], 0
+        predict = predictor(model, self.batch, self.tokens[: self.window])
         for length, some in groupby(self.windows, key=lambda window: window.end - window.start):
             alike = list(some)
             for begin in range(0, len(alike), self.batch):
                 chunk = alike[begin : begin + self.batch]
                 rows = torch.stack([self.tokens[window.start : window.start + length] for window in chunk])
-                likelihood, hits = predicted(model, rows)
+                likelihood, hits = predict(rows)
                 for window, loss, hit in zip(chunk, likelihood, hits):
                     counted = slice(max(window.first, window.start + 1) - window.start - 1, None)
                     losses.append([float(loss[counted].double().sum()), float(len(loss[counted]))])
@@ -107,18 +109,6 @@ def windows(tokens: int, window: int, stride: int) -> list[Window]:
         if end == tokens:
             break
     return found
-
-
-def predicted(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(negative log-likelihood, whether ranked first) of every token of `rows` but the first, [rows, tokens - 1], on the CPU."""
-    found = model(**placed(model, {"input_ids": rows}), use_cache=False).logits.float()[:, :-1]
-    targets = rows[:, 1:].to(found.device)
-    return negative_log_likelihood(found, targets).cpu(), (found.argmax(dim=-1) == targets).cpu()
-
-
-def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each token, [windows, tokens]."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def share(rows: Tensor) -> float:

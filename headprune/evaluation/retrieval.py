@@ -14,14 +14,14 @@ from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.metric import Metric, mean
 
 Encode = Callable[[list[str]], Mapping[str, Tensor]]  # texts -> input_ids and attention_mask
-POOLINGS = ("mean", "first", "last")
-WITHOUT_HEAD = "Save what is under its head: AutoModel.from_pretrained(folder).save_pretrained(other)."
+POOLINGS = ("mean", "cls", "last", "first")  # first: as cls
+WITHOUT_HEAD = "Take what is under its head: hp.load(folder, base=True), or AutoModel.from_pretrained(folder)."
 
 
 class Retrieval(EvaluationData):
     """mrr (mean reciprocal rank, the headline) and accuracy@1, @10 of each query's document among all documents.
 
-    Embeddings are pooled over tokens (their mean, the first or the last one) and normalised; documents are ranked by cosine.
+    Embeddings are pooled over tokens (mean, cls: the first one, or last) and normalised; documents are ranked by cosine.
     relevant: which document belongs to each query, by default the one at the same place. Raises InvalidInput for an index without
     a document, an unknown pooling, and where nothing is given.
     """
@@ -29,6 +29,7 @@ class Retrieval(EvaluationData):
     name = "retrieval"
     headline = "mrr"
     higher_is_better = True
+    base = True
 
     def __init__(
         self, queries: Sequence[str], documents: Sequence[str], tokenizer: Any, *, relevant: Sequence[int] | None = None,
@@ -74,7 +75,7 @@ def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling == "mean":
         return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
     places = torch.arange(mask.shape[1], device=mask.device) * mask
-    chosen = mask.long().argmax(dim=1) if pooling == "first" else places.argmax(dim=1)
+    chosen = places.argmax(dim=1) if pooling == "last" else mask.long().argmax(dim=1)
     return states[torch.arange(len(states), device=states.device), chosen]
 
 

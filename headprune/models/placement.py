@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,3 +25,15 @@ def chosen_device(name: str) -> torch.device:
     if name not in (*here, *(["cuda"] if len(here) > 1 else ())):
         raise InvalidInput(f"device is {name!r}; this machine has {', '.join(here)}. Give one of them, or auto.")
     return torch.device(name)
+
+
+def trainer_options(device: torch.device) -> dict[str, Any]:
+    """What makes transformers' Trainer, which takes the first GPU that it sees, train on `device`. InvalidInput for another GPU."""
+    if device.type == "cpu":
+        return {"use_cpu": True} if torch.accelerator.is_available() else {}
+    if device.index:
+        raise InvalidInput(
+            f"device is {device}, and training takes the first GPU. Set CUDA_VISIBLE_DEVICES={device.index}, which makes this one "
+            "the first, and give cuda."
+        )
+    return {}

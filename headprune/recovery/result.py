@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ log = logging.getLogger("headprune")
 WHAT, RESULT, WEIGHTS, BEST = "recovery", "recovery.json", "recovered.safetensors", "best.safetensors"
 BEST_PART = "best-{}-of-{}.safetensors"  # of one rank of a sharded model
 
+TENTH = 10
 WENT_BACK = "the weights are those of step"  # behind what was not finite
 
 
@@ -48,6 +50,16 @@ class Recovery:
         """Whether it ended because the loss or the quality was not finite."""
         return WENT_BACK in self.stopped_because
 
+    @property
+    def loss_ends(self) -> tuple[float, float] | tuple[None, None]:
+        """Mean training loss of the first and of the last tenth of the steps, as single batches differ; with a teacher it is the
+        distance from it. None where no step was done."""
+        if not self.losses:
+            return None, None
+        values = [loss for _, loss in self.losses]
+        some = max(1, len(values) // TENTH)
+        return fmean(values[:some]), fmean(values[-some:])
+
     def refuse_diverged(self, lr: float | None) -> None:
         """HeadpruneError where it diverged, for whoever does not go on from the last good state."""
         if self.diverged:
@@ -65,7 +77,9 @@ class Recovery:
 
     def __str__(self) -> str:
         quality = "" if self.best is None else f", best {self.best:.4g} at step {self.best_step}"
-        return f"{self.steps} steps in {self.seconds:.0f} s{quality}; stopped: {self.stopped_because}"
+        first, last = self.loss_ends
+        loss = "" if first is None else f", training loss {first:.4g} → {last:.4g} (first and last tenth)"
+        return f"{self.steps} steps in {self.seconds:.0f} s{loss}{quality}; stopped: {self.stopped_because}"
 
 
 def taken_up(model: nn.Module, folder: Path | None, settings: Mapping[str, Any]) -> Recovery | None:

@@ -61,7 +61,8 @@ def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     quality = (f"{one.quality[found.headline]:.4g}" for one in (found.dense, found.pruned))
     fields = {"parameters": "parameters", "latency_p50_ms": "latency p50", "kv_cache_bytes_per_token": "key/value cache"}
     shares = [(label, f"{100 * found.ratio(field):.1f} %", "of dense") for field, label in fields.items()]
-    return [(found.headline, " → ".join(quality), f"{better} is better"), *shares]
+    note = f"{better} is better; {found.dense.data()}" if found.dense.data() else f"{better} is better"
+    return [(found.headline, " → ".join(quality), note), *shares]
 
 
 def embedded(data: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.models.tokens import IGNORED_LABEL
-from headprune.models.trunk import leaving, trunk_of
+from headprune.models.trunk import Trunk, leaving, trunk_of
 
 TOKENS = 512  # at a time
 
@@ -35,27 +36,12 @@ def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKE
     labels = batch.get("labels")
     if labels is None:
         raise InvalidInput("the batch has no labels; a causal loss needs them (the input_ids, with -100 where padded).")
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    trunk = trunk_of(model)
-    behind: list[Any] = []
-    headless = getattr(model, "base_model", model)
-    handle = trunk.layers[-1].register_forward_hook(lambda _module, _args, output: behind.append(output))
-    try:
-        headless(**inputs)
-    finally:
-        handle.remove()
-    alone = isinstance(behind[0], Tensor)
-    states: Tensor = behind[0] if alone else behind[0][0]
+    below = up_to_the_head(model, {name: value for name, value in batch.items() if name != "labels"})
+    states = below.states
 
     def of_part(part: Tensor, targets: Tensor, start: int) -> Tensor:
-        with leaving(trunk, part, alone):
-            output = model(**{name: tokens_of(value, labels, start, part.shape[1]) for name, value in inputs.items()})
-        logits = getattr(output, "logits", None)
-        if logits is None:
-            raise InvalidInput(f"{type(model).__name__} gives no logits; a causal loss needs a language model with its head.")
-        found = functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-        )
+        logits = below.logits(part, start).flatten(0, 1).float()
+        found = functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
         return found.view(targets.shape).sum(dim=1)
 
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(states.device)
@@ -67,7 +53,44 @@ def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKE
     return total / (targets != IGNORED_LABEL).sum(dim=1).clamp(min=1)
 
 
-def tokens_of(value: Any, labels: Tensor, start: int, length: int) -> Any:
+@dataclass(frozen=True)
+class BelowTheHead:
+    """A pass of a language model that has come behind its last layer. states: [n, length, hidden]; alone: layers return them
+    without a tuple."""
+
+    model: nn.Module
+    trunk: Trunk
+    inputs: Mapping[str, Any]
+    states: Tensor
+    alone: bool
+
+    def logits(self, part: Tensor, start: int) -> Tensor:
+        """[n, tokens, vocabulary] of `part` of the states, which begins at token `start`. What the model does behind its last layer
+        (final norm, head, soft cap, scale) is its own code."""
+        inputs = {name: tokens_of(value, self.states, start, part.shape[1]) for name, value in self.inputs.items()}
+        with leaving(self.trunk, part, self.alone):
+            output = self.model(**inputs)
+        logits: Tensor | None = getattr(output, "logits", None)
+        if logits is None:
+            name = type(self.model).__name__
+            raise InvalidInput(f"{name} gives no logits; a causal loss needs a language model with its head.")
+        return logits
+
+
+def up_to_the_head(model: nn.Module, inputs: Mapping[str, Any]) -> BelowTheHead:
+    """Raises UnsupportedModel where the layers do not form one stack."""
+    trunk = trunk_of(model)
+    behind: list[Any] = []
+    handle = trunk.layers[-1].register_forward_hook(lambda _module, _args, output: behind.append(output))
+    try:
+        getattr(model, "base_model", model)(**inputs)
+    finally:
+        handle.remove()
+    alone = isinstance(behind[0], Tensor)
+    return BelowTheHead(model, trunk, inputs, behind[0] if alone else behind[0][0], alone)
+
+
+def tokens_of(value: Any, states: Tensor, start: int, length: int) -> Any:
     """The part of an input that has a row for each token: some models shape their output after it."""
-    by_token = isinstance(value, Tensor) and value.shape[:2] == labels.shape
+    by_token = isinstance(value, Tensor) and value.shape[:2] == states.shape[:2]
     return value[:, start : start + length] if by_token else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -12,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from headprune.arguments import check_arguments, check_options
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
@@ -31,6 +33,7 @@ Plain = TypeVar("Plain", bound=nn.Module)
 SAVE_OPTIONS = {*signature(PreTrainedModel.save_pretrained).parameters, *signature(PreTrainedModel.push_to_hub).parameters}
 SAVE_OPTIONS -= {"self", "save_directory", "kwargs"}
 SAVE_OPTIONS |= {"safe_serialization"}  # transformers 5 knows no other way
+LANGUAGE_HEADS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
 
 
 def save(
@@ -107,19 +110,24 @@ def check_recorded(model: nn.Module) -> None:
 
 
 @overload
-def load(folder: str | os.PathLike[str], *, model: None = None, verify: bool = True, **options: Any) -> PreTrainedModel: ...
+def load(
+    folder: str | os.PathLike[str], *, model: None = None, base: bool = False, verify: bool = True, **options: Any
+) -> PreTrainedModel: ...
 
 
 @overload
 def load(folder: str | os.PathLike[str], *, model: Plain, verify: bool = True, **options: Any) -> Plain: ...
 
 
-def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, verify: bool = True, **options: Any) -> nn.Module:
+def load(
+    folder: str | os.PathLike[str], *, model: nn.Module | None = None, base: bool = False, verify: bool = True, **options: Any
+) -> nn.Module:
     """A model from `folder`, pruned by headprune or not, in eval mode.
 
     Args:
         model: for a folder that holds a module which is not of transformers: the unpruned module, whose heads are cut and
             whose weights are replaced, in place.
+        base: without the head of a language model, as AutoModel loads it: embedders are often saved under one.
         verify: compare the files with the digests that `save` wrote.
         options: as for `from_pretrained` (dtype, device_map, attn_implementation, ...). Where groups are ragged the attention
             is "headprune" unless you name another.
@@ -138,7 +146,7 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None, veri
     kept = kept_heads(section)
     if verify:
         check_manifest(folder)
-    model_class = class_of(config)
+    model_class = class_of(config, base)
     try:
         built: Any = pruned_class(model_class, section)  # what from_pretrained returns depends on output_loading_info
         found, report = built.from_pretrained(
@@ -177,11 +185,11 @@ def check_attention(chosen: Any) -> None:
             raise unknown_name("attn_implementation", name, known)
 
 
-def skeleton(folder: str | os.PathLike[str]) -> PreTrainedModel:
+def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedModel:
     """The model of `folder` without its weights (on the meta device): sites, head maps and sizes at no cost."""
     config = load_config(folder)
     with torch.device("meta"):
-        built: Any = pruned_class(class_of(config), getattr(config, SECTION, None))
+        built: Any = pruned_class(class_of(config, base), getattr(config, SECTION, None))
         model: PreTrainedModel = built(config).to(config.dtype or torch.float32)
     return model
 
@@ -197,12 +205,12 @@ def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig
     return config
 
 
-def class_of(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that the config names, else the base model of its type."""
+def class_of(config: transformers.PreTrainedConfig, base: bool = False) -> type[PreTrainedModel]:
+    """The class that the config names, else the base model of its type. base: that too where the config names a language model."""
     for name in getattr(config, "architectures", None) or ():
         name = name.removeprefix(modeling_headprune.PREFIX)
         named: type[PreTrainedModel] | None = getattr(transformers, name, None)
-        if named is not None:
+        if named is not None and not (base and name in LANGUAGE_HEADS and not getattr(config, "is_encoder_decoder", False)):
             return named
     mapping: Any = AutoModel._model_mapping
     try:
@@ -210,6 +218,13 @@ def class_of(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
     except KeyError:
         raise UnsupportedModel(f"no transformers class is known for a {type(config).__name__}.") from None
     return known
+
+
+def names_base(folder: str | os.PathLike[str], names: Iterable[str]) -> bool:
+    """Whether the attentions `names` are called as in the base model of `folder`, which was saved under the head of another."""
+    config = load_config(folder)
+    whole = class_of(config)
+    return class_of(config, base=True) is not whole and not any(name.startswith(f"{whole.base_model_prefix}.") for name in names)
 
 
 def pruned_class(model_class: type[PreTrainedModel], section: dict[str, Any] | None) -> type[PreTrainedModel]:

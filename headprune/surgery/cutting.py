@@ -32,13 +32,18 @@ class Cutting:
     """Cuts one attention at a time, when the first of its tensors is asked for; their memory goes with the last one."""
 
     def __init__(
-        self, source: Path, shards: Shards, kept: Mapping[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...] | None]
+        self,
+        source: Path,
+        shards: Shards,
+        kept: Mapping[str, tuple[int, ...]],
+        shapes: dict[str, tuple[int, ...] | None],
+        base: bool = False,
     ) -> None:
-        """shapes: as `changed_shapes` gives them. UnsupportedModel where a tensor is in no file under a name of its own, or is no
-        attention's."""
+        """shapes: as `changed_shapes` gives them; base: as in `hp.load`. UnsupportedModel where a tensor is in no file under a name
+        of its own, or is no attention's."""
         self.shards, self.kept, self.shapes = shards, kept, shapes
         self.solved: dict[str, Stored] = {}  # name in memory -> what takes the place of the model's own weights, before the cut
-        self.model: PreTrainedModel = skeleton(source)
+        self.model: PreTrainedModel = skeleton(source, base)
         self.sites = {site.name: site for site in attention_sites(self.model)}
         self.in_memory = memory_names(self.model, shards)
         self._ready: dict[str, Tensor] = {}

@@ -51,7 +51,7 @@ class EmptyOnMeta(TorchFunctionMode):
 
 
 def open_streamed(
-    folder: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, base: bool = False
 ) -> PreTrainedModel:
     """The model of `folder`, in eval mode, with its weights on disk. It scores (`hp.score`) and runs like any other, and
     holds at most two layers' weights, or the embeddings and the head, at a time.
@@ -59,6 +59,7 @@ def open_streamed(
     Args:
         device: where the layers run.
         dtype: of the weights once they are read; default as the config says.
+        base: without the head of a language model, as in `hp.load`.
 
     Raises InvalidInput where the folder is no transformers model with safetensors weights, CorruptCheckpoint naming a weight file
     that is missing or cut short, UnsupportedModel where the attentions do not lie in one stack of layers.
@@ -66,7 +67,7 @@ def open_streamed(
     check_arguments(open_streamed, locals())
     shards = open_shards(folder)
     config = load_config(folder)
-    built = pruned_class(class_of(config), getattr(config, SECTION, None))
+    built = pruned_class(class_of(config, base), getattr(config, SECTION, None))
     with empty_weights():
         model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or torch.float32)
     model.eval().requires_grad_(False)

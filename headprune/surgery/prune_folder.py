@@ -27,7 +27,7 @@ from headprune.models.tiny_inputs import tiny_inputs
 from headprune.planning.pruning_plan import PruningPlan, check_plan
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import CLAIM, take_over
-from headprune.surgery.checkpoint import load_config, skeleton
+from headprune.surgery.checkpoint import load_config, names_base, skeleton
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.compensate import Resolved, refuse_uncompensated
 from headprune.surgery.cut import cut
@@ -86,7 +86,8 @@ def prune_folder(
         raise InvalidInput(f"{target} {'holds' if source.resolve() != target.resolve() else 'is'} the source; give another folder.")
     get_solver(compensation)
     refuse_uncompensated(calibration, feed_forward)
-    shards, model = open_shards(source), skeleton(source)
+    base = names_base(source, plan)
+    shards, model = open_shards(source), skeleton(source, base)
     check_plan(plan, model)
     sites = {site.name: site for site in attention_sites(model)}
     kept = {name: heads for name, heads in plan.items() if len(heads) < sites[name].head_map.query_heads}
@@ -94,14 +95,14 @@ def prune_folder(
         refuse_unsuited(sites[name])
     savings, before = Savings.of(model, sites, kept), model.state_dict()
     cut(model, kept, verify=False)
-    cutting = Cutting(source, shards, kept, changed_shapes(before, model.state_dict()))
+    cutting = Cutting(source, shards, kept, changed_shapes(before, model.state_dict()), base)
     steps = Steps(progress, len(shards.files))
     draft, work = (target.with_name(f".{target.name}.{name}") for name in ("part", "work"))
     batches = None if calibration is None else list(several(calibration, "calibration"))
     resolved: list[Resolved] = []
     if batches is not None and kept:
         resolved, cutting.solved = resolve_streamed(
-            reader_of(open_streamed(source, device=device)),
+            reader_of(open_streamed(source, device=device, base=base)),
             plan,
             batches,
             work,
@@ -116,7 +117,7 @@ def prune_folder(
         digests = write_shards(draft, cutting, steps)
         finish(draft, cutting, model, digests)
     if verify:
-        check_folder(source, draft, kept, cutting.solved, device)
+        check_folder(source, draft, kept, cutting.solved, device, base)
     with clear_disk_errors(target):
         (draft / DIGESTS).unlink()
         (draft / CLAIM).unlink()  # last: a draft without it is nobody's
@@ -194,13 +195,18 @@ class Steps:
 
 @torch.no_grad()
 def check_folder(
-    source: Path, draft: Path, kept: Mapping[str, Sequence[int]], solved: Mapping[str, Stored], device: torch.device | str
+    source: Path,
+    draft: Path,
+    kept: Mapping[str, Sequence[int]],
+    solved: Mapping[str, Stored],
+    device: torch.device | str,
+    base: bool = False,
 ) -> None:
     """HeadpruneError unless `draft` gives, in fp32, what `source` gives with the removed heads gated and the solved weights in
     place, which the files of `draft` have rounded to their own dtype."""
     stored: Any = load_config(source).dtype or torch.float32
     try:
-        gated_model, pruned = (open_streamed(folder, device=device, dtype=torch.float32) for folder in (source, draft))
+        gated_model, pruned = (open_streamed(folder, device=device, dtype=torch.float32, base=base) for folder in (source, draft))
     except UnsupportedModel as error:
         log.warning("the pruned folder was not checked by a forward pass: %s", error)
         return

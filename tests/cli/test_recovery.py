@@ -1,6 +1,10 @@
 """`headprune recover`: a folder becomes a better one, and what cannot be is one clear line."""
 
+import json
+import re
+
 import pytest
+import torch
 from command_line import only_error
 from pruned_pairs import pruned_bert
 from small_states import SmallStates
@@ -23,11 +27,39 @@ def test_recover_learns_from_the_dense_model(call, folders, tmp_path):
     dense, pruned = folders
     code, out, err = call("recover", "./pruned", "-o", "better", "--teacher", "./dense", "--steps", "6", "--lr", "1e-3")
     assert code == 0, err
-    assert "6 steps in" in out
+    assert re.search(r"6 steps in \d+ s, training loss \S+ → \S+ \(first and last tenth\)", out)
+    task = SmallStates(None)
+    qualities = [task.evaluate(model)[task.headline] for model in (pruned, load(tmp_path / "better"))]
+    assert (
+        "{} ({} is better): {:.4f} → {:.4f}".format(task.headline, "higher" if task.higher_is_better else "lower", *qualities)
+        in out
+    )
     found, batch = load(tmp_path / "better"), {"input_ids": tokens(4, 8, 0)}
     error = [float((hidden(model, **batch) - hidden(dense, **batch)).square().mean()) for model in (pruned, found)]
     assert error[1] < error[0]
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned", "better"}
+
+
+def test_the_device_that_was_asked_for_is_where_it_trains(call, folders, monkeypatch):
+    import headprune.recovery as recovery
+
+    own, given = recovery.recover, []
+    monkeypatch.setattr(
+        recovery, "recover", lambda *args, **options: given.append(options.pop("use_cpu", None)) or own(*args, **options)
+    )
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for device, cpu in (("cpu", True), ("auto", None)):
+        code, _, err = call("recover", "./pruned", "-o", f"on-{device}", "--steps", "1", "--device", device)
+        assert code == 0, err
+        assert given[-1] is cpu
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for command in (("recover", "./pruned", "-o", "better"), ("compare", "./dense", "--steps", "1")):
+        code, _, err = call(*command, "--device", "cuda:1")
+        assert code == 2
+        assert "training takes the first GPU" in only_error(err)
+    code, _, err = call("recover", "./pruned", "-o", "better", "--device", "gpu")
+    assert code == 2
+    assert "Give one of them, or auto" in only_error(err)
 
 
 @pytest.mark.parametrize("read", ["pruned", "dense"])
@@ -37,6 +69,16 @@ def test_neither_the_model_nor_its_teacher_is_written_over(call, folders, tmp_pa
     assert code == 2
     assert "is the model that is read; give another folder" in only_error(err)
     assert (tmp_path / read / "model.safetensors").read_bytes() == before
+
+
+def test_the_document_tells_loss_and_quality_before_and_after(call, folders):
+    code, out, err = call("recover", "./pruned", "-o", "better", "--teacher", "./dense", "--steps", "12", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["first_loss"] == found["losses"][0][1]
+    assert found["last_loss"] == found["losses"][-1][1] != found["first_loss"]
+    assert set(found["quality_before"]) == set(found["quality"])
+    assert found["quality_before"] != found["quality"]
 
 
 def test_two_budgets_and_unknown_methods_are_refused(call, folders):

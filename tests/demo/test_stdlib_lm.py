@@ -136,4 +136,4 @@ def test_the_demo_prunes_heads_one_by_one_and_generates_as_gated(monkeypatch, tm
     pruned = load(result.folder / "model")
     assert any(not layer.self_attn.head_map.is_uniform for layer in pruned.model.layers)
     assert result.comparison.dense.quality["perplexity"] < 100
-    assert sources.default_task(str(result.folder / "model"), pruned) == "standard-library-text"
+    assert sources.default_task(str(result.folder / "model")) == "standard-library-text"

@@ -184,8 +184,10 @@ def image_processor(folder):
     return folder
 
 
-def test_models_that_no_task_of_ours_fits_are_told_which_to_name():
+def test_models_that_no_task_of_ours_fits_are_told_which_to_name(tmp_path):
+    VISION["vit"].make().save_pretrained(tmp_path / "vit")
+    ENCODERS["bert"].make().save_pretrained(tmp_path / "bert")
     with pytest.raises(InvalidInput, match=r"image-classification,calibration=FOLDER"):
-        default_task("./vit", VISION["vit"].make())
+        default_task(str(tmp_path / "vit"))
     with pytest.raises(InvalidInput, match=r"text-classification,calibration=train\.jsonl"):
-        default_task("./bert", ENCODERS["bert"].make())
+        default_task(str(tmp_path / "bert"))

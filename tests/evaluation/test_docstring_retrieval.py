@@ -97,7 +97,7 @@ def test_a_bad_task_is_named(name, tokenizer, options, names):
 
 def test_a_language_model_is_refused(task):
     task.check_model(bert())
-    with pytest.raises(InvalidInput, match="needs an encoder; LlamaForCausalLM"):
+    with pytest.raises(InvalidInput, match="needs an embedder; LlamaForCausalLM"):
         task.check_model(llama())
 
 

@@ -97,3 +97,19 @@ def test_a_model_is_left_in_the_mode_it_came_in():
     model = llama().train()
     evaluate(model, lambda model: 1.0, inputs=INPUTS, repeats=1)
     assert model.training
+
+
+def test_how_much_quality_rests_on_is_told_and_too_little_warned_of_once(caplog):
+    few, many = (Perplexity(TEXT * times, Letters(), window=32) for times in (1, 8))
+    found = compare(llama(), pruned(), few, repeats=1)
+    evaluate(llama(), few, repeats=1)
+    assert found.dense.test_examples == found.pruned.test_examples == 10
+    assert found.dense.calibration_examples is None
+    assert found.__rich__().title == "perplexity, one run, 10 test examples"
+    (record,) = caplog.records
+    assert "measured on 10 test examples; of fewer than 50 single ones decide. Give more: a longer text" in record.message
+    assert evaluate(llama(), many, repeats=1).test_examples == 80
+    total = evaluate(bert(), lambda model: 1.0, inputs=INPUTS, repeats=1)
+    assert total.test_examples is None
+    assert total.__rich__().title is None
+    assert len(caplog.records) == 1

@@ -104,7 +104,7 @@ def test_an_encoder_goes_the_whole_way_on_it(text, tmp_path):
     assert compared.quality["perplexity"] == pytest.approx(task.evaluate(model)["perplexity"], rel=1e-5)
 
 
-def test_mistakes_are_told(text):
+def test_mistakes_are_told(text, tmp_path):
     tokenizer, options = masking_tokenizer(), {"calibration": str(text)}
     with pytest.raises(InvalidInput, match="has no mask token"):
         build_task("masked-text", letter_tokenizer(), **options)
@@ -119,5 +119,6 @@ def test_mistakes_are_told(text):
         task.check_model(bert())
     with pytest.raises(InvalidInput, match="window=65: BertForMaskedLM takes at most 64"):
         task.check_model(masked_lm())
+    masked_lm().save_pretrained(tmp_path / "bert")
     with pytest.raises(InvalidInput, match="name yours, for example masked-text,"):
-        default_task("./bert", masked_lm())
+        default_task(str(tmp_path / "bert"))

@@ -8,6 +8,7 @@ from letter_tokenizer import letter_tokenizer
 from tiny_models import bert, llama
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
+import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.evaluation.retrieval import pooled
 from headprune.evaluation.tasks import build_task
@@ -41,22 +42,25 @@ def test_pairs_are_calibration_but_for_a_tenth(pairs):
     task.check_model(bert())
     assert 0 < task.evaluate(bert())["mrr"] <= 1
     assert task.loss(bert(), task.calibration[0]).shape == (8,)
+    found = hp.evaluate(bert(), task, repeats=1)
+    assert (found.test_examples, found.calibration_examples) == (4, 36)
+    assert found.__rich__().title == "4 test examples, 36 for calibration"
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "first", "last"])
 def test_pooling_is_of_each_texts_own_tokens(pairs, pooling):
     states = torch.randn(3, 5, 4, dtype=torch.float64)
     for mask in (torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]), torch.tensor([[0, 0, 1, 1, 1]] * 3)):
         for row, found in enumerate(pooled(states, mask, pooling)):
             own = states[row, mask[row].bool()]
-            assert torch.allclose(found, {"mean": own.mean(dim=0), "first": own[0], "last": own[-1]}[pooling])
+            assert torch.allclose(found, {"mean": own.mean(dim=0), "last": own[-1]}.get(pooling, own[0]))
     task = build(pairs, pooling=pooling)
     assert task.outputs(bert()).shape == (4, 32)
 
 
 def test_an_unknown_pooling_or_column_is_told(pairs):
-    with pytest.raises(InvalidInput, match="unknown pooling 'cls'"):
-        build(pairs, pooling="cls")
+    with pytest.raises(InvalidInput, match="unknown pooling 'max'"):
+        build(pairs, pooling="max")
     with pytest.raises(InvalidInput, match="row 1: no 'text', only question, answer"):
         build(pairs, query="text")
 
@@ -74,7 +78,7 @@ def test_models_without_states_of_tokens_and_texts_that_are_too_long_are_told(pa
     task = build(pairs)
     with pytest.raises(InvalidInput, match=r"a BertForSequenceClassification gives no states .* AutoModel\.from_pretrained"):
         task.loss(classifier, task.calibration[0])
-    with pytest.raises(InvalidInput, match=r"LlamaForCausalLM is a language model\. Save what is under its head"):
+    with pytest.raises(InvalidInput, match=r"LlamaForCausalLM is a language model\. Take what is under its head"):
         task.check_model(llama())
     with pytest.raises(InvalidInput, match="a text has 25 tokens, and BertModel takes at most 9; give max_tokens=9"):
         task.check_model(BertModel(BertConfig(**shape, max_position_embeddings=9)))

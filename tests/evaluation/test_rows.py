@@ -4,7 +4,7 @@ import json
 import pytest
 
 from headprune.errors import InvalidInput
-from headprune.evaluation.tasks.rows import read_rows, read_texts, refuse_counts, refuse_same, without_a_tenth
+from headprune.evaluation.tasks.rows import parts_of, read_rows, read_texts, refuse_counts, refuse_same, without_a_tenth
 
 ROWS = [{"text": 'one, "two"', "label": "1"}, {"text": "three\nlines\nlong", "label": "0"}]
 WRITTEN = {
@@ -70,6 +70,22 @@ def test_a_tenth_is_held_out_the_same_every_time():
     assert [len(part) for part in without_a_tenth([1, 2])] == [1, 1]
     with pytest.raises(InvalidInput, match="one example"):
         without_a_tenth([1])
+
+
+def test_parts_are_drawn_by_the_seed_but_for_the_test(tmp_path):
+    files = {"calibration": list(range(50)), "other": list(range(100, 140))}
+    counts = {"calibration_count": 20, "test_count": 3}
+    found = parts_of(files.get, "calibration", None, None, seed=1, **counts)
+    again = parts_of(files.get, "calibration", None, None, seed=2, **counts)
+    assert (len(found.calibration), len(found.test), len(found.training)) == (20, 3, 45)
+    assert found.test == again.test
+    assert found.calibration != again.calibration
+    assert found.calibration == found.training[:20]
+    assert not set(found.test) & set(found.training)
+    named = parts_of(files.get, "calibration", "other", None, seed=1, calibration_count=20, test_count=None)
+    assert (len(named.training), named.test) == (50, files["other"])
+    taught = parts_of(files.get, "calibration", None, "other", seed=1, **counts)
+    assert (sorted(taught.training), taught.test) == (files["other"], found.test)
 
 
 @pytest.mark.parametrize("name", WRITTEN)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from headprune.errors import InvalidInput
-from headprune.models.placement import chosen_device
+from headprune.models.placement import chosen_device, trainer_options
 
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
@@ -19,3 +19,13 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
     for wrong in ("cuda:2", "gpu", "mps"):
         with pytest.raises(InvalidInput, match=r"this machine has cpu, cuda:0, cuda:1\. Give one of them, or auto"):
             chosen_device(wrong)
+
+
+def test_training_is_told_where_and_refuses_another_gpu_than_the_first(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert trainer_options(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert trainer_options(torch.device("cpu")) == {"use_cpu": True}
+    assert trainer_options(torch.device("cuda")) == trainer_options(torch.device("cuda:0")) == {}
+    with pytest.raises(InvalidInput, match=r"device is cuda:1, and training takes the first GPU\. Set CUDA_VISIBLE_DEVICES=1"):
+        trainer_options(torch.device("cuda:1"))

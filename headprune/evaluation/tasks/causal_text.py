@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress
 from headprune.evaluation.metric import Metric, mean, perplexity
-from headprune.evaluation.perplexity import negative_log_likelihood, refuse_other_models
+from headprune.evaluation.perplexity import refuse_other_models
+from headprune.evaluation.predicted import negative_log_likelihood, predictor
 from headprune.evaluation.tasks.task import Task
 from headprune.models.placement import device_of
 
@@ -41,6 +44,12 @@ class CausalText(Task):
     def batches(self, windows: Tensor) -> list[dict[str, Tensor]]:
         return [{"input_ids": rows, "labels": rows} for rows in windows.split(self.batch)] if len(windows) else []
 
+    @classmethod
+    def check_options(cls, model: nn.Module, options: Mapping[str, Any]) -> None:
+        window = options.get("window", signature(cls).parameters["window"].default)
+        if isinstance(window, int):  # what else it may be is refused with the other options
+            refuse_other_models(model, f"task {cls.name}", window)
+
     def check_model(self, model: nn.Module) -> None:
         refuse_other_models(model, f"task {self.name}", self.window)
 
@@ -64,10 +73,11 @@ class CausalText(Task):
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
         """Perplexity, and the share of tokens that the model ranks first (accuracy); an example is a window."""
         losses, right = [], []
+        predict = predictor(model, min(self.batch, len(self.test)), self.test[0])
         for windows in self.test.split(self.batch):
-            logits, targets = self.predictions(model, windows)
-            losses.append(negative_log_likelihood(logits, targets).double().sum(dim=1).cpu())
-            right.append((logits.argmax(dim=-1) == targets).double().mean(dim=1).cpu())
+            found, hits = predict(windows)
+            losses.append(found.double().sum(dim=1))
+            right.append(hits.double().mean(dim=1))
             if progress:
                 progress(sum(map(len, losses)), len(self.test))
         total = torch.cat(losses)

@@ -13,10 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.perplexity import refuse_other_models
-from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
+from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
-from headprune.evaluation.tasks.text_pairs import shuffled
 from headprune.models.tokens import IGNORED_LABEL
 
 Turn = Mapping[str, Any]
@@ -39,6 +38,7 @@ class Chat(TargetTokens):
     """
 
     name = "chat"
+    more = "test=FILE (and test_rows, where you gave it)"
 
     def __init__(
         self,
@@ -56,7 +56,6 @@ class Chat(TargetTokens):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch)
-        refuse_same(calibration, test, training)
         if (prompt is None) != (answer is None):
             raise InvalidInput(f"prompt={prompt}, answer={answer}: expected both columns, or neither for a column of messages.")
         self.tokenizer, self.batch, self.max_tokens = tokenizer, batch, max_tokens
@@ -66,12 +65,11 @@ class Chat(TargetTokens):
                 f"task {self.name}: the tokenizer has no chat template to write messages with; give one, or rows with a prompt and "
                 "an answer (prompt=COLUMN,answer=COLUMN)."
             )
-        known = self.conversations(calibration)
-        known, held_out = without_a_tenth(known) if test is None else (known, self.conversations(test))
-        drawn = shuffled(known, seed)
-        self.calibration = self.batches(drawn[:calibration_rows])
-        self.test = self.batches(held_out[:test_rows])
-        self.training_rows = drawn if training is None else self.conversations(training)
+        parts = parts_of(
+            self.conversations, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed
+        )
+        self.calibration, self.test = self.batches(parts.calibration), self.batches(parts.test)
+        self.training_rows = parts.training
         if not self.test:
             raise InvalidInput(f"task {self.name}: no answer of the test data begins within max_tokens={max_tokens}; give more.")
 

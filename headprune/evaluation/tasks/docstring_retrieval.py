@@ -6,8 +6,9 @@ import hashlib
 from typing import Any
 
 from headprune.evaluation.tasks.docstrings import docstring_pairs
+from headprune.evaluation.tasks.rows import shuffled
 from headprune.evaluation.tasks.task import register_task
-from headprune.evaluation.tasks.text_pairs import TextPairs, shuffled
+from headprune.evaluation.tasks.text_pairs import TextPairs
 
 
 @register_task
@@ -19,6 +20,7 @@ class DocstringRetrieval(TextPairs):
     """
 
     name = "docstring-retrieval"
+    more = "test_pairs"
 
     def __init__(
         self,

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.tasks.labelled import Example, Labelled
-from headprune.evaluation.tasks.rows import place_of, refuse_counts, refuse_same, without_a_tenth
+from headprune.evaluation.tasks.rows import parts_of, place_of, refuse_counts
 from headprune.evaluation.tasks.task import register_task
-from headprune.evaluation.tasks.text_pairs import shuffled
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -27,6 +26,7 @@ class ImageClassification(Labelled):
     """
 
     name = "image-classification"
+    more = "test=FOLDER (and test_images, where you gave it)"
     reads = "images"
 
     def __init__(
@@ -42,12 +42,10 @@ class ImageClassification(Labelled):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_images=calibration_images, test_images=test_images, training_images=training_images)
-        refuse_same(calibration, test, training)
-        known = images_in(calibration)
-        known, held_out = without_a_tenth(known) if test is None else (known, images_in(test))
-        drawn = shuffled(known, seed)
-        more = (drawn if training is None else shuffled(images_in(training), seed))[:training_images]
-        super().__init__(tokenizer, drawn[:calibration_images], shuffled(held_out)[:test_images], more, batch)
+        parts = parts_of(
+            images_in, calibration, test, training, calibration_count=calibration_images, test_count=test_images, seed=seed
+        )
+        super().__init__(tokenizer, parts.calibration, parts.test, parts.training[:training_images], batch)
 
     def token_kinds(self) -> None:
         return None

@@ -12,9 +12,10 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.positions import position_limit
 from headprune.evaluation.tasks.causal_text import windows_of
-from headprune.evaluation.tasks.rows import TENTH, read_texts, refuse_counts, refuse_same
+from headprune.evaluation.tasks.rows import read_texts, refuse_counts, with_test
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
+from headprune.evaluation.tasks.text import without_the_last_tenth
 from headprune.evaluation.token_stream import token_stream
 from headprune.models.tokens import IGNORED_LABEL
 
@@ -31,6 +32,7 @@ class MaskedText(TargetTokens):
     """
 
     name = "masked-text"
+    more = "test=FILE, more text in calibration or a smaller window (and test_windows, where you gave it)"
 
     def __init__(
         self,
@@ -48,7 +50,6 @@ class MaskedText(TargetTokens):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_windows=calibration_windows, test_windows=test_windows, training_windows=training_windows)
-        refuse_same(calibration, test, training, nested=True)
         if tokenizer.mask_token_id is None:
             raise InvalidInput(f"task {self.name}: the tokenizer has no mask token, so the model is no masked language model.")
         if batch < 1 or not 0 < masked < 1:
@@ -58,12 +59,11 @@ class MaskedText(TargetTokens):
         self.inside = window - len(self.before) - len(self.behind)
         if self.inside < 2:
             raise InvalidInput(f"window={window}; expected at least 2 tokens beside {window - self.inside} special ones.")
-        stream = token_stream(tokenizer, read_texts(calibration, column))
-        if test is None:
-            rest = len(stream) - len(stream) // TENTH
-            stream, held_out = stream[:rest], stream[rest:]
-        else:
-            held_out = token_stream(tokenizer, read_texts(test, column))
+
+        def tokens(source: str) -> Tensor:
+            return token_stream(tokenizer, read_texts(source, column))
+
+        stream, held_out = with_test(tokens, calibration, test, training, without_the_last_tenth, nested=True)
         if min(len(stream), len(held_out)) < self.inside:
             raise InvalidInput(
                 f"task {self.name}: calibration has {len(stream)} tokens and test {len(held_out)}; expected at least one window of "

@@ -1,12 +1,12 @@
-"""Retrieval with a sentence encoder on one's own pairs of texts."""
+"""Retrieval with an embedder on one's own pairs of texts."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
+from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.task import register_task
-from headprune.evaluation.tasks.text_pairs import Pair, TextPairs, shuffled
+from headprune.evaluation.tasks.text_pairs import Pair, TextPairs
 
 
 @register_task
@@ -16,10 +16,13 @@ class RetrievalOfPairs(TextPairs):
     calibration: a .jsonl, .json, .csv or .tsv file whose columns `query` and `document` hold texts that belong together; a
     document belongs to one query alone, and the others of its batch are wrong ones. test: the same; by default a tenth of
     calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows of calibration.
-    pooling: mean (of a text's tokens), first (BGE, GTE) or last (of decoders). seed: which rows are drawn for calibration.
+    pooling: mean (of a text's tokens), cls (the first one) or last; prompt, document_prompt: put before each query, each document.
+    By default what sentence-transformers wrote beside the model, else mean, of causal decoders last, and no prompts. seed: which
+    rows are drawn for calibration.
     """
 
     name = "retrieval"
+    more = "test=FILE (and test_pairs, where you gave it)"
 
     def __init__(
         self,
@@ -29,7 +32,9 @@ class RetrievalOfPairs(TextPairs):
         training: str | None = None,
         query: str = "query",
         document: str = "document",
-        pooling: str = "mean",
+        pooling: str | None = None,
+        prompt: str | None = None,
+        document_prompt: str | None = None,
         calibration_pairs: int = 384,
         test_pairs: int | None = None,
         batch: int = 32,
@@ -37,16 +42,12 @@ class RetrievalOfPairs(TextPairs):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_pairs=calibration_pairs, test_pairs=test_pairs, max_tokens=max_tokens)
-        refuse_same(calibration, test, training)
 
         def pairs(source: str) -> list[Pair]:
             return [Pair(str(row[query]), str(row[document])) for row in read_rows(source, [query, document])]
 
-        known = pairs(calibration)
-        known, held_out = without_a_tenth(known) if test is None else (known, pairs(test))
-        drawn = shuffled(known, seed)
-        more = drawn if training is None else pairs(training)
+        parts = parts_of(pairs, calibration, test, training, calibration_count=calibration_pairs, test_count=test_pairs, seed=seed)
         super().__init__(
-            tokenizer, drawn[:calibration_pairs], held_out[:test_pairs], more, batch=batch, max_tokens=max_tokens, seed=seed,
-            pooling=pooling,
+            tokenizer, parts.calibration, parts.test, parts.training, batch=batch, max_tokens=max_tokens, seed=seed,
+            pooling=pooling, prompt=prompt, document_prompt=document_prompt,
         )  # fmt: skip

@@ -6,15 +6,17 @@ import csv
 import io
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from headprune.errors import InvalidInput
 from headprune.files import path_of
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
+Data = TypeVar("Data")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 ROWS = (".jsonl", ".json", *SEPARATORS)
 TEXTS = (".txt", ".md")
@@ -124,6 +126,55 @@ def refuse_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise InvalidInput(f"{name}={count}; expected at least 1.")
+
+
+@dataclass(frozen=True)
+class Parts(Generic[Item]):
+    """What a task reads: heads are scored on calibration, a model is recovered on training, quality is measured on test."""
+
+    calibration: list[Item]
+    test: list[Item]
+    training: list[Item]
+
+
+def parts_of(
+    read: Callable[[str], list[Item]],
+    calibration: str,
+    test: str | None,
+    training: str | None,
+    *,
+    calibration_count: int,
+    test_count: int | None,
+    seed: int,
+) -> Parts[Item]:
+    """Of files or folders that `read` reads: at most so many examples for calibration, drawn by `seed`, and for the test, the same
+    ones for every seed; those of calibration are for training too where there is no other. Raises InvalidInput as `with_test`."""
+    known, held_out = with_test(read, calibration, test, training, without_a_tenth)
+    drawn = shuffled(known, seed)
+    tested = held_out if test_count is None or test_count >= len(held_out) else shuffled(held_out)[:test_count]
+    return Parts(drawn[:calibration_count], tested, drawn if training is None else shuffled(read(training), seed))
+
+
+def with_test(
+    read: Callable[[str], Data],
+    calibration: str,
+    test: str | None,
+    training: str | None,
+    split: Callable[[Data], tuple[Data, Data]],
+    *,
+    nested: bool = False,
+) -> tuple[Data, Data]:
+    """(what is learnt from, what is tested on), the latter split off where it has no file. Raises InvalidInput as `refuse_same`."""
+    refuse_same(calibration, test, training, nested=nested)
+    known = read(calibration)
+    return split(known) if test is None else (known, read(test))
+
+
+def shuffled(items: Sequence[Item], seed: int = 0) -> list[Item]:
+    """The same order for the same items and seed, every time."""
+    items = list(items)
+    random.Random(seed).shuffle(items)
+    return items
 
 
 def without_a_tenth(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:

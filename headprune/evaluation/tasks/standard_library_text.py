@@ -25,6 +25,7 @@ class StandardLibraryText(CausalText):
     """
 
     name = "standard-library-text"
+    more = "test_windows"
 
     def __init__(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +28,17 @@ class Task(EvaluationData):
     reads: ClassVar[Literal["text", "images"]] = "text"
     calibration: list[Any]
     tokenizer: Any
+
+    @classmethod
+    def check_options(cls, model: nn.Module, options: Mapping[str, Any]) -> None:
+        """Raises InvalidInput where a task with `options` is not for `model`, as far as that is known before the data are read."""
+        return
+
+    @property
+    def calibration_examples(self) -> int | None:
+        """Rows of the calibration batches; None where these are no tensors by name."""
+        batches = [batch for batch in self.calibration if isinstance(batch, Mapping)]
+        return sum(len(next(iter(batch.values()))) for batch in batches) or None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -53,6 +65,7 @@ class Task(EvaluationData):
         return self.tokenizer
 
 
+COMMA = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')  # outside of double quotes
 _tasks: dict[str, type[Task]] = {}
 
 
@@ -79,9 +92,9 @@ def task_options(task: type[Task]) -> list[str]:
 
 
 def named_task(text: str) -> tuple[str, dict[str, Any]]:
-    """(name, options) of a task as the command line names it: NAME, or NAME,option=value,... with YAML values. Raises InvalidInput
-    for an unknown name and for what is no option."""
-    name, *rest = text.split(",")
+    """(name, options) of a task as the command line names it: NAME, or NAME,option=value,... with YAML values, in double
+    quotes where there is a comma in one. Raises InvalidInput for an unknown name and for what is no option."""
+    name, *rest = COMMA.split(text)
     check_task(name)
     options: dict[str, Any] = {}
     for part in rest:

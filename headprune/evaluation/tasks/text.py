@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.tasks.causal_text import CausalText, refuse_sizes, windows_of
-from headprune.evaluation.tasks.rows import TENTH, read_texts, refuse_counts, refuse_same
+from headprune.evaluation.tasks.rows import TENTH, read_texts, refuse_counts, with_test
 from headprune.evaluation.tasks.task import register_task
 from headprune.evaluation.token_stream import token_stream
 
@@ -25,6 +25,7 @@ class Text(CausalText):
     """
 
     name = "text"
+    more = "test=FILE, more text in calibration or a smaller window (and test_windows, where you gave it)"
 
     def __init__(
         self,
@@ -42,13 +43,11 @@ class Text(CausalText):
     ) -> None:
         refuse_sizes(window, batch)
         refuse_counts(calibration_windows=calibration_windows, test_windows=test_windows, training_windows=training_windows)
-        refuse_same(calibration, test, training, nested=True)
-        stream = token_stream(tokenizer, read_texts(calibration, column))
-        if test is None:
-            rest = len(stream) - len(stream) // TENTH
-            stream, held_out = stream[:rest], stream[rest:]
-        else:
-            held_out = token_stream(tokenizer, read_texts(test, column))
+
+        def tokens(source: str) -> Tensor:
+            return token_stream(tokenizer, read_texts(source, column))
+
+        stream, held_out = with_test(tokens, calibration, test, training, without_the_last_tenth, nested=True)
         if min(len(stream), len(held_out)) < window:
             raise InvalidInput(
                 f"task {self.name}: calibration has {len(stream)} tokens and test {len(held_out)}; expected at least one window of "
@@ -65,3 +64,9 @@ class Text(CausalText):
         if self.training_text is not None:
             stream = token_stream(self.tokenizer, read_texts(self.training_text, self.column))
         return self.batches(windows_of(stream, self.window, self.training_windows, self.seed)) or self.calibration
+
+
+def without_the_last_tenth(stream: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbours are alike: held out is one piece."""
+    rest = len(stream) - len(stream) // TENTH
+    return stream[:rest], stream[rest:]

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from headprune.evaluation.tasks.labelled import Example, Labelled
-from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
+from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.task import register_task
-from headprune.evaluation.tasks.text_pairs import shuffled
 
 
 @register_task
@@ -23,6 +22,7 @@ class TextClassification(Labelled):
     """
 
     name = "text-classification"
+    more = "test=FILE (and test_rows, where you gave it)"
 
     def __init__(
         self,
@@ -40,19 +40,14 @@ class TextClassification(Labelled):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens)
-        refuse_same(calibration, test, training)
         columns = [text, label] if pair is None else [text, pair, label]
 
         def examples(source: str) -> list[Example]:
             return [(tuple(str(row[name]) for name in columns[:-1]), str(row[label])) for row in read_rows(source, columns)]
 
         self.max_tokens = max_tokens
-        known = examples(calibration)
-        known, held_out = without_a_tenth(known) if test is None else (known, examples(test))
-        drawn = shuffled(known, seed)
-        super().__init__(
-            tokenizer, drawn[:calibration_rows], held_out[:test_rows], drawn if training is None else examples(training), batch
-        )
+        parts = parts_of(examples, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed)
+        super().__init__(tokenizer, parts.calibration, parts.test, parts.training, batch)
 
     def inputs(self, examples: list[Any]) -> Mapping[str, Tensor]:
         columns = [list(column) for column in zip(*examples)]

@@ -1,8 +1,7 @@
-"""Retrieval with a sentence encoder: a text finds the one that belongs to it."""
+"""Retrieval with an embedder: a text finds the one that belongs to it."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress, placed
+from headprune.evaluation.embedder import usual_pooling, written_pooling, written_prompts
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.retrieval import WITHOUT_HEAD, check_pooling, embed, embed_texts, encoded, rank_metrics, ranks
+from headprune.evaluation.tasks.rows import shuffled
 from headprune.evaluation.tasks.task import Task
 
 SCALE = 20.0  # of the cosine similarities in the contrastive loss, as sentence-transformers trains
@@ -36,21 +37,31 @@ class TextPairs(Task):
 
     headline = "mrr"
     higher_is_better = True
+    base = True
 
     def __init__(
         self, tokenizer: Any, calibration: Sequence[Pair], test: Sequence[Pair], training: Sequence[Pair], *, batch: int,
-        max_tokens: int, seed: int = 0, pooling: str = "mean",
+        max_tokens: int, seed: int = 0, pooling: str | None = None, prompt: str | None = None, document_prompt: str | None = None,
     ) -> None:  # fmt: skip
-        check_pooling(pooling)
+        """pooling, prompt (put before each query), document_prompt: by default what the tokenizer's folder says."""
+        pooling = written_pooling(tokenizer) if pooling is None else pooling
+        if pooling is not None:
+            check_pooling(pooling)
+        written = written_prompts(tokenizer)
+        before = Pair(written[0] if prompt is None else prompt, written[1] if document_prompt is None else document_prompt)
         if batch < 2:
             raise InvalidInput(f"batch={batch}; expected at least 2 pairs a batch: the documents of the others are the wrong ones.")
         self.tokenizer, self.max_tokens, self.batch, self.pooling = tokenizer, max_tokens, batch, pooling
-        self.test, self.training_pairs = list(test), list(training)
-        self.calibration = self.batches(calibration, seed)
+        self.test, self.training_pairs = prompted(test, before), prompted(training, before)
+        self.calibration = self.batches(prompted(calibration, before), seed)
+
+    @property
+    def calibration_examples(self) -> int:
+        return sum(len(batch["input_ids"]) // 2 for batch in self.calibration)
 
     def check_model(self, model: nn.Module) -> None:
         if getattr(model, "can_generate", bool)():
-            raise InvalidInput(f"task {self.name} needs an encoder; {type(model).__name__} is a language model. {WITHOUT_HEAD}")
+            raise InvalidInput(f"task {self.name} needs an embedder; {type(model).__name__} is a language model. {WITHOUT_HEAD}")
         limit = position_limit(model)
         if limit is not None and self.max_tokens > limit:
             texts = [text for pair in (*self.test, *self.training_pairs) for text in (pair.query, pair.document)]
@@ -70,7 +81,7 @@ class TextPairs(Task):
 
     def embed(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """[texts, hidden], of length 1."""
-        return embed(model, batch, self.pooling)
+        return embed(model, batch, self.pooling or usual_pooling(model))
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         queries, documents = self.embed(model, batch).chunk(2)
@@ -91,7 +102,7 @@ class TextPairs(Task):
 
     def embed_all(self, model: nn.Module, texts: list[str], progress: Progress | None = None) -> Tensor:
         """[texts, hidden], fp32 on the CPU; texts of like length share a batch."""
-        return embed_texts(model, texts, self.encoded, 2 * self.batch, progress, self.pooling)
+        return embed_texts(model, texts, self.encoded, 2 * self.batch, progress, self.pooling or usual_pooling(model))
 
     def outputs(self, model: nn.Module) -> Tensor:
         return self.embed_all(model, [pair.query for pair in self.test[:64]])
@@ -100,8 +111,5 @@ class TextPairs(Task):
         return self.encoded([pair.document for pair in self.test[:16]])
 
 
-def shuffled(items: Sequence[Any], seed: int = 0) -> list[Any]:
-    """The same order for the same items and seed, every time."""
-    items = list(items)
-    random.Random(seed).shuffle(items)
-    return items
+def prompted(pairs: Sequence[Pair], before: Pair) -> list[Pair]:
+    return [Pair(before.query + pair.query, before.document + pair.document) for pair in pairs]

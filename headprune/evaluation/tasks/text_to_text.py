@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.positions import position_limit, refuse_longer
-from headprune.evaluation.tasks.rows import read_rows, refuse_counts, refuse_same, without_a_tenth
+from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
-from headprune.evaluation.tasks.text_pairs import shuffled
 from headprune.models.tokens import IGNORED_LABEL, decoder_of
 
 PROMPT_ROWS = 4
@@ -29,6 +28,7 @@ class TextToText(TargetTokens):
     """
 
     name = "text-to-text"
+    more = "test=FILE (and test_rows, where you gave it)"
 
     def __init__(
         self,
@@ -46,17 +46,14 @@ class TextToText(TargetTokens):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch)
-        refuse_same(calibration, test, training)
         self.tokenizer, self.batch, self.max_tokens, self.prefix = tokenizer, batch, max_tokens, prefix
 
         def pairs(file: str) -> list[tuple[str, str]]:
             return [(str(row[source]), str(row[target])) for row in read_rows(file, [source, target])]
 
-        known = pairs(calibration)
-        known, held_out = without_a_tenth(known) if test is None else (known, pairs(test))
-        drawn = shuffled(known, seed)
-        self.calibration, self.test = self.batches(drawn[:calibration_rows]), self.batches(held_out[:test_rows])
-        self.training_pairs = drawn if training is None else pairs(training)
+        parts = parts_of(pairs, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed)
+        self.calibration, self.test = self.batches(parts.calibration), self.batches(parts.test)
+        self.training_pairs = parts.training
 
     def batches(self, pairs: list[tuple[str, str]]) -> list[Batch]:
         return [self.encoded(pairs[start : start + self.batch]) for start in range(0, len(pairs), self.batch)]

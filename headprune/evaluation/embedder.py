@@ -1,0 +1,57 @@
+"""How an embedder makes one vector of a text: as sentence-transformers wrote beside the model, else as its kind does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from headprune.errors import CorruptCheckpoint, InvalidInput
+
+POOLING, PROMPTS = "1_Pooling/config.json", "config_sentence_transformers.json"
+# Names there (older: "pooling_mode_cls_token": true, newer: "pooling_mode": "cls") -> ours.
+KNOWN = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last", "mean": "mean", "cls": "cls"}
+DOCUMENT = ("document", "passage", "corpus")  # what its prompt may be called
+
+
+def written_pooling(tokenizer: Any) -> str | None:
+    """The pooling that the folder `tokenizer` came from tells; None where it does not. InvalidInput for one that we do not have."""
+    content = content_of(tokenizer, POOLING)
+    mode = content.get("pooling_mode") or [name for name, on in content.items() if on is True and name.startswith("pooling_mode_")]
+    asked = [name.removeprefix("pooling_mode_") for name in ([mode] if isinstance(mode, str) else mode)]
+    if not asked:
+        return None
+    if len(asked) > 1 or asked[0] not in KNOWN:
+        raise InvalidInput(
+            f"{Path(tokenizer.name_or_path) / POOLING} pools by {' and '.join(asked)}; expected one of {', '.join(KNOWN)}. Give "
+            "pooling=mean, cls or last to measure by that."
+        )
+    return KNOWN[asked[0]]
+
+
+def written_prompts(tokenizer: Any) -> tuple[str, str]:
+    """(what is put before each query, before each document) by the folder `tokenizer` came from; empty where it tells nothing."""
+    prompts = content_of(tokenizer, PROMPTS).get("prompts") or {}
+    return prompts.get("query") or "", next((prompts[name] for name in DOCUMENT if prompts.get(name)), "")
+
+
+def content_of(tokenizer: Any, file: str) -> dict[str, Any]:
+    """Of a JSON file in the folder `tokenizer` came from; empty where there is none."""
+    folder = getattr(tokenizer, "name_or_path", "")
+    path = Path(folder) / file
+    if not folder or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{path} is not JSON: {error}.") from None
+    return found if isinstance(found, dict) else {}
+
+
+def usual_pooling(model: nn.Module) -> str:
+    """last for a causal decoder, of which no other token has seen the whole text; else mean."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return "last" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "mean"

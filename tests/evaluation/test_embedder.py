@@ -1,0 +1,86 @@
+"""Embedders that were saved as language models, and what sentence-transformers says of them."""
+
+import pytest
+import torch
+from tiny_embedder import QUERY, saved_embedder, saved_pairs, write_json
+from tiny_models import bert, llama
+from transformers import AutoModel, AutoTokenizer
+
+import headprune as hp
+from headprune.errors import InvalidInput
+from headprune.evaluation.retrieval import embed
+from headprune.evaluation.tasks import build_task, named_task
+
+
+@pytest.fixture
+def embedder(tmp_path):
+    return saved_embedder(tmp_path / "embedder")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return saved_pairs(tmp_path / "pairs.csv")
+
+
+def task_of(folder, pairs, **options):
+    return build_task("retrieval", AutoTokenizer.from_pretrained(folder), calibration=str(pairs), batch=8, **options)
+
+
+def test_a_folder_of_a_language_model_opens_without_its_head(embedder):
+    model, streamed = hp.load(embedder, base=True), hp.open_streamed(embedder, base=True)
+    assert type(model).__name__ == type(streamed).__name__ == "Qwen3Model"
+    states = AutoModel.from_pretrained(embedder).eval()(torch.tensor([[3, 4, 5]])).last_hidden_state
+    for found in (model, streamed):
+        torch.testing.assert_close(found(torch.tensor([[3, 4, 5]])).last_hidden_state, states)
+    assert type(hp.load(embedder)).__name__ == "Qwen3ForCausalLM"
+
+
+def test_pooling_and_prompt_are_those_of_the_folder(embedder, pairs):
+    task = task_of(embedder, pairs)
+    assert (task.pooling, task.test[0].query[: len(QUERY)]) == ("last", QUERY)
+    assert not any(pair.document.startswith(QUERY) for pair in (*task.test, *task.training_pairs))
+    own = task_of(embedder, pairs, pooling="mean", prompt="", document_prompt="doc ")
+    assert (own.pooling, own.test[0].query[1:], own.test[0].document[:4]) == ("mean", " ask", "doc ")
+    write_json(embedder / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
+    write_json(embedder / "config_sentence_transformers.json", {"prompts": {"passage": "p "}})
+    newer = task_of(embedder, pairs)
+    assert (newer.pooling, newer.test[0].query[1:], newer.test[0].document[:2]) == ("cls", " ask", "p ")
+
+
+@pytest.mark.parametrize(
+    "written", [{"pooling_mode_max_tokens": True}, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}]
+)
+def test_a_pooling_that_we_do_not_have_is_told(embedder, pairs, written):
+    write_json(embedder / "1_Pooling" / "config.json", written)
+    with pytest.raises(InvalidInput, match=r"1_Pooling/config\.json pools by .*Give pooling=mean, cls or last"):
+        task_of(embedder, pairs)
+    assert task_of(embedder, pairs, pooling="last").pooling == "last"
+
+
+def test_a_causal_decoder_is_pooled_by_its_last_token_and_an_encoder_by_the_mean(embedder, pairs):
+    (embedder / "1_Pooling" / "config.json").unlink()
+    task = task_of(embedder, pairs)
+    for model, pooling in ((llama().base_model, "last"), (bert(), "mean")):
+        batch = task.calibration[0]
+        torch.testing.assert_close(task.embed(model, batch), embed(model, batch, pooling))
+
+
+@pytest.mark.parametrize("heads", [None, [0, 2, 3]])
+def test_the_last_token_is_the_same_however_a_batch_is_padded(embedder, pairs, heads):
+    model = hp.load(embedder, base=True)
+    if heads:
+        hp.prune(model, hp.PruningPlan.from_keep(model, {"layers.0.self_attn": heads}))
+    texts, found, scores = ["a", "abc abc", "x y z x y z"], {}, {}
+    for side in ("left", "right"):
+        task = task_of(embedder, pairs)
+        task.tokenizer.padding_side = side
+        assert task.encoded(texts)["attention_mask"][0, 0] == (side == "right")
+        found[side] = torch.cat([task.embed(model, task.encoded([text])) for text in texts])
+        torch.testing.assert_close(task.embed(model, task.encoded(texts)), found[side], atol=1e-5, rtol=1e-4)
+        scores[side] = hp.score(model, [task.encoded(texts + texts[::-1])], loss_fn=task.loss)
+    for name in scores["left"]:
+        torch.testing.assert_close(scores["left"][name], scores["right"][name], rtol=1e-3, atol=1e-8)
+
+
+def test_an_option_in_quotes_may_hold_a_comma():
+    assert named_task('retrieval,prompt="find: a, b",batch=8')[1] == {"prompt": "find: a, b", "batch": 8}
