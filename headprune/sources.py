@@ -76,14 +76,16 @@ def default_task(name: str) -> str:
     """The task of an embedded model, or the one that comes with headprune for models like `name`. InvalidInput where none does."""
     if name in EMBEDDED:
         return EMBEDDED[name].task
-    model = class_of(load_config(model_folder(name)))
+    folder = model_folder(name)
+    model = class_of(load_config(folder))
     if model.main_input_name != "input_ids" or "Classification" in model.__name__:
         kind = "text" if model.main_input_name == "input_ids" else "image"
         raise InvalidInput(
             f"no task of headprune's own is for a {model.__name__}; name yours, for example "
             f"{kind}-classification,calibration={'train.jsonl' if kind == 'text' else 'FOLDER'}."
         )
-    return EMBEDDED["stdlib-lm" if model.can_generate() else "minilm"].task
+    embeds = (folder / "modules.json").is_file()  # sentence-transformers', of an embedder that may be saved as a language model
+    return EMBEDDED["stdlib-lm" if model.can_generate() and not embeds else "minilm"].task
 
 
 def open_model(

@@ -102,9 +102,12 @@ def named_task(text: str) -> tuple[str, dict[str, Any]]:
         if not equals or not key:
             raise InvalidInput(f"task {text!r}: {part!r} is no option; expected {name},option=value, as in calibration=train.txt.")
         try:
-            options[key.strip()] = yaml.safe_load(value)
+            found = yaml.safe_load(value)
         except yaml.YAMLError:
             raise InvalidInput(f"task {text!r}: {value!r} is not a YAML value.") from None
+        if isinstance(found, dict):
+            raise InvalidInput(f'task {text!r}: a text with a colon stands in double quotes: {key}="{value}".')
+        options[key.strip()] = found
     return name, options
 
 
