@@ -76,19 +76,21 @@ def default_task(name: str) -> str:
     """The task of an embedded model, or the one that comes with headprune for models like `name`. InvalidInput where none does."""
     if name in EMBEDDED:
         return EMBEDDED[name].task
-    config = load_config(model_folder(name))
+    folder = model_folder(name)
+    config = load_config(folder)
     model, example = class_of(config), None
     if model.main_input_name != "input_ids":
         example = "image-classification,calibration=FOLDER"
     elif "Classification" in model.__name__:
         example = "text-classification,calibration=train.jsonl"
-    elif "MaskedLM" in model.__name__:
-        example = "masked-text,calibration=train.txt"
     elif getattr(config, "is_encoder_decoder", False):
         example = "text-to-text,calibration=train.jsonl"
+    embeds = (folder / "modules.json").is_file()  # sentence-transformers', of an embedder that may be saved as a language model
+    if "MaskedLM" in model.__name__ and not embeds:
+        example = "masked-text,calibration=train.txt"
     if example is not None:
         raise InvalidInput(f"no task of headprune's own is for a {model.__name__}; name yours, for example {example}.")
-    return EMBEDDED["stdlib-lm" if model.can_generate() else "minilm"].task
+    return EMBEDDED["stdlib-lm" if model.can_generate() and not embeds else "minilm"].task
 
 
 def open_model(

@@ -18,6 +18,9 @@ def saved_embedder(folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "1_Pooling").mkdir()
     write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True})
+    write_json(
+        folder / "modules.json", [{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    )
     write_json(folder / "config_sentence_transformers.json", {"prompts": {"query": QUERY, "document": ""}})
     return folder
 
@@ -30,5 +33,5 @@ def saved_pairs(path: Path) -> Path:
     return path
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content))

@@ -254,7 +254,7 @@ def tell_few(data: EvaluationData, count: int | None) -> None:
     if count is not None and count < FEW and data not in _told:
         _told.add(data)
         log.warning(
-            "quality is measured on %d test examples; of fewer than %d single ones decide. Give more: %s.", count, FEW, data.more
+            "quality is measured on %d test examples; with fewer than %d, single ones decide. Give more: %s.", count, FEW, data.more
         )
 
 

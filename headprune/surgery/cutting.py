@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from headprune.errors import UnsupportedModel
 from headprune.models import attention_sites
 from headprune.models.shards import DTYPES, Shards, Stored, read_stored
-from headprune.models.streamed import memory_names
+from headprune.models.streamed import known_names, memory_names
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.cut import cut_site
 from headprune.surgery.shard_writer import Entry
@@ -46,6 +46,7 @@ class Cutting:
         self.model: PreTrainedModel = skeleton(source, base)
         self.sites = {site.name: site for site in attention_sites(self.model)}
         self.in_memory = memory_names(self.model, shards)
+        self.left_out = set(shards) - set(known_names(self.model, shards)) if base else set()  # the head, where it is stored
         self._ready: dict[str, Tensor] = {}
         self._lock = Lock()
         lacking = sorted(set(shapes) - set(self.in_memory.values()))
@@ -69,7 +70,7 @@ class Cutting:
         """What the file of this name is to hold."""
         found = []
         for name, stored in self.shards.items():
-            if stored.path.name != file:
+            if stored.path.name != file or name in self.left_out:
                 continue
             inside = self.in_memory.get(name, "")  # "": a tensor that the model does not know
             shape = self.shapes.get(inside, stored.shape)

@@ -10,6 +10,8 @@ import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.evaluation.retrieval import embed
 from headprune.evaluation.tasks import build_task, named_task
+from headprune.models.shards import open_shards
+from headprune.sources import default_task
 
 
 @pytest.fixture
@@ -33,6 +35,22 @@ def test_a_folder_of_a_language_model_opens_without_its_head(embedder):
     for found in (model, streamed):
         torch.testing.assert_close(found(torch.tensor([[3, 4, 5]])).last_hidden_state, states)
     assert type(hp.load(embedder)).__name__ == "Qwen3ForCausalLM"
+
+
+def test_a_folder_that_is_pruned_in_its_files_leaves_the_head_out(embedder, tmp_path):
+    dense, keep = hp.load(embedder, base=True), {"layers.0.self_attn": [0, 2, 3]}
+    assert "lm_head.weight" in open_shards(embedder)
+    hp.prune_folder(embedder, hp.PruningPlan.from_keep(dense, keep), tmp_path / "pruned")
+    assert "lm_head.weight" not in open_shards(tmp_path / "pruned")
+    pruned, ids = hp.load(tmp_path / "pruned"), torch.tensor([[3, 4, 5]])
+    with hp.gated(dense, keep):
+        torch.testing.assert_close(pruned(ids).last_hidden_state, dense(ids).last_hidden_state)
+
+
+def test_what_sentence_transformers_saved_is_no_language_model_by_default(embedder):
+    assert default_task(str(embedder)) == "docstring-retrieval"
+    (embedder / "modules.json").unlink()
+    assert default_task(str(embedder)) == "standard-library-text"
 
 
 def test_pooling_and_prompt_are_those_of_the_folder(embedder, pairs):
@@ -82,5 +100,6 @@ def test_the_last_token_is_the_same_however_a_batch_is_padded(embedder, pairs, h
         torch.testing.assert_close(scores["left"][name], scores["right"][name], rtol=1e-3, atol=1e-8)
 
 
-def test_an_option_in_quotes_may_hold_a_comma():
+def test_an_option_in_quotes_may_hold_a_comma_and_a_colon():
+    assert named_task("retrieval,prompt=query: ")[1] == {"prompt": "query: "}
     assert named_task('retrieval,prompt="find: a, b",batch=8')[1] == {"prompt": "find: a, b", "batch": 8}

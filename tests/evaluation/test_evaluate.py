@@ -107,7 +107,7 @@ def test_how_much_quality_rests_on_is_told_and_too_little_warned_of_once(caplog)
     assert found.dense.calibration_examples is None
     assert found.__rich__().title == "perplexity, one run, 10 test examples"
     (record,) = caplog.records
-    assert "measured on 10 test examples; of fewer than 50 single ones decide. Give more: a longer text" in record.message
+    assert "measured on 10 test examples; with fewer than 50, single ones decide. Give more: a longer text" in record.message
     assert evaluate(llama(), many, repeats=1).test_examples == 80
     total = evaluate(bert(), lambda model: 1.0, inputs=INPUTS, repeats=1)
     assert total.test_examples is None

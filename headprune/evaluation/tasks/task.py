@@ -103,9 +103,9 @@ def named_task(text: str) -> tuple[str, dict[str, Any]]:
             raise InvalidInput(f"task {text!r}: {part!r} is no option; expected {name},option=value, as in calibration=train.txt.")
         try:
             found = yaml.safe_load(value)
-            options[key.strip()] = value if isinstance(found, dict) else found  # "summarize: " is text
         except yaml.YAMLError:
             raise InvalidInput(f"task {text!r}: {value!r} is not a YAML value.") from None
+        options[key.strip()] = value if isinstance(found, dict) else found  # "summarize: " is text
     return name, options
 
 
