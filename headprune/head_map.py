@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index
+from typing import Any
 
 from headprune.errors import InvalidInput
 
@@ -17,11 +18,15 @@ class HeadMap:
     `kv_of_query[h]` is the key/value head that query head `h` reads, non-decreasing, so that the query heads of one
     group are neighbours. A layer is *ragged* when its groups differ in size. A layer may have no heads at all.
 
+    kv_stay: its key/value heads are another layer's too (it reads them there, or others read them here), so that all of them
+    stay, whatever query heads go: groups may then be empty.
+
     Raises InvalidInput where an index is out of range or the order decreases.
     """
 
     kv_of_query: tuple[int, ...]
     kv_heads: int
+    kv_stay: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -91,15 +96,16 @@ class HeadMap:
         return len(set(self.group_sizes)) <= 1
 
     def kept_kv_heads(self, query_heads: Iterable[int]) -> tuple[int, ...]:
-        """The key/value heads that some of `query_heads` still reads, ascending."""
-        return tuple(sorted({self.kv_of_query[head] for head in self.checked(query_heads)}))
+        """The key/value heads that stay with `query_heads`, ascending: those that one of them reads, or all (`kv_stay`)."""
+        read = {self.kv_of_query[head] for head in self.checked(query_heads)}
+        return tuple(range(self.kv_heads)) if self.kv_stay else tuple(sorted(read))
 
     def keep(self, query_heads: Iterable[int]) -> HeadMap:
-        """The map that is left when only `query_heads` stay; key/value heads that nobody reads any more go."""
+        """The map that is left when only `query_heads` stay; key/value heads that nobody reads any more go (see `kv_stay`)."""
         kept = self.checked(query_heads)
         kv = self.kept_kv_heads(kept)
         renumbered = {old: new for new, old in enumerate(kv)}
-        return HeadMap(tuple(renumbered[self.kv_of_query[head]] for head in kept), len(kv))
+        return HeadMap(tuple(renumbered[self.kv_of_query[head]] for head in kept), len(kv), self.kv_stay)
 
     def checked(self, query_heads: Iterable[int]) -> tuple[int, ...]:
         """`query_heads` sorted; InvalidInput where they are no integers, one is out of range or named twice."""
@@ -111,6 +117,14 @@ class HeadMap:
             twice = sorted({head for head in heads if heads.count(head) > 1})
             raise InvalidInput(f"query heads {twice} are named more than once.")
         return tuple(heads)
+
+    def to_json(self) -> dict[str, Any]:
+        stay = {"kv_stay": True} if self.kv_stay else {}
+        return {"kv_of_query": list(self.kv_of_query), "kv_heads": self.kv_heads, **stay}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> HeadMap:
+        return cls(tuple(content["kv_of_query"]), content["kv_heads"], content.get("kv_stay", False))
 
     def __str__(self) -> str:
         if not self.query_heads:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,17 @@ def test_kept_heads_read_the_same_key_value_heads_as_before(sizes, data):
     originals = head_map.kept_kv_heads(kept)
     assert [originals[kv] for kv in smaller.kv_of_query] == [head_map.kv_of_query[head] for head in kept]
     assert smaller.kv_heads == len(originals) == len({head_map.kv_of_query[head] for head in kept})
+
+
+@given(group_sizes, st.data())
+def test_key_value_heads_that_are_others_too_all_stay(sizes, data):
+    head_map = replace(from_groups(sizes), kv_stay=True)
+    kept = sorted(data.draw(st.sets(st.sampled_from(range(head_map.query_heads)))) if head_map.query_heads else [])
+    smaller = head_map.keep(kept)
+    assert head_map.kept_kv_heads(kept) == tuple(range(head_map.kv_heads))
+    assert smaller.kv_of_query == tuple(head_map.kv_of_query[head] for head in kept)
+    assert (smaller.kv_heads, smaller.kv_stay) == (head_map.kv_heads, True)
+    assert HeadMap.from_json(smaller.to_json()) == smaller
 
 
 @given(group_sizes, st.data())

@@ -30,6 +30,12 @@ GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 MIXED = ["sliding_attention", "full_attention"]
+GEMMA3N = {
+    **MODERN, "head_dim": 8, "sliding_window": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+    "laurel_rank": 4, "num_kv_shared_layers": 0, "layer_types": MIXED,
+}  # fmt: skip
+# The last two layers read the keys and values of the first two.
+SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": MIXED * 2}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL}
 MODERNBERT = {
     **OLD, "intermediate_size": 48, "max_position_embeddings": 64, "local_attention": 8, "initializer_cutoff_factor": 3.0,
@@ -88,7 +94,10 @@ FAMILIES = {
         },
     ),
     "gemma3": ("Gemma3", {**MODERN, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "gemma3n": ("Gemma3n", GEMMA3N),
+    "gemma3n_shared": ("Gemma3n", {**GEMMA3N, **SHARED}),
     "gemma4": ("Gemma4", GEMMA4),
+    "gemma4_shared": ("Gemma4", {**GEMMA4, **SHARED}),
     "moshi": ("Moshi", {**MODERN, "head_dim": 8, "ffn_dim": 48, "sliding_window": 64}),
     "phi3": ("Phi3", MODERN),
     "olmo2": ("Olmo2", MODERN),
@@ -106,10 +115,17 @@ CLASSES = {
     "openai_gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig"),
     "ctrl": ("CTRLLMHeadModel", "CTRLConfig"),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
+    "gemma3n": ("Gemma3nForCausalLM", "Gemma3nTextConfig"),
+    "gemma3n_shared": ("Gemma3nForCausalLM", "Gemma3nTextConfig"),
     "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig"),
+    "gemma4_shared": ("Gemma4ForCausalLM", "Gemma4TextConfig"),
     "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig"),
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig"),
 }
+try:
+    transformers.Gemma3nForCausalLM  # noqa: B018  # of which transformers 5.17 wants timm, and timm torchvision
+except ImportError:
+    FAMILIES = {family: made for family, made in FAMILIES.items() if made[0] != "Gemma3n"}
 
 SCALES_ADD_ONE = ("Gemma2", "Gemma3", "Qwen3Next", "Qwen3_5", "Qwen3_5Moe")  # norms that multiply by 1 + weight
 

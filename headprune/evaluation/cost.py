@@ -28,10 +28,10 @@ def weight_bytes(model: nn.Module) -> int:
 
 def attention_flops(sites: Sequence[AttentionSite], tokens: int) -> int:
     """FLOPs (2 per multiply-add) of all self-attentions on one sequence of `tokens`: the four projections, and QK^T and PV
-    without a causal discount; softmax and biases are not counted."""
+    without a causal discount; softmax and biases are not counted. Keys and values of an earlier attention are projected there."""
     total = 0
     for site in sites:
-        queries, kv = site.head_map.query_heads, site.head_map.kv_heads
+        queries, kv = site.head_map.query_heads, site.own_keys * site.head_map.kv_heads
         projected = queries * (site.head_dim + site.gate_width + site.value_dim) + kv * (site.head_dim + site.value_dim)
         total += 2 * tokens * site.hidden_size * projected + 2 * tokens * tokens * queries * (site.head_dim + site.value_dim)
     return total

@@ -197,7 +197,7 @@ def cost_of(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Cost:
     # What a token does with the others: its scores and their sum over values.
     inside = sum(2 * length * site.head_map.query_heads * (site.head_dim + site.value_dim) for site in sites)
     return Cost(
-        sum(head_map.query_heads for head_map in maps), sum(head_map.kv_heads for head_map in maps), parameters,
+        sum(head_map.query_heads for head_map in maps), sum(site.head_map.kv_heads for site in sites if site.own_keys), parameters,
         parameters * dtype.itemsize, 2 * active_weights(model) + inside, kv_cache_bytes_per_token(sites, dtype.itemsize),
     )  # fmt: skip
 

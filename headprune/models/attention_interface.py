@@ -18,6 +18,7 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
+from headprune.models.kv_sharing import reads_keys, shares_keys
 from headprune.ops import attention_varlen
 from headprune.ops.gate import gate_of
 from headprune.ops.sdpa import repeated_heads
@@ -27,9 +28,9 @@ NAME = "headprune"
 # What transformers and its models hand to attention functions and what changes nothing here: a sliding window is in the mask
 # already (and read for packed sequences), the rest is for other layers or other kernels.
 HARMLESS = {
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "indices", "logits_to_keep", "max_length_k",
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "indices", "labels", "logits_to_keep", "max_length_k",
     "max_length_q", "mm_token_type_ids", "num_items_in_batch", "output_hidden_states", "output_router_logits",
-    "position_embeddings", "position_ids", "return_dict", "seq_idx", "sliding_window", "use_cache",
+    "position_embeddings", "position_ids", "return_dict", "return_shared_kv_states", "seq_idx", "sliding_window", "use_cache",
 }  # fmt: skip
 
 
@@ -50,6 +51,10 @@ def headprune_mask(
         return attention_mask
     if mask_function is not None:
         options["mask_function"] = mask_function
+    # A static cache has no tokens yet behind those of the batch. Layers that read others' keys may be given some of its last
+    # tokens alone (Gemma 4), by which that tail can no longer be told.
+    if shares_keys(options.get("config")) and 1 < options["q_length"] != options["kv_length"]:
+        options["allow_is_causal_skip"] = False
     return sdpa_mask(attention_mask=attention_mask, allow_is_bidirectional_skip=allow_is_bidirectional_skip, **options)
 
 
@@ -85,7 +90,8 @@ def headprune_attention(
         gate = gate_of(module)
         return packed_attention(query, key, value, head_map, causal, scaling, softcap, s_aux, gate, arguments), None
     causal = causal and attention_mask is None and query.shape[2] > 1
-    if causal and key.shape[2] > query.shape[2]:
+    # Such layers (see headprune_mask) see a triangle that ends with the last key, as `causal` means it.
+    if causal and key.shape[2] > query.shape[2] and not reads_keys(module):
         # No mask here means an empty static cache (masking_utils._ignore_causal_mask_sdpa): its unwritten tail is never seen.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     attention_mask = as_padding_mask(attention_mask, query, key)

@@ -17,7 +17,8 @@ class CachedFeatures:
     shared: int = 0
 
     def of(self, head_map: HeadMap) -> int:
-        """Numbers per token; 0 without heads (the placeholder that then counts tokens is left out)."""
-        if not head_map.query_heads:
+        """Numbers per token; 0 without heads (the placeholder that then counts tokens is left out), but for key/value heads that
+        others read."""
+        if not head_map.query_heads and not head_map.kv_heads:
             return 0
         return head_map.query_heads * self.query_head + head_map.kv_heads * self.kv_head + self.shared

@@ -31,11 +31,16 @@ class Emptied(Behaviour):
         states = next((kwargs[name] for name in STATES if name in kwargs), None)
         states = args[0] if states is None else states
         source = next((kwargs[name] for name in SOURCES if kwargs.get(name) is not None), None)
-        keys = count_tokens(self, states if source is None else source, source is not None, kwargs)
+        keys = self.keys(states if source is None else source, source is not None, kwargs)
         nothing = states.new_zeros(*self.places(states), 0)
         # The projection runs, so that hooks on it do too; its bias is what the layer gives without heads.
         output = nothing if self.headprune_output is None else getattr(self, self.headprune_output)(nothing)
         return self.result(output, no_weights(states, keys), args, kwargs)
+
+    def keys(self, states: Tensor, cross: bool, kwargs: dict[str, Any]) -> int:
+        """How many keys it would now read, had it heads; a cache counts `states`, which keys are made of. cross: of a decoder's
+        attention to its encoder."""
+        return count_tokens(self, states, cross, kwargs)
 
     def places(self, states: Tensor) -> Sequence[int]:
         """The shape of the output for `states` [batch, tokens, features], without the features."""

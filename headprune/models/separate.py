@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
+from headprune.models.emptied import Emptied
 from headprune.models.head_counts import follow_width, set_head_counts
+from headprune.models.kv_sharing import gives_keys, reads_keys
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.selection import PicksHeads
@@ -55,8 +57,12 @@ class Separate:
     """
 
     name = "separate"
+    emptied: type = Emptied
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        return None if gives_keys(module) or reads_keys(module) else self.laid_out(name, module)
+
+    def laid_out(self, name: str, module: Foreign) -> AttentionSite | None:
         output = next((output for output in OUTPUTS if hasattr(module, output)), None)
         inputs = next((parts for parts in INPUTS if hasattr(module, parts[0])), None)
         if output is None or inputs is None:
@@ -69,8 +75,6 @@ class Separate:
             return None
         if not (isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "config")):
             return None
-        if getattr(module, "store_full_length_kv", False) and getattr(module.config, "num_kv_shared_layers", 0):
-            return None  # later layers read its keys and values, of all heads (Gemma 3n)
         head_dim, o = module.head_dim, at(module, linear[3])
         value_dim = getattr(module, "v_head_dim", head_dim)
         for path in linear:
@@ -123,7 +127,7 @@ class Separate:
             if site.projection(role).whole:
                 pick_behind_norm(getattr(module, f"{role[0]}_norm"), heads, site.head_dim)
         if not head_map.query_heads:
-            empty(module, site.output.name.removeprefix(f"{site.name}.").partition(".")[0])
+            empty(module, site.output.name.removeprefix(f"{site.name}.").partition(".")[0], self.emptied)
 
 
 def linear_in(module: Foreign, part: str) -> str:

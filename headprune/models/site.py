@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from headprune.errors import UnsupportedModel
+from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.behaviour import original_class
 from headprune.models.cached import CachedFeatures
@@ -117,7 +117,8 @@ class AttentionSite:
     as a batch are the windows of each sample, one sample after another. proven: False where the layout was only guessed from
     names, so that a cut must be checked by a forward pass. cached: what a cache holds of one token; by default the keys and
     values of each key/value head. gate_width: features that each head computes of a token to gate its output with, in the query
-    projection (behind the query) or in one of their own.
+    projection (behind the query) or in one of their own. own_keys: False where keys and values are those of an earlier attention
+    (Gemma 3n, Gemma 4): it has no projections for them, and caches nothing.
     """
 
     name: str
@@ -135,9 +136,13 @@ class AttentionSite:
     cached: CachedFeatures | None = None
     head_modules: tuple[HeadModules, ...] = ()
     gate_width: int = 0
+    own_keys: bool = True
 
     def projection(self, role: Role) -> ProjectionHeads:
-        return next(projection for projection in self.projections if projection.role == role)
+        found = next((projection for projection in self.projections if projection.role == role), None)
+        if found is None:
+            raise InvalidInput(f"{self.name} has no {role} projection: its keys and values are those of an earlier attention.")
+        return found
 
     @property
     def output(self) -> ProjectionHeads:

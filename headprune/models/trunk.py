@@ -61,6 +61,16 @@ def trunk_of(model: nn.Module) -> Trunk:
     )
 
 
+def refuse_shared_keys(trunk: Trunk) -> None:
+    """UnsupportedModel where a layer needs more of the earlier ones than the states."""
+    reader = next((site for inside in trunk.sites for site in inside if not site.own_keys), None)
+    if reader is not None:
+        raise UnsupportedModel(
+            f"{reader.name} reads keys and values of an earlier layer, so its layer cannot run by itself; load the model whole "
+            "instead of streaming it."
+        )
+
+
 class _Entered(Exception):
     """Stops a pass behind the last layer."""
 
@@ -72,6 +82,7 @@ def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
 
     Raises UnsupportedModel where the layers are not called once each in their order, or give on more than the states.
     """
+    refuse_shared_keys(trunk)
     once = f"expected each of the {len(trunk.layers)} layers of {trunk.name} once, in their order; load the model whole."
     calls: list[LayerCall] = []
     first: list[Tensor] = []

@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
 
 def repeated_heads(tensor: Tensor, head_map: HeadMap) -> Tensor:
     """`tensor` [batch, kv_heads, length, dim] with its head repeated for each query head: [batch, query_heads, length, dim]."""
-    if head_map.query_heads == head_map.kv_heads:
+    if head_map.kv_of_query == tuple(range(head_map.kv_heads)):
         return tensor
     return tensor.index_select(1, torch.tensor(head_map.kv_of_query, device=tensor.device))
 

@@ -83,7 +83,7 @@ class Budget:
 def flops(budget: Budget, shape: SiteShape, head_map: HeadMap) -> int:
     """2 per multiply-add: the four projections, QK^T and PV."""
     width, length = shape.head_dim + shape.value_dim, budget.sequence_length
-    projected = (head_map.query_heads + head_map.kv_heads) * width + head_map.query_heads * shape.gate_width
+    projected = (head_map.query_heads + shape.own_keys * head_map.kv_heads) * width + head_map.query_heads * shape.gate_width
     return 2 * length * (shape.hidden_size * projected + length * head_map.query_heads * width)
 
 

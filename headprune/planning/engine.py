@@ -97,7 +97,7 @@ def refuse_uneven(engine: Engine, scores: HeadScores) -> None:
             raise InvalidInput(f"target {engine.name} needs groups of one size, and {name} has {shape.head_map} already. {way_out}")
         other = first.setdefault((shape.hidden_size, shape.head_dim, shape.value_dim), name)
         there = scores.shapes[other].head_map
-        if engine.alike and there != shape.head_map:
+        if engine.alike and (there.kv_of_query, there.kv_heads) != (shape.head_map.kv_of_query, shape.head_map.kv_heads):
             raise InvalidInput(
                 f"target {engine.name} needs the same counts in all layers, and {other} has {there} already, {name} "
                 f"{shape.head_map}. {way_out}"

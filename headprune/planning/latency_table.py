@@ -61,4 +61,5 @@ class LatencyTable:
 
 def key_of(shape: SiteShape) -> str:
     """The geometry that a measurement is good for."""
-    return f"{shape.head_map}, head_dim {shape.head_dim}, value_dim {shape.value_dim}, hidden {shape.hidden_size}"
+    shared = "" if not shape.head_map.kv_stay else ", keys that others read" if shape.own_keys else ", keys of another"
+    return f"{shape.head_map}, head_dim {shape.head_dim}, value_dim {shape.value_dim}, hidden {shape.hidden_size}{shared}"

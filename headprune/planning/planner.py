@@ -15,6 +15,7 @@ from headprune.planning.pruning_plan import PruningPlan
 from headprune.planning.sensitivity import Sensitivity
 from headprune.planning.units import GRANULARITIES, removable_units
 from headprune.scoring.scores import HeadScores
+from headprune.scoring.site_shape import SiteShape
 from headprune.scoring.stability import unsettled_heads
 
 log = logging.getLogger("headprune")
@@ -70,6 +71,7 @@ def plan(
     units = [
         unit
         for name in scores
+        if saves(budget, scores.shapes[name])
         for unit in removable_units(scores, name, engine, granularity, protected[name], multiple_of, selection.least(name))
     ]
     # Equal scores go by position, so that a plan does not depend on the order of a hash: sites as they come, their units in order.
@@ -77,6 +79,12 @@ def plan(
     keep = {name: tuple(sorted(heads)) for name, heads in selection.kept.items()}
     warn_of_unsettled(scores, keep)
     return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores, scores.made_for)
+
+
+def saves(budget: Budget, shape: SiteShape) -> bool:
+    """Whether anything of what the budget counts goes with the heads of such a site (of the cache nothing, where its keys and
+    values are other layers' too)."""
+    return budget.cost(shape, shape.head_map.keep(())) < budget.cost(shape, shape.head_map)
 
 
 def check_scores_and_budget(scores: Any, budget: Any) -> None:

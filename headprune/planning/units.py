@@ -25,8 +25,9 @@ def removable_units(
     shape, values = scores.shapes[name], scores[name].tolist()
     groups = [tuple(range(start, stop)) for start, stop in pairwise(shape.head_map.group_offsets) if stop > start]
     ordered = multiple_of > 1 or engine.divides_hidden
-    if granularity == "query_head" and engine.even_groups and len(groups) < len(values):
-        steps, ordered = even_steps(groups, values, protected, whole_groups=not engine.alike), True
+    stay = shape.head_map.kv_stay  # a group without query heads would still be there, smaller than the others
+    if engine.even_groups and (stay or (granularity == "query_head" and len(groups) < len(values))):
+        steps, ordered = even_steps(groups, values, protected, whole_groups=not engine.alike and not stay, last=stay), True
     else:
         single = [(head,) for head in range(len(values))]
         steps = [heads for heads in (single if granularity == "query_head" else groups) if not protected & set(heads)]
@@ -36,10 +37,10 @@ def removable_units(
 
 
 def even_steps(
-    groups: Iterable[tuple[int, ...]], values: Sequence[float], protected: set[int], *, whole_groups: bool
+    groups: Iterable[tuple[int, ...]], values: Sequence[float], protected: set[int], *, whole_groups: bool, last: bool = False
 ) -> list[tuple[int, ...]]:
     """Steps that keep groups of one size: each takes one head of every group or, with `whole_groups`, a group, whichever scores
-    lower per head. They end where a protected head would go.
+    lower per head; with `last` also the last head of every group. They end where a protected head would go.
 
     groups: the query heads of each key/value head, equally many.
     """
@@ -50,7 +51,7 @@ def even_steps(
         return sum(values[head] for head in heads) / len(heads), -len(heads)
 
     while left:
-        slices = [[group[0] for group in left]] if len(left[0]) > 1 else []
+        slices = [[group[0] for group in left]] if last or len(left[0]) > 1 else []
         steps = [*left, *slices] if whole_groups else slices
         choices = [heads for heads in steps if not protected & set(heads)]
         if not choices:

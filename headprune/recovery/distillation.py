@@ -163,13 +163,16 @@ def every_site(*kinds: str) -> Wanted:
 def relation_sites(setting: Distillation, sites: Sequence[AttentionSite]) -> dict[str, list[str]]:
     names = setting.relation_sites
     if names is None:
-        names = [site.name for site in sites if site.kind == "self" and site.head_map.query_heads][-1:]
+        usable = (site for site in sites if site.kind == "self" and site.head_map.query_heads and site.own_keys)
+        names = [site.name for site in usable][-1:]
     known = {site.name: site for site in sites}
     for name in names:
         if name not in known:
             raise unknown_name("attention site", name, known)
         if not known[name].head_map.query_heads:
             raise InvalidInput(f"{name} has lost all its heads, so it has no relations; name other relation_sites.")
+        if not known[name].own_keys:
+            raise InvalidInput(f"{name} reads keys and values of an earlier attention; name that one in relation_sites.")
     return {kind: list(names) for kind in ("query", "key", "value")}
 
 

@@ -15,8 +15,14 @@ ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
 
 def head_slices(sites: Iterable[AttentionSite]) -> list[HeadSlices]:
     """Those of every site in turn, in the order of ROLES."""
-    projections = [site.projection(role) for site in sites for role in ROLES]
-    return [HeadSlices.indexed(one.module.weight, one.features, one.weight_dim) for one in projections]
+    return [slices_of(site, role) for site in sites for role in ROLES]
+
+
+def slices_of(site: AttentionSite, role: Role) -> HeadSlices:
+    if role in ("key", "value") and not site.own_keys:  # no weights of its own, so all that is measured of them is 0
+        return HeadSlices(site.output.module.weight, site.output.weight_dim, site.head_map.kv_heads, ())
+    one = site.projection(role)
+    return HeadSlices.indexed(one.module.weight, one.features, one.weight_dim)
 
 
 def weights_of(slices: Iterable[HeadSlices]) -> list[Tensor]:

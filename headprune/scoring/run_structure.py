@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from headprune.models.gating import gate_columns, output_input_hook
+from headprune.models.kv_sharing import gives_keys
 from headprune.models.site import AttentionSite
 from headprune.scoring.folding import Dims, alike, argument_dims, batch_dims, first_sample, folded
 from headprune.scoring.replay import Call, Plan, plan_until, recording, replaying, tracing
@@ -94,7 +95,7 @@ def structure_along(
         return None
     if not all(alike(both, 2, index, single, dims[0], tolerance) for index, single in enumerate((dense, without))):
         return None
-    storable = [found is not None and one.storable for found, one in zip(dims, traced)]
+    storable = [found is not None and one.storable and not leaves_keys(one.module) for found, one in zip(dims, traced)]
     plans = {name: plan_until(traced, storable, sites[name].output.module) for name in gate_dim}
     stored: dict[int, Any] = {}
     with recording(traced, list(plans.values()), stored):
@@ -111,6 +112,11 @@ def structure_along(
 
     output = dims[0]
     return RunStructure(tree_flatten(call)[1], arguments, output, tuple(traced), dims, gate_dim, plans, proof)
+
+
+def leaves_keys(module: nn.Module) -> bool:
+    """Whether a call of `module` leaves keys and values for later layers outside of its result."""
+    return any(gives_keys(part) for part in module.modules())
 
 
 def run(model: nn.Module, call: Arguments) -> Any:

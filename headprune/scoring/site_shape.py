@@ -24,14 +24,16 @@ class SiteShape:
     output_bias: bool = False  # whether the output projection has a bias, which can take up a mean
     cached: CachedFeatures | None = None  # as in AttentionSite
     gate_width: int = 0  # as in AttentionSite
+    own_keys: bool = True  # as in AttentionSite
 
     @classmethod
     def of(cls, site: AttentionSite) -> SiteShape:
         parameters = (site.parameters_per_head(False), site.parameters_per_head(True))
         biased = getattr(site.output.module, "bias", None) is not None
         return cls(
-            site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters, biased, site.cached, site.gate_width
-        )
+            site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters, biased, site.cached, site.gate_width,
+            site.own_keys,
+        )  # fmt: skip
 
     def parameters(self, head_map: HeadMap) -> int:
         return head_map.query_heads * self.query_head_parameters + head_map.kv_heads * self.kv_head_parameters
@@ -43,13 +45,10 @@ class SiteShape:
     def to_json(self) -> dict[str, Any]:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["cached"] = None if self.cached is None else asdict(self.cached)
-        return {**content, "head_map": {"kv_of_query": list(self.head_map.kv_of_query), "kv_heads": self.head_map.kv_heads}}
+        return {**content, "head_map": self.head_map.to_json()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> SiteShape:
-        head_map, cached = content["head_map"], content.get("cached")
-        parts = {
-            "head_map": HeadMap(tuple(head_map["kv_of_query"]), head_map["kv_heads"]),
-            "cached": None if cached is None else CachedFeatures(**cached),
-        }
+        cached = content.get("cached")
+        parts = {"head_map": HeadMap.from_json(content["head_map"]), "cached": None if cached is None else CachedFeatures(**cached)}
         return cls(**{**content, **parts})

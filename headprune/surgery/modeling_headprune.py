@@ -38,6 +38,7 @@ from headprune.models.emptied import (
     EmptiedTimm,
     EmptiedWithBias,
 )
+from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
 from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.own_head_dim import OwnHeadDim
@@ -57,10 +58,10 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGraniteSpeech,
-        EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone,
-        EmptiedT5, EmptiedTimm, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnPositions, OwnWidth,
-        OwnWidthProjected, PicksHeads, QuarteredHeads, SharedPositions,
+        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
+        EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled,
+        EmptiedPooledAlone, EmptiedReader, EmptiedT5, EmptiedTimm, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder,
+        OwnLongformer, OwnPositions, OwnWidth, OwnWidthProjected, PicksHeads, QuarteredHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
@@ -157,8 +158,9 @@ def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
             module.extra_repr = functools.partial(str, entry["shown"])  # what print(model) says of its heads
         if "head_map" in entry:
             module.kv_of_query = tuple(entry["head_map"]["kv_of_query"])
+            module.headprune_kv_heads = entry["head_map"]["kv_heads"]
             if headprune is not None:
-                module.head_map = headprune.HeadMap(module.kv_of_query, entry["head_map"]["kv_heads"])
+                module.head_map = headprune.HeadMap(**entry["head_map"])
         if "config" in entry:
             module.config = LayerConfig(module.config, entry["config"])
 
@@ -179,8 +181,10 @@ class LayerConfig:
 
 
 def is_ragged(module: nn.Module) -> bool:
-    kv_of_query = getattr(getattr(module, "head_map", None), "kv_of_query", getattr(module, "kv_of_query", ()))
-    return len({kv_of_query.count(kv) for kv in set(kv_of_query)}) > 1
+    head_map: Any = getattr(module, "head_map", None)
+    kv_of_query = getattr(head_map, "kv_of_query", getattr(module, "kv_of_query", ()))
+    kv_heads = getattr(head_map, "kv_heads", getattr(module, "headprune_kv_heads", 0))
+    return len({kv_of_query.count(kv) for kv in range(kv_heads)}) > 1
 
 
 def any_ragged(model: nn.Module) -> bool:

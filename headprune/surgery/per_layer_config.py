@@ -52,8 +52,9 @@ def by_layer(head_maps: Mapping[str, HeadMap]) -> dict[int, HeadMap]:
 
 
 def counts(config: PreTrainedConfig, head_map: HeadMap) -> dict[str, Any]:
-    """An attention without heads counts as one head: so large a placeholder has a cache that is allocated ahead of time."""
+    """An attention without heads counts as one head: so large a placeholder has a cache that is allocated ahead of time. It is not
+    skipped where others read its keys and values."""
     found: dict[str, Any] = {"num_attention_heads": max(head_map.query_heads, 1)}
     if hasattr(config, "num_key_value_heads"):
         found["num_key_value_heads"] = max(head_map.kv_heads, 1)
-    return found if head_map.query_heads else {**found, "skip": ["attention"]}
+    return found if head_map.query_heads or head_map.kv_heads else {**found, "skip": ["attention"]}

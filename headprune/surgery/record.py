@@ -80,11 +80,11 @@ def head_map_after(original: Mapping[str, Any], kept: list[int]) -> HeadMap:
 
 
 def head_map_of_json(content: Mapping[str, Any]) -> HeadMap:
-    return HeadMap(tuple(content["kv_of_query"]), content["kv_heads"])
+    return HeadMap.from_json(content)
 
 
 def as_json(head_map: HeadMap) -> dict[str, Any]:
-    return {"kv_of_query": list(head_map.kv_of_query), "kv_heads": head_map.kv_heads}
+    return head_map.to_json()
 
 
 def kept_heads(section: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -136,10 +137,16 @@ def gated_site(site: AttentionSite, kept: Sequence[int]) -> AbstractContextManag
 
 def received(calls: dict[str, Call], name: str) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        uncached = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
-        calls.setdefault(name, Call(args, uncached))
+        calls.setdefault(name, Call(args, {key: as_received(value) for key, value in kwargs.items()}))
 
     return hook
+
+
+def as_received(value: Any) -> Any:
+    """An argument that later calls, and those of the check, leave alone: no cache, and what layers share in a dict of its own."""
+    if isinstance(value, Cache):
+        return None
+    return dict(value) if type(value) is dict or isinstance(value, UserDict) else value
 
 
 def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable[..., Any], call: Call) -> None:

@@ -1,7 +1,8 @@
 """A forward pass taken in steps, from one attention to the next, so that a layer is run once though all are solved in turn.
 
 At a stop, some module calls are over. They cannot depend on what is changed at this attention or behind it, so in the next step
-each of them returns at once what it returned before (of nested calls the outermost that is over counts: a whole layer). The
+each of them returns at once what it returned before (of nested calls the outermost that is over counts: a whole layer). An
+attention whose keys and values later layers read leaves them outside of its result: it is called again, and only its parts not. The
 same restart in the middle serves head masks in `headprune.scoring.replay`, where nothing is solved on the way.
 """
 
@@ -21,6 +22,7 @@ from headprune.errors import InvalidInput
 from headprune.models.calls import watching_calls
 from headprune.models.feed_forward import FeedForward
 from headprune.models.gating import output_input_hook
+from headprune.models.kv_sharing import gives_keys
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
@@ -39,11 +41,13 @@ class _Changed(Exception):
 
 @dataclass(eq=False)
 class Called:
-    """One call of a module in a step: its result and the version of each tensor in it, once it is over."""
+    """One call of a module in a step: its result and the version of each tensor in it, once it is over. again: it leaves more than
+    a result, so that only what is inside counts as over."""
 
     module: nn.Module
     inside: list[Called] = field(default_factory=list)
     over: bool = False
+    again: bool = False
     result: Any = None
     versions: tuple[int, ...] = ()
 
@@ -184,6 +188,9 @@ def record(modules: Container[nn.Module], top: Called, stack: ExitStack) -> None
     def leave(call: Called, result: Any) -> None:
         while opened.pop() is not call:
             pass  # a call that failed
+        call.again = gives_keys(call.module) or any(inner.again for inner in call.inside)
+        if call.again:
+            return
         call.over, call.result, call.versions, call.inside = True, result, versions(result), []
 
     stack.enter_context(watching_calls(modules, enter, leave))

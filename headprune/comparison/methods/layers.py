@@ -37,6 +37,8 @@ def shallower(subject: Subject) -> Compressed:
         trunk = trunk_of(model)
     except UnsupportedModel:
         raise Refused("its attentions do not lie in one stack of layers") from None
+    if not all(site.own_keys for inside in trunk.sites for site in inside):
+        raise Refused("its last layers read keys and values of earlier ones")
     size = statistics.fmean(sum(parameter.numel() for parameter in layer.parameters()) for layer in trunk.layers)
     count = len(trunk.layers)
     gone = round(subject.removed / size)

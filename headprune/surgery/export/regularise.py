@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from headprune.errors import UnsupportedModel
+from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.adapters import adapter_of
 from headprune.models.behaviour import original_class
@@ -49,7 +50,7 @@ def regularise(model: nn.Module, slots: Mapping[str, Slots] | None = None) -> Re
     sites = attention_sites(model)
     if slots is None:
         slots = {site.name: cheapest(site.head_map, *(site.parameters_per_head(kv) for kv in (False, True))) for site in sites}
-    changed = [site for site in sites if slots[site.name].head_map != site.head_map]
+    changed = [site for site in sites if as_laid_out(site.head_map) != slots[site.name].head_map]
     for site in changed:
         check(site, sites)
     before, cache = sum(site.parameters() for site in sites), cache_values(sites)
@@ -62,6 +63,11 @@ def regularise(model: nn.Module, slots: Mapping[str, Slots] | None = None) -> Re
         len(changed), sum(slots[site.name].dead for site in changed), sum(slots[site.name].repeated for site in changed),
         sum(site.parameters() for site in sites) - before, cache_values(sites) - cache,
     )  # fmt: skip
+
+
+def as_laid_out(head_map: HeadMap) -> HeadMap:
+    """The same heads, as slots tell them."""
+    return replace(head_map, kv_stay=False)
 
 
 def does_nothing(site: AttentionSite) -> bool:
@@ -77,7 +83,9 @@ def cache_values(sites: list[AttentionSite]) -> int:
 def check(site: AttentionSite, sites: list[AttentionSite]) -> None:
     """UnsupportedModel where a head is more than its weights. One without heads does not show it; others of its kind do."""
     alike = [other for other in sites if original_class(other.module) is original_class(site.module)]
-    if any(other.head_modules for other in alike):
+    if site.head_map.kv_stay:
+        reason = "shares its key/value heads with other layers"
+    elif any(other.head_modules for other in alike):
         reason = "has a module of its own for each head, which a dead head lacks"
     elif hasattr(site.module, "position_heads") or any(part.whole for other in alike for part in other.projections):
         reason = "picks its heads out of something made for all heads of the original"
