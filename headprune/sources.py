@@ -81,6 +81,8 @@ def default_task(name: str) -> str:
     model, example = class_of(config), None
     if model.main_input_name != "input_ids":
         example = "image-classification,calibration=FOLDER"
+    elif "QuestionAnswering" in model.__name__:
+        example = "question-answering,calibration=train.jsonl"
     elif "Classification" in model.__name__:
         example = "text-classification,calibration=train.jsonl"
     elif getattr(config, "is_encoder_decoder", False):
