@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from headprune.evaluation.data import placed
 from headprune.models.streamed import streamed_of
@@ -61,8 +62,18 @@ def judged(logits: Tensor, targets: Tensor) -> Predicted:
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each token, [windows, tokens]."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    """Of logits [..., vocabulary], for targets [...]: fp32, with gradients. Large logits go through fp32 in parts, in the backward
+    pass too, so that what their loss takes is little beside them."""
+    rows, wanted = logits.flatten(0, -2), targets.flatten()
+    if rows.numel() * 4 < LARGE:
+        return of_rows(rows, wanted).view_as(targets)
+    parts = zip(rows.split(TOKENS), wanted.split(TOKENS))
+    found = [checkpoint(of_rows, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(found).view_as(targets)
+
+
+def of_rows(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from headprune.arguments import check_arguments
-from headprune.errors import InvalidInput, whole_number
+from headprune.errors import InvalidInput, UnsupportedModel, whole_number
 from headprune.models.tokens import IGNORED_LABEL
 from headprune.models.trunk import Trunk, leaving, trunk_of
 
@@ -29,7 +29,8 @@ def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKE
         batch: "labels" [n, length] beside what the model reads; -100 counts for nothing. They are shifted here, as in transformers.
         tokens: how many tokens of the batch go through the head together.
 
-    Raises InvalidInput where the batch has no labels or the model no head, UnsupportedModel where the layers do not form one stack.
+    Raises InvalidInput where the batch has no labels or the model no head, UnsupportedModel where the layers do not form one stack,
+    or hand on several streams (Gemma 3n).
     """
     check_arguments(causal_losses, locals())
     whole_number("tokens", tokens)
@@ -78,7 +79,7 @@ class BelowTheHead:
 
 
 def up_to_the_head(model: nn.Module, inputs: Mapping[str, Any]) -> BelowTheHead:
-    """Raises UnsupportedModel where the layers do not form one stack."""
+    """Raises UnsupportedModel where the layers do not form one stack, or hand on several streams (Gemma 3n)."""
     trunk = trunk_of(model)
     behind: list[Any] = []
     handle = trunk.layers[-1].register_forward_hook(lambda _module, _args, output: behind.append(output))
@@ -87,7 +88,13 @@ def up_to_the_head(model: nn.Module, inputs: Mapping[str, Any]) -> BelowTheHead:
     finally:
         handle.remove()
     alone = isinstance(behind[0], Tensor)
-    return BelowTheHead(model, trunk, inputs, behind[0] if alone else behind[0][0], alone)
+    states = behind[0] if alone else behind[0][0]
+    if states.dim() != 3:
+        raise UnsupportedModel(
+            f"the layers of {type(model).__name__} hand on states of {states.dim()} dimensions; expected [samples, tokens, features]. "
+            "Take the model's own loss, which holds all logits."
+        )
+    return BelowTheHead(model, trunk, inputs, states, alone)
 
 
 def tokens_of(value: Any, states: Tensor, start: int, length: int) -> Any:

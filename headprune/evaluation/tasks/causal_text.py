@@ -53,18 +53,9 @@ class CausalText(Task):
     def check_model(self, model: nn.Module) -> None:
         refuse_other_models(model, f"task {self.name}", self.window)
 
-    def predictions(self, model: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits [windows, window - 1, vocabulary] in fp32, the tokens that they are to predict [windows, window - 1])."""
-        logits = self.logits(model, windows)
-        return logits[:, :-1], windows[:, 1:].to(logits.device)
-
-    def logits(self, model: nn.Module, windows: Tensor) -> Tensor:
-        """[windows, window, vocabulary], fp32."""
-        logits: Tensor = self.forward(model, {"input_ids": windows}).logits
-        return logits.float()
-
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return negative_log_likelihood(*self.predictions(model, batch["input_ids"])).mean(dim=1)
+        logits = self.forward(model, batch).logits
+        return negative_log_likelihood(logits[:, :-1], batch["input_ids"][:, 1:].to(logits.device)).mean(dim=1)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         return model(input_ids=batch["input_ids"].to(device_of(model)), use_cache=False)
@@ -86,7 +77,8 @@ class CausalText(Task):
 
     @torch.inference_mode()
     def outputs(self, model: nn.Module) -> Tensor:
-        return self.logits(model, self.test[:2])
+        logits: Tensor = self.forward(model, {"input_ids": self.test[:2]}).logits
+        return logits.float()
 
     def latency_inputs(self) -> dict[str, Tensor]:
         return {"input_ids": self.test[:LATENCY_ROWS]}

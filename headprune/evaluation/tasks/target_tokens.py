@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.evaluation.data import Progress
 from headprune.evaluation.metric import Metric, perplexity
 from headprune.evaluation.perplexity import share
+from headprune.evaluation.predicted import negative_log_likelihood
 from headprune.evaluation.tasks.task import Task
 from headprune.models.tokens import IGNORED_LABEL
 
@@ -35,8 +35,8 @@ class TargetTokens(Task):
         logits, labels = self.asked(model, batch)
         labels = labels.to(logits.device)
         targets = labels != IGNORED_LABEL
-        found, wanted = logits[targets].float(), labels[targets]
-        losses = F.cross_entropy(found, wanted, reduction="none")
+        found, wanted = logits[targets], labels[targets]
+        losses = negative_log_likelihood(found, wanted)
         nothing = losses.new_zeros(labels.shape)
         return (
             nothing.masked_scatter(targets, losses),
