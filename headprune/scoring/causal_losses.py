@@ -91,8 +91,8 @@ def up_to_the_head(model: nn.Module, inputs: Mapping[str, Any]) -> BelowTheHead:
     states = behind[0] if alone else behind[0][0]
     if states.dim() != 3:
         raise UnsupportedModel(
-            f"the layers of {type(model).__name__} hand on states of {states.dim()} dimensions; expected [samples, tokens, features]. "
-            "Take the model's own loss, which holds all logits."
+            f"the layers of {type(model).__name__} hand on states of {states.dim()} dimensions; expected [samples, tokens, "
+            "features]. Take the model's own loss, which holds all logits."
         )
     return BelowTheHead(model, trunk, inputs, states, alone)
 
