@@ -108,9 +108,9 @@ def frames_batch(side: str) -> dict[str, Tensor]:
     return {"input_features": values, "attention_mask": mask, "labels": batch["labels"]}
 
 
-def listener(name: str, batch: Callable[[str], dict[str, Tensor]], **options) -> Family:
+def listener(name: str, batch: Callable[[str], dict[str, Tensor]], implementations: tuple[str, ...] = EVERY, **options) -> Family:
     options = {**SIZES, **LISTENER, "num_labels": LABELS, **options}
-    return Family(f"{name}ForSequenceClassification", f"{name}Config", options, batch)
+    return Family(f"{name}ForSequenceClassification", f"{name}Config", options, batch, implementations)
 
 
 LISTENER = {
@@ -123,6 +123,8 @@ LISTENER = {
 ENCODERS |= {
     "wav2vec2_conformer": listener("Wav2Vec2Conformer", sound_batch, position_embeddings_type="relative"),
     "wav2vec2_conformer_rotary": listener("Wav2Vec2Conformer", sound_batch, position_embeddings_type="rotary"),
+    "wavlm": listener("WavLM", sound_batch, ("eager",), num_buckets=8, max_bucket_distance=16),
+    "wavlm_large": listener("WavLM", sound_batch, ("eager",), num_buckets=8, max_bucket_distance=16, do_stable_layer_norm=True),
     "wav2vec2_bert": listener("Wav2Vec2Bert", frames_batch, position_embeddings_type="relative_key"),
 }
 

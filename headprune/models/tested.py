@@ -26,7 +26,8 @@ TESTED: dict[str, tuple[str, ...]] = {
         "RobertaAttention", "Sam2Attention", "Sam2MultiScaleAttention", "SamAttention", "SamHQAttention", "SamHQVisionAttention",
         "SamHQVisionSdpaAttention", "SamVisionAttention", "SamVisionSdpaAttention", "SmolLM3Attention", "StableLmAttention",
         "SwinAttention", "T5Attention", "TimeSformerAttention", "UMT5Attention", "ViTAttention", "VideoMAEAttention",
-        "VisionAttention", "VitDetAttention", "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention", "WhisperAttention",
+        "VisionAttention", "VitDetAttention", "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention", "WavLMAttention",
+        "WhisperAttention",
     ),
 }  # fmt: skip
 
