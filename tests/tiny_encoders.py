@@ -227,6 +227,13 @@ HIERA = {
     "patch_padding": [1, 1], "masked_unit_size": [4, 4], "masked_unit_attention": [True, False], "num_query_pool": 1,
     "query_stride": [2, 2], "drop_path_rate": 0.0,
 }  # fmt: skip
+CVT = {
+    "patch_sizes": [3, 3], "patch_stride": [2, 2], "patch_padding": [1, 1], "embed_dim": [16, 32], "num_heads": [4, 4],
+    "depth": [1, 2], "mlp_ratio": [2.0, 2.0], "attention_drop_rate": [0.0, 0.0], "drop_rate": [0.0, 0.0],
+    "drop_path_rate": [0.0, 0.0], "qkv_bias": [True, True], "cls_token": [False, True], "kernel_qkv": [3, 3],
+    "padding_kv": [1, 1], "stride_kv": [2, 2], "padding_q": [1, 1], "stride_q": [1, 1],
+    "qkv_projection_method": ["dw_bn", "dw_bn"],
+}  # fmt: skip
 FILM = {**PICTURE, **SIZES, "patch_size": 8, "num_frames": 4}
 BIASED = {**SIZES, "use_relative_position_bias": True, "drop_path_rate": 0.0, "layer_scale_init_value": 1.0}
 VISION = {
@@ -242,6 +249,7 @@ VISION = {
         classifier_dropout_prob=0.0,
         initializer_range=0.5,
     ),
+    "cvt": classifier("Cvt", ("eager",), **CVT),
     "timesformer": Family("TimesformerForVideoClassification", "TimesformerConfig", FILM, film_batch, ("eager",)),
     "videomae": Family("VideoMAEForVideoClassification", "VideoMAEConfig", {**FILM, "tubelet_size": 2}, film_batch),
     "vit": classifier("ViT", **SIZES),

@@ -11,7 +11,7 @@ TESTED: dict[str, tuple[str, ...]] = {
     "transformers": (
         "AfmoeAttention", "AlbertAttention", "Attention", "BartAttention", "BeitAttention", "BertAttention", "Blip2Attention",
         "Blip2QFormerAttention", "BlipAttention", "BlipTextAttention", "BloomAttention", "CLIPAttention", "CodeGenAttention",
-        "CohereAttention", "Data2VecVisionAttention", "DbrxAttention", "DebertaAttention", "DebertaV2Attention",
+        "CohereAttention", "CvtAttention", "Data2VecVisionAttention", "DbrxAttention", "DebertaAttention", "DebertaV2Attention",
         "DeepseekV2Attention", "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention",
         "Exaone4Attention", "Exaone4_5_VisionAttention", "FalconAttention", "GPT2Attention", "GPTBigCodeAttention",
         "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "Gemma2Attention", "Gemma3Attention", "Gemma3nTextAttention",
