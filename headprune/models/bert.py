@@ -126,6 +126,7 @@ register_adapter(
         head_dim="qk_channels_per_head", value_dim="v_channels_per_head",
     )
 )  # fmt: skip
+register_adapter(Named("kosmos_vision", ("query", "key", "value", "output"), head_dim="head_dim"))
 register_adapter(Vits("vits", ("q_proj", "k_proj", "v_proj", "out_proj"), head_dim="head_dim"))
 register_adapter(
     OfEmbedDim(

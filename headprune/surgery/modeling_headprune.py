@@ -48,6 +48,7 @@ from headprune.models.quarters import QuarteredHeads
 from headprune.models.selection import PicksHeads
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
 from headprune.models.wavlm_forward import EmptiedWavLM, OwnWavLM
+from headprune.models.window_forward import EmptiedWindows, OwnWindows
 
 try:
     import headprune  # registers attn_implementation="headprune"
@@ -61,9 +62,9 @@ BEHAVIOURS = {
     for kind in (
         Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
         EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedOpenAI,
-        EmptiedPooled, EmptiedPooledAlone, EmptiedReader, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWithBias,
-        GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnPositions, OwnWavLM, OwnWidth, OwnWidthProjected,
-        PicksHeads, QuarteredHeads, SharedPositions,
+        EmptiedPooled, EmptiedPooledAlone, EmptiedReader, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows,
+        EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnPositions, OwnWavLM, OwnWidth,
+        OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
