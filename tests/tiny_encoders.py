@@ -144,6 +144,19 @@ ENCODERS["longformer"] = Family(
 )  # fmt: skip
 
 
+def blocks_batch(side: str) -> dict[str, Tensor]:
+    """Longer than all that its sparse attention looks at."""
+    batch = padded(length=18, side=side)
+    labels = torch.randint(0, LABELS, batch["input_ids"].shape, generator=torch.Generator().manual_seed(2))
+    return {**batch, "labels": labels.where(batch["attention_mask"].bool(), -100)}
+
+
+BLOCKS = {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}
+ENCODERS["big_bird"] = Family(
+    "BigBirdForTokenClassification", "BigBirdConfig", {**TEXT, **QUIET, **BLOCKS}, blocks_batch, ("eager",)
+)  # fmt: skip
+
+
 def target_batch(side: str) -> dict[str, Tensor]:
     """Encoder tokens with padding, and labels of another length whose last positions do not count."""
     labels = tokens(3, 6, seed=3)
@@ -153,6 +166,10 @@ def target_batch(side: str) -> dict[str, Tensor]:
 
 def long_target_batch(side: str) -> dict[str, Tensor]:
     return {**target_batch(side), **padded(length=12, side=side)}
+
+
+def blocks_target_batch(side: str) -> dict[str, Tensor]:
+    return {**target_batch(side), **padded(length=18, side=side)}
 
 
 def spectrogram_batch(side: str) -> dict[str, Tensor]:
@@ -185,6 +202,13 @@ BERT_GPT2 = {
 }  # fmt: skip
 LED = {**BART, "attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
 SEQ2SEQ = {
+    "bigbird_pegasus": Family(
+        "BigBirdPegasusForConditionalGeneration",
+        "BigBirdPegasusConfig",
+        {**BART, **QUIET, **BLOCKS},
+        blocks_target_batch,
+        ("eager",),
+    ),
     "led": Family("LEDForConditionalGeneration", "LEDConfig", LED, long_target_batch, ("eager",)),
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),

@@ -1,5 +1,5 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), the vision transformers built like
-it (YOLOS, ViLT, VideoMAE, data2vec, CvT), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec 2.0,
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, BigBird and their like), the vision transformers
+built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec 2.0,
 SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
 from headprune.models.site import AttentionSite, Foreign, Role, at, contiguous_heads
 from headprune.models.specialise import empty, specialise
+from headprune.models.switched import SwitchesAttention
 
 CROSS = ("cross_attention.attention", "visual_attention")  # where Perceiver and LXMERT keep theirs
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
@@ -77,8 +78,17 @@ class Named:
         if getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False):
             remember_positions(site.module, site.head_map.query_heads, kept)
             specialise(site.module, OwnPositions)
+        if hasattr(site.module, "set_attention_type"):
+            specialise(site.module, SwitchesAttention)
         if not head_map.query_heads:
             empty(module, output, self.emptied) if self.emptied else empty_alike(module, output)
+
+
+class BigBirdPegasus(Named):
+    """Its output projection is a layer itself."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        return super().site(name, module) if isinstance(getattr(module, "output", None), nn.Linear) else None
 
 
 class OfEmbedDim(Named):
@@ -119,6 +129,7 @@ register_adapter(
         (("key", "self.pos_key_proj"), ("query", "self.pos_query_proj")),
     )
 )  # fmt: skip
+register_adapter(BigBirdPegasus("bigbird_pegasus", ("self.query", "self.key", "self.value", "output"), "self"))
 register_adapter(Named("lxmert", ("att.query", "att.key", "att.value", "output.dense"), "att"))
 register_adapter(
     Named(
