@@ -137,6 +137,13 @@ register_adapter(
         head_dim="qk_channels_per_head", value_dim="v_channels_per_head",
     )
 )  # fmt: skip
+register_adapter(
+    Named(
+        "conditional_detr", ("q_content_proj", "k_content_proj", "v_proj", "o_proj"),
+        # Of positions, added to a head's query and key or, in cross attention, put beside them.
+        more=(("query", "q_pos_proj"), ("key", "k_pos_proj"), ("query", "q_pos_sine_proj")), head_dim="head_dim",
+    )
+)  # fmt: skip
 register_adapter(Named("kosmos_vision", ("query", "key", "value", "output"), head_dim="head_dim"))
 register_adapter(Vits("vits", ("q_proj", "k_proj", "v_proj", "out_proj"), head_dim="head_dim"))
 register_adapter(

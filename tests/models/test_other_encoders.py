@@ -125,8 +125,25 @@ KOSMOS = {
     },
     "latent_query_num": 4,
 }  # fmt: skip
+DETR = {
+    "backbone_config": {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1],
+        "out_features": ["stage4"],
+    },
+    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "d_model": 32, "encoder_layers": 2,
+    "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "num_queries": 5, "dropout": 0.0, "init_std": 0.2, "num_labels": 5,
+}  # fmt: skip
 MODELS = {
-    "Kosmos2_5ForConditionalGeneration": Model("Kosmos2_5", KOSMOS, read, EVERY, "logits", alone=True),
+    "ConditionalDetrForObjectDetection": Model(
+        "ConditionalDetr",
+        DETR,
+        lambda: {"pixel_values": torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))},
+        ("eager", "headprune"),
+        "logits",
+        alone=True,
+    ),
+    "Kosmos2_5ForConditionalGeneration": Model("Kosmos2_5", KOSMOS, read, ("eager", "headprune"), "logits", alone=True),
     "Florence2ForConditionalGeneration": Model("Florence2", FLORENCE, looked_at, EVERY, "logits", alone=True),
     "Gemma4VisionModel": Model("Gemma4Vision", GEMMA4, patches, alone=True),
     "VitsModel": Model("Vits", VITS, padded, ("eager",), "waveform"),
