@@ -108,9 +108,9 @@ def frames_batch(side: str) -> dict[str, Tensor]:
     return {"input_features": values, "attention_mask": mask, "labels": batch["labels"]}
 
 
-def listener(name: str, batch: Callable[[str], dict[str, Tensor]], **options) -> Family:
+def listener(name: str, batch: Callable[[str], dict[str, Tensor]], implementations: tuple[str, ...] = EVERY, **options) -> Family:
     options = {**SIZES, **LISTENER, "num_labels": LABELS, **options}
-    return Family(f"{name}ForSequenceClassification", f"{name}Config", options, batch)
+    return Family(f"{name}ForSequenceClassification", f"{name}Config", options, batch, implementations)
 
 
 LISTENER = {
@@ -123,6 +123,8 @@ LISTENER = {
 ENCODERS |= {
     "wav2vec2_conformer": listener("Wav2Vec2Conformer", sound_batch, position_embeddings_type="relative"),
     "wav2vec2_conformer_rotary": listener("Wav2Vec2Conformer", sound_batch, position_embeddings_type="rotary"),
+    "wavlm": listener("WavLM", sound_batch, ("eager",), num_buckets=8, max_bucket_distance=16),
+    "wavlm_large": listener("WavLM", sound_batch, ("eager",), num_buckets=8, max_bucket_distance=16, do_stable_layer_norm=True),
     "wav2vec2_bert": listener("Wav2Vec2Bert", frames_batch, position_embeddings_type="relative_key"),
 }
 
@@ -142,6 +144,19 @@ ENCODERS["longformer"] = Family(
 )  # fmt: skip
 
 
+def blocks_batch(side: str) -> dict[str, Tensor]:
+    """Longer than all that its sparse attention looks at."""
+    batch = padded(length=18, side=side)
+    labels = torch.randint(0, LABELS, batch["input_ids"].shape, generator=torch.Generator().manual_seed(2))
+    return {**batch, "labels": labels.where(batch["attention_mask"].bool(), -100)}
+
+
+BLOCKS = {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}
+ENCODERS["big_bird"] = Family(
+    "BigBirdForTokenClassification", "BigBirdConfig", {**TEXT, **QUIET, **BLOCKS}, blocks_batch, ("eager",)
+)  # fmt: skip
+
+
 def target_batch(side: str) -> dict[str, Tensor]:
     """Encoder tokens with padding, and labels of another length whose last positions do not count."""
     labels = tokens(3, 6, seed=3)
@@ -151,6 +166,10 @@ def target_batch(side: str) -> dict[str, Tensor]:
 
 def long_target_batch(side: str) -> dict[str, Tensor]:
     return {**target_batch(side), **padded(length=12, side=side)}
+
+
+def blocks_target_batch(side: str) -> dict[str, Tensor]:
+    return {**target_batch(side), **padded(length=18, side=side)}
 
 
 def spectrogram_batch(side: str) -> dict[str, Tensor]:
@@ -183,6 +202,13 @@ BERT_GPT2 = {
 }  # fmt: skip
 LED = {**BART, "attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
 SEQ2SEQ = {
+    "bigbird_pegasus": Family(
+        "BigBirdPegasusForConditionalGeneration",
+        "BigBirdPegasusConfig",
+        {**BART, **QUIET, **BLOCKS},
+        blocks_target_batch,
+        ("eager",),
+    ),
     "led": Family("LEDForConditionalGeneration", "LEDConfig", LED, long_target_batch, ("eager",)),
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
@@ -225,6 +251,13 @@ HIERA = {
     "patch_padding": [1, 1], "masked_unit_size": [4, 4], "masked_unit_attention": [True, False], "num_query_pool": 1,
     "query_stride": [2, 2], "drop_path_rate": 0.0,
 }  # fmt: skip
+CVT = {
+    "patch_sizes": [3, 3], "patch_stride": [2, 2], "patch_padding": [1, 1], "embed_dim": [16, 32], "num_heads": [4, 4],
+    "depth": [1, 2], "mlp_ratio": [2.0, 2.0], "attention_drop_rate": [0.0, 0.0], "drop_rate": [0.0, 0.0],
+    "drop_path_rate": [0.0, 0.0], "qkv_bias": [True, True], "cls_token": [False, True], "kernel_qkv": [3, 3],
+    "padding_kv": [1, 1], "stride_kv": [2, 2], "padding_q": [1, 1], "stride_q": [1, 1],
+    "qkv_projection_method": ["dw_bn", "dw_bn"],
+}  # fmt: skip
 FILM = {**PICTURE, **SIZES, "patch_size": 8, "num_frames": 4}
 BIASED = {**SIZES, "use_relative_position_bias": True, "drop_path_rate": 0.0, "layer_scale_init_value": 1.0}
 VISION = {
@@ -240,6 +273,7 @@ VISION = {
         classifier_dropout_prob=0.0,
         initializer_range=0.5,
     ),
+    "cvt": classifier("Cvt", ("eager",), **CVT),
     "timesformer": Family("TimesformerForVideoClassification", "TimesformerConfig", FILM, film_batch, ("eager",)),
     "videomae": Family("VideoMAEForVideoClassification", "VideoMAEConfig", {**FILM, "tubelet_size": 2}, film_batch),
     "vit": classifier("ViT", **SIZES),

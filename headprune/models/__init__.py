@@ -14,6 +14,7 @@ from headprune.models import (
     t5,
     timm,
     variable_head,
+    wavlm,
 )
 from headprune.models.adapters import Adapter, attention_sites, register_adapter
 from headprune.models.gating import gated
@@ -40,4 +41,5 @@ __all__ = [
     "t5",
     "timm",
     "variable_head",
+    "wavlm",
 ]

@@ -1,5 +1,5 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA and their like), the vision transformers built like
-it (YOLOS, ViLT, VideoMAE, data2vec), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec 2.0,
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, BigBird and their like), the vision transformers
+built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec 2.0,
 SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.emptied import EmptiedAlbert
+from headprune.models.emptied import EmptiedAlbert, EmptiedAlone
 from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
 from headprune.models.site import AttentionSite, Foreign, Role, at, contiguous_heads
 from headprune.models.specialise import empty, specialise
+from headprune.models.switched import SwitchesAttention
 
 CROSS = ("cross_attention.attention", "visual_attention")  # where Perceiver and LXMERT keep theirs
 ROLES: tuple[Role, ...] = ("query", "key", "value", "output")
@@ -77,20 +78,40 @@ class Named:
         if getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False):
             remember_positions(site.module, site.head_map.query_heads, kept)
             specialise(site.module, OwnPositions)
+        if hasattr(site.module, "set_attention_type"):
+            specialise(site.module, SwitchesAttention)
         if not head_map.query_heads:
             empty(module, output, self.emptied) if self.emptied else empty_alike(module, output)
 
 
+class BigBirdPegasus(Named):
+    """Its output projection is a layer itself."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        return super().site(name, module) if isinstance(getattr(module, "output", None), nn.Linear) else None
+
+
 class OfEmbedDim(Named):
-    """VITS, whose forward takes the width of all heads from `embed_dim`; its relative positions are the same for all heads."""
+    """Its forward takes the width of all heads from `embed_dim` (CvT)."""
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        super().after_cut(site, head_map, kept)
+        module: Foreign = site.dispatcher
+        module.headprune_head_dim = site.head_dim
+        module.embed_dim = head_map.query_heads * site.head_dim
+
+
+class Vits(OfEmbedDim):
+    """VITS, whose relative positions are the same for all heads."""
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         return super().site(name, module) if hasattr(module, "window_size") and hasattr(module, "embed_dim") else None
 
-    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        super().after_cut(site, head_map, kept)
-        module: Foreign = site.module
-        module.embed_dim = head_map.query_heads * site.head_dim
+
+def share_of_width(module: Foreign) -> int:
+    """head_dim of a module that keeps the width of all heads alone."""
+    known: int | None = getattr(module, "headprune_head_dim", None)
+    return module.embed_dim // module.num_heads if known is None else known
 
 
 def sees_parts(module: nn.Module, attention: nn.Module) -> bool:
@@ -108,6 +129,7 @@ register_adapter(
         (("key", "self.pos_key_proj"), ("query", "self.pos_query_proj")),
     )
 )  # fmt: skip
+register_adapter(BigBirdPegasus("bigbird_pegasus", ("self.query", "self.key", "self.value", "output"), "self"))
 register_adapter(Named("lxmert", ("att.query", "att.key", "att.value", "output.dense"), "att"))
 register_adapter(
     Named(
@@ -115,7 +137,22 @@ register_adapter(
         head_dim="qk_channels_per_head", value_dim="v_channels_per_head",
     )
 )  # fmt: skip
-register_adapter(OfEmbedDim("vits", ("q_proj", "k_proj", "v_proj", "out_proj"), head_dim="head_dim"))
+register_adapter(
+    Named(
+        "conditional_detr", ("q_content_proj", "k_content_proj", "v_proj", "o_proj"),
+        # Of positions, added to a head's query and key or, in cross attention, put beside them.
+        more=(("query", "q_pos_proj"), ("key", "k_pos_proj"), ("query", "q_pos_sine_proj")), head_dim="head_dim",
+    )
+)  # fmt: skip
+register_adapter(Named("kosmos_vision", ("query", "key", "value", "output"), head_dim="head_dim"))
+register_adapter(Vits("vits", ("q_proj", "k_proj", "v_proj", "out_proj"), head_dim="head_dim"))
+register_adapter(
+    OfEmbedDim(
+        "cvt",
+        ("attention.projection_query", "attention.projection_key", "attention.projection_value", "output.dense"),
+        "attention", head_dim=share_of_width, emptied=EmptiedAlone,
+    )
+)  # fmt: skip
 for name, head_dim in (("conformer", "head_size"), ("conformer_of_speech", "head_dim")):
     linear = ("linear_q", "linear_k", "linear_v", "linear_out")
     register_adapter(Named(name, linear, more=(("key", "linear_pos"),), head_dim=head_dim))

@@ -1,6 +1,6 @@
 """Attention of vision models whose query, key and value share one linear layer `qkv`: the towers of Qwen-VL and its relatives
-(GLM-V, ERNIE-VL, EXAONE, dots), which take all pictures of a batch as one packed sequence [tokens, features]; BLIP, BLIP-2 and
-InstructBLIP."""
+(GLM-V, ERNIE-VL, EXAONE, dots), which take all pictures of a batch as one packed sequence [tokens, features]; the windows of
+Florence-2; BLIP, BLIP-2 and InstructBLIP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.separate import unknown_parameters
 from headprune.models.site import AttentionSite, Foreign
 from headprune.models.specialise import specialise
+from headprune.models.window_forward import EmptiedWindows, OwnWindows
 
+FLORENCE = ("num_heads", "window_size", "scale", "dim")
 NORMS = {"q_norm", "k_norm"}
 
 
@@ -45,6 +47,17 @@ def packed_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) 
         module.q_dim, module.kv_dim = head_map.query_heads * site.head_dim, head_map.kv_heads * site.head_dim
 
 
+def takes_windows(module: Foreign) -> bool:
+    """Cuts the picture into windows itself, with no parameters but the projections."""
+    kind: Foreign = original_class(module)
+    takes = [*inspect.signature(kind.forward).parameters] == ["self", "hidden_states"]
+    return takes and all(hasattr(module, part) for part in FLORENCE) and not unknown_parameters(module, {"qkv", "proj"})
+
+
+def windows_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+    specialise(site.module, OwnWindows)
+
+
 def blip_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
     specialise(site.module, OwnHeadDim)
 
@@ -53,6 +66,12 @@ register_adapter(
     Fused(
         "packed_vision", "qkv", "proj", "head_dim", takes_packed, lambda module: blocks, kv_heads=kv_heads, after=packed_after,
         emptied=EmptiedAlone,
+    )
+)  # fmt: skip
+register_adapter(
+    Fused(
+        "florence_vision", "qkv", "proj", "scale", takes_windows, lambda module: blocks, after=windows_after,
+        emptied=EmptiedWindows, windowed=True,
     )
 )  # fmt: skip
 register_adapter(

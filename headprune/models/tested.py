@@ -9,9 +9,10 @@ TESTED: dict[str, tuple[str, ...]] = {
     "headprune": ("VariableHeadAttention",),
     "timm": ("Attention", "WindowAttention"),
     "transformers": (
-        "AfmoeAttention", "AlbertAttention", "Attention", "BartAttention", "BeitAttention", "BertAttention", "Blip2Attention",
-        "Blip2QFormerAttention", "BlipAttention", "BlipTextAttention", "BloomAttention", "CLIPAttention", "CodeGenAttention",
-        "CohereAttention", "Data2VecVisionAttention", "DbrxAttention", "DebertaAttention", "DebertaV2Attention",
+        "AfmoeAttention", "AlbertAttention", "Attention", "BartAttention", "BeitAttention", "BertAttention", "BigBirdAttention",
+        "BigBirdPegasusDecoderAttention", "BigBirdPegasusEncoderAttention", "Blip2Attention", "Blip2QFormerAttention",
+        "BlipAttention", "BlipTextAttention", "BloomAttention", "CLIPAttention", "CodeGenAttention", "CohereAttention",
+        "CvtAttention", "Data2VecVisionAttention", "DbrxAttention", "DebertaAttention", "DebertaV2Attention",
         "DeepseekV2Attention", "DeepseekV3Attention", "DeiTAttention", "DistilBertSelfAttention", "ElectraAttention",
         "Exaone4Attention", "Exaone4_5_VisionAttention", "FalconAttention", "GPT2Attention", "GPTBigCodeAttention",
         "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "Gemma2Attention", "Gemma3Attention", "Gemma3nTextAttention",
@@ -26,7 +27,8 @@ TESTED: dict[str, tuple[str, ...]] = {
         "RobertaAttention", "Sam2Attention", "Sam2MultiScaleAttention", "SamAttention", "SamHQAttention", "SamHQVisionAttention",
         "SamHQVisionSdpaAttention", "SamVisionAttention", "SamVisionSdpaAttention", "SmolLM3Attention", "StableLmAttention",
         "SwinAttention", "T5Attention", "TimeSformerAttention", "UMT5Attention", "ViTAttention", "VideoMAEAttention",
-        "VisionAttention", "VitDetAttention", "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention", "WhisperAttention",
+        "VisionAttention", "VitDetAttention", "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention", "WavLMAttention",
+        "WhisperAttention",
     ),
 }  # fmt: skip
 

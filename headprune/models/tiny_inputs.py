@@ -25,7 +25,7 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     main = getattr(model, "main_input_name", "input_ids")
     vocabulary: Any = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     if "input_ids" in taken and main in ("input_ids", "pixel_values", "inputs") and isinstance(vocabulary, int):
-        inputs |= tokens(vocabulary)
+        inputs |= tokens(vocabulary, enough_tokens(config))
     if "grid_thw" in taken or "image_grid_thw" in taken:
         inputs |= packed_picture(model, taken, inputs.get("input_ids"))
     elif "pixel_values" in taken:
@@ -67,8 +67,16 @@ def rows_of(inputs: dict[str, Tensor]) -> int:
     return next(iter(inputs.values())).shape[0] if inputs else 1
 
 
-def tokens(vocabulary: int) -> dict[str, Tensor]:
-    ids = 1 + torch.arange(2 * TOKENS).view(2, TOKENS) * 7919 % max(vocabulary - 1, 1)
+def enough_tokens(config: Any) -> int:
+    """BigBird gives up its sparse attention for good where a text is no longer than what it would see of it."""
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return TOKENS
+    seen: int = (5 + 2 * config.num_random_blocks) * config.block_size
+    return min(seen + 1, int(config.max_position_embeddings))
+
+
+def tokens(vocabulary: int, length: int = TOKENS) -> dict[str, Tensor]:
+    ids = 1 + torch.arange(2 * length).view(2, length) * 7919 % max(vocabulary - 1, 1)
     mask = torch.ones_like(ids)
     mask[1, :1] = 0
     return {"input_ids": ids.clamp(max=vocabulary - 1), "attention_mask": mask}

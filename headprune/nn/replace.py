@@ -1,9 +1,10 @@
-"""Swaps every torch.nn.MultiheadAttention of a model for a VariableHeadAttention with the same weights."""
+"""Swaps every torch.nn.MultiheadAttention of a model for a VariableHeadAttention with the same weights; attentions of other kinds
+that compute past their own projections get a forward of ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
@@ -15,13 +16,23 @@ from headprune.nn.given import out_of_inference_mode, plain_module
 
 P = ParamSpec("P")
 R = TypeVar("R")
+OwnForward = Callable[[nn.Module], Callable[[], None] | None]
+_own_forwards: list[OwnForward] = []
+
+
+def register_own_forward(give: OwnForward) -> OwnForward:
+    """`give(module)` gives an attention whose stock forward computes past its own projections another, through them, and returns
+    what puts the stock one back; None where the module is of another kind, or has one already."""
+    _own_forwards.append(give)
+    return give
 
 
 def replace_multihead_attention(model: nn.Module) -> nn.Module:
     """`model` with VariableHeadAttention in place of every torch.nn.MultiheadAttention, in place; the outputs stay the same.
 
     A layer that stands in several places stays shared. Subclasses are left alone: their forward may be another. Where
-    `model` itself is such a layer the new one is returned. An optimizer made before holds the old parameters.
+    `model` itself is such a layer the new one is returned. An optimizer made before holds the old parameters. WavLM's
+    attentions, which hand their weights to torch's function, stay and compute the same through their projections.
     """
     check_arguments(replace_multihead_attention, locals())
     if type(model) is nn.MultiheadAttention:
@@ -65,26 +76,28 @@ def on_own_attention(change: Callable[P, R]) -> Callable[P, R]:
 def swap(model: nn.Module) -> Callable[[], None]:
     """Swaps the layers below `model`; returns what puts the old ones back."""
     swapped: dict[nn.Module, VariableHeadAttention] = {}
-    places: list[tuple[nn.Module, str, nn.Module]] = []
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):  # named_children() leaves out a second name of a shared layer
-            if type(child) is nn.MultiheadAttention:
-                if child not in swapped:
-                    swapped[child] = VariableHeadAttention.from_torch(child)
-                places.append((module, name, child))
-                setattr(module, name, swapped[child])
-    # Else padded batches reach the layers as nested tensors, for torch's own kernel.
-    nested = [module for module in model.modules() if takes_nested_tensors(module)]
-    for encoder in nested:
-        encoder.use_nested_tensor = False
+    with ExitStack() as undo:
+        for module in list(model.modules()):
+            for change in filter(None, (give(module) for give in _own_forwards)):
+                undo.callback(change)
+            for name, child in list(module._modules.items()):  # named_children() leaves out a second name of a shared layer
+                if type(child) is nn.MultiheadAttention:
+                    if child not in swapped:
+                        swapped[child] = VariableHeadAttention.from_torch(child)
+                    undo.callback(put_back, module, name, child)
+                    setattr(module, name, swapped[child])
+        # Else padded batches reach the layers as nested tensors, for torch's own kernel.
+        for encoder in model.modules():
+            if takes_nested_tensors(encoder):
+                undo.callback(setattr, encoder, "use_nested_tensor", True)
+                encoder.use_nested_tensor = False
+        return undo.pop_all().close
 
-    def undo() -> None:
-        for module, name, child in places:
-            setattr(module, name, child.train(swapped[child].training))
-        for encoder in nested:
-            encoder.use_nested_tensor = True
 
-    return undo
+def put_back(module: nn.Module, name: str, layer: nn.MultiheadAttention) -> None:
+    """`layer` in the mode of what stood in its place."""
+    training = module.get_submodule(name).training
+    setattr(module, name, layer.train(training))
 
 
 def takes_nested_tensors(module: nn.Module) -> TypeGuard[nn.TransformerEncoder]:

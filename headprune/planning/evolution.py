@@ -136,6 +136,11 @@ def masked_fitness(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFun
     runs = [masked.on(batch) for batch in batches]
     if not runs:
         raise InvalidInput("the calibration set is empty; a search needs at least one batch.")
+    if not any(run.reached for run in runs):
+        raise InvalidInput(
+            f"no attention of {type(model).__name__} was reached by the calibration set, so there is nothing to compare. Where its "
+            "attention is torch's own function, call headprune.nn.replace_multihead_attention(model) first."
+        )
 
     def fitness(plans: Sequence[PruningPlan]) -> list[float]:
         masks = {name: torch.stack([open_heads(plan, name) for plan in plans]) for name in plans[0]}

@@ -23,6 +23,7 @@ from headprune.models import attention_sites
 from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
+from headprune.nn.replace import own_attention
 from headprune.scoring.folding import batch_size, fold
 from headprune.scoring.observer import LossFunction, checked_losses
 from headprune.scoring.passes import frozen, pass_of
@@ -52,7 +53,8 @@ def masked_losses(
     Raises InvalidInput for masks of an unknown site or another shape, of a site that the batch does not run through, for a
     loss that is missing, unknown or not finite.
     """
-    return MaskedLosses(model, attention_sites(model), loss_fn, rows).on(batch).losses(masks)
+    with own_attention(model):
+        return MaskedLosses(model, attention_sites(model), loss_fn, rows).on(batch).losses(masks)
 
 
 @dataclass

@@ -46,7 +46,10 @@ from headprune.models.own_positions import GroupedFalcon, OwnPositions
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
 from headprune.models.quarters import QuarteredHeads
 from headprune.models.selection import PicksHeads
+from headprune.models.switched import SwitchesAttention
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
+from headprune.models.wavlm_forward import EmptiedWavLM, OwnWavLM
+from headprune.models.window_forward import EmptiedWindows, OwnWindows
 
 try:
     import headprune  # registers attn_implementation="headprune"
@@ -59,9 +62,10 @@ BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
         Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
-        EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled,
-        EmptiedPooledAlone, EmptiedReader, EmptiedT5, EmptiedTimm, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder,
-        OwnLongformer, OwnPositions, OwnWidth, OwnWidthProjected, PicksHeads, QuarteredHeads, SharedPositions,
+        EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedOpenAI,
+        EmptiedPooled, EmptiedPooledAlone, EmptiedReader, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows,
+        EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnPositions, OwnWavLM, OwnWidth,
+        OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.

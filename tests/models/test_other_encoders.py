@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from tiny_encoders import ENCODERS, EVERY, LISTENER, PICTURE, QUIET, SIZES, TEXT, VISION
+from tiny_encoders import BART, ENCODERS, EVERY, LISTENER, PICTURE, QUIET, SIZES, TEXT, VISION
 from tiny_models import VOCABULARY, padded, tokens
 from torch import Tensor
 
@@ -43,6 +43,23 @@ def frames() -> dict[str, Tensor]:
     mask[1, 12:] = 0
     values = torch.randn(3, 20, 10, generator=torch.Generator().manual_seed(1))
     return {"input_features": values * mask[..., None], "attention_mask": mask, "decoder_input_ids": tokens(3, 5)}
+
+
+def looked_at() -> dict[str, Tensor]:
+    """Texts that begin with a picture, of one token for the whole and one for each place."""
+    ids = tokens(3, 9).clamp(max=59).masked_fill(torch.arange(9) < 5, 60)
+    return {**picture(), "input_ids": ids, "decoder_input_ids": tokens(3, 4)}
+
+
+def read() -> dict[str, Tensor]:
+    """Texts that begin with four places for a picture, of which six patches are given, each behind its row and column."""
+    places = torch.cartesian_prod(torch.arange(1.0, 3.0), torch.arange(1.0, 4.0)).expand(3, 6, 2)
+    patches = torch.cat([places, torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(1))], dim=2)
+    return {
+        "flattened_patches": patches,
+        "input_ids": tokens(3, 9),
+        "image_embeds_position_mask": (torch.arange(9) < 4).expand(3, -1),
+    }
 
 
 def seen() -> dict[str, Tensor]:
@@ -90,7 +107,44 @@ GEMMA4 = {
     **SIZES, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 64, "pooling_kernel_size": 2,
     "use_clipped_linears": True,
 }  # fmt: skip
+FLORENCE = {
+    "vision_config": {
+        "embed_dim": [16, 32], "num_heads": [4, 4], "num_groups": [4, 4], "depths": [1, 2], "patch_size": [3, 3],
+        "patch_stride": [4, 2], "patch_padding": [1, 1], "patch_prenorm": [False, True], "window_size": 3, "drop_path_rate": 0.0,
+        "projection_dim": 32, "initializer_range": 0.2,
+    },
+    "text_config": {**BART, "model_type": "bart"}, "image_token_id": 60,
+}  # fmt: skip
+KOSMOS = {
+    "vision_config": {
+        **SIZES, "patch_embed_hidden_size": 24, "head_dim": 8, "max_num_patches": 8, "initializer_factor": 10.0,
+    },
+    "text_config": {
+        "vocab_size": VOCABULARY, "embed_dim": 32, "layers": 2, "ffn_dim": 48, "attention_heads": 4, "init_std": 0.2,
+        "dropout": 0.0, "max_position_embeddings": 32,
+    },
+    "latent_query_num": 4,
+}  # fmt: skip
+DETR = {
+    "backbone_config": {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1],
+        "out_features": ["stage4"],
+    },
+    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "d_model": 32, "encoder_layers": 2,
+    "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "num_queries": 5, "dropout": 0.0, "init_std": 0.2, "num_labels": 5,
+}  # fmt: skip
 MODELS = {
+    "ConditionalDetrForObjectDetection": Model(
+        "ConditionalDetr",
+        DETR,
+        lambda: {"pixel_values": torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))},
+        ("eager", "headprune"),
+        "logits",
+        alone=True,
+    ),
+    "Kosmos2_5ForConditionalGeneration": Model("Kosmos2_5", KOSMOS, read, ("eager", "headprune"), "logits", alone=True),
+    "Florence2ForConditionalGeneration": Model("Florence2", FLORENCE, looked_at, EVERY, "logits", alone=True),
     "Gemma4VisionModel": Model("Gemma4Vision", GEMMA4, patches, alone=True),
     "VitsModel": Model("Vits", VITS, padded, ("eager",), "waveform"),
     "GraniteSpeechCTCEncoder": Model(
@@ -159,3 +213,18 @@ def test_attention_weights_are_those_of_the_heads_that_are_left(family):
     found = model(**batch, output_attentions=True)
     for weights in [*found.attentions, *(found.get("global_attentions") or ())]:
         assert weights.shape[1] in (0, 3)
+
+
+def test_gate_gradients_of_windows_are_those_of_their_picture():
+    model = made("Florence2ForConditionalGeneration", "sdpa")
+    batch = {**looked_at(), "labels": tokens(3, 4)}
+    del batch["decoder_input_ids"]
+    rows = [{name: value[[row]] for name, value in batch.items()} for row in range(3)]
+    together, alone = (hp.observe(model, batches, {"gate_gradient"}, loss_fn=losses) for batches in ([batch], rows))
+    for site in together:
+        assert torch.allclose(together[site].gate_gradient, alone[site].gate_gradient, rtol=1e-3, atol=1e-4)
+
+
+def losses(model, batch) -> Tensor:
+    logits = model(**batch).logits
+    return torch.nn.functional.cross_entropy(logits.movedim(-1, 1), batch["labels"], reduction="none").mean(dim=1)
