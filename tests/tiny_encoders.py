@@ -258,6 +258,10 @@ CVT = {
     "padding_kv": [1, 1], "stride_kv": [2, 2], "padding_q": [1, 1], "stride_q": [1, 1],
     "qkv_projection_method": ["dw_bn", "dw_bn"],
 }  # fmt: skip
+PVT = {
+    "num_encoder_blocks": 2, "depths": [1, 2], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3],
+    "strides": [4, 2], "num_attention_heads": [4, 4], "mlp_ratios": [2, 2], "drop_path_rate": 0.0,
+}  # fmt: skip
 FILM = {**PICTURE, **SIZES, "patch_size": 8, "num_frames": 4}
 BIASED = {**SIZES, "use_relative_position_bias": True, "drop_path_rate": 0.0, "layer_scale_init_value": 1.0}
 VISION = {
@@ -273,6 +277,8 @@ VISION = {
         classifier_dropout_prob=0.0,
         initializer_range=0.5,
     ),
+    "pvt_v2": classifier("PvtV2", ("eager",), **PVT),
+    "pvt_v2_linear": classifier("PvtV2", ("eager",), linear_attention=True, **PVT),
     "cvt": classifier("Cvt", ("eager",), **CVT),
     "timesformer": Family("TimesformerForVideoClassification", "TimesformerConfig", FILM, film_batch, ("eager",)),
     "videomae": Family("VideoMAEForVideoClassification", "VideoMAEConfig", {**FILM, "tubelet_size": 2}, film_batch),

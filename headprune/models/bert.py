@@ -1,6 +1,6 @@
 """Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, BigBird and their like), the vision transformers
-built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec 2.0,
-SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
+built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec
+2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
+from headprune.models.reduced_forward import OwnReduced
 from headprune.models.site import AttentionSite, Foreign, Role, at, contiguous_heads
 from headprune.models.specialise import empty, specialise
 from headprune.models.switched import SwitchesAttention
@@ -91,6 +92,17 @@ class BigBirdPegasus(Named):
         return super().site(name, module) if isinstance(getattr(module, "output", None), nn.Linear) else None
 
 
+class Reduced(Named):
+    """PVT v2, whose keys and values come from a smaller picture."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        return super().site(name, module) if hasattr(module, "spatial_reduction_ratio") else None
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        specialise(site.module, OwnReduced)
+        super().after_cut(site, head_map, kept)
+
+
 class OfEmbedDim(Named):
     """Its forward takes the width of all heads from `embed_dim` (CvT)."""
 
@@ -145,6 +157,7 @@ register_adapter(
     )
 )  # fmt: skip
 register_adapter(Named("kosmos_vision", ("query", "key", "value", "output"), head_dim="head_dim"))
+register_adapter(Reduced("pvt_v2", ("query", "key", "value", "proj")))
 register_adapter(Vits("vits", ("q_proj", "k_proj", "v_proj", "out_proj"), head_dim="head_dim"))
 register_adapter(
     OfEmbedDim(

@@ -45,6 +45,7 @@ from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
 from headprune.models.quarters import QuarteredHeads
+from headprune.models.reduced_forward import OwnReduced
 from headprune.models.selection import PicksHeads
 from headprune.models.switched import SwitchesAttention
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
@@ -64,8 +65,8 @@ BEHAVIOURS = {
         Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
         EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedOpenAI,
         EmptiedPooled, EmptiedPooledAlone, EmptiedReader, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows,
-        EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnPositions, OwnWavLM, OwnWidth,
-        OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions, SwitchesAttention,
+        EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnPositions, OwnReduced, OwnWavLM,
+        OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
