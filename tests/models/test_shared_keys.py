@@ -353,3 +353,13 @@ def test_the_language_model_under_a_vision_tower_shares_too():
         assert torch.allclose(*found, atol=1e-4)
     labelled = {"input_ids": tokens() % VOCABULARY, "labels": tokens()}
     assert set(plan) <= set(hp.score(pruned, [labelled], "fisher", unreached="keep"))
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_assisted_decoding_gives_the_same_tokens_with_our_attention(family):
+    """There layers that read keys are given several queries behind a cache."""
+    for seed in range(4):
+        model, assistant = decoder(family, seed=seed), decoder(family, seed=seed + 1)
+        model.set_attn_implementation("headprune")
+        greedy = {"input_ids": tokens(1, 7), "attention_mask": torch.ones(1, 7), "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(model.generate(**greedy, assistant_model=assistant), model.generate(**greedy))
