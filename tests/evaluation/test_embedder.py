@@ -7,7 +7,7 @@ from tiny_models import bert, llama
 from transformers import AutoModel, AutoTokenizer
 
 import headprune as hp
-from headprune.errors import InvalidInput
+from headprune.errors import CorruptCheckpoint, InvalidInput
 from headprune.evaluation.retrieval import embed
 from headprune.evaluation.tasks import build_task, named_task
 from headprune.models.shards import open_shards
@@ -73,6 +73,12 @@ def test_a_pooling_that_we_do_not_have_is_told(embedder, pairs, written):
     with pytest.raises(InvalidInput, match=r"1_Pooling/config\.json pools by .*Give pooling=mean, cls or last"):
         task_of(embedder, pairs)
     assert task_of(embedder, pairs, pooling="last").pooling == "last"
+
+
+def test_a_damaged_file_is_named(embedder, pairs):
+    (embedder / "1_Pooling" / "config.json").write_text("{")
+    with pytest.raises(CorruptCheckpoint, match=r"1_Pooling/config\.json is not JSON"):
+        task_of(embedder, pairs)
 
 
 def test_a_causal_decoder_is_pooled_by_its_last_token_and_an_encoder_by_the_mean(embedder, pairs):

@@ -190,3 +190,9 @@ def test_a_training_step_lowers_the_loss(family):
     assert all(site.output.module.weight.grad.abs().sum() > 0 for site in attention_sites(pruned))
     torch.optim.SGD(pruned.parameters(), lr=0.01).step()
     assert pruned(input_ids=ids, labels=ids).loss < before
+
+
+def test_bloom_that_slices_its_weights_anew_at_every_pass_is_refused():
+    model = decoder("bloom", pretraining_tp=2, slow_but_exact=True)
+    with pytest.raises(hp.UnsupportedModel, match="set slow_but_exact=False"):
+        attention_sites(model)

@@ -9,6 +9,7 @@ from streamed_models import sharded_folder
 
 from headprune.errors import CorruptCheckpoint, InvalidInput
 from headprune.models.shards import INDEX, open_shards
+from headprune.surgery.shard_writer import copy_range
 
 
 @pytest.fixture
@@ -61,3 +62,17 @@ def test_a_tensor_that_the_index_promises_in_vain_is_named(folder):
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(InvalidInput, match=r"neither model\.safetensors"):
         open_shards(tmp_path)
+
+
+@pytest.mark.parametrize("take", [lambda shards, name: shards.read(name), lambda shards, name: copied(shards[name])])
+def test_a_file_that_shrinks_under_way_is_named(folder, take):
+    shards = open_shards(folder)
+    name, stored = max(shards.items(), key=lambda item: item[1].nbytes)
+    stored.path.write_bytes(stored.path.read_bytes()[: stored.start + stored.nbytes // 2])
+    with pytest.raises(CorruptCheckpoint, match=rf"{stored.path.name} ended .*was it changed\?"):
+        take(shards, name)
+
+
+def copied(stored) -> None:
+    with (stored.path.parent / "copy").open("wb", buffering=0) as target:
+        copy_range(stored, target.fileno())
