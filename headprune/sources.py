@@ -83,6 +83,8 @@ def default_task(name: str) -> str:
         example = "image-classification,calibration=FOLDER"
     elif "QuestionAnswering" in model.__name__:
         example = "question-answering,calibration=train.jsonl"
+    elif "TokenClassification" in model.__name__:
+        example = "token-classification,calibration=train.jsonl"
     elif "Classification" in model.__name__:
         example = "text-classification,calibration=train.jsonl"
     elif getattr(config, "is_encoder_decoder", False):

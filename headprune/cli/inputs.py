@@ -61,8 +61,8 @@ TaskOption = Annotated[
     typer.Option(
         "--task",
         help="The data: docstring-retrieval (default for encoders), standard-library-text (for language models), or your own: "
-        "text,calibration=FILE, chat, masked-text, text-to-text, retrieval, text-classification, question-answering, "
-        "image-classification.",
+        "text,calibration=FILE, chat, masked-text, text-to-text, retrieval, text-classification, token-classification, "
+        "question-answering, image-classification.",
         autocompletion=completion.one_of(completion.tasks),
     ),
 ]

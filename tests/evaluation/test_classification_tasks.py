@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from letter_tokenizer import letter_tokenizer
 from PIL import Image
-from tiny_encoders import ENCODERS, VISION
+from tiny_encoders import VISION
 from tiny_models import bert
 from transformers import AutoImageProcessor, BertConfig, BertForSequenceClassification, Wav2Vec2FeatureExtractor
 
@@ -186,7 +186,7 @@ def image_processor(folder):
 
 def test_models_that_no_task_of_ours_fits_are_told_which_to_name(tmp_path):
     VISION["vit"].make().save_pretrained(tmp_path / "vit")
-    ENCODERS["bert"].make().save_pretrained(tmp_path / "bert")
+    classifier().save_pretrained(tmp_path / "bert")
     with pytest.raises(InvalidInput, match=r"image-classification,calibration=FOLDER"):
         default_task(str(tmp_path / "vit"))
     with pytest.raises(InvalidInput, match=r"text-classification,calibration=train\.jsonl"):

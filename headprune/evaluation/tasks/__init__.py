@@ -11,9 +11,10 @@ from headprune.evaluation.tasks.task import Task, build_task, check_task, named_
 from headprune.evaluation.tasks.text import Text
 from headprune.evaluation.tasks.text_classification import TextClassification
 from headprune.evaluation.tasks.text_to_text import TextToText
+from headprune.evaluation.tasks.token_classification import TokenClassification
 
 __all__ = [
     "Chat", "DocstringRetrieval", "ImageClassification", "MaskedText", "QuestionAnswering", "RetrievalOfPairs",
-    "StandardLibraryText", "Task", "Text", "TextClassification", "TextToText", "build_task", "check_task", "named_task",
-    "register_task", "task_options", "tasks",
+    "StandardLibraryText", "Task", "Text", "TextClassification", "TextToText", "TokenClassification", "build_task", "check_task",
+    "named_task", "register_task", "task_options", "tasks",
 ]  # fmt: skip

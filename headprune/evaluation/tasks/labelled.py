@@ -60,6 +60,8 @@ class Labelled(Task):
         ]
 
     def check_model(self, model: nn.Module) -> None:
+        if "TokenClassification" in type(model).__name__:
+            raise InvalidInput(f"task {self.name}: {type(model).__name__} classifies words; take the task token-classification.")
         numbers = numbers_of(self.names, model, f"task {self.name}")
         refuse_longer([*self.calibration, *self.test], position_limit(model), model)
         if self.numbers is None:
