@@ -36,6 +36,7 @@ def stdlib_lm_opening() -> str:
     return "load stdlib-lm" if folder.exists() else f"train stdlib-lm, once, for a few minutes (kept in {folder.parent})"
 
 
+SOUND = ("input_features", "input_values")  # what models of sound read
 TRIALS = 10  # plans that a demo tries
 
 EMBEDDED = {
@@ -79,7 +80,11 @@ def default_task(name: str) -> str:
     folder = model_folder(name)
     config = load_config(folder)
     model, example = class_of(config), None
-    if model.main_input_name != "input_ids":
+    if model.main_input_name in SOUND:
+        if not (model.main_input_name == "input_features" and getattr(config, "is_encoder_decoder", False)):
+            raise InvalidInput(f"no task of headprune's own is for a {model.__name__}; write one (docs/evaluation.md).")
+        example = "speech-recognition,calibration=train.csv"
+    elif model.main_input_name != "input_ids":
         example = "image-classification,calibration=FOLDER"
     elif "QuestionAnswering" in model.__name__:
         example = "question-answering,calibration=train.jsonl"

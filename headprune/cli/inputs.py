@@ -62,7 +62,7 @@ TaskOption = Annotated[
         "--task",
         help="The data: docstring-retrieval (default for encoders), standard-library-text (for language models), or your own: "
         "text,calibration=FILE, chat, masked-text, text-to-text, retrieval, text-classification, token-classification, "
-        "question-answering, image-classification.",
+        "question-answering, image-classification, speech-recognition.",
         autocompletion=completion.one_of(completion.tasks),
     ),
 ]

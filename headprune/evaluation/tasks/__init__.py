@@ -6,6 +6,7 @@ from headprune.evaluation.tasks.image_classification import ImageClassification
 from headprune.evaluation.tasks.masked_text import MaskedText
 from headprune.evaluation.tasks.question_answering import QuestionAnswering
 from headprune.evaluation.tasks.retrieval import RetrievalOfPairs
+from headprune.evaluation.tasks.speech_recognition import SpeechRecognition
 from headprune.evaluation.tasks.standard_library_text import StandardLibraryText
 from headprune.evaluation.tasks.task import Task, build_task, check_task, named_task, register_task, task_options, tasks
 from headprune.evaluation.tasks.text import Text
@@ -15,6 +16,6 @@ from headprune.evaluation.tasks.token_classification import TokenClassification
 
 __all__ = [
     "Chat", "DocstringRetrieval", "ImageClassification", "MaskedText", "QuestionAnswering", "RetrievalOfPairs",
-    "StandardLibraryText", "Task", "Text", "TextClassification", "TextToText", "TokenClassification", "build_task", "check_task",
-    "named_task", "register_task", "task_options", "tasks",
+    "SpeechRecognition", "StandardLibraryText", "Task", "Text", "TextClassification", "TextToText", "TokenClassification",
+    "build_task", "check_task", "named_task", "register_task", "task_options", "tasks",
 ]  # fmt: skip
