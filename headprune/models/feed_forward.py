@@ -7,7 +7,7 @@ attention received.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +36,11 @@ class FeedForward:
 @torch.no_grad()
 def feed_forwards(model: nn.Module, sites: Sequence[AttentionSite], run: Callable[[], Any]) -> dict[str, FeedForward]:
     """Site name -> the end of the feed-forward behind it; sites behind which none is seen (a mixture of experts, an output that is
-    scaled or normed before the sum) are left out. run: one forward pass of `model`, in eval mode."""
+    scaled or normed before the sum) are left out, and those behind which another attention comes first (in a decoder with cross
+    attention). run: one forward pass of `model`, in eval mode."""
     names = {module: name for name, module in model.named_modules()}
-    watched = [Watch(site, model) for site in sites]
+    ends = {site.output.module for site in sites}
+    watched = [Watch(site, model, ends - {site.output.module}) for site in sites]
     with ExitStack() as stack:
         for watch in watched:
             for module in watch.block.modules():
@@ -52,8 +54,9 @@ def feed_forwards(model: nn.Module, sites: Sequence[AttentionSite], run: Callabl
 class Watch:
     """One block: what its modules receive behind the attention, and what its last linear layer gave."""
 
-    def __init__(self, site: AttentionSite, model: nn.Module) -> None:
-        self.site = site
+    def __init__(self, site: AttentionSite, model: nn.Module, others: Set[nn.Module]) -> None:
+        """others: the output projections of other attentions."""
+        self.site, self.others = site, others
         self.block = model.get_submodule(site.name.rpartition(".")[0])
         self.streams: list[tuple[nn.Module, Tensor]] = []
         self.last: tuple[nn.Module, Tensor] | None = None
@@ -71,12 +74,17 @@ class Watch:
         returned = first_tensor(output if isinstance(output, tuple) else (output,))
         if module is self.site.output.module:
             self.behind = True
+        elif module in self.others:
+            self.leave()
         elif self.behind and is_linear(module) and returned is not None:
             self.last = (module, returned)
         elif module is self.block:
             self.compare(returned)
-            self.behind, self.last = False, None
-            self.streams.clear()
+            self.leave()
+
+    def leave(self) -> None:
+        self.behind, self.last = False, None
+        self.streams.clear()
 
     def compare(self, tensor: Tensor | None) -> None:
         if self.last is None or tensor is None or self.found is not None:

@@ -14,6 +14,7 @@ import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.evaluation.tasks import build_task
 from headprune.sources import default_task
+from headprune.surgery.verify import cut_error
 
 
 def padding_tokenizer():
@@ -79,7 +80,9 @@ def test_an_encoder_decoder_goes_the_whole_way_on_it(pairs, name, tmp_path):
     model = copy.deepcopy(dense)
     scores = hp.score(model, task.calibration, ["fisher", "wanda"], loss_fn=task.loss)["fisher"]
     found = hp.search_plan(model, scores, hp.Budget(heads=0.5), task.calibration, trials=2, forward=task.readout)
-    hp.prune(model, found.plan, task.calibration, forward=task.forward)
+    done = hp.prune(model, found.plan, task.calibration, forward=task.forward, feed_forward=True)
+    ends = [part.site for part in done.resolved if part.site not in found.plan]
+    assert cut_error(dense, model, found.plan, task.outputs, ends) < 1e-4
     hp.recover(model, task.training(), loss_fn=task.loss, teacher=dense, steps=2)
     hp.save(model, tmp_path / "pruned", tokenizer=task.tokenizer)
     loaded = hp.load(tmp_path / "pruned")

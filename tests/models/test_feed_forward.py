@@ -1,4 +1,5 @@
 import pytest
+from tiny_encoders import SEQ2SEQ
 from tiny_models import bert, hidden, llama, padded
 
 from headprune.models import attention_sites
@@ -20,6 +21,15 @@ def test_the_end_of_the_feed_forward_is_found_with_its_stream(make, ends, stream
     assert [names[one.stream] for one in found.values()] == [streams.format(0), streams.format(1)]
     assert list(found) == [site.name for site in attention_sites(model)]
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_behind_a_decoders_self_attention_comes_its_cross_attention():
+    model = SEQ2SEQ["bart"].make()
+    found = feed_forwards(model, attention_sites(model), lambda: model(**SEQ2SEQ["bart"].batch("right")))
+    assert {site: one.name for site, one in found.items()} == {
+        **{f"model.encoder.layers.{layer}.self_attn": f"model.encoder.layers.{layer}.fc2" for layer in range(2)},
+        **{f"model.decoder.layers.{layer}.encoder_attn": f"model.decoder.layers.{layer}.fc2" for layer in range(2)},
+    }
 
 
 def test_no_end_is_found_where_the_sum_is_another():
