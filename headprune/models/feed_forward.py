@@ -40,7 +40,7 @@ def feed_forwards(model: nn.Module, sites: Sequence[AttentionSite], run: Callabl
     attention). run: one forward pass of `model`, in eval mode."""
     names = {module: name for name, module in model.named_modules()}
     ends = {site.output.module for site in sites}
-    watched = [Watch(site, model, ends - {site.output.module}) for site in sites]
+    watched = [Watch(site, block_around(site, model, sites), ends - {site.output.module}) for site in sites]
     with ExitStack() as stack:
         for watch in watched:
             for module in watch.block.modules():
@@ -54,10 +54,9 @@ def feed_forwards(model: nn.Module, sites: Sequence[AttentionSite], run: Callabl
 class Watch:
     """One block: what its modules receive behind the attention, and what its last linear layer gave."""
 
-    def __init__(self, site: AttentionSite, model: nn.Module, others: Set[nn.Module]) -> None:
+    def __init__(self, site: AttentionSite, block: nn.Module, others: Set[nn.Module]) -> None:
         """others: the output projections of other attentions."""
-        self.site, self.others = site, others
-        self.block = model.get_submodule(site.name.rpartition(".")[0])
+        self.site, self.block, self.others = site, block, others
         self.streams: list[tuple[nn.Module, Tensor]] = []
         self.last: tuple[nn.Module, Tensor] | None = None
         self.found: tuple[nn.Module, nn.Module] | None = None
@@ -94,6 +93,22 @@ class Watch:
             if stream.shape == tensor.shape == output.shape and module is not linear and torch.equal(tensor, stream + output):
                 self.found = (linear, module)
                 return
+
+
+def block_around(site: AttentionSite, model: nn.Module, sites: Sequence[AttentionSite]) -> nn.Module:
+    """The module around an attention; where that holds nothing else that multiplies (T5), the layer around it."""
+    path = site.name.rpartition(".")[0]
+    block = model.get_submodule(path)
+    inside = set(site.module.modules())
+    while path and not any(is_linear(module) for module in block.modules() if module not in inside):
+        path = path.rpartition(".")[0]
+        wider = model.get_submodule(path)
+        if isinstance(wider, nn.ModuleList):
+            continue
+        if sum(other.kind == "self" and other.name.startswith(f"{path}.") for other in sites) > 1:
+            break
+        block = wider
+    return block
 
 
 def is_linear(module: nn.Module) -> bool:

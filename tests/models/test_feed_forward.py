@@ -38,3 +38,18 @@ def test_no_end_is_found_where_the_sum_is_another():
     model.model.layers[0].mlp.register_forward_hook(lambda _module, _args, output: 0.5 * output)
     found = feed_forwards(model, attention_sites(model), lambda: hidden(model, **inputs))
     assert list(found) == ["model.layers.1.self_attn"]
+
+
+def test_layers_whose_parts_stand_in_modules_of_their_own():
+    model = SEQ2SEQ["t5"].make()
+    found = feed_forwards(model, attention_sites(model), lambda: model(**SEQ2SEQ["t5"].batch("right")))
+    ends = {site: one.name for site, one in found.items()}
+    assert ends == {
+        **{
+            f"encoder.block.{layer}.layer.0.SelfAttention": f"encoder.block.{layer}.layer.1.DenseReluDense.wo" for layer in range(3)
+        },
+        **{
+            f"decoder.block.{layer}.layer.1.EncDecAttention": f"decoder.block.{layer}.layer.2.DenseReluDense.wo"
+            for layer in range(3)
+        },
+    }
