@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput, unknown_name
 from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.metric import Metric, mean
+from headprune.evaluation.padding import refuse_without_padding
 
 Encode = Callable[[list[str]], Mapping[str, Tensor]]  # texts -> input_ids and attention_mask
 POOLINGS = ("mean", "cls", "last", "first")  # first: as cls
@@ -23,7 +24,7 @@ class Retrieval(EvaluationData):
 
     Embeddings are pooled over tokens (mean, cls: the first one, or last) and normalised; documents are ranked by cosine.
     relevant: which document belongs to each query, by default the one at the same place. Raises InvalidInput for an index without
-    a document, an unknown pooling, and where nothing is given.
+    a document, an unknown pooling, a tokenizer without a padding token, and where nothing is given.
     """
 
     name = "retrieval"
@@ -36,6 +37,7 @@ class Retrieval(EvaluationData):
         batch: int = 32, max_tokens: int = 256, pooling: str = "mean",
     ) -> None:  # fmt: skip
         check_pooling(pooling)
+        refuse_without_padding(tokenizer, self.name)
         self.queries, self.documents = list(queries), list(documents)
         self.relevant = list(range(len(queries))) if relevant is None else list(relevant)
         strangers = [index for index in self.relevant if not 0 <= index < len(self.documents)]

@@ -61,6 +61,8 @@ def test_pooling_is_of_each_texts_own_tokens(pairs, pooling):
 def test_an_unknown_pooling_or_column_is_told(pairs):
     with pytest.raises(InvalidInput, match="unknown pooling 'max'"):
         build(pairs, pooling="max")
+    with pytest.raises(InvalidInput, match=r"task retrieval puts .* the tokenizer has no padding token\. Set one"):
+        build_task("retrieval", letter_tokenizer(), calibration=str(pairs), query="question", document="answer")
     with pytest.raises(InvalidInput, match="row 1: no 'text', only question, answer"):
         build(pairs, query="text")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.tasks.labelled import Example, Labelled
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.task import register_task
@@ -40,6 +41,7 @@ class TextClassification(Labelled):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens)
+        refuse_without_padding(tokenizer, f"task {self.name}")
         columns = [text, label] if pair is None else [text, pair, label]
 
         def examples(source: str) -> list[Example]:
