@@ -113,3 +113,6 @@ def test_how_much_quality_rests_on_is_told_and_too_little_warned_of_once(caplog)
     assert total.test_examples is None
     assert total.__rich__().title is None
     assert len(caplog.records) == 1
+    one = Perplexity("abcdefgh", Letters(), window=32)
+    assert evaluate(llama(), one, repeats=1).__rich__().title == "1 test example"
+    assert "measured on 1 test example;" in caplog.records[-1].message
