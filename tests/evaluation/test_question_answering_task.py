@@ -180,6 +180,14 @@ def test_mistakes_are_told(rows, tmp_path):
     model.config.max_position_embeddings = 12
     with pytest.raises(InvalidInput, match="takes at most 12; give max_tokens=12"):
         task.check_model(model)
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps(made(1, random.Random(0)) | {"context": "a" * 50, "answers": {"text": [], "answer_start": []}})
+    )
+    options = {**OPTIONS, "max_tokens": 60}
+    task = build_task("question-answering", tokenizer, calibration=str(rows), training=str(tmp_path / "long.jsonl"), **options)
+    model.config.max_position_embeddings = 50
+    with pytest.raises(InvalidInput, match="takes at most 50; give max_tokens=50"):
+        task.check_model(model)
     model.save_pretrained(tmp_path / "bert")
     with pytest.raises(InvalidInput, match="name yours, for example question-answering,"):
         default_task(str(tmp_path / "bert"))

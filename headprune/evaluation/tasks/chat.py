@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.perplexity import refuse_other_models
+from headprune.evaluation.positions import position_limit
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
@@ -126,10 +127,16 @@ class Chat(TargetTokens):
         }
 
     def training(self) -> list[Batch]:
-        return self.batches(self.training_rows)
+        found = self.batches(self.training_rows)
+        if not found:
+            raise InvalidInput(
+                f"task {self.name}: no answer of the training data begins within max_tokens={self.max_tokens}; give more."
+            )
+        return found
 
     def check_model(self, model: nn.Module) -> None:
-        longest = max(batch["input_ids"].shape[1] for batch in (*self.calibration, *self.test))
+        read = (*self.calibration, *self.test, *self.training_beyond(position_limit(model), self.max_tokens))
+        longest = max(batch["input_ids"].shape[1] for batch in read)
         refuse_other_models(model, f"task {self.name}", longest, "max_tokens")
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:

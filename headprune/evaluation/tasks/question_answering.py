@@ -152,7 +152,8 @@ class QuestionAnswering(Task):
     def check_model(self, model: nn.Module) -> None:
         if "QuestionAnswering" not in type(model).__name__:
             raise InvalidInput(f"task {self.name} needs a model with such a head; {type(model).__name__} has none.")
-        refuse_longer([*self.calibration, *self.test], position_limit(model), model)
+        limit = position_limit(model)
+        refuse_longer([*self.calibration, *self.test, *self.training_beyond(limit, self.max_tokens)], limit, model)
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(**placed(model, {name: value for name, value in batch.items() if name not in (START, END)}))

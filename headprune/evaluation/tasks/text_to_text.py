@@ -79,8 +79,9 @@ class TextToText(TargetTokens):
         if decoder_of(model) is None or not reads_text or not getattr(model, "can_generate", bool)():
             raise InvalidInput(f"task {self.name} needs an encoder-decoder of text with its head, as T5 or BART; {name} is none.")
         limit = position_limit(model)
-        refuse_longer([*self.calibration, *self.test], limit, model)
-        refuse_longer([{"input_ids": batch["labels"]} for batch in (*self.calibration, *self.test)], limit, model)
+        read = [*self.calibration, *self.test, *self.training_beyond(limit, self.max_tokens)]
+        refuse_longer(read, limit, model)
+        refuse_longer([{"input_ids": batch["labels"]} for batch in read], limit, model)
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The labels go in too: the model itself makes what its decoder reads from them."""
