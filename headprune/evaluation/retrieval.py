@@ -64,11 +64,12 @@ def encoded(tokenizer: Any, texts: list[str], max_tokens: int) -> dict[str, Tens
 
 
 def embed(model: nn.Module, batch: Mapping[str, Tensor], pooling: str = "mean") -> Tensor:
-    """[texts, hidden], of length 1; differentiable."""
+    """[texts, hidden], of length 1, in fp32 at least: sums over tokens and squares of half precision overflow. Differentiable."""
     batch = placed(model, batch)
     states = getattr(model(**batch), "last_hidden_state", None)
     if states is None:
         raise InvalidInput(f"a {type(model).__name__} gives no states of its tokens, which retrieval pools. {WITHOUT_HEAD}")
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
     return F.normalize(pooled(states, batch["attention_mask"], pooling), dim=-1)
 
 
@@ -103,10 +104,11 @@ def embed_texts(
 
 
 def ranks(queries: Tensor, documents: Tensor, relevant: Tensor) -> Tensor:
-    """[queries], int64: 1 + how many documents are nearer to the query than its own."""
+    """[queries], int64: 1 + how many documents are nearer to the query than its own; the last where that is NaN."""
     similarity = queries @ documents.T
     own = similarity.gather(1, relevant[:, None])
-    return 1 + (similarity > own).sum(dim=1)
+    nearer = (similarity > own).sum(dim=1)
+    return torch.where(own[:, 0].isnan(), len(documents), 1 + nearer)
 
 
 def rank_metrics(found: Tensor, top: Sequence[int]) -> dict[str, Metric]:
