@@ -104,6 +104,17 @@ def test_a_pooling_that_we_do_not_have_is_told(embedder, pairs, written):
     assert task_of(embedder, pairs, pooling="last").pooling == "last"
 
 
+def test_what_is_applied_to_embeddings_elsewhere_alone_is_told(embedder, pairs, caplog):
+    task_of(embedder, pairs)
+    assert not caplog.records
+    modules = [f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Dense", "Normalize")]
+    write_json(embedder / "modules.json", [{"type": kind} for kind in modules])
+    write_json(embedder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True, "include_prompt": False})
+    task_of(embedder, pairs)
+    (record,) = caplog.records
+    assert "sentence-transformers also applies Dense, pooling without the prompt's tokens, which" in record.message
+
+
 def test_a_causal_decoder_is_pooled_by_its_last_token_and_an_encoder_by_the_mean(embedder, pairs):
     (embedder / "1_Pooling" / "config.json").unlink()
     task = task_of(embedder, pairs)

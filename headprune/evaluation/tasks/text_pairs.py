@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress, placed
-from headprune.evaluation.embedder import usual_pooling, written_pooling, written_prompts
+from headprune.evaluation.embedder import tell_left_out, usual_pooling, written_pooling, written_prompts
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
@@ -50,6 +50,7 @@ class TextPairs(Task):
         if pooling is not None:
             check_pooling(pooling)
         written = written_prompts(tokenizer)
+        tell_left_out(tokenizer)
         before = Pair(written[0] if prompt is None else prompt, written[1] if document_prompt is None else document_prompt)
         if batch < 2:
             raise InvalidInput(f"batch={batch}; expected at least 2 pairs a batch: the documents of the others are the wrong ones.")
