@@ -167,7 +167,8 @@ def load(
             f"{list(have)}{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}."
         )
     # A head that a task adds later (a pooler, say) may be missing in stock folders; an attention weight may not.
-    missing = sorted(key for key in report["missing_keys"] if any(key.startswith(f"{name}.") for name in kept))
+    cut_ones = modeling_headprune.renamed(found, kept)
+    missing = sorted(key for key in report["missing_keys"] if any(key.startswith(f"{name}.") for name in cut_ones))
     if missing:
         raise CorruptCheckpoint(f"{folder} lacks weights that its config promises: {', '.join(missing[:3])}.")
     if options.get("attn_implementation") not in (None, found.config._attn_implementation):

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_embedder import QUERY, saved_embedder, saved_pairs, write_json
 from tiny_models import bert, llama
 from transformers import AutoModel, AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig, T5Config, T5EncoderModel
 
 import headprune as hp
-from headprune.errors import InvalidInput
+from headprune.errors import CorruptCheckpoint, InvalidInput
 from headprune.evaluation.retrieval import embed
 from headprune.evaluation.tasks import build_task, named_task
 from headprune.models.shards import open_shards
@@ -47,6 +48,18 @@ def test_a_folder_that_is_pruned_in_its_files_leaves_the_head_out(embedder, tmp_
     pruned, ids = hp.load(tmp_path / "pruned"), torch.tensor([[3, 4, 5]])
     with hp.gated(dense, keep):
         torch.testing.assert_close(pruned(ids).last_hidden_state, dense(ids).last_hidden_state)
+
+
+def test_a_pruned_attention_that_the_files_lack_is_told_without_the_head_too(tmp_path):
+    model = llama()
+    hp.cut(model, {"model.layers.0.self_attn": [0, 1]}, verify=False)
+    hp.save(model, tmp_path)
+    weights, lost = load_file(tmp_path / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    weights.pop(lost)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for base in (False, True):
+        with pytest.raises(CorruptCheckpoint, match=r"lacks weights that its config promises: .*layers\.0\.self_attn\.q_proj"):
+            hp.load(tmp_path, base=base, verify=False)
 
 
 def test_what_sentence_transformers_saved_is_no_language_model_by_default(embedder):
