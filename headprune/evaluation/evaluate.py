@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from rich.table import Table
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ COSTS = {  # field of Evaluation -> its name in tables, the form of its values
 }
 NOTHING = "–"
 FEW = 50  # test examples: at 50 an accuracy of 0.8 is still uncertain by 0.11 either way (95 %)
-_told: WeakSet[EvaluationData] = WeakSet()
+_told: WeakValueDictionary[int, EvaluationData] = WeakValueDictionary()  # by id: data may have no hash
 log = logging.getLogger("headprune")
 
 
@@ -254,8 +254,8 @@ def count_of(data: EvaluationData, metrics: Mapping[str, Metric] | None) -> int 
 
 def tell_few(data: EvaluationData, count: int | None) -> None:
     """A line in the log, once for the same data, where quality rests on few examples."""
-    if count is not None and count < FEW and data not in _told:
-        _told.add(data)
+    if count is not None and count < FEW and _told.get(id(data)) is not data:
+        _told[id(data)] = data
         log.warning(
             "quality is measured on %d test example%s; with fewer than %d, single ones decide. Give more: %s.",
             count, "" if count == 1 else "s", FEW, data.more,
