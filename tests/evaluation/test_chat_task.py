@@ -148,6 +148,9 @@ def test_mistakes_are_told(rows, tmp_path):
         build_task(
             "chat", chat_tokenizer("{% for turn in messages %}{{ loop.revindex0 * 'z' + turn.content }}{% endfor %}"), **options
         )
+    refusing = chat_tokenizer("{% if messages[0].role != 'system' %}{{ raise_exception('no system here') }}{% endif %}")
+    with pytest.raises(InvalidInput, match=r"refuses the conversation \[\{'role': 'user', .*no system here\. Write it as"):
+        build_task("chat", refusing, **options)
     for messages, said in (("hello", "'hello' is no list of turns"), ([{"role": "user"}], "is no list of turns"),
                            (turns("a"), "no turn after the first has the role 'assistant'"), ([], "no turn after")):  # fmt: skip
         (tmp_path / "wrong.jsonl").write_text("\n".join(json.dumps({"messages": said}) for said in (turns("a", "b"), messages)))

@@ -106,15 +106,27 @@ class Chat(TargetTokens):
             end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
             before = without_end(self.tokenizer(turns[0][CONTENT])["input_ids"], end)
             return len(before), before + self.tokenizer(turns[1][CONTENT], add_special_tokens=False)["input_ids"] + end
-        write = self.tokenizer.apply_chat_template
-        before = write(list(turns[:-1]), add_generation_prompt=True, tokenize=True, return_dict=False)
-        tokens = write(list(turns), tokenize=True, return_dict=False)
+        before = self.by_template(turns[:-1], add_generation_prompt=True)
+        tokens = self.by_template(turns)
         if tokens[: len(before)] != before:
             raise InvalidInput(
                 f"task {self.name}: as the tokenizer's chat template writes it, a conversation does not begin with what the model "
                 "is asked, so its answer cannot be told from that. Give a template that only adds to the turns before."
             )
         return len(before), tokens
+
+    def by_template(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[int]:
+        """InvalidInput where the template refuses the turns: many take no system, or only user and assistant in turn."""
+        options = {"add_generation_prompt": add_generation_prompt, "tokenize": True, "return_dict": False}
+        try:
+            found: list[int] = self.tokenizer.apply_chat_template(list(turns), **options)
+        except Exception as error:  # whatever a template raises
+            shown = " ".join(str(error).split())[:200]
+            raise InvalidInput(
+                f"task {self.name}: the tokenizer's chat template refuses the conversation {list(turns)!r:.100}: {shown}. Write it "
+                "as the template expects, or leave the row out."
+            ) from error
+        return found
 
     def padded(self, rows: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         """On the right, behind everything that a causal model reads."""
