@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from headprune.errors import InvalidInput
-from headprune.head_map import integers
+from headprune.head_map import HeadMap, integers
 from headprune.models import AttentionSite, attention_sites
 from headprune.nn.replace import on_own_attention
 from headprune.surgery.cut import cut
-from headprune.surgery.record import head_map_of_json, record_of
+from headprune.surgery.record import record_of
 
 
 @on_own_attention
@@ -42,7 +42,7 @@ def prune_heads(model: nn.Module, heads_to_prune: Mapping[int, Iterable[int]], *
 
 def kept_after(site: AttentionSite, record: Mapping[str, Any] | None, removed: set[int]) -> list[int]:
     """The heads of `site`, as they are numbered now, that are left without those `removed`, numbered as in the original."""
-    original = head_map_of_json(record["original"]) if record else site.head_map
+    original = HeadMap.from_json(record["original"]) if record else site.head_map
     present = record["kept"] if record else range(site.head_map.query_heads)
     original.checked(removed)
     return [now for now, head in enumerate(present) if head not in removed]

@@ -92,7 +92,7 @@ def default_task(name: str) -> str:
         example = "token-classification,calibration=train.jsonl"
     elif "Classification" in model.__name__:
         example = "text-classification,calibration=train.jsonl"
-    elif getattr(config, "is_encoder_decoder", False):
+    elif getattr(config, "is_encoder_decoder", False) and model.can_generate():
         example = "text-to-text,calibration=train.jsonl"
     embeds = (folder / "modules.json").is_file()  # sentence-transformers', of an embedder that may be saved as a language model
     if "MaskedLM" in model.__name__ and not embeds:

@@ -80,6 +80,7 @@ CASES = [
     Case("statistics of some queries", extras="query_mask key_mask", stats=True, batch=2),
     Case("everything", HeadMap((0, 0, 1), 2), causal=True, window=30, softcap=3.0, scale=0.4,
          extras="bias alibi sinks key_mask query_mask sample_gate", stats=True, batch=2),
+    Case("key/value heads that no query head reads", HeadMap((1, 1, 3), 5), causal=True, stats=True),
 ]  # fmt: skip
 
 

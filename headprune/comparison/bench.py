@@ -66,7 +66,7 @@ class Bench:
         """The dense model's examples of the headline, that differences are taken from."""
         with in_eval_mode(self.subject.model):
             found = self.task.examples(self.subject.model) or {}
-        tell_few(self.task, count_of(found))
+        tell_few(self.task, count_of(self.task, found))
         return found.get(self.task.headline)
 
     def measured(self, method: Method, progress: Progress | None) -> MethodRow:

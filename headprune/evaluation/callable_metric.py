@@ -21,6 +21,8 @@ class CallableMetric(EvaluationData):
     inputs: for `model(**inputs)`, what costs are measured with. The first metric is the headline.
     """
 
+    totals = True
+
     def __init__(
         self,
         function: Callable[[nn.Module], Found],

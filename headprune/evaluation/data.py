@@ -21,6 +21,7 @@ class EvaluationData(ABC):
     headline: str  # the metric that stands for quality
     higher_is_better: bool
     more: ClassVar[str] = "more test data"  # what is to be given where the test examples are too few
+    totals: ClassVar[bool] = False  # whether a metric with one row is a total over examples that nobody tells
     base: ClassVar[bool] = False  # whether it reads the states of the base model: a language model goes without its head
 
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from headprune.errors import CorruptCheckpoint, InvalidInput
 
-POOLING, PROMPTS = "1_Pooling/config.json", "config_sentence_transformers.json"
+POOLING, PROMPTS, MODULES = "1_Pooling/config.json", "config_sentence_transformers.json", "modules.json"
+OURS = ("Transformer", "Pooling", "Normalize")  # kinds of modules there that embeddings are made with here
 # Names there (older: "pooling_mode_cls_token": true, newer: "pooling_mode": "cls") -> ours.
 KNOWN = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last", "mean": "mean", "cls": "cls"}
 DOCUMENT = ("document", "passage", "corpus")  # what its prompt may be called
+log = logging.getLogger("headprune")
 
 
 def written_pooling(tokenizer: Any) -> str | None:
     """The pooling that the folder `tokenizer` came from tells; None where it does not. InvalidInput for one that we do not have."""
-    content = content_of(tokenizer, POOLING)
+    content = mapping_of(tokenizer, POOLING)
     mode = content.get("pooling_mode") or [name for name, on in content.items() if on is True and name.startswith("pooling_mode_")]
     asked = [name.removeprefix("pooling_mode_") for name in ([mode] if isinstance(mode, str) else mode)]
     if not asked:
@@ -34,21 +37,39 @@ def written_pooling(tokenizer: Any) -> str | None:
 
 def written_prompts(tokenizer: Any) -> tuple[str, str]:
     """(what is put before each query, before each document) by the folder `tokenizer` came from; empty where it tells nothing."""
-    prompts = content_of(tokenizer, PROMPTS).get("prompts") or {}
+    prompts = mapping_of(tokenizer, PROMPTS).get("prompts") or {}
     return prompts.get("query") or "", next((prompts[name] for name in DOCUMENT if prompts.get(name)), "")
 
 
-def content_of(tokenizer: Any, file: str) -> dict[str, Any]:
-    """Of a JSON file in the folder `tokenizer` came from; empty where there is none."""
+def tell_left_out(tokenizer: Any) -> None:
+    """A line in the log where the folder `tokenizer` came from makes its embeddings with more than we do."""
+    modules = content_of(tokenizer, MODULES)
+    kinds = [str(one["type"]).rpartition(".")[2] for one in modules if "type" in one] if isinstance(modules, list) else []
+    more = [kind for kind in kinds if kind not in OURS]
+    if mapping_of(tokenizer, POOLING).get("include_prompt") is False:
+        more.append("pooling without the prompt's tokens")
+    if more:
+        log.warning(
+            "%s: sentence-transformers also applies %s, which is not done here: quality is of the embeddings without it.",
+            tokenizer.name_or_path, ", ".join(more),
+        )  # fmt: skip
+
+
+def mapping_of(tokenizer: Any, file: str) -> dict[str, Any]:
+    found = content_of(tokenizer, file)
+    return found if isinstance(found, dict) else {}
+
+
+def content_of(tokenizer: Any, file: str) -> Any:
+    """Of a JSON file in the folder `tokenizer` came from; None where there is none."""
     folder = getattr(tokenizer, "name_or_path", "")
     path = Path(folder) / file
     if not folder or not path.is_file():
-        return {}
+        return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CorruptCheckpoint(f"{path} is not JSON: {error}.") from None
-    return found if isinstance(found, dict) else {}
 
 
 def usual_pooling(model: nn.Module) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from rich.table import Table
 from torch import Tensor, nn
@@ -58,7 +58,10 @@ class Evaluation:
 
     def data(self) -> str:
         """How much quality rests on, in words; empty where nothing tells."""
-        counts = ((self.test_examples, "test examples"), (self.calibration_examples, "for calibration"))
+        counts = (
+            (self.test_examples, "test examples" if self.test_examples != 1 else "test example"),
+            (self.calibration_examples, "for calibration"),
+        )
         return ", ".join(f"{count:,} {name}" for count, name in counts if count is not None)
 
     def __rich__(self) -> Table:
@@ -86,7 +89,7 @@ COSTS = {  # field of Evaluation -> its name in tables, the form of its values
 }
 NOTHING = "–"
 FEW = 50  # test examples: at 50 an accuracy of 0.8 is still uncertain by 0.11 either way (95 %)
-_told: WeakSet[EvaluationData] = WeakSet()
+_told: WeakValueDictionary[int, EvaluationData] = WeakValueDictionary()  # by id: data may have no hash
 log = logging.getLogger("headprune")
 
 
@@ -178,7 +181,7 @@ def quality_of(model: nn.Module, data: EvaluationData, progress: Progress | None
     """Each metric of `model`; nothing of what it costs."""
     with in_eval_mode(model):
         metrics = data.examples(model, progress)
-        tell_few(data, count_of(metrics))
+        tell_few(data, count_of(data, metrics))
         return data.evaluate(model, progress) if metrics is None else values_of(metrics)
 
 
@@ -236,26 +239,27 @@ def evaluations_in_eval_mode(
             model_flops=model_flops(model, inputs),
             generation_ms_per_token=generation[name],
             energy_joules=energy[name],
-            test_examples=count_of(metrics),
+            test_examples=count_of(data, metrics),
             calibration_examples=data.calibration_examples,
         )
-    tell_few(data, count_of(metrics))
+    tell_few(data, count_of(data, metrics))
     return found, examples
 
 
-def count_of(metrics: Mapping[str, Metric] | None) -> int | None:
-    """Test examples; None where there are totals alone, which stand as one each."""
+def count_of(data: EvaluationData, metrics: Mapping[str, Metric] | None) -> int | None:
+    """Test examples; None where there are totals alone."""
     most = max((len(metric.rows) for metric in (metrics or {}).values()), default=0)
-    return most if most > 1 else None
+    return None if not most or (most == 1 and data.totals) else most
 
 
 def tell_few(data: EvaluationData, count: int | None) -> None:
     """A line in the log, once for the same data, where quality rests on few examples."""
-    if count is not None and count < FEW and data not in _told:
-        _told.add(data)
+    if count is not None and count < FEW and _told.get(id(data)) is not data:
+        _told[id(data)] = data
         log.warning(
-            "quality is measured on %d test examples; with fewer than %d, single ones decide. Give more: %s.", count, FEW, data.more
-        )
+            "quality is measured on %d test example%s; with fewer than %d, single ones decide. Give more: %s.",
+            count, "" if count == 1 else "s", FEW, data.more,
+        )  # fmt: skip
 
 
 def values_of(metrics: Mapping[str, Metric]) -> dict[str, float]:

@@ -28,6 +28,7 @@ class LanguageModelHarness(EvaluationData):
     name = "lm-evaluation-harness"
     headline = ""
     higher_is_better = True
+    totals = True
 
     def __init__(self, tasks: Sequence[Any], tokenizer: Any, *, batch: int = 8, tokens: int = 128, **options: Any) -> None:
         self.tasks, self.tokenizer, self.batch, self.options = list(tasks), tokenizer, batch, options

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput, unknown_name
 from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.metric import Metric, mean
+from headprune.evaluation.padding import refuse_without_padding
 
 Encode = Callable[[list[str]], Mapping[str, Tensor]]  # texts -> input_ids and attention_mask
 POOLINGS = ("mean", "cls", "last", "first")  # first: as cls
@@ -23,7 +24,7 @@ class Retrieval(EvaluationData):
 
     Embeddings are pooled over tokens (mean, cls: the first one, or last) and normalised; documents are ranked by cosine.
     relevant: which document belongs to each query, by default the one at the same place. Raises InvalidInput for an index without
-    a document, an unknown pooling, and where nothing is given.
+    a document, an unknown pooling, a tokenizer without a padding token, and where nothing is given.
     """
 
     name = "retrieval"
@@ -36,6 +37,7 @@ class Retrieval(EvaluationData):
         batch: int = 32, max_tokens: int = 256, pooling: str = "mean",
     ) -> None:  # fmt: skip
         check_pooling(pooling)
+        refuse_without_padding(tokenizer, self.name)
         self.queries, self.documents = list(queries), list(documents)
         self.relevant = list(range(len(queries))) if relevant is None else list(relevant)
         strangers = [index for index in self.relevant if not 0 <= index < len(self.documents)]
@@ -62,11 +64,12 @@ def encoded(tokenizer: Any, texts: list[str], max_tokens: int) -> dict[str, Tens
 
 
 def embed(model: nn.Module, batch: Mapping[str, Tensor], pooling: str = "mean") -> Tensor:
-    """[texts, hidden], of length 1; differentiable."""
+    """[texts, hidden], of length 1, in fp32 at least: sums over tokens and squares of half precision overflow. Differentiable."""
     batch = placed(model, batch)
     states = getattr(model(**batch), "last_hidden_state", None)
     if states is None:
         raise InvalidInput(f"a {type(model).__name__} gives no states of its tokens, which retrieval pools. {WITHOUT_HEAD}")
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
     return F.normalize(pooled(states, batch["attention_mask"], pooling), dim=-1)
 
 
@@ -101,10 +104,11 @@ def embed_texts(
 
 
 def ranks(queries: Tensor, documents: Tensor, relevant: Tensor) -> Tensor:
-    """[queries], int64: 1 + how many documents are nearer to the query than its own."""
+    """[queries], int64: 1 + how many documents are nearer to the query than its own; the last where that is NaN."""
     similarity = queries @ documents.T
     own = similarity.gather(1, relevant[:, None])
-    return 1 + (similarity > own).sum(dim=1)
+    nearer = (similarity > own).sum(dim=1)
+    return torch.where(own[:, 0].isnan(), len(documents), 1 + nearer)
 
 
 def rank_metrics(found: Tensor, top: Sequence[int]) -> dict[str, Metric]:

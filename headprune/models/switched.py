@@ -6,7 +6,7 @@ from typing import Any
 
 from headprune.models.behaviour import Behaviour, behave
 
-HEADS = ("num_attention_heads", "all_head_size", "head_map", "kv_of_query", "headprune_output")
+HEADS = ("num_attention_heads", "all_head_size", "head_map", "kv_of_query", "headprune_kv_heads", "headprune_output")
 
 
 class SwitchesAttention(Behaviour):

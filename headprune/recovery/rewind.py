@@ -21,7 +21,7 @@ from headprune.nn.replace import replace_multihead_attention
 from headprune.surgery import cut, load
 from headprune.surgery.checkpoint import load_config
 from headprune.surgery.modeling_headprune import whole
-from headprune.surgery.record import SECTION, as_json, kept_heads, record_of
+from headprune.surgery.record import SECTION, kept_heads, record_of
 
 Source = nn.Module | str | Path | Mapping[str, Tensor]
 
@@ -173,7 +173,7 @@ def cut_like(earlier: nn.Module, model: nn.Module) -> nn.Module:
     if not kept:
         return earlier
     earlier = replace_multihead_attention(earlier)
-    found = {site.name: as_json(site.head_map) for site in attention_sites(earlier)}
+    found = {site.name: site.head_map.to_json() for site in attention_sites(earlier)}
     for name, entry in record["sites"].items():
         if found.get(name) != entry["original"]:
             raise InvalidInput(

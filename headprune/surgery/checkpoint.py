@@ -19,6 +19,7 @@ from headprune.arguments import check_arguments, check_options
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
+from headprune.models import attention_sites
 from headprune.nn.given import plain_module
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
@@ -138,7 +139,7 @@ def load(
     check_arguments(load, locals())
     folder = Path(folder)
     if model is not None:
-        check_options("load with model=", options, ("verify",))
+        check_options("load with model=", {**options, **({"base": base} if base else {})}, ("verify",))
         return load_plain(folder, model, verify=verify)
     check_attention(options.get("attn_implementation"))
     config = load_config(folder)
@@ -166,7 +167,8 @@ def load(
             f"{list(have)}{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}."
         )
     # A head that a task adds later (a pooler, say) may be missing in stock folders; an attention weight may not.
-    missing = sorted(key for key in report["missing_keys"] if any(key.startswith(f"{name}.") for name in kept))
+    cut_ones = modeling_headprune.renamed(found, kept)
+    missing = sorted(key for key in report["missing_keys"] if any(key.startswith(f"{name}.") for name in cut_ones))
     if missing:
         raise CorruptCheckpoint(f"{folder} lacks weights that its config promises: {', '.join(missing[:3])}.")
     if options.get("attn_implementation") not in (None, found.config._attn_implementation):
@@ -222,9 +224,10 @@ def class_of(config: transformers.PreTrainedConfig, base: bool = False) -> type[
 
 def names_base(folder: str | os.PathLike[str], names: Iterable[str]) -> bool:
     """Whether the attentions `names` are called as in the base model of `folder`, which was saved under the head of another."""
-    config = load_config(folder)
-    whole = class_of(config)
-    return class_of(config, base=True) is not whole and not any(name.startswith(f"{whole.base_model_prefix}.") for name in names)
+    config, names = load_config(folder), set(names)
+    if not names or class_of(config, base=True) is class_of(config):
+        return False
+    return names <= {site.name for site in attention_sites(skeleton(folder, base=True))}
 
 
 def pruned_class(model_class: type[PreTrainedModel], section: dict[str, Any] | None) -> type[PreTrainedModel]:

@@ -18,7 +18,7 @@ from headprune.models.selection import runs
 from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.surgery.checkpoint import skeleton
-from headprune.surgery.record import as_json, record_of
+from headprune.surgery.record import record_of
 from headprune.surgery.savings import Savings
 
 
@@ -99,7 +99,7 @@ def removed_heads(
     """The heads of `whole` that `small` lacks, by the original's numbers; None where only their number is known."""
     if first is None or second is None:
         return () if whole.head_map == small.head_map else None
-    originals = [found.get("original", as_json(site.head_map)) for found, site in ((first, whole), (second, small))]
+    originals = [found.get("original", site.head_map.to_json()) for found, site in ((first, whole), (second, small))]
     kept = [found.get("kept", list(range(site.head_map.query_heads))) for found, site in ((first, whole), (second, small))]
     if originals[0] != originals[1] or not set(kept[1]) <= set(kept[0]):
         raise InvalidInput(

@@ -14,7 +14,6 @@ from headprune.models import attention_sites
 from headprune.models.behaviour import original_class
 from headprune.models.layer_config import LayerConfig
 from headprune.surgery.modeling_headprune import BEHAVIOURS, whole
-from headprune.surgery.record import as_json
 
 PLAIN = (bool, int, float, str, type(None))
 # Set by training or placing a model, not by its shape.
@@ -39,7 +38,7 @@ def layout_of(model: PreTrainedModel, stock: type[PreTrainedModel]) -> dict[str,
         if entry is None:
             return None
         if id(module) in sites:
-            entry["head_map"] = as_json(sites[id(module)])
+            entry["head_map"] = sites[id(module)].to_json()
             entry["shown"] = module.extra_repr()
         if entry:
             layout[name] = entry

@@ -15,7 +15,7 @@ from headprune.models import attention_sites
 from headprune.nn.replace import own_attention
 from headprune.surgery.cut import cut
 from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
-from headprune.surgery.record import as_json, kept_heads, record_of
+from headprune.surgery.record import kept_heads, record_of
 
 WEIGHTS = "model.safetensors"
 
@@ -43,7 +43,7 @@ def load_plain(folder: Path, model: nn.Module, *, verify: bool = True) -> nn.Mod
         raise InvalidInput(f"{folder} holds a transformers model; call load(folder) without model=.")
     kept = kept_heads(record)
     with own_attention(model):
-        head_maps = {site.name: as_json(site.head_map) for site in attention_sites(model)} if kept else {}
+        head_maps = {site.name: site.head_map.to_json() for site in attention_sites(model)} if kept else {}
     for name, entry in record.get("sites", {}).items():
         if head_maps.get(name) != entry["original"]:
             raise InvalidPlan(

@@ -31,18 +31,19 @@ def record_cut(model: nn.Module, sites: Mapping[str, AttentionSite], kept: Mappi
         mark_regularised(model, {site.name: site for site in attention_sites(model)})
         return
     earlier = record_of(model).get("sites", {})
-    entries = {}
+    entries, now = {}, {}
     for name, site in sites.items():
-        original = earlier.get(name, {}).get("original", as_json(site.head_map))
+        original = earlier.get(name, {}).get("original", site.head_map.to_json())
         before = earlier.get(name, {}).get("kept", list(range(site.head_map.query_heads)))
         after = [before[head] for head in kept.get(name, range(site.head_map.query_heads))]
-        entries[name] = {"original": original, "kept": after, "now": as_json(head_map_after(original, after))}
-        show_head_map(site.dispatcher, head_map_after(original, after), head_map_of_json(original))
+        whole = HeadMap.from_json(original)
+        now[name] = whole.keep(after)
+        entries[name] = {"original": original, "kept": after, "now": now[name].to_json()}
+        show_head_map(site.dispatcher, now[name], whole)
     set_record(model, {"version": VERSION, "sites": entries})
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
-        head_maps = {name: head_map_of_json(entry["now"]) for name, entry in entries.items()}
-        set_layer_config(config, head_maps, {name: site.head_dim for name, site in sites.items()})
+        set_layer_config(config, now, {name: site.head_dim for name, site in sites.items()})
 
 
 def mark_regularised(model: nn.Module, sites: Mapping[str, AttentionSite]) -> None:
@@ -73,18 +74,6 @@ def set_record(model: nn.Module, record: dict[str, Any]) -> None:
         setattr(config, SECTION, record)
     else:
         setattr(model, ATTRIBUTE, record)
-
-
-def head_map_after(original: Mapping[str, Any], kept: list[int]) -> HeadMap:
-    return head_map_of_json(original).keep(kept)
-
-
-def head_map_of_json(content: Mapping[str, Any]) -> HeadMap:
-    return HeadMap.from_json(content)
-
-
-def as_json(head_map: HeadMap) -> dict[str, Any]:
-    return head_map.to_json()
 
 
 def kept_heads(section: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:

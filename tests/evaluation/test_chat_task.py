@@ -124,6 +124,18 @@ def test_answers_behind_the_last_token_are_left_out(rows, caplog):
         build_task("chat", chat_tokenizer(), calibration=str(rows), max_tokens=3)
 
 
+def test_what_a_model_is_trained_on_may_not_be_longer_than_it_takes_either(rows, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": turns("a" * 40, "b")}))
+    task = build_task("chat", chat_tokenizer(), calibration=str(rows), training=str(tmp_path / "long.jsonl"))
+    model = llama()
+    model.config.max_position_embeddings = 40
+    with pytest.raises(InvalidInput, match="takes at most 40 tokens; give a smaller max_tokens"):
+        task.check_model(model)
+    task = build_task("chat", chat_tokenizer(), calibration=str(rows), training=str(tmp_path / "long.jsonl"), max_tokens=40)
+    with pytest.raises(InvalidInput, match="no answer of the training data begins within max_tokens=40"):
+        task.training()
+
+
 def test_mistakes_are_told(rows, tmp_path):
     tokenizer, options = chat_tokenizer(), {"calibration": str(rows)}
     with pytest.raises(InvalidInput, match="has no chat template"):
@@ -136,6 +148,9 @@ def test_mistakes_are_told(rows, tmp_path):
         build_task(
             "chat", chat_tokenizer("{% for turn in messages %}{{ loop.revindex0 * 'z' + turn.content }}{% endfor %}"), **options
         )
+    refusing = chat_tokenizer("{% if messages[0].role != 'system' %}{{ raise_exception('no system here') }}{% endif %}")
+    with pytest.raises(InvalidInput, match=r"refuses the conversation \[\{'role': 'user', .*no system here\. Write it as"):
+        build_task("chat", refusing, **options)
     for messages, said in (("hello", "'hello' is no list of turns"), ([{"role": "user"}], "is no list of turns"),
                            (turns("a"), "no turn after the first has the role 'assistant'"), ([], "no turn after")):  # fmt: skip
         (tmp_path / "wrong.jsonl").write_text("\n".join(json.dumps({"messages": said}) for said in (turns("a", "b"), messages)))

@@ -106,6 +106,13 @@ def test_models_that_do_not_fit_the_labels_or_texts_are_told(rows, options, mess
         build_task("text-classification", tokenizer(), calibration=str(rows)).check_model(classifier(**options))
 
 
+def test_a_text_to_train_on_that_is_too_long_is_told(rows, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "a" * 30, "label": "no"}))
+    task = build_task("text-classification", tokenizer(), calibration=str(rows), training=str(tmp_path / "long.jsonl"))
+    with pytest.raises(InvalidInput, match=r"a text has 30 tokens, and .* takes at most 20; give max_tokens=20"):
+        task.check_model(classifier(max_position_embeddings=20))
+
+
 def test_whole_numbers_may_be_written_with_a_point_and_a_guess_is_said(rows, caplog):
     rows.write_text(rows.read_text().replace('"number": 1', '"number": 1.0').replace('"number": 0', '"number": 0.0'))
     task = build_task("text-classification", tokenizer(), calibration=str(rows), label="number")

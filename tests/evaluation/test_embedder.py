@@ -1,10 +1,13 @@
 """Embedders that were saved as language models, and what sentence-transformers says of them."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_embedder import QUERY, saved_embedder, saved_pairs, write_json
 from tiny_models import bert, llama
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig, T5Config, T5EncoderModel
 
 import headprune as hp
 from headprune.errors import CorruptCheckpoint, InvalidInput
@@ -47,10 +50,49 @@ def test_a_folder_that_is_pruned_in_its_files_leaves_the_head_out(embedder, tmp_
         torch.testing.assert_close(pruned(ids).last_hidden_state, dense(ids).last_hidden_state)
 
 
+def test_a_pruned_attention_that_the_files_lack_is_told_without_the_head_too(tmp_path):
+    model = llama()
+    hp.cut(model, {"model.layers.0.self_attn": [0, 1]}, verify=False)
+    hp.save(model, tmp_path)
+    weights, lost = load_file(tmp_path / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    weights.pop(lost)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for base in (False, True):
+        with pytest.raises(CorruptCheckpoint, match=r"lacks weights that its config promises: .*layers\.0\.self_attn\.q_proj"):
+            hp.load(tmp_path, base=base, verify=False)
+
+
 def test_what_sentence_transformers_saved_is_no_language_model_by_default(embedder):
     assert default_task(str(embedder)) == "docstring-retrieval"
     (embedder / "modules.json").unlink()
     assert default_task(str(embedder)) == "standard-library-text"
+
+
+def test_an_encoder_of_a_t5_is_an_embedder_too(tmp_path):
+    """sentence-t5's config says that it is an encoder-decoder."""
+    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=40)
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", {**written, "is_encoder_decoder": True})
+    assert default_task(str(tmp_path)) == "docstring-retrieval"
+
+
+def test_a_language_model_whose_layers_are_not_called_by_its_prefix_keeps_its_head(tmp_path):
+    """Llama 4's text model: base_model_prefix is "language_model", its layers are model.layers."""
+    config = Llama4TextConfig(
+        hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=50, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    Llama4ForCausalLM(config).save_pretrained(tmp_path / "llama4")
+    model = hp.load(tmp_path / "llama4")
+    plan = hp.PruningPlan.from_keep(model, {"model.layers.0.self_attn": [0, 1, 3]})
+    hp.prune_folder(tmp_path / "llama4", plan, tmp_path / "pruned", verify=False)
+    assert type(hp.load(tmp_path / "pruned")).__name__ == "Llama4ForCausalLM"
+
+
+def test_a_module_of_ones_own_has_no_base(tmp_path):
+    with pytest.raises(InvalidInput, match="unknown option of load with model= 'base'"):
+        hp.load(tmp_path, model=torch.nn.Linear(2, 2), base=True)
 
 
 def test_pooling_and_prompt_are_those_of_the_folder(embedder, pairs):
@@ -79,6 +121,17 @@ def test_a_damaged_file_is_named(embedder, pairs):
     (embedder / "1_Pooling" / "config.json").write_text("{")
     with pytest.raises(CorruptCheckpoint, match=r"1_Pooling/config\.json is not JSON"):
         task_of(embedder, pairs)
+
+
+def test_what_is_applied_to_embeddings_elsewhere_alone_is_told(embedder, pairs, caplog):
+    task_of(embedder, pairs)
+    assert not caplog.records
+    modules = [f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Dense", "Normalize")]
+    write_json(embedder / "modules.json", [{"type": kind} for kind in modules])
+    write_json(embedder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True, "include_prompt": False})
+    task_of(embedder, pairs)
+    (record,) = caplog.records
+    assert "sentence-transformers also applies Dense, pooling without the prompt's tokens, which" in record.message
 
 
 def test_a_causal_decoder_is_pooled_by_its_last_token_and_an_encoder_by_the_mean(embedder, pairs):

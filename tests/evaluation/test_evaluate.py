@@ -1,6 +1,7 @@
 """Quality and cost of one model and of two, on whatever data."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.evaluation import Comparison, Perplexity, compare, evaluate
 from headprune.evaluation.cost import attention_flops, model_flops
+from headprune.evaluation.data import EvaluationData
+from headprune.evaluation.metric import Metric, mean
 from headprune.models import attention_sites
 from headprune.surgery import cut
 
@@ -112,4 +115,27 @@ def test_how_much_quality_rests_on_is_told_and_too_little_warned_of_once(caplog)
     total = evaluate(bert(), lambda model: 1.0, inputs=INPUTS, repeats=1)
     assert total.test_examples is None
     assert total.__rich__().title is None
+    assert len(caplog.records) == 1
+    one = Perplexity("abcdefgh", Letters(), window=32)
+    assert evaluate(llama(), one, repeats=1).__rich__().title == "1 test example"
+    assert "measured on 1 test example;" in caplog.records[-1].message
+
+
+@dataclass
+class Own(EvaluationData):
+    """As a dataclass that compares it has no hash."""
+
+    rows: int
+    name, headline, higher_is_better = "own", "x", True
+
+    def examples(self, model, progress=None):
+        return {"x": Metric(torch.ones(self.rows), mean)}
+
+    def latency_inputs(self):
+        return INPUTS
+
+
+def test_data_of_ones_own_may_be_a_dataclass(caplog):
+    data = Own(3)
+    assert all(evaluate(bert(), data, repeats=1).test_examples == 3 for _ in range(2))
     assert len(caplog.records) == 1

@@ -104,6 +104,16 @@ def test_an_encoder_goes_the_whole_way_on_it(text, tmp_path):
     assert compared.quality["perplexity"] == pytest.approx(task.evaluate(model)["perplexity"], rel=1e-5)
 
 
+def test_a_text_to_train_on_is_refused_where_it_is_none(text, tmp_path):
+    options = {"calibration": str(text), "window": 32}
+    (tmp_path / "short.txt").write_text("abc")
+    task = build_task("masked-text", masking_tokenizer(), training=str(tmp_path / "short.txt"), **options)
+    with pytest.raises(InvalidInput, match=r"short\.txt has 4 tokens; expected at least one window of 30"):
+        task.training()
+    with pytest.raises(InvalidInput, match=r"none\.txt does not exist"):
+        build_task("masked-text", masking_tokenizer(), training=str(tmp_path / "none.txt"), **options)
+
+
 def test_mistakes_are_told(text, tmp_path):
     tokenizer, options = masking_tokenizer(), {"calibration": str(text)}
     with pytest.raises(InvalidInput, match="has no mask token"):

@@ -115,12 +115,14 @@ class Oracle(BertForQuestionAnswering):
         return output
 
 
-def test_a_model_that_knows_gets_all_of_it_right(rows, tmp_path):
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_model_that_knows_gets_all_of_it_right(rows, tmp_path, side):
     drawn = random.Random(1)
     (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(made(number, drawn)) for number in range(20)))
-    task = build_task(
-        "question-answering", pairing_tokenizer(), calibration=str(rows), test=str(tmp_path / "test.jsonl"), **OPTIONS
-    )
+    tokenizer = pairing_tokenizer()
+    tokenizer.padding_side = side
+    task = build_task("question-answering", tokenizer, calibration=str(rows), test=str(tmp_path / "test.jsonl"), **OPTIONS)
+    assert all(task.loss(pointer(), batch).isfinite().all() for batch in task.calibration)
     assert sum(not one.answers for one in task.asked) == 4
     assert len(task.test_windows) > 20
     assert task.evaluate(Oracle(pointer().config).eval()) == {"f1": 1.0, "exact_match": 1.0}
@@ -155,20 +157,36 @@ def test_mistakes_are_told(rows, tmp_path):
     tokenizer = pairing_tokenizer()
     for answers, said in (
         ("paris", "is 'paris'; expected as many texts as beginnings"), ({"text": ["b"], "answer_start": []}, "as many texts"),
+        ({"text": ["b"], "answer_start": [1.0]}, "as many texts as beginnings .whole numbers."),
+        ({"text": [7], "answer_start": [1]}, "as many texts"),
         ({"text": ["x"], "answer_start": [0]}, "'x' does not stand in the context at character 0"),
     ):  # fmt: skip
         row = {"question": "what", "context": "abc", "answers": answers}
         (tmp_path / "wrong.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
         with pytest.raises(InvalidInput, match=f"row 1: .*{said}"):
             build_task("question-answering", tokenizer, calibration=str(tmp_path / "wrong.jsonl"))
-    with pytest.raises(InvalidInput, match="windows share stride=20; expected fewer than max_tokens=26"):
+    with pytest.raises(
+        InvalidInput, match=r"the question '(what|who is)' has . tokens, windows share stride=20; expected fewer than max_tokens=26"
+    ):
         build_task("question-answering", tokenizer, calibration=str(rows), max_tokens=26, stride=20)
+    without = pairing_tokenizer()
+    without.pad_token = None
+    with pytest.raises(InvalidInput, match=r"task question-answering puts .* the tokenizer has no padding token"):
+        build_task("question-answering", without, calibration=str(rows), **OPTIONS)
     task = build_task("question-answering", tokenizer, calibration=str(rows), **OPTIONS)
     with pytest.raises(InvalidInput, match="needs a model with such a head; BertModel has none"):
         task.check_model(bert())
     model = pointer()
     model.config.max_position_embeddings = 12
     with pytest.raises(InvalidInput, match="takes at most 12; give max_tokens=12"):
+        task.check_model(model)
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps(made(1, random.Random(0)) | {"context": "a" * 50, "answers": {"text": [], "answer_start": []}})
+    )
+    options = {**OPTIONS, "max_tokens": 60}
+    task = build_task("question-answering", tokenizer, calibration=str(rows), training=str(tmp_path / "long.jsonl"), **options)
+    model.config.max_position_embeddings = 50
+    with pytest.raises(InvalidInput, match="takes at most 50; give max_tokens=50"):
         task.check_model(model)
     model.save_pretrained(tmp_path / "bert")
     with pytest.raises(InvalidInput, match="name yours, for example question-answering,"):

@@ -1,6 +1,8 @@
 """Your own pairs of texts as a task."""
 
 import csv
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import headprune as hp
 from headprune.errors import InvalidInput
-from headprune.evaluation.retrieval import pooled
+from headprune.evaluation.retrieval import embed, pooled, ranks
 from headprune.evaluation.tasks import build_task
 
 
@@ -58,9 +60,30 @@ def test_pooling_is_of_each_texts_own_tokens(pairs, pooling):
     assert task.outputs(bert()).shape == (4, 32)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_large_states_in_half_precision_do_not_overflow(pooling):
+    """Some tokens of decoders reach thousands."""
+    mask = torch.ones(2, 200, dtype=torch.long)
+    states = torch.full((2, 200, 512), 4000.0)
+    wide = lambda **_: SimpleNamespace(last_hidden_state=states.half())  # noqa: E731
+    with mock.patch("headprune.evaluation.retrieval.placed", lambda _model, batch: batch):
+        found = embed(wide, {"attention_mask": mask}, pooling)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.full((2, 512), 512**-0.5))
+
+
+def test_a_model_that_gives_nothing_finite_finds_nothing():
+    """NaN is nearer than nothing: such documents passed for the first."""
+    queries, documents = torch.eye(4), torch.eye(4)
+    queries[1] = documents[3] = torch.nan
+    assert ranks(queries, documents, torch.arange(4)).tolist() == [1, 4, 1, 4]
+
+
 def test_an_unknown_pooling_or_column_is_told(pairs):
     with pytest.raises(InvalidInput, match="unknown pooling 'max'"):
         build(pairs, pooling="max")
+    with pytest.raises(InvalidInput, match=r"task retrieval puts .* the tokenizer has no padding token\. Set one"):
+        build_task("retrieval", letter_tokenizer(), calibration=str(pairs), query="question", document="answer")
     with pytest.raises(InvalidInput, match="row 1: no 'text', only question, answer"):
         build(pairs, query="text")
 

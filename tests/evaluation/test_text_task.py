@@ -70,6 +70,16 @@ def test_a_model_goes_the_whole_way_on_it(text, device, tmp_path):
     assert compared.pruned.quality["perplexity"] == pytest.approx(task.evaluate(model)["perplexity"], rel=1e-5)
 
 
+def test_a_text_to_train_on_is_refused_where_it_is_none(text, tmp_path):
+    options = {"calibration": str(text), "window": 32}
+    (tmp_path / "short.txt").write_text("abc")
+    task = build_task("text", letter_tokenizer(), training=str(tmp_path / "short.txt"), **options)
+    with pytest.raises(InvalidInput, match=r"short\.txt has 4 tokens; expected at least one window of 32"):
+        task.training()
+    with pytest.raises(InvalidInput, match=r"none\.txt does not exist"):
+        build_task("text", letter_tokenizer(), training=str(tmp_path / "none.txt"), **options)
+
+
 def test_mistakes_are_told(text):
     tokenizer = letter_tokenizer()
     with pytest.raises(InvalidInput, match="calibration has 1351 tokens and test 150; expected at least one window of 512 each"):

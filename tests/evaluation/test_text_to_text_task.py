@@ -108,6 +108,10 @@ def test_mistakes_are_told(pairs):
         long = build_task("text-to-text", tokenizer, calibration=str(pairs), **{column: "long"})
         with pytest.raises(InvalidInput, match=f"takes at most {limit}; give max_tokens={limit}"):
             long.check_model(bart)
+    (pairs.parent / "long.jsonl").write_text(json.dumps({"source": "a", "target": "b" * 90}))
+    long = build_task("text-to-text", tokenizer, calibration=str(pairs), training=str(pairs.parent / "long.jsonl"))
+    with pytest.raises(InvalidInput, match=f"takes at most {limit}; give max_tokens={limit}"):
+        long.check_model(bart)
 
 
 def test_perplexity_of_a_text_is_not_for_encoder_decoders(pairs, tmp_path):

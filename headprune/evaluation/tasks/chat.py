@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.perplexity import refuse_other_models
+from headprune.evaluation.positions import position_limit
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
@@ -105,15 +106,27 @@ class Chat(TargetTokens):
             end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
             before = without_end(self.tokenizer(turns[0][CONTENT])["input_ids"], end)
             return len(before), before + self.tokenizer(turns[1][CONTENT], add_special_tokens=False)["input_ids"] + end
-        write = self.tokenizer.apply_chat_template
-        before = write(list(turns[:-1]), add_generation_prompt=True, tokenize=True, return_dict=False)
-        tokens = write(list(turns), tokenize=True, return_dict=False)
+        before = self.by_template(turns[:-1], add_generation_prompt=True)
+        tokens = self.by_template(turns)
         if tokens[: len(before)] != before:
             raise InvalidInput(
                 f"task {self.name}: as the tokenizer's chat template writes it, a conversation does not begin with what the model "
                 "is asked, so its answer cannot be told from that. Give a template that only adds to the turns before."
             )
         return len(before), tokens
+
+    def by_template(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[int]:
+        """InvalidInput where the template refuses the turns: many take no system, or only user and assistant in turn."""
+        options = {"add_generation_prompt": add_generation_prompt, "tokenize": True, "return_dict": False}
+        try:
+            found: list[int] = self.tokenizer.apply_chat_template(list(turns), **options)
+        except Exception as error:  # whatever a template raises
+            shown = " ".join(str(error).split())[:200]
+            raise InvalidInput(
+                f"task {self.name}: the tokenizer's chat template refuses the conversation {list(turns)!r:.100}: {shown}. Write it "
+                "as the template expects, or leave the row out."
+            ) from error
+        return found
 
     def padded(self, rows: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         """On the right, behind everything that a causal model reads."""
@@ -126,10 +139,16 @@ class Chat(TargetTokens):
         }
 
     def training(self) -> list[Batch]:
-        return self.batches(self.training_rows)
+        found = self.batches(self.training_rows)
+        if not found:
+            raise InvalidInput(
+                f"task {self.name}: no answer of the training data begins within max_tokens={self.max_tokens}; give more."
+            )
+        return found
 
     def check_model(self, model: nn.Module) -> None:
-        longest = max(batch["input_ids"].shape[1] for batch in (*self.calibration, *self.test))
+        read = (*self.calibration, *self.test, *self.training_beyond(position_limit(model), self.max_tokens))
+        longest = max(batch["input_ids"].shape[1] for batch in read)
         refuse_other_models(model, f"task {self.name}", longest, "max_tokens")
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:

@@ -15,7 +15,7 @@ from headprune.evaluation.tasks.causal_text import windows_of
 from headprune.evaluation.tasks.rows import read_texts, refuse_counts, with_test
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
-from headprune.evaluation.tasks.text import without_the_last_tenth
+from headprune.evaluation.tasks.text import training_stream, without_the_last_tenth
 from headprune.evaluation.token_stream import token_stream
 from headprune.models.tokens import IGNORED_LABEL
 
@@ -63,6 +63,8 @@ class MaskedText(TargetTokens):
         def tokens(source: str) -> Tensor:
             return token_stream(tokenizer, read_texts(source, column))
 
+        if training is not None:
+            read_texts(training, column)  # refused before anything is scored; tokenised when it is wanted
         stream, held_out = with_test(tokens, calibration, test, training, without_the_last_tenth, nested=True)
         if min(len(stream), len(held_out)) < self.inside:
             raise InvalidInput(
@@ -88,8 +90,8 @@ class MaskedText(TargetTokens):
     def training(self) -> list[Batch]:
         stream = self.stream
         if self.training_text is not None:
-            stream = token_stream(self.tokenizer, read_texts(self.training_text, self.column))
-        return self.batches(windows_of(stream, self.inside, self.training_windows, self.seed), self.seed + 1) or self.calibration
+            stream = training_stream(self.tokenizer, self.training_text, self.column, self.inside)
+        return self.batches(windows_of(stream, self.inside, self.training_windows, self.seed), self.seed + 1)
 
     def check_model(self, model: nn.Module) -> None:
         name = type(model).__name__

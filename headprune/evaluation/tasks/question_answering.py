@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress, placed
 from headprune.evaluation.metric import Metric, mean
+from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.task import Task, register_task
@@ -87,6 +88,7 @@ class QuestionAnswering(Task):
             raise InvalidInput(
                 f"task {self.name} must know where each token stands, which {type(tokenizer).__name__} does not tell."
             )
+        refuse_without_padding(tokenizer, f"task {self.name}")
         self.tokenizer, self.batch, self.max_tokens, self.stride = tokenizer, batch, max_tokens, stride
         self.columns = (question, context, answers)
         parts = parts_of(
@@ -100,27 +102,26 @@ class QuestionAnswering(Task):
     def questions(self, file: str) -> list[Question]:
         found = []
         for number, row in enumerate(read_rows(file, self.columns), 1):
-            asked, context, answers = (row[name] for name in self.columns)
-            given = answers if isinstance(answers, dict) else {}
-            texts, starts = given.get("text"), given.get("answer_start")
-            if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            asked, context, given = (row[name] for name in self.columns)
+            answers = answers_of(given)
+            if answers is None:
                 raise InvalidInput(
-                    f"{file}, row {number}: {self.columns[2]!r} is {answers!r:.60}; expected as many texts as beginnings, "
-                    '{"text": ["Paris"], "answer_start": [17]}.'
+                    f"{file}, row {number}: {self.columns[2]!r} is {given!r:.60}; expected as many texts as beginnings (whole "
+                    'numbers), {"text": ["Paris"], "answer_start": [17]}.'
                 )
-            for text, start in zip(texts, starts):
+            for text, start in answers:
                 if str(context)[start : start + len(text)] != text:
                     raise InvalidInput(f"{file}, row {number}: {text!r:.60} does not stand in the context at character {start}.")
-            found.append(Question(str(asked), str(context), tuple(zip(texts, starts))))
+            found.append(Question(str(asked), str(context), answers))
         return found
 
     def windows(self, questions: Sequence[Question]) -> list[Window]:
-        for number, one in enumerate(questions):
+        for one in questions:
             tokens = len(self.tokenizer(one.question, verbose=False)["input_ids"])
             if tokens + self.stride + 4 > self.max_tokens:
                 raise InvalidInput(
-                    f"question {number} has {tokens} tokens, windows share stride={self.stride}; expected fewer than "
-                    f"max_tokens={self.max_tokens} in all. Give a larger max_tokens, or a smaller stride."
+                    f"the question {one.question!r:.60} has {tokens} tokens, windows share stride={self.stride}; expected fewer "
+                    f"than max_tokens={self.max_tokens} in all. Give a larger max_tokens, or a smaller stride."
                 )
         encoded = self.tokenizer(
             [one.question for one in questions], [one.context for one in questions], truncation="only_second",
@@ -136,10 +137,11 @@ class QuestionAnswering(Task):
         return found
 
     def batches(self, windows: Sequence[Window]) -> list[Batch]:
+        """Padded on the right, whatever the tokenizer does elsewhere: answers are told by the number of their tokens."""
         found = []
         for start in range(0, len(windows), self.batch):
             some = windows[start : start + self.batch]
-            padded = self.tokenizer.pad([one.inputs for one in some], return_tensors="pt")
+            padded = self.tokenizer.pad([one.inputs for one in some], padding_side="right", return_tensors="pt")
             first, last = torch.tensor([one.answer for one in some]).unbind(dim=1)
             found.append({**padded, START: first, END: last})
         return found
@@ -150,7 +152,8 @@ class QuestionAnswering(Task):
     def check_model(self, model: nn.Module) -> None:
         if "QuestionAnswering" not in type(model).__name__:
             raise InvalidInput(f"task {self.name} needs a model with such a head; {type(model).__name__} has none.")
-        refuse_longer([*self.calibration, *self.test], position_limit(model), model)
+        limit = position_limit(model)
+        refuse_longer([*self.calibration, *self.test, *self.training_beyond(limit, self.max_tokens)], limit, model)
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(**placed(model, {name: value for name, value in batch.items() if name not in (START, END)}))
@@ -195,6 +198,15 @@ class QuestionAnswering(Task):
 
     def latency_inputs(self) -> Batch:
         return {name: value for name, value in self.test[0].items() if name not in (START, END)}
+
+
+def answers_of(given: Any) -> tuple[tuple[str, int], ...] | None:
+    """(text, where it begins) of each answer in SQuAD's form; None where `given` is not of that form."""
+    texts, starts = (given.get("text"), given.get("answer_start")) if isinstance(given, dict) else (None, None)
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return None
+    found = tuple(zip(texts, starts))
+    return found if all(isinstance(text, str) and isinstance(start, int) for text, start in found) else None
 
 
 def tokens_of_answer(question: Question, places: Sequence[tuple[int, int] | None]) -> tuple[int, int]:

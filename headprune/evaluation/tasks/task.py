@@ -60,6 +60,11 @@ class Task(EvaluationData):
         """Batches to recover a pruned model on, as those of calibration and never of test data; more of them where there are."""
         return self.calibration
 
+    def training_beyond(self, limit: int | None, most: int) -> list[Any]:
+        """The training batches where their texts, of up to `most` tokens, may be longer than a model's `limit`; else none need be
+        made to know that they fit."""
+        return self.training() if limit is not None and most > limit else []
+
     def token_kinds(self) -> Any:
         """What tells special tokens and punctuation apart, for portraits; None where the model reads no tokens."""
         return self.tokenizer

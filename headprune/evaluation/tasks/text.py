@@ -47,6 +47,8 @@ class Text(CausalText):
         def tokens(source: str) -> Tensor:
             return token_stream(tokenizer, read_texts(source, column))
 
+        if training is not None:
+            read_texts(training, column)  # refused before anything is scored; tokenised when it is wanted
         stream, held_out = with_test(tokens, calibration, test, training, without_the_last_tenth, nested=True)
         if min(len(stream), len(held_out)) < window:
             raise InvalidInput(
@@ -62,8 +64,19 @@ class Text(CausalText):
     def training(self) -> list[dict[str, Tensor]]:
         stream = self.stream
         if self.training_text is not None:
-            stream = token_stream(self.tokenizer, read_texts(self.training_text, self.column))
-        return self.batches(windows_of(stream, self.window, self.training_windows, self.seed)) or self.calibration
+            stream = training_stream(self.tokenizer, self.training_text, self.column, self.window)
+        return self.batches(windows_of(stream, self.window, self.training_windows, self.seed))
+
+
+def training_stream(tokenizer: Any, source: str, column: str, window: int) -> Tensor:
+    """The tokens of `source` [tokens]. Raises InvalidInput where they fill no window."""
+    stream = token_stream(tokenizer, read_texts(source, column))
+    if len(stream) < window:
+        raise InvalidInput(
+            f"training={source} has {len(stream)} tokens; expected at least one window of {window}. Give more text or a smaller "
+            "window, or leave training out, for the text of calibration."
+        )
+    return stream
 
 
 def without_the_last_tenth(stream: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from headprune.evaluation.padding import refuse_without_padding
+from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.labelled import Example, Labelled
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.task import register_task
@@ -40,6 +42,7 @@ class TextClassification(Labelled):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens)
+        refuse_without_padding(tokenizer, f"task {self.name}")
         columns = [text, label] if pair is None else [text, pair, label]
 
         def examples(source: str) -> list[Example]:
@@ -48,6 +51,11 @@ class TextClassification(Labelled):
         self.max_tokens = max_tokens
         parts = parts_of(examples, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed)
         super().__init__(tokenizer, parts.calibration, parts.test, parts.training, batch)
+
+    def check_model(self, model: nn.Module) -> None:
+        super().check_model(model)
+        limit = position_limit(model)
+        refuse_longer(self.training_beyond(limit, self.max_tokens), limit, model)
 
     def inputs(self, examples: list[Any]) -> Mapping[str, Tensor]:
         columns = [list(column) for column in zip(*examples)]

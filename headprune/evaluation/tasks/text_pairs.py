@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress, placed
-from headprune.evaluation.embedder import usual_pooling, written_pooling, written_prompts
+from headprune.evaluation.embedder import tell_left_out, usual_pooling, written_pooling, written_prompts
 from headprune.evaluation.metric import Metric
+from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.retrieval import WITHOUT_HEAD, check_pooling, embed, embed_texts, encoded, rank_metrics, ranks
 from headprune.evaluation.tasks.rows import shuffled
@@ -44,10 +45,12 @@ class TextPairs(Task):
         max_tokens: int, seed: int = 0, pooling: str | None = None, prompt: str | None = None, document_prompt: str | None = None,
     ) -> None:  # fmt: skip
         """pooling, prompt (put before each query), document_prompt: by default what the tokenizer's folder says."""
+        refuse_without_padding(tokenizer, f"task {self.name}")
         pooling = written_pooling(tokenizer) if pooling is None else pooling
         if pooling is not None:
             check_pooling(pooling)
         written = written_prompts(tokenizer)
+        tell_left_out(tokenizer)
         before = Pair(written[0] if prompt is None else prompt, written[1] if document_prompt is None else document_prompt)
         if batch < 2:
             raise InvalidInput(f"batch={batch}; expected at least 2 pairs a batch: the documents of the others are the wrong ones.")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
+from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
@@ -46,6 +47,7 @@ class TextToText(TargetTokens):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch)
+        refuse_without_padding(tokenizer, f"task {self.name}")
         self.tokenizer, self.batch, self.max_tokens, self.prefix = tokenizer, batch, max_tokens, prefix
 
         def pairs(file: str) -> list[tuple[str, str]]:
@@ -77,8 +79,9 @@ class TextToText(TargetTokens):
         if decoder_of(model) is None or not reads_text or not getattr(model, "can_generate", bool)():
             raise InvalidInput(f"task {self.name} needs an encoder-decoder of text with its head, as T5 or BART; {name} is none.")
         limit = position_limit(model)
-        refuse_longer([*self.calibration, *self.test], limit, model)
-        refuse_longer([{"input_ids": batch["labels"]} for batch in (*self.calibration, *self.test)], limit, model)
+        read = [*self.calibration, *self.test, *self.training_beyond(limit, self.max_tokens)]
+        refuse_longer(read, limit, model)
+        refuse_longer([{"input_ids": batch["labels"]} for batch in read], limit, model)
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The labels go in too: the model itself makes what its decoder reads from them."""

@@ -21,7 +21,7 @@ from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, common_counts, in_groups
 from headprune.surgery.export.target import refuse_unknown, target
 from headprune.surgery.modeling_headprune import differs_by_itself
-from headprune.surgery.record import SECTION, head_map_of_json, record_of
+from headprune.surgery.record import SECTION, record_of
 from headprune.surgery.remote_code import stock_class
 
 
@@ -109,7 +109,7 @@ def original_slots(model: PreTrainedModel, sites: list[AttentionSite]) -> Mappin
     found = {}
     for site in sites:
         entry = record.get(site.name)
-        original = site.head_map if entry is None else head_map_of_json(entry["original"])
+        original = site.head_map if entry is None else HeadMap.from_json(entry["original"])
         kept = range(site.head_map.query_heads) if entry is None else entry["kept"]
         places = {head: place for place, head in enumerate(kept)}
         kv_places = {head: place for place, head in enumerate(original.kept_kv_heads(kept))}
