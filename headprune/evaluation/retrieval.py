@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput, unknown_name
 from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.metric import Metric, mean
+from headprune.evaluation.padding import refuse_unpadded
 
 Encode = Callable[[list[str]], Mapping[str, Tensor]]  # texts -> input_ids and attention_mask
 POOLINGS = ("mean", "cls", "last", "first")  # first: as cls
@@ -57,6 +58,7 @@ class Retrieval(EvaluationData):
 
 
 def encoded(tokenizer: Any, texts: list[str], max_tokens: int) -> dict[str, Tensor]:
+    refuse_unpadded(tokenizer)
     found = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
     return {name: found[name] for name in ("input_ids", "attention_mask")}
 

@@ -146,5 +146,5 @@ def test_mistakes_are_told(rows, tmp_path):
         task.check_model(bert())
     model = llama()
     model.config.max_position_embeddings = 8
-    with pytest.raises(InvalidInput, match="takes at most 8 tokens; give a smaller max_tokens"):
+    with pytest.raises(InvalidInput, match="tokens, and LlamaForCausalLM takes at most 8; give max_tokens=8"):
         task.check_model(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress, placed
 from headprune.evaluation.metric import Metric, mean
+from headprune.evaluation.padding import refuse_unpadded
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.task import Task, register_task
@@ -83,6 +84,7 @@ class QuestionAnswering(Task):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch, stride=stride)
+        refuse_unpadded(tokenizer)
         if not tokenizer.is_fast:
             raise InvalidInput(
                 f"task {self.name} must know where each token stands, which {type(tokenizer).__name__} does not tell."

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from headprune.evaluation.padding import refuse_other_padding, refuse_unpadded
 from headprune.evaluation.tasks.labelled import Example, Labelled
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.task import register_task
@@ -40,6 +41,7 @@ class TextClassification(Labelled):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens)
+        refuse_unpadded(tokenizer)
         columns = [text, label] if pair is None else [text, pair, label]
 
         def examples(source: str) -> list[Example]:
@@ -48,6 +50,11 @@ class TextClassification(Labelled):
         self.max_tokens = max_tokens
         parts = parts_of(examples, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed)
         super().__init__(tokenizer, parts.calibration, parts.test, parts.training, batch)
+
+    def check_model(self, model: nn.Module) -> None:
+        super().check_model(model)
+        if self.batch > 1:
+            refuse_other_padding(model, self.tokenizer)
 
     def inputs(self, examples: list[Any]) -> Mapping[str, Tensor]:
         columns = [list(column) for column in zip(*examples)]

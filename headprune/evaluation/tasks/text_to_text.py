@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
+from headprune.evaluation.padding import refuse_unpadded
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
@@ -46,6 +47,7 @@ class TextToText(TargetTokens):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch)
+        refuse_unpadded(tokenizer)
         self.tokenizer, self.batch, self.max_tokens, self.prefix = tokenizer, batch, max_tokens, prefix
 
         def pairs(file: str) -> list[tuple[str, str]]:
