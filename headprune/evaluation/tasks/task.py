@@ -93,14 +93,19 @@ def task_options(task: type[Task]) -> list[str]:
 
 def named_task(text: str) -> tuple[str, dict[str, Any]]:
     """(name, options) of a task as the command line names it: NAME, or NAME,option=value,... with YAML values, in double
-    quotes where there is a comma in one. Raises InvalidInput for an unknown name and for what is no option."""
+    quotes where there is a comma in one. Raises InvalidInput for an unknown name, what is no option and an open quote."""
+    if text.count('"') % 2:
+        raise InvalidInput(f"task {text!r}: a double quote is open; a value with a comma stands between two.")
     name, *rest = COMMA.split(text)
     check_task(name)
     options: dict[str, Any] = {}
     for part in rest:
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise InvalidInput(f"task {text!r}: {part!r} is no option; expected {name},option=value, as in calibration=train.txt.")
+            raise InvalidInput(
+                f"task {text!r}: {part!r} is no option; expected {name},option=value, as in calibration=train.txt, and double "
+                "quotes around a value with a comma."
+            )
         try:
             found = yaml.safe_load(value)
         except yaml.YAMLError:
