@@ -7,7 +7,16 @@ from headprune.evaluation.tasks.masked_text import MaskedText
 from headprune.evaluation.tasks.question_answering import QuestionAnswering
 from headprune.evaluation.tasks.retrieval import RetrievalOfPairs
 from headprune.evaluation.tasks.standard_library_text import StandardLibraryText
-from headprune.evaluation.tasks.task import Task, build_task, check_task, named_task, register_task, task_options, tasks
+from headprune.evaluation.tasks.task import (
+    Task,
+    build_task,
+    check_task,
+    named_task,
+    register_task,
+    task_defaults,
+    task_options,
+    tasks,
+)
 from headprune.evaluation.tasks.text import Text
 from headprune.evaluation.tasks.text_classification import TextClassification
 from headprune.evaluation.tasks.text_to_text import TextToText
@@ -15,5 +24,5 @@ from headprune.evaluation.tasks.text_to_text import TextToText
 __all__ = [
     "Chat", "DocstringRetrieval", "ImageClassification", "MaskedText", "QuestionAnswering", "RetrievalOfPairs",
     "StandardLibraryText", "Task", "Text", "TextClassification", "TextToText", "build_task", "check_task", "named_task",
-    "register_task", "task_options", "tasks",
+    "register_task", "task_defaults", "task_options", "tasks",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, ClassVar, Literal
 
 import yaml
@@ -89,6 +89,12 @@ def check_task(name: str) -> type[Task]:
 def task_options(task: type[Task]) -> list[str]:
     """The names of its options, as recipes and the command line give them."""
     return list(signature(task).parameters)[1:]
+
+
+def task_defaults(task: type[Task]) -> dict[str, Any]:
+    """Option -> what counts where it is not given, of those for which that is not nothing."""
+    found = {name: parameter.default for name, parameter in signature(task).parameters.items()}
+    return {name: default for name, default in found.items() if default not in (Parameter.empty, None, "")}
 
 
 def named_task(text: str) -> tuple[str, dict[str, Any]]:
