@@ -85,12 +85,14 @@ def criteria(json: JsonOption = False) -> None:
 
 @app.command("tasks", epilog="Example: headprune tasks")
 def tasks_command(json: JsonOption = False) -> None:
-    """List the tasks: the data that heads are scored and models are measured on, your own too, with their options."""
-    from headprune.evaluation.tasks import task_options, tasks
+    """List the tasks: the data that heads are scored and models are measured on, your own too, with their options and defaults."""
+    from headprune.evaluation.tasks import task_defaults, task_options, tasks
 
     table = Table("task", "what it is", "options")
     for name, found in tasks().items():
-        table.add_row(name, completion.first_line(found), ", ".join(task_options(found)))
+        defaults = task_defaults(found)
+        options = [f"{option}={defaults[option]}" if option in defaults else option for option in task_options(found)]
+        table.add_row(name, completion.first_line(found), ", ".join(options))
     terminal.show(json, terminal.rows_of(table), table)
 
 

@@ -116,8 +116,8 @@ def share(rows: Tensor) -> float:
     return float(rows[:, 0].sum() / rows[:, 1].sum())
 
 
-def refuse_other_models(model: nn.Module, name: str, tokens: int, option: str = "window") -> None:
-    """InvalidInput where `model` is no causal language model, or takes fewer than `tokens`; option: what sets their number."""
+def refuse_other_models(model: nn.Module, name: str, tokens: int) -> None:
+    """InvalidInput where `model` is no causal language model, or takes fewer than `tokens`, its window."""
     if decoder_of(model) is not None:
         raise InvalidInput(
             f"{name} needs a causal language model; {type(model).__name__} is an encoder-decoder, for which there is the task "
@@ -127,7 +127,7 @@ def refuse_other_models(model: nn.Module, name: str, tokens: int, option: str = 
         raise InvalidInput(f"{name} needs a causal language model; {type(model).__name__} is none.")
     limit = position_limit(model)
     if limit is not None and limit < tokens:
-        raise InvalidInput(f"{option}={tokens}: {type(model).__name__} takes at most {limit} tokens; give a smaller {option}.")
+        raise InvalidInput(f"window={tokens}: {type(model).__name__} takes at most {limit} tokens; give a smaller window.")
 
 
 def text_of(text: Path | str | Iterable[str | Mapping[str, Any]]) -> str:

@@ -57,7 +57,8 @@ def trunk_of(model: nn.Module) -> Trunk:
             inside = tuple(tuple(site for site in sites if site.name.startswith(f"{name}.{i}.")) for i in range(len(module)))
             return Trunk(model, name, tuple(module), inside)
     raise UnsupportedModel(
-        f"{type(model).__name__} does not have all its attentions in one stack of layers; load it whole instead of streaming it."
+        f"{type(model).__name__} does not have all its attentions in one stack of layers, as streaming and estimates need; load it "
+        "whole."
     )
 
 

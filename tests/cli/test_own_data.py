@@ -175,3 +175,5 @@ def test_tasks_are_listed_with_their_options(succeed):
     found = {row["task"]: row["options"].split(", ") for row in json.loads(succeed(("tasks", "--json")))}
     assert set(found) >= {"docstring-retrieval", "text", "retrieval", "text-classification", "image-classification"}
     assert found["text"][:3] == ["calibration", "test", "training"]
+    assert {"window=512", "seed=0"} <= set(found["text"])
+    assert "prefix" in found["text-to-text"]

@@ -129,7 +129,7 @@ def test_what_a_model_is_trained_on_may_not_be_longer_than_it_takes_either(rows,
     task = build_task("chat", chat_tokenizer(), calibration=str(rows), training=str(tmp_path / "long.jsonl"))
     model = llama()
     model.config.max_position_embeddings = 40
-    with pytest.raises(InvalidInput, match="takes at most 40 tokens; give a smaller max_tokens"):
+    with pytest.raises(InvalidInput, match="takes at most 40; give max_tokens=40"):
         task.check_model(model)
     task = build_task("chat", chat_tokenizer(), calibration=str(rows), training=str(tmp_path / "long.jsonl"), max_tokens=40)
     with pytest.raises(InvalidInput, match="no answer of the training data begins within max_tokens=40"):
@@ -161,5 +161,5 @@ def test_mistakes_are_told(rows, tmp_path):
         task.check_model(bert())
     model = llama()
     model.config.max_position_embeddings = 8
-    with pytest.raises(InvalidInput, match="takes at most 8 tokens; give a smaller max_tokens"):
+    with pytest.raises(InvalidInput, match="tokens, and LlamaForCausalLM takes at most 8; give max_tokens=8"):
         task.check_model(model)

@@ -90,6 +90,10 @@ def test_labels_that_the_model_does_not_have_are_refused(rows):
     rows.write_text(rows.read_text().replace('"number": 1', '"number": 2'))
     with pytest.raises(InvalidInput, match="labels go up to 2, and the model has 2 classes"):
         build_task("text-classification", tokenizer(), calibration=str(rows), label="number").check_model(classifier())
+    rows.write_text(rows.read_text().replace('"number": 0', '"number": "nought"'))
+    task = build_task("text-classification", tokenizer(), calibration=str(rows), label="number")
+    with pytest.raises(InvalidInput, match="the label 'nought' is none of the model's classes, good, bad"):
+        task.check_model(classifier(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1}))
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,7 @@ def test_the_last_token_is_the_same_however_a_batch_is_padded(embedder, pairs, h
 def test_an_option_in_quotes_may_hold_a_comma_and_a_colon():
     assert named_task("retrieval,prompt=query: ")[1] == {"prompt": "query: "}
     assert named_task('retrieval,prompt="find: a, b",batch=8')[1] == {"prompt": "find: a, b", "batch": 8}
+    with pytest.raises(InvalidInput, match=r"'b' is no option; .* double quotes around a value with a comma"):
+        named_task("retrieval,prompt=a,b")
+    with pytest.raises(InvalidInput, match="a double quote is open"):
+        named_task('retrieval,prompt="a,batch=8')

@@ -12,8 +12,9 @@ from tiny_models import bert, llama, tokens
 
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
-from headprune.surgery import cut, load
+from headprune.surgery import cut, load, save
 from headprune.surgery.export import export, regularise, targets
+from headprune.surgery.export.stock import stock_model
 
 RAGGED = {"model.layers.0.self_attn": [0, 1, 2, 5], "model.layers.1.self_attn": [0, 3, 6]}
 
@@ -96,6 +97,29 @@ def test_other_families_become_stock_again(family, kept, tmp_path):
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert "headprune" not in type(found).__module__
     assert torch.allclose(output_of(found), expected, atol=1e-4)
+
+
+def test_a_half_precision_model_that_was_read_becomes_stock_again(tmp_path):
+    """As `from_pretrained` leaves it: weights of bf16, frequencies of rotary positions of fp32."""
+    save(ragged_llama().to(torch.bfloat16), tmp_path / "saved")
+    model = load(tmp_path / "saved")
+    frequencies = model.model.rotary_emb.inv_freq
+    assert frequencies.dtype == torch.float32
+    stock, notes = stock_model(model)
+    assert torch.equal(stock.model.rotary_emb.inv_freq, frequencies)
+    assert {parameter.dtype for parameter in stock.parameters()} == {torch.bfloat16}
+    assert "LlamaForCausalLM = the model" in notes[-1]
+
+
+def test_a_model_that_points_at_answers_becomes_stock_again(tmp_path):
+    model = transformers.BertForQuestionAnswering(bert().config).eval()
+    cut(model, {"bert.encoder.layer.0.attention": [1]})
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).end_logits
+    export(model, "stock", tmp_path / "out")
+    found = transformers.BertForQuestionAnswering.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.allclose(found(input_ids=tokens()).end_logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["vit", "clip"])

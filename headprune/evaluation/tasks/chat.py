@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.perplexity import refuse_other_models
-from headprune.evaluation.positions import position_limit
+from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
@@ -147,9 +147,9 @@ class Chat(TargetTokens):
         return found
 
     def check_model(self, model: nn.Module) -> None:
-        read = (*self.calibration, *self.test, *self.training_beyond(position_limit(model), self.max_tokens))
-        longest = max(batch["input_ids"].shape[1] for batch in read)
-        refuse_other_models(model, f"task {self.name}", longest, "max_tokens")
+        refuse_other_models(model, f"task {self.name}", 1)
+        limit = position_limit(model)
+        refuse_longer([*self.calibration, *self.test, *self.training_beyond(limit, self.max_tokens)], limit, model)
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -127,7 +127,7 @@ def numbers_of(names: Sequence[str], model: nn.Module, task: str) -> dict[str, i
     elif all(str(name).startswith(DEFAULT_NAME) for name in known):
         numbers = in_order(names, classes, type(model).__name__, task)
     else:
-        strange = next(name for name in names if name not in known)
+        strange = min((name for name in names if name not in known), key=lambda name: NUMBER.fullmatch(name) is not None)
         raise InvalidInput(f"{task}: the label {strange!r} is none of the model's classes, {', '.join(map(str, known))[:200]}.")
     if max(numbers.values()) >= classes:
         raise InvalidInput(f"{task}: labels go up to {max(numbers.values())}, and the model has {classes} classes, counted from 0.")

@@ -14,6 +14,7 @@ from transformers import AutoFeatureExtractor
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.embedder import content_of
+from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.tasks.rows import parts_of, place_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
@@ -52,6 +53,7 @@ class SpeechRecognition(TargetTokens):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch)
+        refuse_without_padding(tokenizer, f"task {self.name}")
         self.tokenizer, self.batch, self.max_tokens = tokenizer, batch, max_tokens
         try:
             self.extractor: Any = AutoFeatureExtractor.from_pretrained(tokenizer.name_or_path, local_files_only=True)
@@ -92,8 +94,9 @@ class SpeechRecognition(TargetTokens):
             name = type(model).__name__
             raise InvalidInput(f"task {self.name} needs an encoder-decoder of speech with its head, as Whisper; {name} is none.")
         limit = getattr(getattr(model, "config", None), "max_target_positions", None)
-        longest = max(batch["labels"].shape[1] for batch in (*self.calibration, *self.test))
-        if isinstance(limit, int) and longest > limit:
+        read = (*self.calibration, *self.test, *self.training_beyond(limit, self.max_tokens))
+        longest = max(batch["labels"].shape[1] for batch in read)
+        if limit is not None and longest > limit:
             raise InvalidInput(
                 f"a text has {longest} tokens, {type(model).__name__} takes at most {limit}; give max_tokens={limit}."
             )

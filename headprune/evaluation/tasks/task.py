@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, ClassVar, Literal
 
 import yaml
@@ -96,16 +96,27 @@ def task_options(task: type[Task]) -> list[str]:
     return list(signature(task).parameters)[1:]
 
 
+def task_defaults(task: type[Task]) -> dict[str, Any]:
+    """Option -> what counts where it is not given, of those for which that is not nothing."""
+    found = {name: parameter.default for name, parameter in signature(task).parameters.items()}
+    return {name: default for name, default in found.items() if default not in (Parameter.empty, None, "")}
+
+
 def named_task(text: str) -> tuple[str, dict[str, Any]]:
     """(name, options) of a task as the command line names it: NAME, or NAME,option=value,... with YAML values, in double
-    quotes where there is a comma in one. Raises InvalidInput for an unknown name and for what is no option."""
+    quotes where there is a comma in one. Raises InvalidInput for an unknown name, what is no option and an open quote."""
+    if text.count('"') % 2:
+        raise InvalidInput(f"task {text!r}: a double quote is open; a value with a comma stands between two.")
     name, *rest = COMMA.split(text)
     check_task(name)
     options: dict[str, Any] = {}
     for part in rest:
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise InvalidInput(f"task {text!r}: {part!r} is no option; expected {name},option=value, as in calibration=train.txt.")
+            raise InvalidInput(
+                f"task {text!r}: {part!r} is no option; expected {name},option=value, as in calibration=train.txt, and double "
+                "quotes around a value with a comma."
+            )
         try:
             found = yaml.safe_load(value)
         except yaml.YAMLError:

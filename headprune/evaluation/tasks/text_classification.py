@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from headprune.evaluation.padding import refuse_without_padding
+from headprune.evaluation.padding import refuse_other_padding, refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.labelled import Example, Labelled
 from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
@@ -56,6 +56,8 @@ class TextClassification(Labelled):
         super().check_model(model)
         limit = position_limit(model)
         refuse_longer(self.training_beyond(limit, self.max_tokens), limit, model)
+        if self.batch > 1:
+            refuse_other_padding(model, self.tokenizer)
 
     def inputs(self, examples: list[Any]) -> Mapping[str, Tensor]:
         columns = [list(column) for column in zip(*examples)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress, placed
 from headprune.evaluation.metric import Metric
+from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.perplexity import share
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.tasks.labelled import numbers_of, tell_guess
@@ -56,6 +57,7 @@ class TokenClassification(TargetTokens):
         seed: int = 0,
     ) -> None:
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch)
+        refuse_without_padding(tokenizer, f"task {self.name}")
         if not tokenizer.is_fast:
             raise InvalidInput(f"task {self.name} must know whose word a token is, which {type(tokenizer).__name__} does not tell.")
         self.tokenizer, self.batch, self.max_tokens, self.columns = tokenizer, batch, max_tokens, (words, tags)
@@ -105,7 +107,8 @@ class TokenClassification(TargetTokens):
         if "TokenClassification" not in type(model).__name__:
             raise InvalidInput(f"task {self.name} needs a model with such a head; {type(model).__name__} has none.")
         numbers = numbers_of(self.names, model, f"task {self.name}")
-        refuse_longer([*self.calibration, *self.test], position_limit(model), model)
+        limit = position_limit(model)
+        refuse_longer([*self.calibration, *self.test], limit, model)
         if self.numbers is None:
             tell_guess(numbers, model)
             for batch in (*self.calibration, *self.test):
@@ -116,6 +119,7 @@ class TokenClassification(TargetTokens):
         self.numbers = numbers
         self.tag_of = {int(number): str(name) for number, name in dict(known.id2label).items()}
         self.tag_of |= {number: name for name, number in numbers.items() if not name.isdecimal()}
+        refuse_longer(self.training_beyond(limit, self.max_tokens), limit, model)
 
     def settle(self, batch: Batch, numbers: Mapping[str, int]) -> None:
         own, labels = torch.tensor([numbers[name] for name in self.names]), batch["labels"]

@@ -39,7 +39,7 @@ def small_output(model: nn.Module) -> Tensor:
     model.train(training)
     mask = inputs.get("attention_mask")
     if mask is not None and output.shape[:2] == mask.shape:
-        output = output * mask[..., None].to(output.dtype)
+        output = output * mask.reshape(*mask.shape, *(1 for _ in output.shape[2:])).to(output.dtype)  # of pointers: [texts, tokens]
     return output
 
 

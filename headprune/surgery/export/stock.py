@@ -41,8 +41,8 @@ def stock_model(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
     config, slots = smaller_config(model, stock, sites) or (original_config(model.config), original_slots(model, sites))
     expected = small_output(model)
     with torch.device(expected.device):
-        built: Any = stock(config)
-        dense: PreTrainedModel = built.to(model.dtype).eval()
+        built: Any = stock
+        dense: PreTrainedModel = built._from_config(config, dtype=model.dtype).eval()  # not .to: frequencies of positions stay fp32
     twins = {site.name: site for site in attention_sites(dense)}
     of_heads = {name for site in sites for name in parameters_of_heads(model, site)}
     rest = {name: value for name, value in model.state_dict().items() if name not in of_heads}
