@@ -24,7 +24,10 @@ def written_pooling(tokenizer: Any) -> str | None:
     """The pooling that the folder `tokenizer` came from tells; None where it does not. InvalidInput for one that we do not have."""
     content = mapping_of(tokenizer, POOLING)
     mode = content.get("pooling_mode") or [name for name, on in content.items() if on is True and name.startswith("pooling_mode_")]
-    asked = [name.removeprefix("pooling_mode_") for name in ([mode] if isinstance(mode, str) else mode)]
+    modes = [mode] if isinstance(mode, str) else mode
+    if not (isinstance(modes, list) and all(isinstance(one, str) for one in modes)):
+        raise CorruptCheckpoint(f"{Path(tokenizer.name_or_path) / POOLING}: pooling_mode is {mode!r:.60}; expected a name.")
+    asked = [name.removeprefix("pooling_mode_") for name in modes]
     if not asked:
         return None
     if len(asked) > 1 or asked[0] not in KNOWN:
@@ -38,6 +41,8 @@ def written_pooling(tokenizer: Any) -> str | None:
 def written_prompts(tokenizer: Any) -> tuple[str, str]:
     """(what is put before each query, before each document) by the folder `tokenizer` came from; empty where it tells nothing."""
     prompts = mapping_of(tokenizer, PROMPTS).get("prompts") or {}
+    if not (isinstance(prompts, dict) and all(isinstance(text, str | None) for text in prompts.values())):
+        raise CorruptCheckpoint(f"{Path(tokenizer.name_or_path) / PROMPTS}: prompts is {prompts!r:.60}; expected texts by name.")
     return prompts.get("query") or "", next((prompts[name] for name in DOCUMENT if prompts.get(name)), "")
 
 

@@ -118,9 +118,15 @@ def test_a_pooling_that_we_do_not_have_is_told(embedder, pairs, written):
 
 
 def test_a_damaged_file_is_named(embedder, pairs):
-    (embedder / "1_Pooling" / "config.json").write_text("{")
-    with pytest.raises(CorruptCheckpoint, match=r"1_Pooling/config\.json is not JSON"):
-        task_of(embedder, pairs)
+    for wrong, said in (("{", "is not JSON"), ('{"pooling_mode": 3}', "pooling_mode is 3; expected a name")):
+        (embedder / "1_Pooling" / "config.json").write_text(wrong)
+        with pytest.raises(CorruptCheckpoint, match=rf"1_Pooling/config\.json:? {said}"):
+            task_of(embedder, pairs)
+    (embedder / "1_Pooling" / "config.json").unlink()
+    for wrong in (["find: "], {"query": 1}):
+        write_json(embedder / "config_sentence_transformers.json", {"prompts": wrong})
+        with pytest.raises(CorruptCheckpoint, match="expected texts by name"):
+            task_of(embedder, pairs)
 
 
 def test_what_is_applied_to_embeddings_elsewhere_alone_is_told(embedder, pairs, caplog):

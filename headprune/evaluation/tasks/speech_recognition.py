@@ -13,7 +13,7 @@ from transformers import AutoFeatureExtractor
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
-from headprune.evaluation.embedder import content_of
+from headprune.evaluation.embedder import mapping_of
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.tasks.rows import parts_of, place_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
@@ -60,7 +60,7 @@ class SpeechRecognition(TargetTokens):
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InvalidInput(f"task {self.name} needs the feature extractor of sound in the model's folder: {reason}.") from None
-        self.start = content_of(tokenizer, "config.json").get("decoder_start_token_id")
+        self.start = mapping_of(tokenizer, "config.json").get("decoder_start_token_id")
 
         def rows(file: str) -> list[tuple[Path, str]]:
             folder = place_of(file).parent
