@@ -14,7 +14,7 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.perplexity import refuse_other_models
 from headprune.evaluation.positions import position_limit, refuse_longer
-from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
+from headprune.evaluation.tasks.rows import in_batches, parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
 from headprune.models.tokens import IGNORED_LABEL
@@ -91,7 +91,7 @@ class Chat(TargetTokens):
         if len(asked) < len(written):
             log.warning("%d of %d conversations left out: their last answer begins behind max_tokens=%d",
                         len(written) - len(asked), len(written), self.max_tokens)  # fmt: skip
-        return [self.padded(asked[start : start + self.batch]) for start in range(0, len(asked), self.batch)]
+        return [self.padded(some) for some in in_batches(asked, self.batch)]
 
     def written(self, turns: Sequence[Turn]) -> tuple[Tensor, Tensor]:
         """(tokens, labels), at most max_tokens of each."""

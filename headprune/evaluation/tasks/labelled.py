@@ -17,7 +17,9 @@ from headprune.evaluation.classification import LABELS, Classification, logits_o
 from headprune.evaluation.data import Progress, placed
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.positions import position_limit, refuse_longer
+from headprune.evaluation.tasks.rows import in_batches
 from headprune.evaluation.tasks.task import Task
+from headprune.models.tokens import IGNORED_LABEL
 
 Example = tuple[Any, str]  # what the model reads (texts, the path of an image), its label as it stands in the data
 DEFAULT_NAME = "LABEL_"  # transformers' names of classes that nobody named
@@ -26,7 +28,37 @@ OTHER_KINDS = {"regression": "gives numbers", "multi_label_classification": "tel
 log = logging.getLogger("headprune")
 
 
-class Labelled(Task):
+class OfClasses(Task):
+    """Labels are places in `names` until `settle_all` tells which of a model's classes these are; -100 stays."""
+
+    names: list[str]
+    test: list[dict[str, Tensor]]
+    numbers: dict[str, int] | None = None
+
+    def settle_all(self, model: nn.Module) -> None:
+        """Raises InvalidInput where a label is none of the model's classes, or the numbers are those of another model."""
+        numbers = numbers_of(self.names, model, f"task {self.name}")
+        if self.numbers is None:
+            tell_guess(numbers, model)
+            self.numbers = numbers
+            self.settle([*self.calibration, *self.test])
+        elif numbers != self.numbers:
+            raise InvalidInput(f"task {self.name} was made for a model with other numbers of classes; make it anew for this one.")
+
+    def settle(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        own = torch.tensor([self.settled()[name] for name in self.names])
+        for batch in batches:
+            labels = batch[LABELS]
+            batch[LABELS] = torch.where(labels == IGNORED_LABEL, labels, own[labels.clamp(min=0)])
+        return batches
+
+    def settled(self) -> dict[str, int]:
+        if self.numbers is None:
+            raise InvalidInput(f"task {self.name} does not know the model's classes yet; call task.check_model(model) first.")
+        return self.numbers
+
+
+class Labelled(OfClasses):
     """accuracy (the headline), macro F1 and Matthews correlation; the loss is cross entropy.
 
     Labels are numbers of classes, or names in the model's `config.label2id`; where the model's classes have no names, as many names
@@ -44,7 +76,6 @@ class Labelled(Task):
         self.tokenizer, self.batch, self.training_examples = tokenizer, batch, list(training)
         self.names = sorted({label for _, label in (*calibration, *test, *training)})
         self.calibration, self.test = self.batches(calibration), self.batches(test)
-        self.numbers: dict[str, int] | None = None
 
     @abstractmethod
     def inputs(self, examples: list[Any]) -> Mapping[str, Tensor]:
@@ -52,39 +83,20 @@ class Labelled(Task):
 
     def batches(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         """Labels are places in `names` until the model tells what these are."""
-        groups = [examples[start : start + self.batch] for start in range(0, len(examples), self.batch)]
         places = {name: place for place, name in enumerate(self.names)}
         return [
             {**self.inputs([read for read, _ in some]), LABELS: torch.tensor([places[label] for _, label in some])}
-            for some in groups
+            for some in in_batches(examples, self.batch)
         ]
 
     def check_model(self, model: nn.Module) -> None:
         if "TokenClassification" in type(model).__name__:
             raise InvalidInput(f"task {self.name}: {type(model).__name__} classifies words; take the task token-classification.")
-        numbers = numbers_of(self.names, model, f"task {self.name}")
+        self.settle_all(model)
         refuse_longer([*self.calibration, *self.test], position_limit(model), model)
-        if self.numbers is None:
-            tell_guess(numbers, model)
-            for batch in (*self.calibration, *self.test):
-                self.settle(batch, numbers)
-        elif numbers != self.numbers:
-            raise InvalidInput(f"task {self.name} was made for a model with other numbers of classes; make it anew for this one.")
-        self.numbers = numbers
-
-    def settle(self, batch: dict[str, Tensor], numbers: Mapping[str, int]) -> None:
-        batch[LABELS] = torch.tensor([numbers[name] for name in self.names])[batch[LABELS]]
-
-    def settled(self) -> dict[str, int]:
-        if self.numbers is None:
-            raise InvalidInput(f"task {self.name} does not know the model's classes yet; call task.check_model(model) first.")
-        return self.numbers
 
     def training(self) -> list[dict[str, Tensor]]:
-        found = self.batches(self.training_examples)
-        for batch in found:
-            self.settle(batch, self.settled())
-        return found
+        return self.settle(self.batches(self.training_examples))
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         return model(**placed(model, {name: value for name, value in batch.items() if name != LABELS}))

@@ -18,7 +18,7 @@ from headprune.evaluation.data import Progress, placed
 from headprune.evaluation.metric import Metric, mean
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
-from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
+from headprune.evaluation.tasks.rows import in_batches, parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.task import Task, register_task
 
 Batch = dict[str, Tensor]
@@ -139,8 +139,7 @@ class QuestionAnswering(Task):
     def batches(self, windows: Sequence[Window]) -> list[Batch]:
         """Padded on the right, whatever the tokenizer does elsewhere: answers are told by the number of their tokens."""
         found = []
-        for start in range(0, len(windows), self.batch):
-            some = windows[start : start + self.batch]
+        for some in in_batches(windows, self.batch):
             padded = self.tokenizer.pad([one.inputs for one in some], padding_side="right", return_tensors="pt")
             first, last = torch.tensor([one.answer for one in some]).unbind(dim=1)
             found.append({**padded, START: first, END: last})

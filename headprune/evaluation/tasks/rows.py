@@ -170,6 +170,10 @@ def with_test(
     return split(known) if test is None else (known, read(test))
 
 
+def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def shuffled(items: Sequence[Item], seed: int = 0) -> list[Item]:
     """The same order for the same items and seed, every time."""
     items = list(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import wave
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.embedder import mapping_of
 from headprune.evaluation.padding import refuse_without_padding
-from headprune.evaluation.tasks.rows import parts_of, place_of, read_rows, refuse_counts
+from headprune.evaluation.tasks.rows import in_batches, parts_of, place_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
 from headprune.models.tokens import IGNORED_LABEL, decoder_of
@@ -71,9 +72,9 @@ class SpeechRecognition(TargetTokens):
         self.training_rows = parts.training
 
     def batches(self, rows: list[tuple[Path, str]]) -> list[Batch]:
-        return [self.encoded(rows[start : start + self.batch]) for start in range(0, len(rows), self.batch)]
+        return [self.encoded(some) for some in in_batches(rows, self.batch)]
 
-    def encoded(self, rows: list[tuple[Path, str]]) -> Batch:
+    def encoded(self, rows: Sequence[tuple[Path, str]]) -> Batch:
         rate = self.extractor.sampling_rate
         heard = self.extractor([samples_of(path, rate) for path, _ in rows], sampling_rate=rate, return_tensors="pt")
         said = self.tokenizer(

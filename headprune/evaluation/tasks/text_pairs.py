@@ -17,7 +17,7 @@ from headprune.evaluation.metric import Metric
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
 from headprune.evaluation.retrieval import WITHOUT_HEAD, check_pooling, embed, embed_texts, encoded, rank_metrics, ranks
-from headprune.evaluation.tasks.rows import shuffled
+from headprune.evaluation.tasks.rows import in_batches, shuffled
 from headprune.evaluation.tasks.task import Task
 
 SCALE = 20.0  # of the cosine similarities in the contrastive loss, as sentence-transformers trains
@@ -76,7 +76,7 @@ class TextPairs(Task):
     def batches(self, pairs: Sequence[Pair], seed: int) -> list[dict[str, Tensor]]:
         """Those of like length share a batch."""
         pairs = sorted(pairs, key=lambda pair: len(pair.document))
-        groups = [pairs[start : start + self.batch] for start in range(0, len(pairs), self.batch)]
+        groups = in_batches(pairs, self.batch)
         return [self.encoded([pair.query for pair in some] + [pair.document for pair in some]) for some in shuffled(groups, seed)]
 
     def encoded(self, texts: list[str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
-from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
+from headprune.evaluation.tasks.rows import in_batches, parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
 from headprune.models.tokens import IGNORED_LABEL, decoder_of
@@ -58,9 +59,9 @@ class TextToText(TargetTokens):
         self.training_pairs = parts.training
 
     def batches(self, pairs: list[tuple[str, str]]) -> list[Batch]:
-        return [self.encoded(pairs[start : start + self.batch]) for start in range(0, len(pairs), self.batch)]
+        return [self.encoded(some) for some in in_batches(pairs, self.batch)]
 
-    def encoded(self, pairs: list[tuple[str, str]]) -> Batch:
+    def encoded(self, pairs: Sequence[tuple[str, str]]) -> Batch:
         options: dict[str, Any] = {
             "padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt",
             "return_attention_mask": True,

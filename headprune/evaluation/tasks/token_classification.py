@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from headprune.evaluation.metric import Metric
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.perplexity import share
 from headprune.evaluation.positions import position_limit, refuse_longer
-from headprune.evaluation.tasks.labelled import numbers_of, tell_guess
-from headprune.evaluation.tasks.rows import parts_of, read_rows, refuse_counts
+from headprune.evaluation.tasks.labelled import OfClasses
+from headprune.evaluation.tasks.rows import in_batches, parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
 from headprune.models.tokens import IGNORED_LABEL
@@ -25,7 +25,7 @@ OUTSIDE = "O"
 
 
 @register_task
-class TokenClassification(TargetTokens):
+class TokenClassification(TargetTokens, OfClasses):
     """Classification of the words of your own texts: calibration=FILE, and test=FILE or a tenth of it.
 
     calibration: a .jsonl or .json file with the columns `tokens`, a list of words (words=COLUMN for another), and `tags`, as many
@@ -68,7 +68,6 @@ class TokenClassification(TargetTokens):
         self.names = sorted({tag for _, tags_of_one in every for tag in tags_of_one})
         self.calibration, self.test = self.batches(parts.calibration), self.batches(parts.test)
         self.training_rows = parts.training
-        self.numbers: dict[str, int] | None = None
         self.tag_of: dict[int, str] = {}
 
     def sentences(self, file: str) -> list[Sentence]:
@@ -86,7 +85,7 @@ class TokenClassification(TargetTokens):
 
     def batches(self, sentences: Sequence[Sentence]) -> list[Batch]:
         """Labels are places in `names` until the model tells what these are."""
-        return [self.encoded(sentences[start : start + self.batch]) for start in range(0, len(sentences), self.batch)]
+        return [self.encoded(some) for some in in_batches(sentences, self.batch)]
 
     def encoded(self, sentences: Sequence[Sentence]) -> Batch:
         found = self.tokenizer(
@@ -106,35 +105,14 @@ class TokenClassification(TargetTokens):
     def check_model(self, model: nn.Module) -> None:
         if "TokenClassification" not in type(model).__name__:
             raise InvalidInput(f"task {self.name} needs a model with such a head; {type(model).__name__} has none.")
-        numbers = numbers_of(self.names, model, f"task {self.name}")
-        limit = position_limit(model)
-        refuse_longer([*self.calibration, *self.test], limit, model)
-        if self.numbers is None:
-            tell_guess(numbers, model)
-            for batch in (*self.calibration, *self.test):
-                self.settle(batch, numbers)
-        elif numbers != self.numbers:
-            raise InvalidInput(f"task {self.name} was made for a model with other numbers of classes; make it anew for this one.")
-        known: Any = getattr(model, "config", None)
-        self.numbers = numbers
-        self.tag_of = {int(number): str(name) for number, name in dict(known.id2label).items()}
-        self.tag_of |= {number: name for name, number in numbers.items() if not name.isdecimal()}
-        refuse_longer(self.training_beyond(limit, self.max_tokens), limit, model)
-
-    def settle(self, batch: Batch, numbers: Mapping[str, int]) -> None:
-        own, labels = torch.tensor([numbers[name] for name in self.names]), batch["labels"]
-        batch["labels"] = torch.where(labels == IGNORED_LABEL, labels, own[labels.clamp(min=0)])
-
-    def settled(self) -> dict[str, int]:
-        if self.numbers is None:
-            raise InvalidInput(f"task {self.name} does not know the model's classes yet; call task.check_model(model) first.")
-        return self.numbers
+        self.settle_all(model)
+        limit, config = position_limit(model), cast(Any, model.config)
+        refuse_longer([*self.calibration, *self.test, *self.training_beyond(limit, self.max_tokens)], limit, model)
+        self.tag_of = {int(number): str(name) for number, name in config.id2label.items()}
+        self.tag_of |= {number: name for name, number in self.settled().items() if not name.isdecimal()}
 
     def training(self) -> list[Batch]:
-        found = self.batches(self.training_rows)
-        for batch in found:
-            self.settle(batch, self.settled())
-        return found
+        return self.settle(self.batches(self.training_rows))
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(**placed(model, {name: value for name, value in batch.items() if name != "labels"}))
