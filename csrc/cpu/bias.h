@@ -6,11 +6,12 @@
 namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kThinBlock = 512;  // of thin panels (thin.h): they wait for memory anew with each block
 
 struct BiasBlock {
-  Real* rows;        // [kPanelRows][kKeyBlock]
-  Real* transposed;  // [kKeyBlock][panel width], in log2 units
-  Real best[kKeyBlock];  // the largest over the panel's rows; -inf: nobody sees this key
+  Real* rows;             // [kPanelRows][kKeyBlock], of thin panels [kThinRows][kThinBlock]
+  Real* transposed;       // [kKeyBlock][panel width], in log2 units
+  Real best[kThinBlock];  // the largest over the panel's rows; -inf: nobody sees this key
   bool shared;            // all rows have the same
 };
 
@@ -27,17 +28,17 @@ inline void read_bias_row(const Bias& bias, int64_t offset, const Keys& keys, in
   }
 }
 
-// Reads rows and best. False where no row of the panel may see any key of the block.
+// Reads rows, `stride` apart, and best. False where no row of the panel may see any key of the block.
 inline bool read_bias(
-    const Bias& bias, int64_t batch, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, BiasBlock& block) {
+    const Bias& bias, int64_t batch, const Panel& panel, const Keys& keys, int64_t slot, int64_t count, int64_t stride, BiasBlock& block) {
   std::fill_n(block.best, count, -kInfinity);
   int64_t previous = -1;
   block.shared = true;
   for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t offset = batch * bias.batch + panel.head[r] * bias.head + panel.query[r] * bias.row;
-    Real* row = block.rows + r * kKeyBlock;
+    Real* row = block.rows + r * stride;
     if (offset == previous) {
-      std::copy_n(row - kKeyBlock, count, row);
+      std::copy_n(row - stride, count, row);
       continue;
     }
     block.shared = block.shared && r == 0;

@@ -30,7 +30,7 @@ Workplace set_up(const Forward& problem) {
   const int64_t most_floats = std::max(state_floats(kThinRows, problem.value_dim), state_floats(kPanelRows, problem.value_dim));
   const int64_t panel_floats = kPanelRows * (problem.head_dim + 2) + kThinRows * key_steps + most_floats;
   Scratch& scratch = thread_scratch();
-  scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + 3 * kPanelRows + 2) + kPanelRows * dim + value_steps);
+  scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + kPanelRows) + 2 * kBlockFloats + kPanelRows * dim + kThinBlock + kLanes + value_steps);
   Workplace place;
   place.thin_kind = thin_kind(problem.type, problem.stats);
   for (int64_t p = 0; p < kMostPanels; ++p) {
@@ -43,12 +43,12 @@ Workplace set_up(const Forward& problem) {
   }
   place.keys = scratch.take(kKeyBlock * dim);
   place.values = scratch.take(kKeyBlock * dim);
-  place.scores = scratch.take(kKeyBlock * kPanelRows);
-  place.bias.rows = scratch.take(kKeyBlock * kPanelRows);
+  place.scores = scratch.take(kBlockFloats);
+  place.bias.rows = scratch.take(kBlockFloats);
   place.bias.transposed = scratch.take(kKeyBlock * kPanelRows);
   place.rows = scratch.take(kPanelRows * dim);
   place.thin.scores = place.scores;
-  place.thin.positions = scratch.take(kKeyBlock + kLanes);
+  place.thin.positions = scratch.take(kThinBlock + kLanes);
   place.thin.nothing = scratch.take(value_steps);
   std::fill_n(place.thin.nothing, value_steps, 0.f);
   return place;
@@ -61,12 +61,7 @@ void open_panel(
   const int64_t width = panel.width();
   std::fill_n(panel.sum, width, 0.f);
   std::fill_n(panel.high, width, -kInfinity);
-  if (problem.sinks && sinks) {
-    for (int64_t r = 0; r < width; ++r) {
-      panel.high[r] = problem.sinks[panel.head[r]] * kLog2e;
-      panel.sum[r] = panel.high[r] == -kInfinity ? 0.f : 1.f;
-    }
-  }
+  for (int64_t r = 0; problem.sinks && sinks && r < width; ++r) panel.high[r] = problem.sinks[panel.head[r]] * kLog2e;
   const Real factor = query_factor(problem);
   if (const Real* in_place = panel_in_place(problem, problem.query, group, panel); in_place && !panel.thin()) {
     transpose(in_place, problem.query.row, width, problem.head_dim, panel.queries, width);
@@ -82,7 +77,7 @@ void open_panel(
   }
   std::fill_n(panel.output, panel.thin() ? rows * whole_steps(problem.value_dim) : width * problem.value_dim, 0.f);
   std::fill_n(panel.stats.top, width, -kInfinity);
-  for (Real* field : {panel.stats.mass, panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
+  for (Real* field : {panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
 }
 
 // The part of `block_*` (keys `slot` up to `slot + count`) that the panel sees, taken into its softmax and its output.
@@ -90,7 +85,7 @@ template <int Vecs, bool Stats>
 void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
             RowBlock key, RowBlock value, Workplace& place) {
   Real* bias = problem.bias.data ? place.bias.transposed : nullptr;
-  if (bias && !read_bias(problem.bias, batch, panel, keys, slot, count, place.bias)) return;
+  if (bias && !read_bias(problem.bias, batch, panel, keys, slot, count, kKeyBlock, place.bias)) return;
   if (bias) turn_bias(panel, count, place.bias);
   const Edits edits = edits_of(problem, panel, keys, slot, count, bias);
   score_block<Vecs>(
@@ -108,13 +103,23 @@ void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, co
   }
 }
 
+// To each row's sum. Out of line: within close_panel it made short sequences slower by 3 to 5 %.
+[[gnu::noinline]] void add_sinks(const Problem& problem, const SoftmaxPanel& panel, Real* total) {
+  for (int64_t r = 0; r < panel.width(); ++r) {
+    const Real sink = problem.sinks[panel.head[r]] * kLog2e;
+    if (sink != -kInfinity) total[r] += std::exp2(sink - panel.high[r]);
+  }
+}
+
 template <int Vecs>
 void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const ThinKind& thin_kind, Real* buffer,
                  RowStats* stats) {
-  Real lse[kPanelRows], gate[kPanelRows], factors[kPanelRows];
+  Real lse[kPanelRows], total[kPanelRows], gate[kPanelRows], factors[kPanelRows];
   for (int64_t r = 0; r < panel.width(); ++r) gate[r] = problem.gate_of(group.batch, panel.head[r]);
+  std::copy_n(panel.sum, panel.width(), total);
+  if (problem.sinks) add_sinks(problem, panel, total);
   for (int v = 0; v < Vecs; ++v) {
-    const Vec sum = load(panel.sum + v * kLanes);
+    const Vec sum = load(total + v * kLanes);
     store(factors + v * kLanes, Vec::blendv(load(gate + v * kLanes) / sum, Vec(0.f), sum == Vec(0.f)));
     store(lse + v * kLanes, load(panel.high + v * kLanes) * Vec(kLn2) + sum.log());
   }
@@ -129,7 +134,7 @@ void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel&
     scale_row(row, problem.value_dim, factors[r]);
     write_row(row, problem.value_dim, problem.type, query_row(problem, problem.output, group.batch, panel.head[r], panel.query[r]));
   }
-  if (stats) record_stats(problem, group, panel, buffer, *stats);
+  if (stats) record_stats(problem, group, panel, total, buffer, *stats);
 }
 
 void close(const Forward& problem, const Group& group, const SoftmaxPanel& panel, Workplace& place, RowStats* stats) {
@@ -146,22 +151,27 @@ Blocks read_blocks(const Problem& problem, const Group& group, const Keys& keys,
           row_block(problem, problem.value, group, keys, slot, count, value_dim, value_dim, place.values)};
 }
 
-// The keys from slot `from` up to `to` for all panels of a block of rows, read once for all; up to `ahead` they are asked for.
-void walk_keys(const Forward& problem, const Group& group, const Keys& keys, int64_t panels, int64_t from, int64_t to, int64_t ahead,
-               bool stats, Workplace& place) {
-  const bool all_thin = panels == 1 && place.panels[0].thin();
-  // Blocks start at multiples of their size, so that a panel's sums do not depend on the panels beside it.
+// What a panel sees of the slots `from` to `to`, block by block; up to `ahead` they are asked for. Blocks start at multiples of their size,
+// so that a panel's sums do not depend on the panels beside it.
+void walk_thin(const Forward& problem, const Group& group, const Keys& keys, const SoftmaxPanel& panel, int64_t from, int64_t to, int64_t ahead,
+               Workplace& place) {
+  to = std::min(to, panel.slots_to);
+  for (int64_t slot = std::max(from, panel.slots_from), end; slot < to; slot = end) {
+    end = std::min(to, (slot / kThinBlock + 1) * kThinBlock);
+    place.thin_kind.attend(problem, group, panel, keys, slot, end - slot, std::min(ahead, panel.slots_to), place.bias, place.thin);
+  }
+}
+
+// The same for all panels but the thin ones: blocks are read once for all of them.
+void walk_wide(const Forward& problem, const Group& group, const Keys& keys, int64_t panels, int64_t from, int64_t to, bool stats,
+               Workplace& place) {
   for (int64_t slot = from, end; slot < to; slot = end) {
     end = std::min(to, (slot / kKeyBlock + 1) * kKeyBlock);
-    const Blocks blocks = all_thin ? Blocks{} : read_blocks(problem, group, keys, slot, end - slot, place);
+    const Blocks blocks = read_blocks(problem, group, keys, slot, end - slot, place);
     for (int64_t p = 0; p < panels; ++p) {
       const SoftmaxPanel& panel = place.panels[p];
       const int64_t first = std::max(slot, panel.slots_from), last = std::min(end, panel.slots_to);
-      if (first >= last) continue;
-      if (panel.thin()) {
-        place.thin_kind.attend(problem, group, panel, keys, first, last - first, std::min(ahead, panel.slots_to), place.bias, place.thin);
-        continue;
-      }
+      if (first >= last || panel.thin()) continue;
       const RowBlock key{blocks.key.data + (first - slot) * blocks.key.stride, blocks.key.stride};
       const RowBlock value{blocks.value.data + (first - slot) * blocks.value.stride, blocks.value.stride};
       const auto run = panel.vecs == 1 ? (stats ? attend<1, true> : attend<1, false>)
@@ -186,10 +196,14 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
     if (states) states += state_floats(rows, problem.value_dim);
     open_panel(problem, group, keys, block.first_row + done, rows, block.part <= 0, panel, place.thin_kind, place.rows);
     if (!states) ask_for_output(problem, group, panel);
-    from = std::min(from, std::max(block.from, panel.slots_from));
-    to = std::max(to, std::min(block.to, panel.slots_to));
+    if (panel.thin()) {
+      walk_thin(problem, group, keys, panel, block.from, block.to, ahead, place);
+    } else {
+      from = std::min(from, std::max(block.from, panel.slots_from));
+      to = std::max(to, std::min(block.to, panel.slots_to));
+    }
   }
-  walk_keys(problem, group, keys, panels, from, to, ahead, stats, place);
+  walk_wide(problem, group, keys, panels, from, to, stats, place);
   for (int64_t p = 0; !states && p < panels; ++p) close(problem, group, place.panels[p], place, stats);
 }
 

@@ -32,7 +32,7 @@ struct Pairs {
 HEADPRUNE_PAIRS inline __mmask32 columns_there(int64_t left) { return left >= kStep ? ~__mmask32(0) : (__mmask32(1) << left) - 1; }
 
 // Steps: of the head dimension, where it is that many whole ones; 0: any. Few queries then stay in registers.
-template <int Heads, int Steps>
+template <int Heads, int Steps, bool Near>
 HEADPRUNE_PAIRS inline void paired_scores_of(
     Rows<at::BFloat16> keys, int64_t count, int64_t dim, const Real* queries, Real factor, Real* scores, int64_t stride) {
   constexpr int tile = kLanes / Heads;
@@ -51,7 +51,7 @@ HEADPRUNE_PAIRS inline void paired_scores_of(
       #pragma GCC unroll 4
       for (int64_t s = 0; s < steps; ++s) {
         const int64_t x = s * kStep;
-        ask_for(keys.later[first + k] + x);
+        ask_for<Near>(keys.later[first + k] + x);
         const auto* from = keys.now[first + k] + x;
         const auto key = (__m512bh)(Steps ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(columns_there(dim - x), from));
         #pragma GCC unroll 8
@@ -67,12 +67,12 @@ HEADPRUNE_PAIRS inline void paired_scores_of(
   }
 }
 
-template <int Heads>
+template <int Heads, bool Near>
 HEADPRUNE_PAIRS void paired_scores(
     Rows<at::BFloat16> keys, int64_t count, int64_t dim, const Real* queries, Real factor, Real* scores, int64_t stride) {
-  const auto products = dim == 4 * kStep   ? paired_scores_of<Heads, 4>
-                        : dim == 2 * kStep ? paired_scores_of<Heads, 2>
-                                           : paired_scores_of<Heads, 0>;
+  const auto products = dim == 4 * kStep   ? paired_scores_of<Heads, 4, Near>
+                        : dim == 2 * kStep ? paired_scores_of<Heads, 2, Near>
+                                           : paired_scores_of<Heads, 0, Near>;
   products(keys, count, dim, queries, factor, scores, stride);
 }
 
@@ -86,7 +86,7 @@ HEADPRUNE_PAIRS inline void pair_up(const Real* probs, int64_t rows, int64_t cou
   }
 }
 
-template <int Heads, int Steps>
+template <int Heads, int Steps, bool Near>
 HEADPRUNE_PAIRS inline void paired_columns(Rows<at::BFloat16> values, int64_t count, int64_t column, int64_t left, const uint32_t* pairs,
                                            int64_t stride, Real* sums, int64_t width) {
   __m512 sum[Heads * 2 * Steps];
@@ -98,8 +98,8 @@ HEADPRUNE_PAIRS inline void paired_columns(Rows<at::BFloat16> values, int64_t co
     for (int s = 0; s < Steps; ++s) {
       const int64_t at = column + s * kStep;
       const __mmask32 there = s == Steps - 1 ? last : ~__mmask32(0);
-      ask_for(values.later[key] + at);
-      ask_for(values.later[key + 1] + at);
+      ask_for<Near>(values.later[key] + at);
+      ask_for<Near>(values.later[key + 1] + at);
       const __m512i even = _mm512_maskz_loadu_epi16(there, values.now[key] + at);
       const __m512i odd = _mm512_maskz_loadu_epi16(there, values.now[key + 1] + at);
       const auto low = (__m512bh)_mm512_unpacklo_epi16(even, odd), high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
@@ -116,19 +116,19 @@ HEADPRUNE_PAIRS inline void paired_columns(Rows<at::BFloat16> values, int64_t co
   for (int i = 0; i < Heads * 2 * Steps; ++i) _mm512_storeu_ps(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes, sum[i]);
 }
 
-template <int Heads>
+template <int Heads, bool Near>
 HEADPRUNE_PAIRS void paired_values(Rows<at::BFloat16> values, int64_t count, int64_t dim, const Real* probs, int64_t stride, Real* sums) {
   constexpr int steps = steps_at_once(Heads);
   const int64_t few = dim <= steps * kStep ? count : 16, width = whole_steps(dim);
-  alignas(64) uint32_t pairs[kThinRows * kKeyBlock / 2 + kLanes];
+  alignas(64) uint32_t pairs[kThinRows * kThinBlock / 2 + kLanes];
   pair_up(probs, Heads, count, stride, pairs);
   for (int64_t key = 0; key < count; key += few) {
     const int64_t here = std::min(few, count - key);
     int64_t column = 0;
     for (; column + (steps - 1) * kStep < dim; column += steps * kStep) {
-      paired_columns<Heads, steps>(values.from(key), here, column, dim - column, pairs + key / 2, stride, sums, width);
+      paired_columns<Heads, steps, Near>(values.from(key), here, column, dim - column, pairs + key / 2, stride, sums, width);
     }
-    for (; column < dim; column += kStep) paired_columns<Heads, 1>(values.from(key), here, column, dim - column, pairs + key / 2, stride, sums, width);
+    for (; column < dim; column += kStep) paired_columns<Heads, 1, Near>(values.from(key), here, column, dim - column, pairs + key / 2, stride, sums, width);
   }
 }
 
@@ -137,7 +137,8 @@ ThinProducts<at::BFloat16> paired_products_up_to(int64_t rows) {
   if constexpr (Heads > 1) {
     if (rows < Heads) return paired_products_up_to<Heads - 1>(rows);
   }
-  return {paired_scores<Heads>, paired_values<Heads>};
+  if (first_cache_has_room()) return {paired_scores<Heads, true>, paired_values<Heads, true>};
+  return {paired_scores<Heads, false>, paired_values<Heads, false>};
 }
 inline ThinProducts<at::BFloat16> paired_products(int64_t rows) { return paired_products_up_to<kThinRows>(rows); }
 

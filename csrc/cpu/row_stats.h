@@ -16,26 +16,30 @@ struct RowStats {
   Real& at(Field field, int64_t row) { return values[field * rows + row]; }
 };
 
-// Of the rows of a panel; `output`: theirs, [row][value_dim].
-inline void record_stats(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const Real* output, RowStats& stats) {
+inline Real norm(const Real* row, int64_t dim) {
+  Vec squares(0);
+  int64_t x = 0;
+  for (; x + kLanes <= dim; x += kLanes) squares = multiply_add(load(row + x), load(row + x), squares);
+  Real sum = sum_of_lanes(squares);
+  for (; x < dim; ++x) sum += row[x] * row[x];
+  return std::sqrt(sum);
+}
+
+// Of the rows of a panel; `total`: their sums with the sinks, `output`: theirs, [row][value_dim].
+inline void record_stats(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const Real* total, const Real* output, RowStats& stats) {
   for (int64_t r = 0; r < panel.rows; ++r) {
     const bool wanted = !problem.query_mask || problem.query_mask[group.batch * problem.sequences[group.batch].query_len + panel.query[r]];
     if (!wanted || panel.stats.top[r] == -kInfinity) continue;
     const int64_t row = problem.number_of(group.batch, panel.head[r], panel.query[r]);
-    const Real inverse = 1.f / panel.sum[r];
-    const Real mass = panel.stats.mass[r] * inverse;
+    const Real inverse = 1.f / total[r];
+    const Real mass = panel.sum[r] * inverse;
     stats.at(RowStats::counted, row) = 1.f;
-    stats.at(RowStats::entropy, row) = std::log(panel.sum[r]) * mass - kLn2 * panel.stats.weighted[r] * inverse;
+    stats.at(RowStats::entropy, row) = std::log(total[r]) * mass - kLn2 * panel.stats.weighted[r] * inverse;
     stats.at(RowStats::max_prob, row) = std::exp2(panel.stats.top[r] - panel.high[r]) * inverse;
     stats.at(RowStats::max_logit, row) = panel.stats.top[r] * kLn2;
     stats.at(RowStats::first_mass, row) = panel.stats.first[r] * inverse;
     stats.at(RowStats::distance, row) = panel.stats.distance[r] * inverse;
-    double square = 0;
-    for (int64_t c = 0; c < problem.value_dim; ++c) {
-      const Real x = output[r * problem.value_dim + c];
-      square += x * x;
-    }
-    stats.at(RowStats::output_norm, row) = static_cast<Real>(std::sqrt(square));
+    stats.at(RowStats::output_norm, row) = norm(output + r * problem.value_dim, problem.value_dim);
   }
 }
 

@@ -9,15 +9,15 @@
 
 namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
-// Sums over keys of p, p * x, p * distance (x = score - high) and p of the first visible key; top = highest score.
+// Sums over keys of p * x and p * distance (x = score - high), and p of the first visible key; top = highest score.
 struct PanelStats {
-  Real *top, *mass, *weighted, *distance, *first;
+  Real *top, *weighted, *distance, *first;
 };
 
 struct SoftmaxPanel : Panel {
   Real* thin_queries;  // [row][whole_steps(head_dim)], arranged (thin.h), where the panel is thin
   Real* output;        // [value_dim][row]; where the panel is thin [row][whole_steps(value_dim)], arranged
-  Real *high, *sum;    // [row]
+  Real *high, *sum;    // [row]; the sink is in `high` but not in `sum`
   PanelStats stats;
 
   bool thin() const { return rows <= kThinRows; }
@@ -27,13 +27,12 @@ struct SoftmaxPanel : Panel {
 inline int64_t output_floats(int64_t rows, int64_t value_dim) {
   return rows <= kThinRows ? rows * whole_steps(value_dim) : kPanelRows * value_dim;
 }
-inline int64_t state_floats(int64_t rows, int64_t value_dim) { return output_floats(rows, value_dim) + 7 * kPanelRows; }
+inline int64_t state_floats(int64_t rows, int64_t value_dim) { return output_floats(rows, value_dim) + 6 * kPanelRows; }
 
 inline void place_state(SoftmaxPanel& panel, Real* state, int64_t value_dim) {
   panel.output = state;
   state += output_floats(panel.rows, value_dim);
-  for (Real** field : {&panel.high, &panel.sum, &panel.stats.top, &panel.stats.mass, &panel.stats.weighted, &panel.stats.distance,
-                        &panel.stats.first}) {
+  for (Real** field : {&panel.high, &panel.sum, &panel.stats.top, &panel.stats.weighted, &panel.stats.distance, &panel.stats.first}) {
     *field = state;
     state += kPanelRows;
   }
@@ -84,14 +83,13 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
     grew = grew || (factor[v] == Vec(1.f)).zero_mask() != 0;
   }
   if (grew) rescale<Vecs>(panel.output, value_dim, factor);
-  Vec mass[Vecs], weighted[Vecs], distance[Vecs];
+  Vec weighted[Vecs], distance[Vecs];
   if constexpr (Stats) {
     const PanelStats& stats = panel.stats;
     for (int v = 0; v < Vecs; ++v) {
       const int at = v * kLanes;
       store(stats.top + at, max_second(block_high[v], load(stats.top + at)));
-      weighted[v] = (load(stats.weighted + at) + shift[v] * load(stats.mass + at)) * factor[v];
-      mass[v] = load(stats.mass + at) * factor[v];
+      weighted[v] = (load(stats.weighted + at) + shift[v] * load(panel.sum + at)) * factor[v];
       distance[v] = load(stats.distance + at) * factor[v];
       store(stats.first + at, load(stats.first + at) * factor[v]);
     }
@@ -104,7 +102,6 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
       sum[v] = sum[v] + p;
       if constexpr (Stats) {
         const Vec apart = (Vec(static_cast<Real>(keys.at(slot + key))) - load(panel.position + v * kLanes)).abs();
-        mass[v] = mass[v] + p;
         weighted[v] = at::vec::fmadd(p, max_second(Vec(-127.f), x), weighted[v]);
         distance[v] = at::vec::fmadd(p, apart, distance[v]);
       }
@@ -114,7 +111,6 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
   for (int v = 0; v < Vecs; ++v) {
     store(panel.sum + v * kLanes, sum[v]);
     if constexpr (Stats) {
-      store(panel.stats.mass + v * kLanes, mass[v]);
       store(panel.stats.weighted + v * kLanes, weighted[v]);
       store(panel.stats.distance + v * kLanes, distance[v]);
       if (slot == 0 && count) store(panel.stats.first + v * kLanes, load(scores + v * kLanes));
@@ -132,7 +128,6 @@ inline void merge(const SoftmaxPanel& panel, const SoftmaxPanel& other, int64_t 
     const Vec factor = exp2(shift), other_factor = exp2(other_shift);
     const auto add = [&](Real* to, const Real* from) { store(to, load(to) * factor + load(from) * other_factor); };
     store(panel.high + at, now);
-    add(panel.sum + at, other.sum + at);
     if (panel.thin()) {
       Real factors[kLanes], other_factors[kLanes];
       store(factors, factor), store(other_factors, other_factor);
@@ -148,11 +143,11 @@ inline void merge(const SoftmaxPanel& panel, const SoftmaxPanel& other, int64_t 
     }
     const PanelStats &stats = panel.stats, &more = other.stats;
     store(stats.top + at, max_second(load(stats.top + at), load(more.top + at)));
-    const Vec weighted = (load(stats.weighted + at) + shift * load(stats.mass + at)) * factor;
-    store(stats.weighted + at, weighted + (load(more.weighted + at) + other_shift * load(more.mass + at)) * other_factor);
-    add(stats.mass + at, more.mass + at);
+    const Vec weighted = (load(stats.weighted + at) + shift * load(panel.sum + at)) * factor;
+    store(stats.weighted + at, weighted + (load(more.weighted + at) + other_shift * load(other.sum + at)) * other_factor);
     add(stats.distance + at, more.distance + at);
     add(stats.first + at, more.first + at);
+    add(panel.sum + at, other.sum + at);
   }
 }
 

@@ -2,6 +2,8 @@
 // keys and values are read as they lie and in their own type, once, through one pointer for each row.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstring>
 
 #include "rows.h"
@@ -10,7 +12,7 @@ namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
 constexpr int kThinRows = kLanes >= 16 ? 8 : 4;
 constexpr int kStep = 2 * kLanes;     // elements that are read at once
-constexpr int64_t kRowsAhead = 32;
+constexpr int64_t kMostRowsAhead = 64;
 constexpr int kThinAccumulators = kLanes >= 16 ? 24 : 12;
 
 inline int64_t whole_steps(int64_t dim) { return (dim + kStep - 1) / kStep * kStep; }
@@ -63,10 +65,23 @@ inline void read_rest(const T* from, int64_t count, Vec& low, Vec& high) {
   Reader<T>::read(rest, low, high);
 }
 
-// Into the second cache: it waits for more lines at a time than the first one does.
-template <typename T>
+// Whether rows are asked for into the first cache. One of 32 KB was slower for it, one of 48 KB faster (bench/NOTES.md).
+inline bool first_cache_has_room() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool room = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
+  return room;
+#else
+  return false;
+#endif
+}
+inline int64_t bytes_ahead() { return first_cache_has_room() ? 8 << 10 : 16 << 10; }
+
+// Into the first cache (Near) or the second.
+template <bool Near, typename T>
 [[gnu::always_inline]] inline void ask_for(const T* elements) {
-  for (size_t bytes = 0; bytes < kStep * sizeof(T); bytes += 64) __builtin_prefetch(reinterpret_cast<const char*>(elements) + bytes, 0, 2);
+  for (size_t bytes = 0; bytes < kStep * sizeof(T); bytes += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(elements) + bytes, 0, Near ? 3 : 2);
+  }
 }
 
 // Rows of keys or values: `now` (the last one repeated kLanes times), and what is read some rows after each.
@@ -94,7 +109,7 @@ inline void store_scores(Vec scores, int64_t first, Real* rows, int64_t stride) 
 
 // scores[row][key] = factor * sum_x keys[key][x] * queries[row][x]; rows of scores are `stride` >= count apart, those of queries
 // whole_steps(dim), arranged. Rows of keys up to kLanes behind the last one are read too.
-template <typename T, int Heads>
+template <typename T, int Heads, bool Near>
 void thin_scores(Rows<T> keys, int64_t count, int64_t dim, const Real* queries, Real factor, Real* scores, int64_t stride) {
   constexpr int tile = kLanes / Heads;
   const int64_t width = whole_steps(dim), whole = dim / kStep * kStep;
@@ -115,7 +130,7 @@ void thin_scores(Rows<T> keys, int64_t count, int64_t dim, const Real* queries, 
       std::fill_n(sum, Heads, Vec(0));
       Vec low, high;
       for (int64_t x = 0; x < whole; x += kStep) {
-        ask_for(keys.later[first + k] + x);
+        ask_for<Near>(keys.later[first + k] + x);
         Reader<T>::read(keys.now[first + k] + x, low, high);
         multiply(x, low, high);
       }
@@ -131,7 +146,7 @@ void thin_scores(Rows<T> keys, int64_t count, int64_t dim, const Real* queries, 
 
 // sums[row][column] += sum_key values[key][column] * probs[row][key] for Steps * kStep columns from `column` on; where Rest
 // only `rest` of them are there.
-template <typename T, int Heads, int Steps, bool Rest>
+template <typename T, int Heads, int Steps, bool Rest, bool Near>
 inline void thin_columns(Rows<T> values, int64_t count, int64_t column, int64_t rest, const Real* probs, int64_t stride, Real* sums, int64_t width) {
   Lanes sum[Heads * 2 * Steps];
 #pragma GCC unroll 24
@@ -140,7 +155,7 @@ inline void thin_columns(Rows<T> values, int64_t count, int64_t column, int64_t 
     const T* from = values.now[key] + column;
     if constexpr (!Rest) {
 #pragma GCC unroll 4
-      for (int s = 0; s < Steps; ++s) ask_for(values.later[key] + column + s * kStep);
+      for (int s = 0; s < Steps; ++s) ask_for<Near>(values.later[key] + column + s * kStep);
     }
 #pragma GCC unroll 4
     for (int s = 0; s < Steps; ++s) {
@@ -167,7 +182,7 @@ inline void thin_columns(Rows<T> values, int64_t count, int64_t column, int64_t 
 constexpr int steps_at_once(int heads) { return kThinAccumulators / (2 * heads) >= 4 ? 4 : kThinAccumulators / (2 * heads) >= 2 ? 2 : 1; }
 
 // sums[row][column] += sum_key values[key][column] * probs[row][key]; rows of sums are whole_steps(dim) apart, arranged.
-template <typename T, int Heads>
+template <typename T, int Heads, bool Near>
 void thin_values(Rows<T> values, int64_t count, int64_t dim, const Real* probs, int64_t stride, Real* sums) {
   constexpr int steps = steps_at_once(Heads);
   const int64_t few = dim <= steps * kStep ? count : 16;  // keys whose rows stay in the first cache between two ranges of columns
@@ -176,18 +191,18 @@ void thin_values(Rows<T> values, int64_t count, int64_t dim, const Real* probs, 
     const int64_t here = std::min(few, count - key);
     int64_t column = 0;
     for (; column + steps * kStep <= whole; column += steps * kStep) {
-      thin_columns<T, Heads, steps, false>(values.from(key), here, column, 0, probs + key, stride, sums, width);
+      thin_columns<T, Heads, steps, false, Near>(values.from(key), here, column, 0, probs + key, stride, sums, width);
     }
-    for (; column < whole; column += kStep) thin_columns<T, Heads, 1, false>(values.from(key), here, column, 0, probs + key, stride, sums, width);
-    if (whole < dim) thin_columns<T, Heads, 1, true>(values.from(key), here, whole, dim - whole, probs + key, stride, sums, width);
+    for (; column < whole; column += kStep) thin_columns<T, Heads, 1, false, Near>(values.from(key), here, column, 0, probs + key, stride, sums, width);
+    if (whole < dim) thin_columns<T, Heads, 1, true, Near>(values.from(key), here, whole, dim - whole, probs + key, stride, sums, width);
   }
 }
 
 // thin_scores<T, rows> and thin_values<T, rows> for 1 <= rows <= kThinRows.
 template <typename T>
 struct ThinProducts {
-  decltype(&thin_scores<T, 1>) scores;
-  decltype(&thin_values<T, 1>) values;
+  decltype(&thin_scores<T, 1, false>) scores;
+  decltype(&thin_values<T, 1, false>) values;
 };
 
 template <typename T, int Heads>
@@ -195,7 +210,8 @@ ThinProducts<T> thin_products_up_to(int64_t rows) {
   if constexpr (Heads > 1) {
     if (rows < Heads) return thin_products_up_to<T, Heads - 1>(rows);
   }
-  return {thin_scores<T, Heads>, thin_values<T, Heads>};
+  if (first_cache_has_room()) return {thin_scores<T, Heads, true>, thin_values<T, Heads, true>};
+  return {thin_scores<T, Heads, false>, thin_values<T, Heads, false>};
 }
 template <typename T>
 ThinProducts<T> thin_products(int64_t rows) {

@@ -7,11 +7,14 @@
 
 namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 
+// The scores of a block of keys and what its bias is, of panels of either kind.
+constexpr int64_t kBlockFloats = std::max(kKeyBlock * kPanelRows, kThinBlock * kThinRows);
+
 // The working memory of thin panels, shared by those of a thread.
 struct ThinPlace {
-  Real *scores, *positions, *nothing;  // [kThinRows][kKeyBlock], [kKeyBlock + kLanes], zeros [value_dim + kStep]
+  Real *scores, *positions, *nothing;  // [kThinRows][kThinBlock], [kThinBlock + kLanes], zeros [value_dim + kStep]
   struct {
-    const void *now[kKeyBlock + kLanes], *later[kKeyBlock + kLanes];
+    const void *now[kThinBlock + kLanes], *later[kThinBlock + kLanes];
   } keys, values;
 };
 
@@ -32,18 +35,20 @@ void point_at_rows(const Problem& problem, const Operand& operand, const Group& 
 // keys, then the keys that follow, up to slot `end`.
 template <typename T>
 void point(const Problem& problem, const Group& group, const Keys& keys, int64_t slot, int64_t count, int64_t end, ThinPlace& place) {
-  const void* next[kRowsAhead];
-  const int64_t padded = count + kLanes, coming = std::min(kRowsAhead, end - slot - count);
+  const void* next[kMostRowsAhead];
+  const int64_t row_bytes = sizeof(T) * std::max<int64_t>(1, std::max(problem.head_dim, problem.value_dim));
+  const int64_t ahead = std::clamp<int64_t>(bytes_ahead() / row_bytes, 4, kMostRowsAhead);
+  const int64_t padded = count + kLanes, coming = std::min(ahead, end - slot - count);
   point_at_rows<T>(problem, problem.key, group, keys, slot, count, place.keys.now);
   point_at_rows<T>(problem, problem.value, group, keys, slot, count, place.values.now);
   point_at_rows<T>(problem, problem.key, group, keys, slot + count, coming, next);
   for (auto* rows : {&place.keys, &place.values}) {
-    const int64_t inside = std::max<int64_t>(0, count - kRowsAhead);
+    const int64_t inside = std::max<int64_t>(0, count - ahead);
     std::fill(rows->now + count, rows->now + padded, rows->now[count - 1]);
     std::copy_n(rows->now + count - inside, inside, rows->later);
     std::fill(rows->later + inside, rows->later + padded, rows->now[count - 1]);
   }
-  const int64_t few = std::min(count, kRowsAhead);
+  const int64_t few = std::min(count, ahead);
   std::copy_n(place.values.now, few, place.keys.later + count - few);
   std::copy_n(next, std::min(few, coming), place.values.later + count - few);
 }
@@ -51,7 +56,7 @@ void point(const Problem& problem, const Group& group, const Keys& keys, int64_t
 // What the options do to the scores of row `r`.
 inline void edit_row(const Edits& edits, const Panel& panel, int64_t r, int64_t count, const Real* positions, Real* scores) {
   const Vec position(panel.position[r]), slope(panel.slope[r]);
-  const Real* bias = edits.bias ? edits.bias + r * kKeyBlock : nullptr;
+  const Real* bias = edits.bias ? edits.bias + r * kThinBlock : nullptr;
   for (int64_t key = 0; key < count; key += kLanes) {
     Vec tanh_of_score;
     const Vec ahead = load(positions + key) - position;
@@ -71,7 +76,7 @@ void thin_softmax(const SoftmaxPanel& panel, int64_t r, bool first_block, int64_
   const Real old = panel.high[r], now = std::max(old, top), high = now == -kInfinity ? 0 : now;
   const Real shift = std::max<Real>(-127, old - high), factor = now > old ? std::exp2(shift) * (old != -kInfinity) : 1;
   if (now > old && old != -kInfinity) scale_row(sums, width, factor);
-  Vec sum(0), mass(0), weighted(0), distance(0);
+  Vec sum(0), weighted(0), distance(0);
   for (int64_t key = 0; key < padded; key += kLanes) {
     const Vec x = load(scores + key) - Vec(high), p = exp2(x);
     sum = sum + p;
@@ -82,15 +87,14 @@ void thin_softmax(const SoftmaxPanel& panel, int64_t r, bool first_block, int64_
     store(scores + key, p);
   }
   panel.high[r] = now;
-  panel.sum[r] = panel.sum[r] * factor + sum_of_lanes(sum);
   if constexpr (Stats) {
     const PanelStats& stats = panel.stats;
     stats.top[r] = std::max(stats.top[r], top);
-    stats.weighted[r] = (stats.weighted[r] + shift * stats.mass[r]) * factor + sum_of_lanes(weighted);
-    stats.mass[r] = stats.mass[r] * factor + sum_of_lanes(sum);
+    stats.weighted[r] = (stats.weighted[r] + shift * panel.sum[r]) * factor + sum_of_lanes(weighted);
     stats.distance[r] = stats.distance[r] * factor + sum_of_lanes(distance);
     stats.first[r] = first_block ? scores[0] : stats.first[r] * factor;
   }
+  panel.sum[r] = panel.sum[r] * factor + sum_of_lanes(sum);
 }
 
 // Slots `slot` up to `slot + count` taken into the softmax and the output of a thin panel; `end`: behind the last slot that it sees.
@@ -98,7 +102,7 @@ template <typename T, bool Stats, ThinProducts<T> (*products_of)(int64_t rows)>
 void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
                  int64_t end, BiasBlock& bias, ThinPlace& place) {
   const bool biased = problem.bias.data;
-  if (biased && !read_bias(problem.bias, group.batch, panel, keys, slot, count, bias)) return;
+  if (biased && !read_bias(problem.bias, group.batch, panel, keys, slot, count, kThinBlock, bias)) return;
   const Edits edits = edits_of(problem, panel, keys, slot, count, biased ? bias.rows : nullptr);
   const ThinProducts<T> products = products_of(panel.rows);
   const int64_t width = whole_steps(problem.value_dim);
@@ -106,13 +110,13 @@ void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel&
   const auto rows_of = [](const auto& rows) {
     return Rows<T>{reinterpret_cast<const T* const*>(rows.now), reinterpret_cast<const T* const*>(rows.later)};
   };
-  products.scores(rows_of(place.keys), count, problem.head_dim, panel.thin_queries, query_factor(problem), place.scores, kKeyBlock);
+  products.scores(rows_of(place.keys), count, problem.head_dim, panel.thin_queries, query_factor(problem), place.scores, kThinBlock);
   if (edits.any() || Stats) {
     for (int64_t key = 0; key < count; ++key) place.positions[key] = static_cast<Real>(keys.at(slot + key));
     std::fill_n(place.positions + count, kLanes, Real(0));
   }
   for (int64_t r = 0; r < panel.rows; ++r) {
-    Real* scores = place.scores + r * kKeyBlock;
+    Real* scores = place.scores + r * kThinBlock;
     if (edits.any()) edit_row(edits, panel, r, count, place.positions, scores);
     thin_softmax<Stats>(panel, r, slot == 0, count, place.positions, width, scores, panel.output + r * width);
   }
@@ -121,7 +125,7 @@ void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel&
     if (bias.best[key] == -kInfinity) place.values.now[key] = place.nothing;
   }
   place.values.now[count] = place.nothing;  // the partner of the last of an odd number of keys
-  products.values(rows_of(place.values), count, problem.value_dim, place.scores, kKeyBlock, panel.output);
+  products.values(rows_of(place.values), count, problem.value_dim, place.scores, kThinBlock, panel.output);
 }
 
 // What depends on the type that thin panels read, on whether they take statistics, and on the processor.

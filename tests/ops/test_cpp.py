@@ -46,6 +46,12 @@ def test_every_option_alone_matches_the_reference(dtype, layout):
         assert_matches_reference(make_call(Shape(), (option,), dtype, layout))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_rows_over_several_blocks_of_keys_match_the_reference(dtype):
+    for options in [(), *((option,) for option in OPTIONS), *combinations(("bias", "sinks", "causal", "stats", "key_mask"), 3)]:
+        assert_matches_reference(make_call(Shape(query_len=2, kv_len=1300), options, dtype))
+
+
 def test_every_pair_of_options_matches_the_reference():
     shape = Shape(query_len=11, kv_len=19)
     for pair in combinations(OPTIONS, 2):
@@ -106,7 +112,8 @@ def test_random_calls_match_the_reference(call):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mask", ["key_mask", "bool_bias", "bias"])
 @pytest.mark.parametrize(
-    ("queries", "keys", "options", "dtype"), [(40, 300, ("stats",), torch.float32), (3, 37, (), torch.bfloat16)]
+    ("queries", "keys", "options", "dtype"),
+    [(40, 300, ("stats",), torch.float32), (3, 37, (), torch.bfloat16), (2, 1100, ("stats",), torch.float32)],
 )
 def test_masked_keys_and_values_may_hold_anything(mask, poison, queries, keys, options, dtype):
     call = make_call(Shape(groups=(2, 1), query_len=queries, kv_len=keys), options, dtype)
@@ -153,7 +160,7 @@ def test_error_is_at_most_twice_that_of_torch_sdpa(dtype, length, dim, causal):
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    call = make_call(Shape(groups=(3, 2), query_len=150, kv_len=150), ("causal", "stats"))
+    call = make_call(Shape(groups=(3, 2), query_len=150, kv_len=700), ("causal", "stats", "sinks"))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -196,6 +203,7 @@ def test_each_instruction_set_loads_and_matches_the_reference(capability):
         "from headprune.ops.extension import cpu_extension; import test_cpp as t; print(cpu_extension().instruction_set)\n"
         "for options in [(), ('causal', 'alibi', 'stats'), ('bias', 'softcap'), ('key_mask', 'sinks', 'stats')]:\n"
         "    for dtype in t.EPSILON: t.assert_matches_reference(t.make_call(t.Shape(query_len=50, kv_len=150), options, dtype))\n"
+        "    t.assert_matches_reference(t.make_call(t.Shape(query_len=1, kv_len=1100), options))\n"
     )
     here = os.path.dirname(__file__)
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": f"{here}{os.pathsep}{os.path.dirname(here)}"}
