@@ -11,6 +11,7 @@ namespace headprune::cpu {
 namespace {
 
 constexpr int64_t kPieceElements = 1 << 17;
+constexpr int64_t kBytesAhead = 4096;
 constexpr int64_t kRunElements = 1024;  // summed in registers before they join the sums of the piece: keeps fp32 sums exact
 
 // Some heads and rows of a block, or some columns of its only row; a thread reads it at one go. `slot` numbers its first head's
@@ -55,6 +56,13 @@ inline Two load_two(const T* from) {
   return {low, high};
 }
 
+// What will be read some steps later: the processor does not ask for it early enough by itself.
+template <typename T>
+[[gnu::always_inline]] inline void ask_ahead(const T* step) {
+  const char* from = reinterpret_cast<const char*>(step) + kBytesAhead;
+  for (size_t bytes = 0; bytes < 2 * kLanes * sizeof(T); bytes += 64) __builtin_prefetch(from + bytes, 0, 2);
+}
+
 // The sums of one run, by lane.
 template <bool kGrads>
 struct Sums {
@@ -96,7 +104,11 @@ void add_run(const T* w, const T* g, int64_t count, float* lanes) {
     high.add(weight.high, grad.high);
   };
   int64_t i = 0;
-  for (; i + step <= count; i += step) add(w + i, kGrads ? g + i : nullptr);
+  for (; i + step <= count; i += step) {
+    ask_ahead(w + i);
+    if (kGrads) ask_ahead(g + i);
+    add(w + i, kGrads ? g + i : nullptr);
+  }
   if (i < count) {
     T rest[2][step] = {};
     std::copy(w + i, w + count, rest[0]);
