@@ -176,7 +176,7 @@ class QuestionAnswering(Task):
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
         """An example is a question."""
         best: list[tuple[float, str]] = [(-torch.inf, "")] * len(self.asked)
-        nothing = [torch.inf] * len(self.asked)
+        nothing, numbers = [torch.inf] * len(self.asked), [True] * len(self.asked)
         windows = iter(self.test_windows)
         for done, batch in enumerate(self.test, 1):
             for logits in self.readout(model, batch).float().cpu():
@@ -187,10 +187,14 @@ class QuestionAnswering(Task):
                 progress(done, len(self.test))
         empty = any(not one.answers for one in self.asked)  # else each question has an answer, and the model need not tell
         told = ["" if empty and none > score else text for (score, text), none in zip(best, nothing)]
-        rows = [scores_of(text, [answer for answer, _ in one.answers]) for text, one in zip(told, self.asked)]
+        rows = [
+            scores_of(text, [answer for answer, _ in one.answers]) if known else (0.0, 0.0)  # NaN tells nothing, so it is wrong
+            for text, one, known in zip(told, self.asked, numbers)
+        ]
         exact, f1 = torch.tensor(rows).unbind(dim=1)
         return {"f1": Metric(f1, mean), "exact_match": Metric(exact, mean)}
 
+                numbers[window.of] &= not bool(logits.isnan().any())
     @torch.inference_mode()
     def outputs(self, model: nn.Module) -> Tensor:
         return self.readout(model, self.test[0])[:2].float()
