@@ -44,6 +44,16 @@ def refuse_unread(needs: str, there: bool, **given: Any) -> None:
             raise InvalidInput(f"--{name.replace('_', '-')} is given without {needs}, and would not be read; give {needs} too.")
 
 
+def refuse_budgets(**given: float | None) -> None:
+    """InvalidInput unless exactly one of a command's options for the budget is given."""
+    first, *others = (f"--{name.replace('_', '-')}" for name in given)
+    found = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if not found:
+        raise InvalidInput(f"how much is to go? Give {first} 0.5 (half of the query heads), or one of {', '.join(others)}.")
+    if len(found) > 1:
+        raise InvalidInput(f"{', '.join(found)} are given, and a budget is one of them; leave out the others.")
+
+
 def refuse_replacing_source(model: str, output: Path) -> None:
     """InvalidInput where the folder `model`, which may be the only copy of its weights, is to be written over."""
     if Path(model).is_dir() and output.resolve() == Path(model).resolve():
