@@ -105,11 +105,11 @@ FlopsOption = Annotated[float | None, typer.Option("--flops", help="Fraction of 
 
 def opened(model: str, task: str | None, streamed: bool = False, device: str = "cpu") -> tuple[PreTrainedModel, Task]:
     """(model, task), the task by its name and options or the one for such models."""
-    from headprune.evaluation.tasks import build_task, check_task, named_task
+    from headprune.evaluation.tasks import build_task, check_task_options, named_task
     from headprune.sources import default_task
 
     name, options = (default_task(model), {}) if task is None else named_task(task)
-    kind = check_task(name)
+    kind = check_task_options(name, options)
     found, tokenizer = opened_model(model, streamed, device, kind.base)
     kind.check_options(found, options)
     data = with_bar(f"prepare {name}", lambda progress: build_task(name, tokenizer, **options))
