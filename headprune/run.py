@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation import Comparison, compare
-from headprune.evaluation.tasks import Task, build_task, check_task
+from headprune.evaluation.tasks import Task, build_task, check_task_options
 from headprune.files import read_json, refuse_unwritable, write_json, write_text
 from headprune.models.placement import chosen_device
 from headprune.models.streamed import streamed_of
@@ -65,7 +65,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     """
     folder = Path(recipe.output)
     refuse_foreign(folder, recipe)
-    kind = check_task(recipe.task.name)
+    kind = check_task_options(recipe.task.name, recipe.task.options)
     if recipe.plan.file:
         PruningPlan.load(recipe.plan.file)  # refused before anything is measured
     torch.manual_seed(recipe.seed)

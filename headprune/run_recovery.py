@@ -44,5 +44,5 @@ def recovered_model(
 
 
 def as_asked(device: str) -> dict[str, Any]:
-    """What makes a recovery train on the CPU where the recipe names that; else it takes a GPU by itself."""
+    """What makes a recovery train on the CPU where the recipe names that; else it takes the model's GPU by itself."""
     return trainer_options(torch.device("cpu")) if device == "cpu" else {}

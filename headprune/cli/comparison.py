@@ -53,7 +53,6 @@ def compare_command(
     from headprune.comparison import compare_methods
     from headprune.comparison.method import chosen_methods
     from headprune.files import write_text
-    from headprune.models.placement import chosen_device, trainer_options
     from headprune.planning import PruningPlan
     from headprune.sources import EMBEDDED
 
@@ -62,8 +61,6 @@ def compare_command(
     chosen_methods(names)
     chosen = None if plan is None else PruningPlan.load(plan)
     own = EMBEDDED.get(model)
-    if steps:
-        trainer_options(chosen_device(device))  # refuses one that the fine-tune does not take
     dense, data = opened(model, task, device=device)
     found = with_bar("compare methods", lambda progress: compare_methods(
         dense, data, heads=heads, plan=chosen, methods=names, criterion=criterion or (own.criterion if own else "fisher"),

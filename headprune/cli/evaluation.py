@@ -21,6 +21,7 @@ from headprune.cli.inputs import (
     TaskOption,
     opened,
     opened_model,
+    refuse_budgets,
     refuse_unread,
     writable_file,
 )
@@ -136,6 +137,7 @@ def estimate_command(
     from headprune.planning import Budget
     from headprune.sources import model_folder
 
+    refuse_budgets(heads=heads, params=params, kv_cache=kv_cache, flops=flops)
     budget = Budget(heads, params, kv_cache, flops, sequence_length=length)
     found = with_bar(f"estimate for {device}", lambda progress: estimate(
         model_folder(model, progress), budget, device=device, tokens=tokens, batch=batch, length=length, granularity=granularity

@@ -44,6 +44,16 @@ def refuse_unread(needs: str, there: bool, **given: Any) -> None:
             raise InvalidInput(f"--{name.replace('_', '-')} is given without {needs}, and would not be read; give {needs} too.")
 
 
+def refuse_budgets(**given: float | None) -> None:
+    """InvalidInput unless exactly one of a command's options for the budget is given."""
+    first, *others = (f"--{name.replace('_', '-')}" for name in given)
+    found = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if not found:
+        raise InvalidInput(f"how much is to go? Give {first} 0.5 (half of the query heads), or one of {', '.join(others)}.")
+    if len(found) > 1:
+        raise InvalidInput(f"{', '.join(found)} are given, and a budget is one of them; leave out the others.")
+
+
 def refuse_replacing_source(model: str, output: Path) -> None:
     """InvalidInput where the folder `model`, which may be the only copy of its weights, is to be written over."""
     if Path(model).is_dir() and output.resolve() == Path(model).resolve():
@@ -95,11 +105,11 @@ FlopsOption = Annotated[float | None, typer.Option("--flops", help="Fraction of 
 
 def opened(model: str, task: str | None, streamed: bool = False, device: str = "cpu") -> tuple[PreTrainedModel, Task]:
     """(model, task), the task by its name and options or the one for such models."""
-    from headprune.evaluation.tasks import build_task, check_task, named_task
+    from headprune.evaluation.tasks import build_task, check_task_options, named_task
     from headprune.sources import default_task
 
     name, options = (default_task(model), {}) if task is None else named_task(task)
-    kind = check_task(name)
+    kind = check_task_options(name, options)
     found, tokenizer = opened_model(model, streamed, device, kind.base)
     kind.check_options(found, options)
     data = with_bar(f"prepare {name}", lambda progress: build_task(name, tokenizer, **options))

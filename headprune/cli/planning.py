@@ -22,6 +22,7 @@ from headprune.cli.inputs import (
     ParamsOption,
     TaskOption,
     opened,
+    refuse_budgets,
     refuse_unread,
 )
 from headprune.cli.terminal import with_bar
@@ -77,6 +78,7 @@ def plan_command(
     from headprune.planning import Budget, LatencyTable, Sensitivity, plan
     from headprune.scoring import HeadScores
 
+    refuse_budgets(heads=heads, params=params, kv_cache=kv_cache, flops=flops, latency=latency)
     refuse_unread("--trials", trials > 0, model=model, task=task, device=device)
     refuse_unread("--latency", latency is not None, table=table)
     measured = None if table is None else LatencyTable.load(table)

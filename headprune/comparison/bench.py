@@ -99,8 +99,7 @@ class Bench:
         """After the fine-tune, which keeps the pattern of zeros; the sizes are those of before. The note says where it
         diverged."""
         options: dict[str, Any] = {} if found.teaches is None else {"teacher": self.subject.model, "distil": found.teaches}
-        device = device_of(self.subject.model)
-        options |= trainer_options(device) if device.type == "cpu" else {}
+        options |= trainer_options(device_of(self.subject.model))
         with held(found.model, found.masks):
             done = recover(
                 found.model, self.texts.train, loss_fn=self.task.loss, steps=self.steps, lr=self.lr, seed=self.seed, dropout=False,

@@ -59,7 +59,8 @@ def recover(
     progress: Callable[[int, int], None] | None = None,
     **training_arguments: Any,
 ) -> Recovery:
-    """Trains `model` in place, its heads as they are, through transformers.Trainer; leaves it in the mode it came in.
+    """Trains `model` in place, its heads as they are, through transformers.Trainer; leaves it in the mode it came in. A model on a
+    GPU is trained on that one, a model on the CPU on the first GPU where there is one and use_cpu=True does not say otherwise.
 
     Args:
         train, eval: batches, each a dict for `model(**batch)` or anything that loss_fn understands; or a dataset of rows, which
@@ -127,11 +128,14 @@ def recover(
         return finished
     with ExitStack() as stack:
         work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headprune-")))
+        place = next(model.parameters()).device
         session = Session(
             data, held_out, objective, budget, work, folder is not None, clock, metric, patience, seed,
-            teacher is None if dropout is None else dropout, data_collator, callbacks, progress, shards, training_arguments,
+            teacher is None if dropout is None else dropout, data_collator, callbacks, progress, shards, place,
+            training_arguments,
         )  # fmt: skip
-        device, place = session.device, next(model.parameters()).device
+        device = session.device
+        stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())  # whose random state is kept
         at_first = place if shards else device  # sharded layers go there one by one
         stack.enter_context(as_it_was(model))
         stack.enter_context(own_random_state(seed))

@@ -33,7 +33,7 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the ol
 @dataclass(frozen=True)
 class Session:
     """All that a training is told; see `recover`. folder: where checkpoints go; keeps: whether they are to outlive a kill.
-    sharded: whether each rank holds a part of the model. options: of transformers.TrainingArguments."""
+    sharded: whether each rank holds a part of the model. place: where the model was. options: of transformers.TrainingArguments."""
 
     data: Any
     held_out: Any
@@ -50,6 +50,7 @@ class Session:
     callbacks: Sequence[Any]
     progress: Callable[[int, int], None] | None
     sharded: bool
+    place: torch.device
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -60,7 +61,7 @@ class Session:
         left_out = ("eval_steps", "save_steps", *FSDP, *(() if self.dropout else CHECKPOINTING))
         own = {name: value for name, value in self.options.items() if name not in left_out}
         pinned = torch.cuda.is_available() and on_the_host(self.data) and on_the_host(self.held_out)
-        return training_arguments(self.folder, self.budget, self.seed, {"dataloader_pin_memory": pinned, **own})
+        return training_arguments(self.folder, self.budget, self.seed, {"dataloader_pin_memory": pinned, **own}, self.place)
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.training_args import ParallelMode
 
 from headprune.errors import InvalidInput
 from headprune.files import write_text
@@ -191,8 +192,10 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def training_arguments(folder: Path, budget: TrainingBudget, seed: int, options: dict[str, Any]) -> TrainingArguments:
-    """InvalidInput for an option that transformers.TrainingArguments does not know."""
+def training_arguments(
+    folder: Path, budget: TrainingBudget, seed: int, options: dict[str, Any], place: torch.device
+) -> TrainingArguments:
+    """place: where the model is. InvalidInput for an option that transformers.TrainingArguments does not know."""
     per_step = 1 if budget.steps is None else max(1, budget.steps // 1000)
     chosen = {
         "report_to": "none", "disable_tqdm": True, "logging_steps": per_step, "logging_nan_inf_filter": False, "weight_decay": 0.0,
@@ -212,7 +215,17 @@ def training_arguments(folder: Path, budget: TrainingBudget, seed: int, options:
     refuse_partitioned(found)
     found._setup_devices  # noqa: B018 (decides how many devices there are, which is then overruled)
     found._n_gpu = min(found._n_gpu, 1)  # whole batches cannot be spread by DataParallel; torchrun runs several
+    stay(found, place)
     return found
+
+
+def stay(arguments: Any, place: torch.device) -> None:
+    """A single process trains on the GPU that the model is on: transformers takes the first one whatever it is told, accelerate
+    the current one."""
+    alone = arguments.parallel_mode is ParallelMode.NOT_PARALLEL and not arguments.deepspeed
+    if alone and place.type == arguments.device.type == "cuda":
+        arguments.__dict__["_setup_devices"] = place  # what arguments.device has cached
+        arguments.distributed_state.device = place  # accelerate's, which all its states share
 
 
 def refuse_partitioned(arguments: Any) -> None:

@@ -177,7 +177,16 @@ RECIPE = {"model": "minilm", "task": {"name": "docstring-retrieval"}, "output": 
         (["prune", "empty", "empty/none.json", "-o", "out"], "does not exist"),
         (["plan", "bad.json", "--heads", "0.5"], "expected a head_scores file"),
         (["plan", "scores.json", "--heads", "1.5"], "heads=1.5"),
-        (["plan", "scores.json"], "exactly one"),
+        (
+            ["plan", "scores.json"],
+            "Give --heads 0.5 (half of the query heads), or one of --params, --kv-cache, --flops, --latency.",
+        ),
+        (
+            ["plan", "none.json", "--heads", "0.5", "--kv-cache", "0.5"],
+            "--heads, --kv-cache are given, and a budget is one of them",
+        ),
+        (["estimate", "minilm"], "Give --heads 0.5 (half of the query heads), or one of --params, --kv-cache, --flops."),
+        (["estimate", "minilm", "--flops", "0.5", "--params", "0.5"], "--params, --flops are given"),
         (["plan", "nan.json", "--heads", "0.5"], "are NaN for heads [2]"),
         (["run", "recipe.yaml", "task.options.calibration_pairs=0"], "calibration set of task docstring-retrieval is empty"),
         (["score", "minilm", "--criterion", "fischer"], "Did you mean 'fisher'"),

@@ -86,6 +86,17 @@ def test_the_whole_way_on_a_text_by_commands(succeed, decoder, tmp_path):
     assert sum(site.head_map.query_heads for site in hp.attention_sites(hp.load("recovered"))) == 8
 
 
+def test_an_option_that_is_none_is_told_before_the_window_and_the_model(call, decoder):
+    for model in (decoder, "nowhere"):
+        for command in (
+            ("score", model, "--task", "text,calibration=nowhere.txt,colum=text"),
+            ("run", recipe(model, "text", {"calibration": "nowhere.txt", "window": 129, "colum": "text"})),
+        ):
+            code, _, err = call(*command)
+            assert code == 2
+            assert "options of task text: got an unexpected keyword argument 'colum'; it takes calibration" in only_error(err)
+
+
 def test_a_window_that_the_model_does_not_take_is_refused_before_the_text_is_read(call, decoder):
     for command in (
         ("score", decoder, "--task", "text,calibration=nowhere.txt"),

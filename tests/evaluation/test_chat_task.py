@@ -81,6 +81,49 @@ def test_prompts_and_answers_may_stand_in_columns(rows, template):
     assert asked(task.training()) | asked(task.test) == written
 
 
+def kept_in(path, rows: list) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def shared(messages: list) -> list:
+    return [{"from": {"user": "human", "assistant": "gpt"}[turn["role"]], "value": turn["content"]} for turn in messages]
+
+
+OTHER_FORMS = [
+    lambda messages: {"conversations": shared(messages)},
+    lambda messages: {"conversations": messages},
+    lambda messages: {"messages": shared(messages), "prompt": "a", "completion": "b"},
+    lambda messages: {"prompt": messages[:-1], "completion": messages[-1:]},
+]
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_conversations_in_other_forms_are_the_same_data(rows, tmp_path, form):
+    """ShareGPT's turns and TRL's prompts of several turns."""
+    own = build_task("chat", chat_tokenizer(), calibration=str(rows))
+    found = kept_in(tmp_path / "other.jsonl", [form(row["messages"]) for row in map(json.loads, rows.read_text().splitlines())])
+    other = build_task("chat", chat_tokenizer(), calibration=found)
+    assert asked(other.calibration) == asked(own.calibration)
+    assert asked(other.test) == asked(own.test)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_instructions_and_prompts_are_found_by_their_names(tmp_path, template):
+    """Alpaca's input, where there is one, stands behind the instruction."""
+    alpaca = [{"instruction": "ab", "input": "cd", "output": "e"}, {"instruction": "f", "input": "", "output": "g"},
+              {"instruction": "h", "output": "a"}, {"instruction": "b", "input": None, "output": "c"}]  # fmt: skip
+    pairs = [("ab\n\ncd", "e"), ("f", "g"), ("h", "a"), ("b", "c")]
+    for content, options, expected in (
+        (alpaca, {}, pairs), ([{"prompt": q, "completion": a} for q, a in pairs], {}, pairs),
+        (alpaca, {"prompt": "instruction", "answer": "output"}, [(row["instruction"], row["output"]) for row in alpaca]),
+    ):  # fmt: skip
+        task = build_task("chat", chat_tokenizer(template), calibration=kept_in(tmp_path / "rows.jsonl", content), **options)
+        written = {(f"z{q}xy", f"{a}x") if template else (q, f"{a}.") for q, a in expected}
+        shown = {(before.replace("\n\n", ".."), answer) for before, answer in written}
+        assert asked(task.training()) | asked(task.test) == shown
+
+
 def test_perplexity_is_of_the_answers(rows):
     task, model = build_task("chat", chat_tokenizer(), calibration=str(rows), batch=4), llama()
     task.check_model(model)
@@ -140,6 +183,16 @@ def test_mistakes_are_told(rows, tmp_path):
     tokenizer, options = chat_tokenizer(), {"calibration": str(rows)}
     with pytest.raises(InvalidInput, match="has no chat template"):
         build_task("chat", chat_tokenizer(None), **options)
+    for form in OTHER_FORMS:
+        wrong = kept_in(tmp_path / "other.jsonl", [form(turns("a", "b"))] * 2)
+        with pytest.raises(InvalidInput, match=r"has no chat template to write (messages|conversations|prompt) with"):
+            build_task("chat", chat_tokenizer(None), calibration=wrong)
+    wrong = kept_in(tmp_path / "other.jsonl", [{"prompt": "a", "completion": turns("b")}] * 2)
+    with pytest.raises(InvalidInput, match=r"row 1: \['a', \[.* is no list of turns"):
+        build_task("chat", tokenizer, calibration=wrong)
+    wrong = kept_in(tmp_path / "other.jsonl", [{"question": "a", "reply": "b"}] * 2)
+    with pytest.raises(InvalidInput, match="row 1: no 'messages', only question, reply"):
+        build_task("chat", tokenizer, calibration=wrong)
     with pytest.raises(InvalidInput, match="expected both columns, or neither"):
         build_task("chat", tokenizer, **options, prompt="q")
     with pytest.raises(InvalidInput, match="row 1: no 'turns', only messages, q, a"):

@@ -130,6 +130,70 @@ def test_a_model_that_knows_gets_all_of_it_right(rows, tmp_path, side):
     assert 0 <= blind["exact_match"] <= blind["f1"] < 1
 
 
+def nested(rows: list[dict], version: int) -> dict:
+    """As SQuAD's own files: two paragraphs an article."""
+
+    def asked(row: dict) -> dict:
+        answers = [{"text": text, "answer_start": start} for text, start in zip(*row["answers"].values())]
+        return {"question": row["question"], "id": str(row["id"]), "answers": answers} | (
+            {"is_impossible": not answers, "plausible_answers": [{"text": "a", "answer_start": 0}]} if version == 2 else {}
+        )
+
+    paragraphs = [{"context": row["context"], "qas": [asked(row), asked(row)]} for row in rows]
+    return {
+        "version": str(version),
+        "data": [{"title": "a", "paragraphs": paragraphs[at : at + 2]} for at in range(0, len(rows), 2)],
+    }
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_squads_own_files_are_read(rows, tmp_path, version):
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    found = [row for row in found if version == 2 or row["answers"]["text"]]
+    (tmp_path / "flat.jsonl").write_text("\n".join(json.dumps(row) for row in found for _ in range(2)))
+    (tmp_path / "squad.json").write_text(json.dumps(nested(found, version)))
+    task = build_task("question-answering", pairing_tokenizer(), calibration=str(rows), **OPTIONS)
+    assert task.questions(str(tmp_path / "squad.json")) == task.questions(str(tmp_path / "flat.jsonl"))
+    whole = build_task("question-answering", pairing_tokenizer(), calibration=str(tmp_path / "squad.json"), **OPTIONS)
+    assert len(whole.training_rows) + len(whole.asked) == 2 * len(found)
+
+
+def test_mistakes_in_squads_own_files_are_told_where_they_stand(rows, tmp_path):
+    def refused(change, said):
+        content = nested([json.loads(line) for line in rows.read_text().splitlines()], 1)
+        change(content["data"][1])
+        (tmp_path / "squad.json").write_text(json.dumps(content))
+        with pytest.raises(InvalidInput, match=said):
+            build_task("question-answering", pairing_tokenizer(), calibration=str(tmp_path / "squad.json"), **OPTIONS)
+
+    (tmp_path / "empty.json").write_text('{"data": [{"paragraphs": []}]}')
+    with pytest.raises(InvalidInput, match=r"empty\.json holds no questions"):
+        build_task("question-answering", pairing_tokenizer(), calibration=str(tmp_path / "empty.json"), **OPTIONS)
+    refused(lambda article: article.update(paragraphs=3), "row 2: 'paragraphs' is 3; expected a list of objects")
+    refused(lambda article: article["paragraphs"][1].pop("qas"), "row 2, paragraphs 2: no 'qas', only context")
+    refused(lambda article: article["paragraphs"][0].update(qas=["a"]), "row 2, paragraphs 1, qas 1: 'a' is no object")
+    refused(
+        lambda article: article["paragraphs"][0]["qas"][1].pop("answers"), "row 2, paragraphs 1, qas 2: no 'answers', only question"
+    )
+    refused(
+        lambda article: article["paragraphs"][0]["qas"][1].update(answers=[{"text": "a"}]),
+        "paragraphs 1, qas 2: .*as many texts as",
+    )
+
+
+def test_a_model_that_gives_no_numbers_is_wrong_everywhere(rows, tmp_path):
+    """Also where the right answer is that there is none, which is what NaN would look like."""
+    drawn = random.Random(1)
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(made(number, drawn)) for number in range(20)))
+    task = build_task(
+        "question-answering", pairing_tokenizer(), calibration=str(rows), test=str(tmp_path / "test.jsonl"), **OPTIONS
+    )
+    assert any(not one.answers for one in task.asked)
+    model = pointer()
+    torch.nn.init.constant_(model.qa_outputs.weight, float("nan"))
+    assert task.evaluate(model) == {"f1": 0.0, "exact_match": 0.0}
+
+
 def test_words_are_compared_as_squad_compares_them():
     assert scores_of("The Eiffel Tower.", ["eiffel tower"]) == (1.0, 1.0)
     assert scores_of("Paris, France", ["Lyon", "Paris"]) == (0.0, pytest.approx(2 / 3))

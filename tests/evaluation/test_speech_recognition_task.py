@@ -73,6 +73,15 @@ def test_recordings_are_heard_and_their_texts_asked_for(folder):
         assert float(task.loss(model, batch)[0]) == pytest.approx(float(output.loss), rel=1e-4)
 
 
+def test_costs_are_of_the_forward_pass_without_a_loss(folder):
+    task, model = task_of(folder), hp.load(folder / "whisper")
+    task.check_model(model)
+    with torch.no_grad():
+        timed, whole = model(**task.latency_inputs()), task.forward(model, task.test[0])
+    assert timed.loss is None
+    assert timed.logits.shape == whole.logits.shape
+
+
 def test_a_first_token_that_the_model_puts_there_itself_is_left_out(folder):
     model = hp.load(folder / "whisper")
     first = {task_of(folder).tokenizer("a")["input_ids"][0]}

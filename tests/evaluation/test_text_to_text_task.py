@@ -54,6 +54,47 @@ def test_a_tenth_is_for_the_test_and_targets_end_where_they_end(pairs):
     assert not test & training
 
 
+def test_translations_are_read_by_their_languages(pairs, tmp_path):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    several = [{"id": number, "translation": {"de": row["target"], "en": row["source"]}} for number, row in enumerate(rows)]
+    own = build_task("text-to-text", padding_tokenizer(), calibration=str(pairs))
+    path = tmp_path / "several.jsonl"
+
+    def of(content: list, **options: str):
+        path.write_text("\n".join(map(json.dumps, content)))
+        return build_task("text-to-text", padding_tokenizer(), calibration=str(path), **options)
+
+    for options in ({"source": "en", "target": "de"}, {"source": "en"}, {"target": "de"}):
+        found = of(several, **options)
+        assert all(torch.equal(one[name], other[name]) for one, other in zip(own.test, found.test) for name in one)
+    assert spoken(own, of(several, target="en").test[0]["labels"][0].tolist()) == spoken(own, own.test[0]["input_ids"][0].tolist())
+    flat = [{**row, **other} for row, other in zip(rows, several)]
+    assert torch.equal(of(flat).test[0]["labels"], own.test[0]["labels"])
+    more = [{"translation": {**row["translation"], "fr": "a"}} for row in several]
+    assert torch.equal(of(more, source="en", target="de").test[0]["labels"], own.test[0]["labels"])
+    for content, options in ((several, {}), (several, {"source": "fr", "target": "de"}), (more, {"source": "en"})):
+        there = "de, en, fr" if content is more else "de, en"
+        with pytest.raises(InvalidInput, match=f"row 1: the languages of 'translation' are {there}; name the one that is read"):
+            of(content, **options)
+    with pytest.raises(InvalidInput, match="row 2 has no value for 'de'"):
+        of([several[0], {"translation": {"de": None, "en": "a"}}], source="en")
+    with pytest.raises(InvalidInput, match="row 1: 'translation' is 'ab'; expected an object with a text for each language"):
+        of([{"translation": "ab"}] * 2, source="en", target="de")
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_costs_are_of_the_forward_pass_without_a_loss(pairs, name):
+    task, model = build_task("text-to-text", padding_tokenizer(), calibration=str(pairs), batch=4), SEQ2SEQ[name].make()
+    inputs = task.latency_inputs()
+    with torch.no_grad():
+        timed, whole = model(**inputs), task.forward(model, task.test[0])
+    assert timed.loss is None
+    assert timed.logits.shape == whole.logits.shape
+    assert inputs["decoder_input_ids"][:, 1:].tolist() == [
+        [max(token, 0) for token in row] for row in task.test[0]["labels"][:, :-1].tolist()
+    ]
+
+
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_perplexity_is_of_all_tokens_of_the_targets(pairs, name):
     task, model = build_task("text-to-text", padding_tokenizer(), calibration=str(pairs), batch=4), SEQ2SEQ[name].make()

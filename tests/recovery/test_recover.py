@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from tiny_models import hidden
 
 import headprune as hp
 from headprune.errors import InvalidInput
+from headprune.recovery import training
 from headprune.recovery.batches import Batches, on_the_host
+from headprune.recovery.budget import TrainingBudget
 
 
 def same_state(one, other, **tolerance):
@@ -40,6 +43,48 @@ def test_training_lowers_the_loss_and_keeps_the_heads(method, tmp_path):
     hp.save(model, tmp_path / "saved")
     batch = text_batches(1)[0]
     torch.testing.assert_close(hidden(hp.load(tmp_path / "saved"), **batch), hidden(model, **batch), rtol=0, atol=0)
+
+
+def test_one_process_trains_on_the_gpu_of_the_model(monkeypatch, tmp_path):
+    """transformers would take the first one, and accelerate the current one."""
+    accelerate = pytest.importorskip("accelerate")
+    for module, name, value in (
+        (torch.cuda, "is_available", True), (torch.cuda, "device_count", 2), (torch.cuda, "set_device", None),
+        (torch.accelerator, "is_available", True),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *_, value=value: value)
+    asked = partial(training.training_arguments, tmp_path, TrainingBudget.of(1, None, None, 1e-3, 1), 0)
+    try:
+        for place, options, there in (
+            ("cuda:1", {}, "cuda:1"), ("cuda:0", {}, "cuda:0"), ("cpu", {}, "cuda:0"), ("cuda:1", {"use_cpu": True}, "cpu"),
+        ):  # fmt: skip
+            found = asked(options, torch.device(place))
+            assert found.device == torch.device(there)
+            assert found.n_gpu == (there != "cpu")
+            assert accelerate.Accelerator().device == torch.device("cuda" if place != there == "cuda:0" else there)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_place_of_the_model_is_what_training_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(training, "stay", lambda arguments, place: told.append(place))
+    _, model = pruned_llama()
+    hp.recover(model, text_batches(), steps=1)
+    assert told == [torch.device("cpu")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_the_second_gpu_is_trained_there():
+    dense, model = (one.to("cuda:1") for one in pruned_llama())
+    seen, before = set(), torch.cuda.current_device()
+    hook = model.register_forward_hook(lambda module, inputs, output: seen.add((output.logits.device, torch.cuda.current_device())))
+    hp.recover(model, text_batches(), teacher=dense, steps=2)
+    hook.remove()
+    assert seen == {(torch.device("cuda:1"), 1)}
+    assert {parameter.device for parameter in model.parameters()} == {torch.device("cuda:1")}
+    assert torch.cuda.current_device() == before
 
 
 def test_projections_change_nothing_else():

@@ -12,6 +12,7 @@ from headprune.evaluation.tasks.task import (
     Task,
     build_task,
     check_task,
+    check_task_options,
     named_task,
     register_task,
     task_defaults,
@@ -26,5 +27,5 @@ from headprune.evaluation.tasks.token_classification import TokenClassification
 __all__ = [
     "Chat", "DocstringRetrieval", "ImageClassification", "MaskedText", "QuestionAnswering", "RetrievalOfPairs",
     "SpeechRecognition", "StandardLibraryText", "Task", "Text", "TextClassification", "TextToText", "TokenClassification",
-    "build_task", "check_task", "named_task", "register_task", "task_defaults", "task_options", "tasks",
+    "build_task", "check_task", "check_task_options", "named_task", "register_task", "task_defaults", "task_options", "tasks",
 ]  # fmt: skip

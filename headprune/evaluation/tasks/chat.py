@@ -14,13 +14,16 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.perplexity import refuse_other_models
 from headprune.evaluation.positions import position_limit, refuse_longer
-from headprune.evaluation.tasks.rows import in_batches, parts_of, read_rows, refuse_counts
+from headprune.evaluation.tasks.rows import Row, in_batches, parts_of, read_rows, refuse_counts
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
 from headprune.models.tokens import IGNORED_LABEL
 
 Turn = Mapping[str, Any]
 ROLE, CONTENT, ANSWERS = "role", "content", "assistant"
+FROM, VALUE, ROLES = "from", "value", {"human": "user", "gpt": ANSWERS}  # of ShareGPT's turns
+MESSAGES, ALPACA = "messages", ("instruction", "output")
+FORMS = (("conversations",), ALPACA, ("prompt", "completion"))  # columns that are looked for where there are no messages
 log = logging.getLogger("headprune")
 
 
@@ -28,11 +31,13 @@ log = logging.getLogger("headprune")
 class Chat(TargetTokens):
     """Answers in your own conversations, for language models: calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .jsonl or .json file whose column `messages` holds the turns ({"role": "user" | "assistant" | ..., "content":
-    text}), or, with prompt=COLUMN and answer=COLUMN, any file of rows that has these. Turns are written as the tokenizer's chat
-    template says; without one, a prompt and its answer follow each other, with the end-of-text token behind. test: the same; by
-    default a tenth of calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows
-    of calibration. seed: which rows are drawn for calibration.
+    calibration: a .jsonl or .json file whose column `messages` (or ShareGPT's `conversations`) holds the turns, {"role": "user" |
+    "assistant" | ..., "content": text} or {"from": "human" | "gpt" | ..., "value": text}; or any file of rows with `instruction`,
+    perhaps `input`, and `output` (Alpaca), with `prompt` and `completion`, or with other names for these, prompt=COLUMN and
+    answer=COLUMN. The first row tells which. Turns are written as the tokenizer's chat template says; without one, a
+    prompt and its answer follow each other, with the end-of-text token behind. test: the same; by default a tenth of calibration's
+    rows, which then count for nothing else. training: the same, for recovery; by default the rows of calibration. seed: which rows
+    are drawn for calibration.
 
     Asked for are the tokens of a conversation's last answer, what stands before it is context. Conversations are cut behind
     `max_tokens`; those whose last answer begins only there are left out.
@@ -60,12 +65,7 @@ class Chat(TargetTokens):
         if (prompt is None) != (answer is None):
             raise InvalidInput(f"prompt={prompt}, answer={answer}: expected both columns, or neither for a column of messages.")
         self.tokenizer, self.batch, self.max_tokens = tokenizer, batch, max_tokens
-        self.columns = [messages] if prompt is None or answer is None else [prompt, answer]
-        if not tokenizer.chat_template and len(self.columns) == 1:
-            raise InvalidInput(
-                f"task {self.name}: the tokenizer has no chat template to write messages with; give one, or rows with a prompt and "
-                "an answer (prompt=COLUMN,answer=COLUMN)."
-            )
+        self.messages, self.pair = messages, None if prompt is None or answer is None else (prompt, answer)
         parts = parts_of(
             self.conversations, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed
         )
@@ -76,14 +76,22 @@ class Chat(TargetTokens):
 
     def conversations(self, file: str) -> list[list[Turn]]:
         """The turns of each row up to its last answer."""
-        found: list[list[Turn]] = []
-        for number, row in enumerate(read_rows(file, self.columns), 1):
-            if len(self.columns) == 2:
-                prompt, answer = (str(row[name]) for name in self.columns)
-                found.append([{ROLE: "user", CONTENT: prompt}, {ROLE: ANSWERS, CONTENT: answer}])
-            else:
-                found.append(up_to_the_last_answer(row[self.columns[0]], f"{file}, row {number}"))
-        return found
+        rows = read_rows(file, self.columns)
+        columns = self.columns(rows[0])
+        further = "input" if self.pair is None and columns == ALPACA else None
+        if not self.tokenizer.chat_template and any(isinstance(row[columns[0]], list) for row in rows):
+            raise InvalidInput(
+                f"task {self.name}: the tokenizer has no chat template to write {columns[0]} with; give one, or rows with a prompt "
+                "and an answer (prompt=COLUMN,answer=COLUMN)."
+            )
+        return [turns_of(row, columns, further, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
+
+    def columns(self, first: Row) -> tuple[str, ...]:
+        """(the column of turns,), or those of a prompt and its answer: what was asked for, else what the first row has."""
+        if self.pair is not None:
+            return self.pair
+        forms = ((self.messages,), *(FORMS if self.messages == MESSAGES else ()))
+        return next((form for form in forms if first.keys() >= {*form}), forms[0])
 
     def batches(self, conversations: Sequence[Sequence[Turn]]) -> list[Batch]:
         written = [self.written(turns) for turns in conversations]
@@ -168,14 +176,39 @@ class Chat(TargetTokens):
         return {name: first[name][:1, : max(1, length)] for name in ("input_ids", "attention_mask")}
 
 
-def up_to_the_last_answer(turns: Any, place: str) -> list[Turn]:
-    """InvalidInput where `turns` are no turns, or none of them is an answer."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) and {ROLE, CONTENT} <= turn.keys() for turn in turns):
-        raise InvalidInput(f"{place}: {turns!r:.60} is no list of turns; expected objects with {ROLE!r} and {CONTENT!r}.")
+def turns_of(row: Row, columns: Sequence[str], further: str | None, place: str) -> list[Turn]:
+    """The turns of a row up to its last answer; a prompt and its answer may be lists of turns themselves, as TRL has them. further:
+    the column of what follows the prompt, where there is any."""
+    if len(columns) == 1:
+        return up_to_the_last_answer(row[columns[0]], place)
+    prompt, answer = (row[name] for name in columns)
+    if isinstance(prompt, list) or isinstance(answer, list):
+        return up_to_the_last_answer(prompt + answer if type(prompt) is type(answer) else [prompt, answer], place)
+    more = row.get(further) if further else None
+    asked = f"{prompt}\n\n{more}" if more else str(prompt)
+    return [{ROLE: "user", CONTENT: asked}, {ROLE: ANSWERS, CONTENT: str(answer)}]
+
+
+def up_to_the_last_answer(given: Sequence[Any], place: str) -> list[Turn]:
+    """InvalidInput where `given` are no turns, or none of them is an answer."""
+    turns = [turn for turn in map(as_message, given) if turn is not None] if isinstance(given, list) else []
+    if not isinstance(given, list) or len(turns) < len(given):
+        raise InvalidInput(
+            f"{place}: {given!r:.60} is no list of turns; expected objects with {ROLE!r} and {CONTENT!r} (or {FROM!r}, {VALUE!r})."
+        )
     answers = [number for number, turn in enumerate(turns) if turn[ROLE] == ANSWERS]
     if not answers or not answers[-1]:
         raise InvalidInput(f"{place}: no turn after the first has the role {ANSWERS!r}; leave the row out.")
     return turns[: answers[-1] + 1]
+
+
+def as_message(turn: Any) -> Turn | None:
+    """A turn with `role` and `content`, of one that has these or ShareGPT's; None for anything else."""
+    if not isinstance(turn, dict):
+        return None
+    if {FROM, VALUE} <= turn.keys() and isinstance(turn[FROM], str):
+        return {ROLE: ROLES.get(turn[FROM], turn[FROM]), CONTENT: turn[VALUE]}
+    return turn if {ROLE, CONTENT} <= turn.keys() else None
 
 
 def without_end(tokens: list[int], end: list[int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from headprune.evaluation.data import Progress, placed
 from headprune.evaluation.metric import Metric, mean
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
-from headprune.evaluation.tasks.rows import in_batches, parts_of, read_rows, refuse_counts
+from headprune.evaluation.tasks.rows import Row, in_batches, parts_of, read_rows, refuse_counts, refuse_incomplete
 from headprune.evaluation.tasks.task import Task, register_task
 
 Batch = dict[str, Tensor]
 START, END = "start_positions", "end_positions"
+PARAGRAPHS, QUESTIONS = "paragraphs", "qas"  # of SQuAD's own files, which nest questions in paragraphs, and these in articles
 LONGEST = 30  # tokens of an answer, as in BERT's script
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -53,9 +54,10 @@ class QuestionAnswering(Task):
 
     For models that point at where an answer begins and ends (...ForQuestionAnswering). calibration: a .jsonl or .json file with the
     columns `question`, `context` and `answers`: {"text": [...], "answer_start": [...]}, empty lists where the context does not tell
-    (SQuAD 2). test: the same; by default a tenth of calibration's rows, which then count for nothing else. training: the same, for
-    recovery; by default the rows of calibration. Contexts of more than `max_tokens` (with the question) are read in windows that
-    share `stride` tokens; a sample of scoring is a window. seed: which rows are drawn.
+    (SQuAD 2); or a file as SQuAD's own, {"data": [{"paragraphs": [...]}, ...]}. test: the same; by default a tenth of
+    calibration's questions, which then count for nothing else. training: the same, for recovery; by default the questions of
+    calibration. Contexts of more than `max_tokens` (with the question) are read in windows that share `stride` tokens; a sample of
+    scoring is a window. seed: which questions are drawn.
 
     f1 (the headline) and exact match, of SQuAD (Rajpurkar et al. 2016): words without case, articles and punctuation, the best of
     all answers. Of a question without an answer both say whether the model tells that there is none: that its first token scores
@@ -100,20 +102,26 @@ class QuestionAnswering(Task):
         self.test = self.batches(self.test_windows)
 
     def questions(self, file: str) -> list[Question]:
-        found = []
-        for number, row in enumerate(read_rows(file, self.columns), 1):
-            asked, context, given = (row[name] for name in self.columns)
-            answers = answers_of(given)
-            if answers is None:
-                raise InvalidInput(
-                    f"{file}, row {number}: {self.columns[2]!r} is {given!r:.60}; expected as many texts as beginnings (whole "
-                    'numbers), {"text": ["Paris"], "answer_start": [17]}.'
-                )
-            for text, start in answers:
-                if str(context)[start : start + len(text)] != text:
-                    raise InvalidInput(f"{file}, row {number}: {text!r:.60} does not stand in the context at character {start}.")
-            found.append(Question(str(asked), str(context), answers))
-        return found
+        rows = read_rows(file, lambda first: (PARAGRAPHS,) if PARAGRAPHS in first else self.columns)
+        places = [(f"{file}, row {number}", row) for number, row in enumerate(rows, 1)]
+        if PARAGRAPHS in rows[0]:
+            places = [one for place, article in places for one in unnested(article, self.columns, place)]
+        if not places:
+            raise InvalidInput(f"{file} holds no questions.")
+        return [self.question(row, place) for place, row in places]
+
+    def question(self, row: Row, place: str) -> Question:
+        asked, context, given = (row[name] for name in self.columns)
+        answers = answers_of(given)
+        if answers is None:
+            raise InvalidInput(
+                f"{place}: {self.columns[2]!r} is {given!r:.60}; expected as many texts as beginnings (whole numbers), "
+                '{"text": ["Paris"], "answer_start": [17]}.'
+            )
+        for text, start in answers:
+            if str(context)[start : start + len(text)] != text:
+                raise InvalidInput(f"{place}: {text!r:.60} does not stand in the context at character {start}.")
+        return Question(str(asked), str(context), answers)
 
     def windows(self, questions: Sequence[Question]) -> list[Window]:
         for one in questions:
@@ -176,18 +184,22 @@ class QuestionAnswering(Task):
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
         """An example is a question."""
         best: list[tuple[float, str]] = [(-torch.inf, "")] * len(self.asked)
-        nothing = [torch.inf] * len(self.asked)
+        nothing, numbers = [torch.inf] * len(self.asked), [True] * len(self.asked)
         windows = iter(self.test_windows)
         for done, batch in enumerate(self.test, 1):
             for logits in self.readout(model, batch).float().cpu():
                 window = next(windows)
                 best[window.of] = max(best[window.of], best_span(logits, window, self.asked[window.of].context))
                 nothing[window.of] = min(nothing[window.of], float(logits[0].sum()))
+                numbers[window.of] &= not bool(logits.isnan().any())
             if progress:
                 progress(done, len(self.test))
         empty = any(not one.answers for one in self.asked)  # else each question has an answer, and the model need not tell
         told = ["" if empty and none > score else text for (score, text), none in zip(best, nothing)]
-        rows = [scores_of(text, [answer for answer, _ in one.answers]) for text, one in zip(told, self.asked)]
+        rows = [
+            scores_of(text, [answer for answer, _ in one.answers]) if known else (0.0, 0.0)  # NaN tells nothing, so it is wrong
+            for text, one, known in zip(told, self.asked, numbers)
+        ]
         exact, f1 = torch.tensor(rows).unbind(dim=1)
         return {"f1": Metric(f1, mean), "exact_match": Metric(exact, mean)}
 
@@ -199,8 +211,29 @@ class QuestionAnswering(Task):
         return {name: value for name, value in self.test[0].items() if name not in (START, END)}
 
 
+def unnested(article: Row, columns: Sequence[str], place: str) -> Iterator[tuple[str, Row]]:
+    """(where it stands, question with its context) of all questions in an article of SQuAD's own files."""
+    question, context, answers = columns
+    for inside, paragraph in listed(article, PARAGRAPHS, (context, QUESTIONS), place):
+        for where, row in listed(paragraph, QUESTIONS, (question, answers), inside):
+            yield where, {**row, context: paragraph[context]}
+
+
+def listed(row: Row, name: str, columns: Sequence[str], place: str) -> Iterator[tuple[str, Row]]:
+    """(where it stands, object) of each in the list `name` of `row`. InvalidInput where that is none, or lacks one of `columns`."""
+    if not isinstance(row[name], list):
+        raise InvalidInput(f"{place}: {name!r} is {row[name]!r:.60}; expected a list of objects, as in SQuAD's files.")
+    for number, found in enumerate(row[name], 1):
+        where = f"{place}, {name} {number}"
+        refuse_incomplete(found, columns, where)
+        yield where, found
+
+
 def answers_of(given: Any) -> tuple[tuple[str, int], ...] | None:
-    """(text, where it begins) of each answer in SQuAD's form; None where `given` is not of that form."""
+    """(text, where it begins) of each answer, in lists by name or in a list of objects, as in SQuAD's own files; None for what is
+    neither."""
+    if isinstance(given, list) and all(isinstance(one, dict) for one in given):
+        given = {name: [one.get(name) for one in given] for name in ("text", "answer_start")}
     texts, starts = (given.get("text"), given.get("answer_start")) if isinstance(given, dict) else (None, None)
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
         return None

@@ -23,8 +23,9 @@ TEXTS = (".txt", ".md")
 TENTH = 10
 
 
-def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
-    """The rows of a .jsonl file (an object a line), .json (a list of objects), .csv or .tsv (with a header).
+def read_rows(source: str, columns: Sequence[str] | Callable[[Row], Sequence[str]]) -> list[Row]:
+    """The rows of a .jsonl file (an object a line), .json (a list of objects, or an object with one as its `data`), .csv or .tsv
+    (with a header). columns: those that are read, or what tells them from the first row.
 
     Raises InvalidInput where the file is none of these or cannot be read, and for a row without a value in one of `columns`.
     """
@@ -37,10 +38,12 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
         rows = parsed(suffix, text)
     except (ValueError, csv.Error) as error:
         raise InvalidInput(f"{path} cannot be read as {suffix}: {error}.") from None
-    for number, row in enumerate(rows, 1):
-        refuse_incomplete(row, columns, f"{path}, row {number}")
     if not rows:
         raise InvalidInput(f"{path} holds no rows.")
+    if callable(columns):
+        columns = columns(rows[0] if isinstance(rows[0], dict) else {})
+    for number, row in enumerate(rows, 1):
+        refuse_incomplete(row, columns, f"{path}, row {number}")
     return rows
 
 
@@ -64,6 +67,8 @@ def parsed(suffix: str, text: str) -> list[Any]:
         return table_rows(text, SEPARATORS[suffix])
     if suffix == ".json":
         content = json.loads(text)
+        if isinstance(content, dict) and "data" in content:
+            content = content["data"]
         if not isinstance(content, list):
             raise ValueError(f"expected a list of objects, found {type(content).__name__}")
         return content

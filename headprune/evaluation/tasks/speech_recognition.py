@@ -17,7 +17,7 @@ from headprune.evaluation.data import placed
 from headprune.evaluation.embedder import mapping_of
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.tasks.rows import in_batches, parts_of, place_of, read_rows, refuse_counts
-from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
+from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens, without_the_loss
 from headprune.evaluation.tasks.task import register_task
 from headprune.models.tokens import IGNORED_LABEL, decoder_of
 
@@ -115,7 +115,7 @@ class SpeechRecognition(TargetTokens):
         return self.forward(model, batch).logits, batch["labels"]
 
     def latency_inputs(self) -> Batch:
-        return self.test[0]
+        return without_the_loss(self.test[0], self.tokenizer.pad_token_id)
 
 
 def as_read(model: nn.Module, features: Tensor) -> Tensor:

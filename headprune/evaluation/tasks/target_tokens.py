@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.evaluation.data import Progress
@@ -63,3 +64,12 @@ class TargetTokens(Task):
     @torch.inference_mode()
     def outputs(self, model: nn.Module) -> Tensor:
         return self.asked(model, self.test[0])[0][:2].float()
+
+
+def without_the_loss(batch: Batch, filler: int) -> Batch:
+    """What an encoder-decoder reads of `batch`, without the labels, from which it would compute a loss: its decoder gets them as it
+    would shift them itself, behind `filler` (many begin with another token, which costs the same)."""
+    labels = batch["labels"]
+    read = F.pad(labels[:, :-1], (1, 0), value=filler)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return {**inputs, "decoder_input_ids": read.masked_fill(read == IGNORED_LABEL, filler)}

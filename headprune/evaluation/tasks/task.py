@@ -91,6 +91,16 @@ def check_task(name: str) -> type[Task]:
     return _tasks[name]
 
 
+def check_task_options(name: str, options: Mapping[str, Any]) -> type[Task]:
+    """The task `name`. Raises InvalidInput where there is none, where it takes no such options, or needs others too."""
+    kind = check_task(name)
+    try:
+        signature(kind).bind(None, **options)
+    except TypeError as error:
+        raise InvalidInput(f"options of task {name}: {error}; it takes {', '.join(task_options(kind))}.") from None
+    return kind
+
+
 def task_options(task: type[Task]) -> list[str]:
     """The names of its options, as recipes and the command line give them."""
     return list(signature(task).parameters)[1:]
@@ -128,12 +138,8 @@ def named_task(text: str) -> tuple[str, dict[str, Any]]:
 def build_task(name: str, tokenizer: Any, **options: Any) -> Task:
     """The task `name` for models that read what `tokenizer` (of images: the image processor) makes. Raises InvalidInput for an
     unknown name or option, for a missing tokenizer or one of another kind, and where no calibration data is left."""
-    kind = check_task(name)
+    kind = check_task_options(name, options)
     refuse_other_tokenizer(f"task {name}", kind.reads, tokenizer)
-    try:
-        signature(kind).bind(tokenizer, **options)
-    except TypeError as error:
-        raise InvalidInput(f"options of task {name}: {error}; it takes {', '.join(task_options(kind))}.") from None
     check_arguments(kind.__init__, options)
     build: Callable[..., Task] = kind
     task = build(tokenizer, **options)

@@ -11,20 +11,23 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.data import placed
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
-from headprune.evaluation.tasks.rows import in_batches, parts_of, read_rows, refuse_counts
-from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
+from headprune.evaluation.tasks.rows import Row, in_batches, parts_of, read_rows, refuse_counts, refuse_incomplete
+from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens, without_the_loss
 from headprune.evaluation.tasks.task import register_task
 from headprune.models.tokens import IGNORED_LABEL, decoder_of
 
 PROMPT_ROWS = 4
+TRANSLATION = "translation"
 
 
 @register_task
 class TextToText(TargetTokens):
     """Your own sources and targets for encoder-decoders (T5, BART, Marian): calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .jsonl, .json, .csv or .tsv file with the columns `source` and `target`. test: the same; by default a tenth of
-    calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows of calibration.
+    calibration: a .jsonl, .json, .csv or .tsv file with the columns `source` and `target`; or, as the Hub has translations, a
+    .jsonl or .json file with the column `translation`, {"de": text, "en": text}, with source=LANGUAGE and target=LANGUAGE (of two,
+    one tells the other). test: the same; by default a tenth of calibration's rows, which then count for nothing else. training:
+    the same, for recovery; by default the rows of calibration.
     prefix: is put before each source ("translate English to German: "). seed: which rows are drawn for calibration. Every token of
     a target is asked for with the true ones before it.
     """
@@ -50,9 +53,13 @@ class TextToText(TargetTokens):
         refuse_counts(calibration_rows=calibration_rows, test_rows=test_rows, max_tokens=max_tokens, batch=batch)
         refuse_without_padding(tokenizer, f"task {self.name}")
         self.tokenizer, self.batch, self.max_tokens, self.prefix = tokenizer, batch, max_tokens, prefix
+        columns = (source, target)
 
         def pairs(file: str) -> list[tuple[str, str]]:
-            return [(str(row[source]), str(row[target])) for row in read_rows(file, [source, target])]
+            rows = read_rows(file, lambda first: (TRANSLATION,) if translated(first, columns) else columns)
+            if not translated(rows[0], columns):
+                return [(str(row[source]), str(row[target])) for row in rows]
+            return [languages_of(row, columns, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
 
         parts = parts_of(pairs, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed)
         self.calibration, self.test = self.batches(parts.calibration), self.batches(parts.test)
@@ -95,7 +102,31 @@ class TextToText(TargetTokens):
         return self.forward(model, batch).logits, batch["labels"]
 
     def latency_inputs(self) -> Batch:
-        return self.test[0]
+        return without_the_loss(self.test[0], self.tokenizer.pad_token_id)
 
     def prompt(self) -> Batch:
         return {name: self.test[0][name][:PROMPT_ROWS] for name in ("input_ids", "attention_mask")}
+
+
+def translated(row: Row, columns: tuple[str, str]) -> bool:
+    """Whether the texts stand by their languages under `translation`, not in columns of their own."""
+    return TRANSLATION in row and not row.keys() >= {*columns}
+
+
+def languages_of(row: Row, named: tuple[str, str], place: str) -> tuple[str, str]:
+    """(source, target) of a row of translations, by their languages; where one of two is named, the other one is what it is not.
+    InvalidInput where that does not tell them: their order says nothing, the Hub's is that of the alphabet."""
+    texts = row[TRANSLATION]
+    if not isinstance(texts, dict):
+        raise InvalidInput(f"{place}: {TRANSLATION!r} is {texts!r:.60}; expected an object with a text for each language.")
+    left = [name for name in texts if name not in named]
+    if len(texts) == 2 and len(left) == 1:
+        source, target = named
+        named = (left[0] if source == "source" else source, left[0] if target == "target" else target)
+    if not texts.keys() >= {*named}:
+        raise InvalidInput(
+            f"{place}: the languages of {TRANSLATION!r} are {', '.join(texts)}; name the one that is read and the one that is "
+            "asked for (source=LANGUAGE,target=LANGUAGE)."
+        )
+    refuse_incomplete(texts, named, place)
+    return str(texts[named[0]]), str(texts[named[1]])
