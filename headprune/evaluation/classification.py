@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import EvaluationData, Progress, placed
-from headprune.evaluation.metric import Metric, macro_f1, matthews, mean, pearson, spearman
+from headprune.evaluation.metric import Metric, macro_f1, matthews, mean, pearson, ranked_first, spearman
 
 LABELS = "labels"
 
@@ -63,9 +63,11 @@ class Classification(Labelled):
             classes = logits.shape[-1]
             if labels.min() < 0 or labels.max() >= classes:
                 raise InvalidInput(f"labels are {int(labels.min())} to {int(labels.max())}; the model has {classes} classes.")
-            pairs.append(torch.stack([logits.argmax(dim=-1), labels], dim=-1).double())
+            told = ranked_first(logits)
+            pairs.append(torch.stack([told, labels], dim=-1).double())
             for count, found in hits.items():
-                found.append((logits.topk(min(count, classes)).indices == labels[:, None]).any(dim=-1).double())
+                among = (logits.topk(min(count, classes)).indices == labels[:, None]).any(dim=-1)
+                found.append((among & (told >= 0)).double())
         both = torch.cat(pairs)
         right = (both[:, 0] == both[:, 1]).double()
         further = {f"accuracy@{count}": Metric(torch.cat(found), mean) for count, found in hits.items()}

@@ -36,6 +36,12 @@ class Metric:
         return self.statistic(self.rows)
 
 
+def ranked_first(logits: Tensor) -> Tensor:
+    """The class [...] with the highest of logits [..., classes]; -1, which is no class, where one of them is NaN."""
+    highest, found = logits.max(dim=-1)
+    return found.masked_fill(highest.isnan(), -1)
+
+
 def mean(rows: Tensor) -> float:
     """Of the only column: accuracy, reciprocal rank, squared error, ..."""
     return float(rows[:, 0].mean())

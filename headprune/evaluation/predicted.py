@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headprune.evaluation.data import placed
+from headprune.evaluation.metric import ranked_first
 from headprune.models.streamed import streamed_of
 from headprune.scoring.causal_losses import TOKENS, up_to_the_head
 
@@ -58,7 +59,7 @@ def predicted_in_parts(model: nn.Module, rows: Tensor, tokens: int = TOKENS) -> 
 def judged(logits: Tensor, targets: Tensor) -> Predicted:
     """logits [rows, tokens, vocabulary], fp32; targets [rows, tokens]."""
     targets = targets.to(logits.device)
-    return negative_log_likelihood(logits, targets).cpu(), (logits.argmax(dim=-1) == targets).cpu()
+    return negative_log_likelihood(logits, targets).cpu(), (ranked_first(logits) == targets).cpu()
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

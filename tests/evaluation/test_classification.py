@@ -42,6 +42,14 @@ def test_accuracy_counts_every_example_once(batches):
     assert -1 <= found["matthews"] <= 1
 
 
+def test_a_model_that_gives_nan_is_right_nowhere(batches):
+    """Though the index of the highest of them is 0, which is a class."""
+    model = classifier(3)
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    found = Classification([{**batch, "labels": torch.zeros_like(batch["labels"])} for batch in batches], top=(2,)).evaluate(model)
+    assert found["accuracy"] == found["accuracy@2"] == found["f1"] == 0
+
+
 def test_a_regression_head_is_correlated_with_its_labels(batches):
     model = classifier(1)
     numbers = [{**batch, "labels": batch["labels"].float()} for batch in batches]

@@ -111,6 +111,13 @@ def test_the_loss_is_of_words_and_the_metrics_of_spans_and_words(rows):
     assert quality["f1"] == pytest.approx(2 * both / (told + true))
 
 
+def test_a_tagger_that_gives_nan_is_right_nowhere(rows):
+    task, model = build_task("token-classification", padding_tokenizer(), calibration=str(rows), batch=4), tagger()
+    task.check_model(model)
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    assert {name: metric.value for name, metric in task.examples(model).items()} == {"f1": 0, "accuracy": 0}
+
+
 def test_spans_are_those_of_conlleval():
     assert spans(["B-x", "I-x", "O", "B-x", "B-x"]) == {(0, 2, "x"), (3, 4, "x"), (4, 5, "x")}
     assert spans(["I-x", "I-y", "I-y", "B-y"]) == {(0, 1, "x"), (1, 3, "y"), (3, 4, "y")}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.evaluation.data import Progress
-from headprune.evaluation.metric import Metric, perplexity
+from headprune.evaluation.metric import Metric, perplexity, ranked_first
 from headprune.evaluation.perplexity import share
 from headprune.evaluation.predicted import negative_log_likelihood
 from headprune.evaluation.tasks.task import Task
@@ -41,7 +41,7 @@ class TargetTokens(Task):
         nothing = losses.new_zeros(labels.shape)
         return (
             nothing.masked_scatter(targets, losses),
-            nothing.masked_scatter(targets, (found.argmax(-1) == wanted).float()),
+            nothing.masked_scatter(targets, (ranked_first(found) == wanted).float()),
             targets,
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.data import Progress, placed
-from headprune.evaluation.metric import Metric
+from headprune.evaluation.metric import Metric, ranked_first
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.perplexity import share
 from headprune.evaluation.positions import position_limit, refuse_longer
@@ -127,10 +127,12 @@ class TokenClassification(TargetTokens, OfClasses):
         of_spans, of_words = [], []
         for done, batch in enumerate(self.test, 1):
             logits, labels = self.asked(model, batch)
-            for told, wanted in zip(logits.argmax(dim=-1).cpu(), labels.cpu()):
+            for told, wanted in zip(ranked_first(logits).cpu(), labels.cpu()):
                 there = wanted != IGNORED_LABEL
                 of_words.append([float((told == wanted)[there].sum()), float(there.sum())])
-                found, true = (spans([self.tag_of[number] for number in row[there].tolist()]) for row in (told, wanted))
+                found, true = (
+                    spans([self.tag_of.get(number, OUTSIDE) for number in row[there].tolist()]) for row in (told, wanted)
+                )
                 of_spans.append([len(found & true), len(found), len(true)])
             if progress:
                 progress(done, len(self.test))
