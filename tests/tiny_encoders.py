@@ -156,6 +156,17 @@ ENCODERS["big_bird"] = Family(
     "BigBirdForTokenClassification", "BigBirdConfig", {**TEXT, **QUIET, **BLOCKS}, blocks_batch, ("eager",)
 )  # fmt: skip
 
+ENCODERS["xlnet"] = Family(
+    "XLNetForTokenClassification",
+    "XLNetConfig",
+    {
+        "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": VOCABULARY, "initializer_range": 0.2,
+        "dropout": 0.0, "num_labels": LABELS,
+    },
+    text_batch,
+    ("eager",),
+)  # fmt: skip
+
 
 def target_batch(side: str) -> dict[str, Tensor]:
     """Encoder tokens with padding, and labels of another length whose last positions do not count."""

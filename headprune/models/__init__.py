@@ -15,6 +15,7 @@ from headprune.models import (
     timm,
     variable_head,
     wavlm,
+    xlnet,
 )
 from headprune.models.adapters import Adapter, attention_sites, register_adapter
 from headprune.models.gating import gated
@@ -42,4 +43,5 @@ __all__ = [
     "timm",
     "variable_head",
     "wavlm",
+    "xlnet",
 ]

@@ -28,7 +28,7 @@ TESTED: dict[str, tuple[str, ...]] = {
         "SamHQVisionAttention", "SamHQVisionSdpaAttention", "SamVisionAttention", "SamVisionSdpaAttention", "SmolLM3Attention",
         "StableLmAttention", "SwinAttention", "T5Attention", "TimeSformerAttention", "UMT5Attention", "ViTAttention",
         "VideoMAEAttention", "VisionAttention", "VitDetAttention", "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention",
-        "WavLMAttention", "WhisperAttention",
+        "WavLMAttention", "WhisperAttention", "XLNetRelativeAttention",
     ),
 }  # fmt: skip
 
