@@ -201,6 +201,12 @@ T5 = {
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0,
 }  # fmt: skip
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None}
+PROPHETNET = {
+    "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY, "init_std": 0.2,
+    "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 2, "max_position_embeddings": 32, "num_buckets": 4, "relative_max_distance": 8, "ngram": 2,
+}  # fmt: skip
 # GPT-2 behind an encoder has cross attention.
 BERT_GPT2 = {
     "encoder": {"model_type": "bert", **TEXT, **QUIET},
@@ -224,6 +230,7 @@ SEQ2SEQ = {
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
+    "prophetnet": Family("ProphetNetForConditionalGeneration", "ProphetNetConfig", PROPHETNET, target_batch, ("eager",)),
     "t5": Family("T5ForConditionalGeneration", "T5Config", T5, target_batch),
     "umt5": Family("UMT5ForConditionalGeneration", "UMT5Config", T5, target_batch),
     "whisper": Family("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, spectrogram_batch),

@@ -44,6 +44,7 @@ from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
+from headprune.models.prophetnet_forward import EmptiedNgram, EmptiedProphetNet, OwnNgram, OwnProphetNet
 from headprune.models.quarters import QuarteredHeads
 from headprune.models.reduced_forward import OwnReduced
 from headprune.models.selection import PicksHeads
@@ -63,10 +64,11 @@ BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
         Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
-        EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedOpenAI,
-        EmptiedPooled, EmptiedPooledAlone, EmptiedReader, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows,
-        EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnPositions, OwnReduced, OwnWavLM,
-        OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions, SwitchesAttention,
+        EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram, EmptiedOnDemand,
+        EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedReader, EmptiedT5, EmptiedTimm,
+        EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram,
+        OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM, OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads,
+        QuarteredHeads, SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
