@@ -42,7 +42,12 @@ class Family:
 
 
 def trained(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """What starts as zeros (queries of a Q-Former, tables of relative positions, DeBERTa's biases) does not stay so."""
+    """What starts as zeros (queries of a Q-Former, tables of relative positions, DeBERTa's biases) does not stay so, nor does what
+    is the same for all features of a batch norm."""
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm1d)):
+        torch.nn.init.normal_(norm.running_mean, std=0.1)
+        for spread in (norm.weight, norm.running_var, norm.bias):
+            torch.nn.init.uniform_(spread, 0.5, 1.5)
     for name, parameter in model.named_parameters():
         if not parameter.any() and (parameter.dim() > 1 or name.endswith(("q_bias", "v_bias"))):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -242,6 +247,11 @@ def picture_batch(side: str) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator), "labels": torch.arange(3) % LABELS}
 
 
+def large_picture_batch(side: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5 if side == "left" else 6)
+    return {**picture_batch(side), "pixel_values": torch.randn(3, 3, 64, 64, generator=generator)}
+
+
 def caption_batch(side: str) -> dict[str, Tensor]:
     """Pictures and captions, the captions padded."""
     return {"pixel_values": picture_batch(side)["pixel_values"], **padded(side=side), "return_loss": True}
@@ -296,6 +306,22 @@ VISION = {
         initializer_range=0.5,
     ),
     "pvt_v2": classifier("PvtV2", ("eager",), **PVT),
+    "levit": Family(
+        "LevitForImageClassification",
+        "LevitConfig",
+        {
+            "image_size": 64,
+            "hidden_sizes": [32, 32, 64],
+            "num_attention_heads": [4, 4, 4],
+            "key_dim": [8, 8, 8],
+            "depths": [2, 1, 1],
+            "attention_ratio": [2, 1, 3],
+            "num_labels": LABELS,
+            "initializer_range": 0.1,
+        },
+        large_picture_batch,
+        ("eager",),
+    ),
     "pvt_v2_linear": classifier("PvtV2", ("eager",), linear_attention=True, **PVT),
     "cvt": classifier("Cvt", ("eager",), **CVT),
     "timesformer": Family("TimesformerForVideoClassification", "TimesformerConfig", FILM, film_batch, ("eager",)),

@@ -89,6 +89,8 @@ class HeadTensor:
         return (starts + torch.arange(self.width, device="cpu")).flatten()
 
     def parameters_per_head(self) -> int:
+        if not isinstance(self.tensor, nn.Parameter):
+            return 0
         return self.width * self.tensor.numel() // max(self.tensor.shape[self.dim], 1)
 
 

@@ -40,6 +40,7 @@ from headprune.models.emptied import (
 )
 from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
 from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
+from headprune.models.levit_forward import EmptiedSmaller
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
@@ -65,9 +66,9 @@ BEHAVIOURS = {
     for kind in (
         Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
         EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram, EmptiedOnDemand,
-        EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedReader, EmptiedT5, EmptiedTimm,
-        EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram,
-        OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM, OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads,
+        EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedReader, EmptiedSmaller, EmptiedT5,
+        EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer,
+        OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM, OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads,
         QuarteredHeads, SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
@@ -159,6 +160,8 @@ def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
             old = getattr(module, parameter)
             part = old.detach()[tuple(slice(size) for size in shape)].clone()
             setattr(module, parameter, nn.Parameter(part, requires_grad=old.requires_grad))
+        for buffer, shape in entry.get("buffers", {}).items():
+            setattr(module, buffer, getattr(module, buffer)[tuple(slice(size) for size in shape)].clone())
         for attribute, value in entry.get("attributes", {}).items():
             setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
         if entry.get("shown"):

@@ -157,7 +157,8 @@ def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable[...
         twin = on_stand_ins(whole)
         try:
             cut_site(twin, kept)
-            returned = twin.module.eval()(*call.args, **call.kwargs)
+            twin.module.eval()  # LeViT's returns nothing
+            returned = twin.module(*call.args, **call.kwargs)
         except UnsupportedModel:
             raise
         except Exception as error:
@@ -193,7 +194,8 @@ def gated_stand_in(site: AttentionSite, kept: tuple[int, ...], call: Call) -> tu
 
 def called(site: AttentionSite, kept: tuple[int, ...], call: Call) -> tuple[AttentionSite, Call, Any]:
     with gated_site(site, kept):
-        return site, call, site.module.eval()(*call.args, **call.kwargs)
+        site.module.eval()
+        return site, call, site.module(*call.args, **call.kwargs)
 
 
 def first_output(returned: Any) -> Tensor | None:
