@@ -1,12 +1,12 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, BigBird and their like), the vision transformers
-built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec
-2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, I-BERT, BigBird and their like), the vision
+transformers built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver,
+conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -15,10 +15,11 @@ from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.emptied import EmptiedAlbert, EmptiedAlone
 from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
+from headprune.models.ibert_forward import EmptiedIBert
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
 from headprune.models.reduced_forward import OwnReduced
-from headprune.models.site import AttentionSite, Foreign, Role, at, contiguous_heads
+from headprune.models.site import AttentionSite, Foreign, HeadTensor, ProjectionHeads, Role, at, contiguous_heads
 from headprune.models.specialise import empty, specialise
 from headprune.models.switched import SwitchesAttention
 
@@ -92,6 +93,19 @@ class BigBirdPegasus(Named):
         return super().site(name, module) if isinstance(getattr(module, "output", None), nn.Linear) else None
 
 
+class IBert(Named):
+    """BERT whose layers round weights and states to integers once `quant_mode` is on; until then they keep room for those."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        site = super().site(name, module) if hasattr(at(module, "self.query"), "quant_mode") else None
+        return site and replace(site, extras=tuple(room for part in site.projections for room in room_for_integers(part)))
+
+    def inexact(self, site: AttentionSite) -> str | None:
+        if not site.output.module.quant_mode:
+            return None
+        return "its output projection is rounded by the largest weight of all heads. Prune with quant_mode=False and round after."
+
+
 class Reduced(Named):
     """PVT v2, whose keys and values come from a smaller picture."""
 
@@ -126,13 +140,23 @@ def share_of_width(module: Foreign) -> int:
     return module.embed_dim // module.num_heads if known is None else known
 
 
+def room_for_integers(part: ProjectionHeads) -> Iterator[HeadTensor]:
+    width = part.features.shape[1]
+    yield HeadTensor(f"{part.name}.weight_integer", part.module, "weight_integer", part.weight_dim, width, part.per_kv_head)
+    if part.role != "output":
+        for buffer in ("fc_scaling_factor", "bias_integer"):
+            yield HeadTensor(f"{part.name}.{buffer}", part.module, buffer, 0, width, part.per_kv_head)
+
+
 def sees_parts(module: nn.Module, attention: nn.Module) -> bool:
     """MobileViT's see parts of pictures as a batch; they are given states alone, and so no mask, and return no weights."""
     given = [*inspect.signature(forward_of(module)).parameters]
     return given == ["self", "hidden_states"] and returns_alone(attention)
 
 
-register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))
+PATHS = ("self.query", "self.key", "self.value", "output.dense")
+register_adapter(IBert("ibert", PATHS, "self", emptied=EmptiedIBert))
+register_adapter(Named("bert", PATHS, "self"))
 register_adapter(Named("bert_vision", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention"))
 register_adapter(
     Named(

@@ -19,8 +19,8 @@ Role = Literal["query", "key", "value", "output"]
 Kind = Literal["self", "cross"]
 # A module as its family wrote it: which attributes it has no type tells; an adapter finds out by asking.
 Foreign: TypeAlias = Any
-# Linear layers that hold nothing but a weight and a bias, under another name.
-PLAIN_LINEAR = {"Conv1D", "FalconLinear"}
+# Linear layers under another name. I-BERT's holds what it rounded last beside its weight.
+PLAIN_LINEAR = {"Conv1D", "FalconLinear", "QuantLinear"}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from headprune.models.emptied import (
     EmptiedWithBias,
 )
 from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
+from headprune.models.ibert_forward import EmptiedIBert, EmptiedQuantLinear
 from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
 from headprune.models.levit_forward import EmptiedSmaller
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
@@ -65,11 +66,11 @@ BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
         Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
-        EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram, EmptiedOnDemand,
-        EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedReader, EmptiedSmaller, EmptiedT5,
-        EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer,
-        OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM, OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads,
-        QuarteredHeads, SharedPositions, SwitchesAttention,
+        EmptiedGraniteSpeech, EmptiedIBert, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram,
+        EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
+        EmptiedReader, EmptiedSmaller, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon,
+        OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM, OwnWidth,
+        OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
 
 from headprune.errors import UnsupportedModel
@@ -199,7 +199,7 @@ def called(site: AttentionSite, kept: tuple[int, ...], call: Call) -> tuple[Atte
 
 
 def first_output(returned: Any) -> Tensor | None:
-    return first_tensor(tuple(returned) if isinstance(returned, (tuple, list)) else (returned,))
+    return first_tensor(tree_leaves(returned))
 
 
 def form(returned: Any) -> str:
