@@ -115,12 +115,13 @@ class AttentionSite:
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
     The projections come first by role: there is one of each role, or (a second position projection, a gate) several, of which the
-    first counts. extras: what else the heads own. head_modules: modules of single heads. windowed: what the module sees
-    as a batch are the windows of each sample, one sample after another. proven: False where the layout was only guessed from
-    names, so that a cut must be checked by a forward pass. cached: what a cache holds of one token; by default the keys and
-    values of each key/value head. gate_width: features that each head computes of a token to gate its output with, in the query
-    projection (behind the query) or in one of their own. own_keys: False where keys and values are those of an earlier attention
-    (Gemma 3n, Gemma 4): it has no projections for them, and caches nothing.
+    first counts. extras: what else the heads own. head_modules: modules of single heads. windowed: what the module sees as a batch
+    are the windows of each sample, one sample after another. in_turn: or, where True, the first of every sample, then the second
+    of every sample (SegGPT's picture and prompt). proven: False where the layout was only guessed from names, so that a cut must
+    be checked by a forward pass. cached: what a cache holds of one token; by default the keys and values of each key/value head.
+    gate_width: features that each head computes of a token to gate its output with, in the query projection (behind the query) or
+    in one of their own. own_keys: False where keys and values are those of an earlier attention (Gemma 3n, Gemma 4): it has no
+    projections for them, and caches nothing.
     """
 
     name: str
@@ -139,6 +140,7 @@ class AttentionSite:
     head_modules: tuple[HeadModules, ...] = ()
     gate_width: int = 0
     own_keys: bool = True
+    in_turn: bool = False
 
     def projection(self, role: Role) -> ProjectionHeads:
         found = next((projection for projection in self.projections if projection.role == role), None)

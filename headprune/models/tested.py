@@ -26,10 +26,10 @@ TESTED: dict[str, tuple[str, ...]] = {
         "Qwen2Attention", "Qwen2VLAttention", "Qwen2_5_VLAttention", "Qwen2_5_VLVisionAttention", "Qwen3Attention",
         "Qwen3MoeAttention", "Qwen3NextAttention", "Qwen3VLTextAttention", "Qwen3VLVisionAttention", "Qwen3_5Attention",
         "Qwen3_5MoeAttention", "RobertaAttention", "Sam2Attention", "Sam2MultiScaleAttention", "SamAttention", "SamHQAttention",
-        "SamHQVisionAttention", "SamHQVisionSdpaAttention", "SamVisionAttention", "SamVisionSdpaAttention", "SmolLM3Attention",
-        "StableLmAttention", "SwinAttention", "T5Attention", "TimeSformerAttention", "UMT5Attention", "ViTAttention",
-        "VideoMAEAttention", "VisionAttention", "VitDetAttention", "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention",
-        "WavLMAttention", "WhisperAttention", "XLNetRelativeAttention",
+        "SamHQVisionAttention", "SamHQVisionSdpaAttention", "SamVisionAttention", "SamVisionSdpaAttention", "SegGptAttention",
+        "SmolLM3Attention", "StableLmAttention", "SwinAttention", "T5Attention", "TimeSformerAttention", "UMT5Attention",
+        "ViTAttention", "VideoMAEAttention", "VisionAttention", "VitDetAttention", "Wav2Vec2BertSelfAttention",
+        "Wav2Vec2ConformerSelfAttention", "WavLMAttention", "WhisperAttention", "XLNetRelativeAttention",
     ),
 }  # fmt: skip
 
