@@ -71,6 +71,7 @@ ENCODERS = {
     "albert": encoder(
         "Albert", embedding_size=16, num_hidden_groups=2, classifier_dropout_prob=0.0, num_hidden_layers=4, **QUIET
     ),
+    "convbert": encoder("ConvBert", ("eager",), num_attention_heads=8, embedding_size=16, conv_kernel_size=3, **QUIET),
     "ibert": encoder("IBert", ("eager",), **QUIET),
     "distilbert": Family(
         "DistilBertForTokenClassification",

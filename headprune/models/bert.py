@@ -1,5 +1,5 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, I-BERT, BigBird and their like), the vision
-transformers built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver,
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, I-BERT, ConvBERT, BigBird and their like), the
+vision transformers built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver,
 conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
 from __future__ import annotations
@@ -8,18 +8,31 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.emptied import EmptiedAlbert, EmptiedAlone
+from headprune.models.convbert_forward import OwnConvBert
+from headprune.models.emptied import Emptied, EmptiedAlbert, EmptiedAlone
 from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
 from headprune.models.ibert_forward import EmptiedIBert
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
 from headprune.models.reduced_forward import OwnReduced
-from headprune.models.site import AttentionSite, Foreign, HeadTensor, ProjectionHeads, Role, at, contiguous_heads
+from headprune.models.site import (
+    AttentionSite,
+    Foreign,
+    HeadTensor,
+    ProjectionHeads,
+    Role,
+    at,
+    check_filled,
+    check_projection,
+    contiguous_heads,
+    features_in_order,
+)
 from headprune.models.specialise import empty, specialise
 from headprune.models.switched import SwitchesAttention
 
@@ -106,6 +119,41 @@ class IBert(Named):
         return "its output projection is rounded by the largest weight of all heads. Prune with quant_mode=False and round after."
 
 
+class ConvBert(Named):
+    """BERT with convolutions: a head attends with one half of its outputs and convolves with the other, and its query is read by
+    the kernels of all heads, so that it stays."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        attention = at(module, self.inner)
+        if not hasattr(attention, "conv_kernel_layer") or at(module, self.projections[3]) is None:
+            return None
+        width, query, output = attention.attention_head_size, attention.query, at(module, self.projections[3])
+        rows = attention.value.weight.shape[0]
+        head_map = head_map_of(attention, rows, rows, width, name)
+        heads, half = head_map.query_heads, features_in_order(head_map.query_heads, width)
+        for path, layer in ((self.projections[0], query), (self.projections[3], output)):
+            check_projection(f"{name}.{path}", layer)
+        of_query = features_in_order(query.weight.shape[0] // width, width)
+        kept = list(getattr(attention, "position_heads", range(heads)))
+        both = ProjectionHeads("output", f"{name}.{self.projections[3]}", output, torch.cat([half, half + heads * width], dim=1))
+        check_filled(both)
+        others: tuple[tuple[Role, str, int], ...] = (
+            ("key", self.projections[1], width), ("value", self.projections[2], width), ("value", "self.conv_out_layer", width),
+            ("value", "self.conv_kernel_layer", attention.conv_kernel_size),
+        )  # fmt: skip
+        projections = (
+            ProjectionHeads("query", f"{name}.{self.projections[0]}", query, of_query[kept], whole=True),
+            *(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, size) for role, path, size in others),
+            both,
+        )
+        return AttentionSite(name, module, attention, head_map, width, width, output.weight.shape[0], "self", projections)
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        remember_positions(site.dispatcher, site.head_map.query_heads, kept)
+        specialise(site.dispatcher, OwnConvBert)
+        super().after_cut(site, head_map, kept)
+
+
 class Reduced(Named):
     """PVT v2, whose keys and values come from a smaller picture."""
 
@@ -156,6 +204,7 @@ def sees_parts(module: nn.Module, attention: nn.Module) -> bool:
 
 PATHS = ("self.query", "self.key", "self.value", "output.dense")
 register_adapter(IBert("ibert", PATHS, "self", emptied=EmptiedIBert))
+register_adapter(ConvBert("convbert", PATHS, "self", emptied=Emptied))
 register_adapter(Named("bert", PATHS, "self"))
 register_adapter(Named("bert_vision", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention"))
 register_adapter(

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprune.models.behaviour import behave
+from headprune.models.convbert_forward import OwnConvBert
 from headprune.models.emptied import (
     Emptied,
     EmptiedAlbert,
@@ -69,8 +70,8 @@ BEHAVIOURS = {
         EmptiedGraniteSpeech, EmptiedIBert, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram,
         EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
         EmptiedReader, EmptiedSmaller, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon,
-        OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM, OwnWidth,
-        OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions, SwitchesAttention,
+        OwnConvBert, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM,
+        OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
