@@ -149,6 +149,12 @@ class AttentionSite:
         return found
 
     @property
+    def has_layers(self) -> bool:
+        """Whether its projections are modules of the model. XLNet's are so only while heads are asked for."""
+        inside = set(self.module.modules())
+        return all(part.module in inside for part in self.projections)
+
+    @property
     def output(self) -> ProjectionHeads:
         return self.projection("output")
 

@@ -77,3 +77,16 @@ def test_the_class_is_the_stock_one_where_no_heads_are_gone():
     model = FAMILY.make()
     hp.cut(model, plan_for(model, [[0], [0, 1, 2, 3]]))
     assert [type(site.module.self) for site in hp.attention_sites(model)] == [kind, kind]
+
+
+def test_it_is_scored_and_pruned_in_its_files(tmp_path):
+    model = FAMILY.make()
+    model.save_pretrained(tmp_path / "dense")
+    batch = FAMILY.batch("left")
+    streamed = hp.score(hp.open_streamed(tmp_path / "dense"), [batch], criterion="fisher")
+    for name, found in hp.score(model, [batch], criterion="fisher").items():
+        assert torch.allclose(streamed[name], found, rtol=1e-4)
+    keep = plan_for(model, [[0, 3], [1]])
+    hp.prune_folder(tmp_path / "dense", hp.PruningPlan.from_keep(model, keep), tmp_path / "pruned")
+    hp.cut(model, keep)
+    assert torch.allclose(logits(hp.load(tmp_path / "pruned")), logits(model), atol=1e-6)

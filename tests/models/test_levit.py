@@ -89,3 +89,12 @@ def test_pruning_with_compensation_and_the_way_back_to_the_unmodified_class():
     hp.prune(model, hp.PruningPlan.from_keep(model, plan_for(model, [[0, 1, 3], [2], [1, 2]])), calibration=[pictures])
     dense, _ = stock_model(model)
     assert torch.allclose(logits(dense), logits(model), atol=1e-4)
+
+
+def test_batch_norms_are_cut_in_the_files_too(tmp_path):
+    model = FAMILY.make()
+    model.save_pretrained(tmp_path / "dense")
+    keep = plan_for(model, [[0, 1, 3], [2], []])
+    hp.prune_folder(tmp_path / "dense", hp.PruningPlan.from_keep(model, keep), tmp_path / "pruned")
+    hp.cut(model, keep)
+    assert torch.allclose(logits(hp.load(tmp_path / "pruned")), logits(model), atol=1e-6)

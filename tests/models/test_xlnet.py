@@ -159,3 +159,17 @@ def test_trained_gates():
     found = hp.pruning_aware(model, [batch], hp.Budget(heads=0.5), steps=3, loss_fn=loss)
     assert all(reached[1:4]), "the gates stand before layers"
     assert {type(attention) for attention in attentions(found.model)} == {STOCK}
+
+
+def test_on_disk_it_is_refused_by_a_line_and_estimated(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "dense")
+    plan = hp.PruningPlan.from_keep(model, plan_for(model))
+    with pytest.raises(hp.UnsupportedModel, match="in no linear layers; load the model whole to prune it"):
+        hp.prune_folder(tmp_path / "dense", plan, tmp_path / "pruned")
+    with pytest.raises(hp.UnsupportedModel, match="load the model whole instead of streaming it"):
+        hp.open_streamed(tmp_path / "dense")
+    found = hp.estimate(tmp_path / "dense", hp.Budget(heads=0.5))
+    hp.cut(model, plan_for(model, [[0, 1], [2, 3]]))
+    assert found.pruned.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.pruned.flops_per_token < found.dense.flops_per_token
