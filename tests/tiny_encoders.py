@@ -42,7 +42,12 @@ class Family:
 
 
 def trained(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """What starts as zeros (queries of a Q-Former, tables of relative positions, DeBERTa's biases) does not stay so."""
+    """What starts as zeros (queries of a Q-Former, tables of relative positions, DeBERTa's biases) does not stay so, nor does what
+    is the same for all features of a batch norm."""
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm1d)):
+        torch.nn.init.normal_(norm.running_mean, std=0.1)
+        for spread in (norm.weight, norm.running_var, norm.bias):
+            torch.nn.init.uniform_(spread, 0.5, 1.5)
     for name, parameter in model.named_parameters():
         if not parameter.any() and (parameter.dim() > 1 or name.endswith(("q_bias", "v_bias"))):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -66,6 +71,8 @@ ENCODERS = {
     "albert": encoder(
         "Albert", embedding_size=16, num_hidden_groups=2, classifier_dropout_prob=0.0, num_hidden_layers=4, **QUIET
     ),
+    "convbert": encoder("ConvBert", ("eager",), num_attention_heads=8, embedding_size=16, conv_kernel_size=3, **QUIET),
+    "ibert": encoder("IBert", ("eager",), **QUIET),
     "distilbert": Family(
         "DistilBertForTokenClassification",
         "DistilBertConfig",
@@ -156,6 +163,17 @@ ENCODERS["big_bird"] = Family(
     "BigBirdForTokenClassification", "BigBirdConfig", {**TEXT, **QUIET, **BLOCKS}, blocks_batch, ("eager",)
 )  # fmt: skip
 
+ENCODERS["xlnet"] = Family(
+    "XLNetForTokenClassification",
+    "XLNetConfig",
+    {
+        "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": VOCABULARY, "initializer_range": 0.2,
+        "dropout": 0.0, "num_labels": LABELS,
+    },
+    text_batch,
+    ("eager",),
+)  # fmt: skip
+
 
 def target_batch(side: str) -> dict[str, Tensor]:
     """Encoder tokens with padding, and labels of another length whose last positions do not count."""
@@ -190,6 +208,12 @@ T5 = {
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0,
 }  # fmt: skip
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None}
+PROPHETNET = {
+    "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY, "init_std": 0.2,
+    "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 2, "max_position_embeddings": 32, "num_buckets": 4, "relative_max_distance": 8, "ngram": 2,
+}  # fmt: skip
 # GPT-2 behind an encoder has cross attention.
 BERT_GPT2 = {
     "encoder": {"model_type": "bert", **TEXT, **QUIET},
@@ -213,6 +237,7 @@ SEQ2SEQ = {
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
+    "prophetnet": Family("ProphetNetForConditionalGeneration", "ProphetNetConfig", PROPHETNET, target_batch, ("eager",)),
     "t5": Family("T5ForConditionalGeneration", "T5Config", T5, target_batch),
     "umt5": Family("UMT5ForConditionalGeneration", "UMT5Config", T5, target_batch),
     "whisper": Family("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, spectrogram_batch),
@@ -222,6 +247,11 @@ SEQ2SEQ = {
 def picture_batch(side: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5 if side == "left" else 6)
     return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator), "labels": torch.arange(3) % LABELS}
+
+
+def large_picture_batch(side: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5 if side == "left" else 6)
+    return {**picture_batch(side), "pixel_values": torch.randn(3, 3, 64, 64, generator=generator)}
 
 
 def caption_batch(side: str) -> dict[str, Tensor]:
@@ -278,6 +308,22 @@ VISION = {
         initializer_range=0.5,
     ),
     "pvt_v2": classifier("PvtV2", ("eager",), **PVT),
+    "levit": Family(
+        "LevitForImageClassification",
+        "LevitConfig",
+        {
+            "image_size": 64,
+            "hidden_sizes": [32, 32, 64],
+            "num_attention_heads": [4, 4, 4],
+            "key_dim": [8, 8, 8],
+            "depths": [2, 1, 1],
+            "attention_ratio": [2, 1, 3],
+            "num_labels": LABELS,
+            "initializer_range": 0.1,
+        },
+        large_picture_batch,
+        ("eager",),
+    ),
     "pvt_v2_linear": classifier("PvtV2", ("eager",), linear_attention=True, **PVT),
     "cvt": classifier("Cvt", ("eager",), **CVT),
     "timesformer": Family("TimesformerForVideoClassification", "TimesformerConfig", FILM, film_batch, ("eager",)),

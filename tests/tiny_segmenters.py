@@ -54,7 +54,23 @@ SAM2 = {
     "prompt_encoder_config": {"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4},
     "mask_decoder_config": SAM["mask_decoder_config"], "initializer_range": 0.2,
 }  # fmt: skip
+SEGGPT = {
+    **PICTURE, "image_size": [16, 8], "merge_index": 0, "intermediate_hidden_state_indices": [0, 1], "decoder_hidden_size": 8,
+    "pretrain_image_size": 8,
+}  # fmt: skip
+
+
+def shown(side: str) -> dict[str, Tensor]:
+    """Pictures, and beside each another one with what is to be found in it."""
+    return {
+        name: torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(len(side) + index))
+        for index, name in enumerate(PROMPTED)
+    }
+
+
+PROMPTED = ("pixel_values", "prompt_pixel_values", "prompt_masks")
 SEGMENTERS = {
+    "seggpt": Family("SegGptForImageSegmentation", "SegGptConfig", SEGGPT, shown, ("eager",)),
     "sam": Family("SamModel", "SamConfig", SAM, prompted, ("eager", "sdpa")),
     "sam_hq": Family("SamHQModel", "SamHQConfig", SAM, prompted, ("eager", "sdpa")),
     "sam2": Family("Sam2Model", "Sam2Config", SAM2, prompted_large, ("eager", "sdpa", "headprune")),

@@ -170,13 +170,15 @@ def estimate(
         dense, memory = cost_of(model, length, weights), Memory.of(model, batch * length, weights)
     pruned = skeleton(folder)
     cut(pruned, chosen, verify=False)
+    with own_attention(pruned):
+        left = cost_of(pruned, length, weights)
     flops = 3 * tokens * dense.flops_per_token  # forward, the same again in the backward pass, gradients of activations alone
     return Estimate(
         model=type(model).__name__,
         dtype=kind,
         device=device,
         dense=dense,
-        pruned=cost_of(pruned, length, weights),
+        pruned=left,
         tokens=tokens,
         batch=batch,
         length=length,

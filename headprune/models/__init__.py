@@ -5,9 +5,12 @@ from headprune.models import (
     bert,
     fused,
     fused_vision,
+    grouped,
     guessed,
     latent,
+    levit,
     longformer,
+    prophetnet,
     sam,
     separate,
     shared_keys,
@@ -15,6 +18,7 @@ from headprune.models import (
     timm,
     variable_head,
     wavlm,
+    xlnet,
 )
 from headprune.models.adapters import Adapter, attention_sites, register_adapter
 from headprune.models.gating import gated
@@ -31,9 +35,12 @@ __all__ = [
     "fused",
     "fused_vision",
     "gated",
+    "grouped",
     "guessed",
     "latent",
+    "levit",
     "longformer",
+    "prophetnet",
     "register_adapter",
     "sam",
     "separate",
@@ -42,4 +49,5 @@ __all__ = [
     "timm",
     "variable_head",
     "wavlm",
+    "xlnet",
 ]

@@ -24,6 +24,8 @@ class Adapter(Protocol):
     Where the module slices its own weights the adapter also has `cut(site, kept_query_heads)`, which is called in place of
     the general cut; where it runs ragged groups by itself, in any model, `runs_ragged = True`.
 
+    Where cutting some of its modules would not equal gating them, `inexact(site)` says why in a line, else gives None.
+
     Where it recognises what others may know better, `guesses = True`: it is asked last.
 
     `site` is asked again after a cut, so it must recognise what `after_cut` leaves, without heads too.

@@ -1,24 +1,38 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, BigBird and their like), the vision transformers
-built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver, conformers (wav2vec
-2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, I-BERT, ConvBERT, BigBird and their like), the
+vision transformers built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver,
+conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
-from headprune.models.emptied import EmptiedAlbert, EmptiedAlone
+from headprune.models.convbert_forward import OwnConvBert
+from headprune.models.emptied import Emptied, EmptiedAlbert, EmptiedAlone
 from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
+from headprune.models.ibert_forward import EmptiedIBert
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
 from headprune.models.reduced_forward import OwnReduced
-from headprune.models.site import AttentionSite, Foreign, Role, at, contiguous_heads
+from headprune.models.site import (
+    AttentionSite,
+    Foreign,
+    HeadTensor,
+    ProjectionHeads,
+    Role,
+    at,
+    check_filled,
+    check_projection,
+    contiguous_heads,
+    features_in_order,
+)
 from headprune.models.specialise import empty, specialise
 from headprune.models.switched import SwitchesAttention
 
@@ -92,6 +106,54 @@ class BigBirdPegasus(Named):
         return super().site(name, module) if isinstance(getattr(module, "output", None), nn.Linear) else None
 
 
+class IBert(Named):
+    """BERT whose layers round weights and states to integers once `quant_mode` is on; until then they keep room for those."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        site = super().site(name, module) if hasattr(at(module, "self.query"), "quant_mode") else None
+        return site and replace(site, extras=tuple(room for part in site.projections for room in room_for_integers(part)))
+
+    def inexact(self, site: AttentionSite) -> str | None:
+        if not site.output.module.quant_mode:
+            return None
+        return "its output projection is rounded by the largest weight of all heads. Prune with quant_mode=False and round after."
+
+
+class ConvBert(Named):
+    """BERT with convolutions: a head attends with one half of its outputs and convolves with the other, and its query is read by
+    the kernels of all heads, so that it stays."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        attention = at(module, self.inner)
+        if not hasattr(attention, "conv_kernel_layer") or at(module, self.projections[3]) is None:
+            return None
+        width, query, output = attention.attention_head_size, attention.query, at(module, self.projections[3])
+        rows = attention.value.weight.shape[0]
+        head_map = head_map_of(attention, rows, rows, width, name)
+        heads, half = head_map.query_heads, features_in_order(head_map.query_heads, width)
+        for path, layer in ((self.projections[0], query), (self.projections[3], output)):
+            check_projection(f"{name}.{path}", layer)
+        of_query = features_in_order(query.weight.shape[0] // width, width)
+        kept = list(getattr(attention, "position_heads", range(heads)))
+        both = ProjectionHeads("output", f"{name}.{self.projections[3]}", output, torch.cat([half, half + heads * width], dim=1))
+        check_filled(both)
+        others: tuple[tuple[Role, str, int], ...] = (
+            ("key", self.projections[1], width), ("value", self.projections[2], width), ("value", "self.conv_out_layer", width),
+            ("value", "self.conv_kernel_layer", attention.conv_kernel_size),
+        )  # fmt: skip
+        projections = (
+            ProjectionHeads("query", f"{name}.{self.projections[0]}", query, of_query[kept], whole=True),
+            *(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, size) for role, path, size in others),
+            both,
+        )
+        return AttentionSite(name, module, attention, head_map, width, width, output.weight.shape[0], "self", projections)
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        remember_positions(site.dispatcher, site.head_map.query_heads, kept)
+        specialise(site.dispatcher, OwnConvBert)
+        super().after_cut(site, head_map, kept)
+
+
 class Reduced(Named):
     """PVT v2, whose keys and values come from a smaller picture."""
 
@@ -126,13 +188,24 @@ def share_of_width(module: Foreign) -> int:
     return module.embed_dim // module.num_heads if known is None else known
 
 
+def room_for_integers(part: ProjectionHeads) -> Iterator[HeadTensor]:
+    width = part.features.shape[1]
+    yield HeadTensor(f"{part.name}.weight_integer", part.module, "weight_integer", part.weight_dim, width, part.per_kv_head)
+    if part.role != "output":
+        for buffer in ("fc_scaling_factor", "bias_integer"):
+            yield HeadTensor(f"{part.name}.{buffer}", part.module, buffer, 0, width, part.per_kv_head)
+
+
 def sees_parts(module: nn.Module, attention: nn.Module) -> bool:
     """MobileViT's see parts of pictures as a batch; they are given states alone, and so no mask, and return no weights."""
     given = [*inspect.signature(forward_of(module)).parameters]
     return given == ["self", "hidden_states"] and returns_alone(attention)
 
 
-register_adapter(Named("bert", ("self.query", "self.key", "self.value", "output.dense"), "self"))
+PATHS = ("self.query", "self.key", "self.value", "output.dense")
+register_adapter(IBert("ibert", PATHS, "self", emptied=EmptiedIBert))
+register_adapter(ConvBert("convbert", PATHS, "self", emptied=Emptied))
+register_adapter(Named("bert", PATHS, "self"))
 register_adapter(Named("bert_vision", ("attention.query", "attention.key", "attention.value", "output.dense"), "attention"))
 register_adapter(
     Named(

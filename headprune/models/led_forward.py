@@ -12,16 +12,42 @@ from headprune.models.behaviour import Behaviour
 from headprune.models.emptied import Emptied
 
 
-class OwnLedDecoder(Behaviour):
+class KeepsKeys(Behaviour):
+    """An attention of a decoder, to its own tokens or to an encoder's, with the heads that its projections have."""
+
+    head_dim: int
+    layer_idx: int
+
+    def made(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, [batch, heads, tokens, head_dim]."""
+        raise NotImplementedError
+
+    def keys_and_values(self, states: Tensor, source: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
+        """Those of all tokens so far; of the encoder's tokens they are made once."""
+        cross, both = source is not None, isinstance(cache, EncoderDecoderCache)
+        own = (cache.cross_attention_cache if cross else cache.self_attention_cache) if both else cache
+        if cross and both and cache.is_updated.get(self.layer_idx):
+            return own.layers[self.layer_idx].keys, own.layers[self.layer_idx].values
+        made = self.made(states if source is None else source)
+        if own is not None:
+            made = own.update(*made, self.layer_idx)
+        if cross and both:
+            cache.is_updated[self.layer_idx] = True
+        return made
+
+    def split(self, states: Tensor) -> Tensor:
+        """[batch, tokens, features] -> [batch, heads, tokens, head_dim]"""
+        apart: Tensor = states.unflatten(-1, (-1, self.head_dim))
+        return apart.transpose(1, 2)
+
+
+class OwnLedDecoder(KeepsKeys):
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
     out_proj: nn.Module
-    num_heads: int
-    head_dim: int
     scaling: float
     dropout: float
-    layer_idx: int
 
     def forward(
         self,
@@ -38,23 +64,8 @@ class OwnLedDecoder(Behaviour):
         output = (F.dropout(weights, self.dropout, self.training) @ value).transpose(1, 2).flatten(2)
         return self.out_proj(output), weights if output_attentions else None, past_key_values
 
-    def keys_and_values(self, states: Tensor, source: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-        """Those of all tokens so far; of the encoder's tokens they are made once."""
-        cross, both = source is not None, isinstance(cache, EncoderDecoderCache)
-        own = (cache.cross_attention_cache if cross else cache.self_attention_cache) if both else cache
-        if cross and both and cache.is_updated.get(self.layer_idx):
-            return own.layers[self.layer_idx].keys, own.layers[self.layer_idx].values
-        read = states if source is None else source
-        made = self.split(self.k_proj(read)), self.split(self.v_proj(read))
-        if own is not None:
-            made = own.update(*made, self.layer_idx)
-        if cross and both:
-            cache.is_updated[self.layer_idx] = True
-        return made
-
-    def split(self, states: Tensor) -> Tensor:
-        """[batch, tokens, features] -> [batch, heads, tokens, head_dim]"""
-        return states.view(*states.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
+    def made(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.k_proj(states)), self.split(self.v_proj(states))
 
 
 class EmptiedLedDecoder(Emptied):

@@ -1,8 +1,10 @@
-"""SAM and its relatives. Vision attentions (of ViTDet and GOT-OCR2 too) have a fused `qkv` and take pictures [batch, rows, columns,
-features] or windows of them; SAM 2 and Hiera pool their queries between stages. Those of the mask decoder take tokens [batch,
-prompts, tokens, features] of each prompt of a picture, or [batch * prompts, 1, tokens, features]."""
+"""SAM and its relatives. Vision attentions (of ViTDet, GOT-OCR2 and SegGPT too) have a fused `qkv` and take pictures [batch,
+rows, columns, features] or windows of them; SAM 2 and Hiera pool their queries between stages. Those of the mask decoder take
+tokens [batch, prompts, tokens, features] of each prompt of a picture, or [batch * prompts, 1, tokens, features]."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from headprune.head_map import HeadMap
 from headprune.models.adapters import register_adapter
@@ -26,9 +28,21 @@ def is_sam(module: Foreign) -> bool:
 
 
 def is_vitdet(module: Foreign) -> bool:
-    """SegGPT, which counts num_attention_heads, runs a prompt and a picture as two samples far apart."""
     own = ("use_relative_position_embeddings", "num_heads")
     return all(hasattr(module, part) for part in own) and tables_of_window(module)
+
+
+def is_seggpt(module: Foreign) -> bool:
+    own = ("use_relative_position_embeddings", "num_attention_heads")
+    return all(hasattr(module, part) for part in own) and tables_of_window(module)
+
+
+class SegGpt(Fused):
+    """Its model runs all pictures and behind them all their prompts."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        site = super().site(name, module)
+        return site and replace(site, in_turn=True)
 
 
 def is_sam2(module: Foreign) -> bool:
@@ -53,6 +67,7 @@ def size_in_decoder(module: Foreign) -> int | None:
 
 register_adapter(Fused("sam", "qkv", "proj", "scale", is_sam, lambda module: blocks, windowed=True))
 register_adapter(Fused("vitdet", "qkv", "proj", "scale", is_vitdet, lambda module: blocks, emptied=EmptiedAsAsked, windowed=True))
+register_adapter(SegGpt("seggpt", "qkv", "proj", "scale", is_seggpt, lambda module: blocks, windowed=True))
 register_adapter(Fused("sam2", "qkv", "proj", "scale", is_sam2, lambda module: blocks, emptied=EmptiedPooledAlone, windowed=True))
 register_adapter(
     Fused("hiera", "qkv", "proj", "head_dim", is_hiera, lambda module: blocks, after=hiera_after, emptied=EmptiedPooled)

@@ -19,8 +19,8 @@ Role = Literal["query", "key", "value", "output"]
 Kind = Literal["self", "cross"]
 # A module as its family wrote it: which attributes it has no type tells; an adapter finds out by asking.
 Foreign: TypeAlias = Any
-# Linear layers that hold nothing but a weight and a bias, under another name.
-PLAIN_LINEAR = {"Conv1D", "FalconLinear"}
+# Linear layers under another name. I-BERT's holds what it rounded last beside its weight.
+PLAIN_LINEAR = {"Conv1D", "FalconLinear", "QuantLinear"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class HeadTensor:
         return (starts + torch.arange(self.width, device="cpu")).flatten()
 
     def parameters_per_head(self) -> int:
+        if not isinstance(self.tensor, nn.Parameter):
+            return 0
         return self.width * self.tensor.numel() // max(self.tensor.shape[self.dim], 1)
 
 
@@ -113,12 +115,13 @@ class AttentionSite:
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
     The projections come first by role: there is one of each role, or (a second position projection, a gate) several, of which the
-    first counts. extras: what else the heads own. head_modules: modules of single heads. windowed: what the module sees
-    as a batch are the windows of each sample, one sample after another. proven: False where the layout was only guessed from
-    names, so that a cut must be checked by a forward pass. cached: what a cache holds of one token; by default the keys and
-    values of each key/value head. gate_width: features that each head computes of a token to gate its output with, in the query
-    projection (behind the query) or in one of their own. own_keys: False where keys and values are those of an earlier attention
-    (Gemma 3n, Gemma 4): it has no projections for them, and caches nothing.
+    first counts. extras: what else the heads own. head_modules: modules of single heads. windowed: what the module sees as a batch
+    are the windows of each sample, one sample after another. in_turn: or, where True, the first of every sample, then the second
+    of every sample (SegGPT's picture and prompt). proven: False where the layout was only guessed from names, so that a cut must
+    be checked by a forward pass. cached: what a cache holds of one token; by default the keys and values of each key/value head.
+    gate_width: features that each head computes of a token to gate its output with, in the query projection (behind the query) or
+    in one of their own. own_keys: False where keys and values are those of an earlier attention (Gemma 3n, Gemma 4): it has no
+    projections for them, and caches nothing.
     """
 
     name: str
@@ -137,12 +140,19 @@ class AttentionSite:
     head_modules: tuple[HeadModules, ...] = ()
     gate_width: int = 0
     own_keys: bool = True
+    in_turn: bool = False
 
     def projection(self, role: Role) -> ProjectionHeads:
         found = next((projection for projection in self.projections if projection.role == role), None)
         if found is None:
             raise InvalidInput(f"{self.name} has no {role} projection: its keys and values are those of an earlier attention.")
         return found
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether its projections are modules of the model. XLNet's are so only while heads are asked for."""
+        inside = set(self.module.modules())
+        return all(part.module in inside for part in self.projections)
 
     @property
     def output(self) -> ProjectionHeads:

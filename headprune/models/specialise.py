@@ -7,6 +7,7 @@ from torch import nn
 from headprune.errors import UnsupportedModel
 from headprune.models.behaviour import behave
 from headprune.models.emptied import Emptied, EmptiedConv1D, EmptiedLinear
+from headprune.models.ibert_forward import EmptiedQuantLinear
 from headprune.models.site import Foreign, is_conv1d
 
 
@@ -35,4 +36,5 @@ def empty(module: Foreign, output: str | None, behaviour: type = Emptied) -> Non
 
 def empty_projection(projection: nn.Module) -> None:
     """For a projection that has no input or output features any more."""
-    specialise(projection, EmptiedConv1D if is_conv1d(projection) else EmptiedLinear)
+    plain = EmptiedLinear if isinstance(projection, nn.Linear) else EmptiedQuantLinear
+    specialise(projection, EmptiedConv1D if is_conv1d(projection) else plain)

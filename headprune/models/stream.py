@@ -51,8 +51,8 @@ class Watch:
         if module in self.around:
             self.inputs[module] = received
 
-    def projected(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        self.output = output
+    def projected(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        self.output = first_tensor(output if isinstance(output, tuple) else (output,))
 
     def left(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self.compare(first_tensor(output if isinstance(output, tuple) else (output,)))

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from headprune.errors import CorruptCheckpoint, InvalidInput
 from headprune.models.shards import Shards, Stored, read_stored
-from headprune.models.trunk import Trunk, trunk_of
+from headprune.models.trunk import Trunk, refuse_without_layers, trunk_of
 
 MMAP_THRESHOLD, LARGE = -3, 1 << 20  # M_MMAP_THRESHOLD of malloc.h
 # Older releases of transformers ask for the tensor-parallel plan.
@@ -45,6 +45,7 @@ class StreamedModel:
         give_memory_back()
         self.model, self.shards, self.device = model, shards, torch.device(device)
         self.trunk: Trunk = trunk_of(model)
+        refuse_without_layers(self.trunk)
         self._transforms: list[Any] = get_model_conversion_mapping(model)
         self._stored = stored_by_part(model, self.trunk, shards)
         self.instead: dict[str, Stored] = {}  # name in memory -> what is read in place of the model's own
@@ -54,7 +55,8 @@ class StreamedModel:
         for buffer_owner in model.modules():
             for name, buffer in buffer_owner._buffers.items():
                 if buffer is not None:
-                    buffer_owner._buffers[name] = buffer.to(self.device)
+                    made = torch.zeros_like(buffer, device=self.device) if buffer.is_meta else buffer.to(self.device)
+                    buffer_owner._buffers[name] = made  # one made like a weight (I-BERT) is nothing but room
         for index, layer in enumerate(self.trunk.layers):
             layer.forward = self._reading(index, layer.forward)
         model.forward = self._reading(None, model.forward)

@@ -31,6 +31,7 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     elif "pixel_values" in taken:
         inputs |= pixels(getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs))
         inputs |= with_places(config, inputs)
+        inputs |= prompt_beside(taken, inputs)
     if "qformer_input_ids" in taken:
         inputs["qformer_input_ids"] = tokens(config.qformer_config.vocab_size)["input_ids"][:1]
     if "visual_feats" in taken and hasattr(config, "visual_feat_dim"):  # of what LXMERT's detector found
@@ -92,6 +93,14 @@ def pixels(config: Any, rows: int) -> dict[str, Tensor]:
     if isinstance(frames, int):  # a film
         shape = (frames, *shape)
     return {"pixel_values": torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).repeat(rows, *[1] * len(shape))}
+
+
+def prompt_beside(taken: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SegGPT's picture, which is one half of what its size says, with a prompt and the prompt's mask, which it shows above it."""
+    if "prompt_pixel_values" not in taken or "prompt_masks" not in taken or "pixel_values" not in inputs:
+        return {}
+    prompt, picture = inputs["pixel_values"].chunk(2, dim=2)
+    return {"pixel_values": picture, "prompt_pixel_values": prompt, "prompt_masks": prompt.flip(3)}
 
 
 def with_places(config: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

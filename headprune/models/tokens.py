@@ -36,8 +36,8 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
         if not reads_tokens(around):
             return None
         if decoder is not None and f"{site}.".startswith(f"{decoder}."):
-            return plane(batch, "decoder_attention_mask", target_mask(batch))
-        return plane(batch, "attention_mask")
+            return in_streams(around, plane(batch, "decoder_attention_mask", target_mask(batch)))
+        return in_streams(around, plane(batch, "attention_mask"))
 
     return mask
 
@@ -81,6 +81,12 @@ def query_mask(model: nn.Module, around: Any, batch: Mapping[str, Any]) -> Tenso
     text = plane(batch, "qformer_attention_mask" if own_text else "attention_mask")
     queries: Any = getattr(getattr(model, "config", None), "num_query_tokens", None)
     return text if text is None or queries is None else torch.cat([text.new_ones(len(text), queries), text], dim=1)
+
+
+def in_streams(around: nn.Module | None, mask: Tensor | None) -> Tensor | None:
+    """ProphetNet's decoder runs its tokens in several streams, one behind the other."""
+    ngram: Any = getattr(around, "ngram", None)
+    return mask.repeat(1, 1 + ngram) if mask is not None and isinstance(ngram, int) else mask
 
 
 def target_mask(batch: Mapping[str, Any]) -> Tensor | None:

@@ -72,6 +72,16 @@ def refuse_shared_keys(trunk: Trunk) -> None:
         )
 
 
+def refuse_without_layers(trunk: Trunk) -> None:
+    """UnsupportedModel where the weights of an attention have another form in the files than heads are reached by."""
+    site = next((site for inside in trunk.sites for site in inside if not site.has_layers), None)
+    if site is not None:
+        raise UnsupportedModel(
+            f"{site.name} ({type(site.module).__name__}) holds its heads in no linear layers; load the model whole instead of "
+            "streaming it."
+        )
+
+
 class _Entered(Exception):
     """Stops a pass behind the last layer."""
 

@@ -18,12 +18,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 OwnForward = Callable[[nn.Module], Callable[[], None] | None]
 _own_forwards: list[OwnForward] = []
+_own_layers: list[OwnForward] = []
 
 
 def register_own_forward(give: OwnForward) -> OwnForward:
     """`give(module)` gives an attention whose stock forward computes past its own projections another, through them, and returns
     what puts the stock one back; None where the module is of another kind, or has one already."""
     _own_forwards.append(give)
+    return give
+
+
+def register_own_layers(give: OwnForward) -> OwnForward:
+    """As `register_own_forward`, for an attention that lacks linear layers: it has them only while heads are asked for, and what
+    was done to them then stays (XLNet)."""
+    _own_layers.append(give)
     return give
 
 
@@ -47,14 +55,25 @@ def own_attention(model: nn.Module, keep: bool = False) -> Iterator[nn.Module]:
 
     Afterwards torch's own layers, which kept their weights, are back; with keep=True only where the block fails.
     """
-    undo = swap(model)
-    try:
-        yield model
-    except BaseException:
-        undo()
-        raise
-    if not keep:
-        undo()
+    with ExitStack() as stack:
+        stack.callback(give_layers(model))
+        undo = swap(model)
+        try:
+            yield model
+        except BaseException:
+            undo()
+            raise
+        if not keep:
+            undo()
+
+
+def give_layers(model: nn.Module) -> Callable[[], None]:
+    """Gives the attentions below `model` layers that lack such; returns what takes them away, with what they then hold."""
+    with ExitStack() as undo:
+        for change in (give(module) for module in list(model.modules()) for give in _own_layers):
+            if change is not None:
+                undo.callback(change)
+        return undo.pop_all().close
 
 
 def on_own_attention(change: Callable[P, R]) -> Callable[P, R]:
@@ -71,6 +90,19 @@ def on_own_attention(change: Callable[P, R]) -> Callable[P, R]:
             return change(*rest, **named)
 
     return run
+
+
+def restore_multihead_attention(model: nn.Module) -> None:
+    """Every VariableHeadAttention below `model` becomes a torch.nn.MultiheadAttention with its weights, in place.
+
+    Raises InvalidInput where one cannot be that.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if type(child) is VariableHeadAttention:
+                made[child] = made[child] if child in made else child.to_torch()
+                setattr(module, name, made[child])
 
 
 def swap(model: nn.Module) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from torch import nn
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.models.gating import sites_by_name
-from headprune.nn.replace import replace_multihead_attention
+from headprune.nn.replace import own_attention, replace_multihead_attention
 from headprune.planning import Budget, plan
 from headprune.planning.engine import get_engine
 from headprune.planning.planner import granularity_for, protected_heads
@@ -83,12 +83,14 @@ def pruning_aware(
     clock = Clock("step 1 of 1", setting.progress)
     with failing(setting, record, NAME, clock):
         objective = {"loss_fn": setting.loss_fn, "teacher": model if teacher else None, "distil": distil}
-        trainer = trainer_for(setting, record.restore(), method, training, objective)
+        trained = record.restore()
         state = None if record.folder is None else record.folder / "training.pt"
-        with clock.timed("train gates") as progress:
-            trainer.train(setting.training_data, state, progress)
-        chosen = plan(trained_scores(trainer), budget, **setting.planning)
-        gates = trainer.settled()
+        with own_attention(trained, keep=True):
+            trainer = trainer_for(setting, trained, method, training, objective)
+            with clock.timed("train gates") as progress:
+                trainer.train(setting.training_data, state, progress)
+            chosen = plan(trained_scores(trainer), budget, **setting.planning)
+            gates = trainer.settled()
         model = trainer.model
         fold_gates(model, gates)
         pruned(setting, model, chosen, clock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
+from headprune.models.site import AttentionSite
 from headprune.ops import head_weight_stats
 from headprune.scoring.head_weights import ROLES, head_slices, rows_of
 from headprune.scoring.observations import Observations, SiteObservations
@@ -36,6 +37,7 @@ class MovementRecorder:
     def __init__(self, model: nn.Module) -> None:
         self._sites = attention_sites(model)
         self._slices = head_slices(self._sites)
+        check_trained(model, self._sites)
         self._sums = {site.name: torch.zeros(len(ROLES), site.head_map.query_heads, dtype=torch.float64) for site in self._sites}
         self.steps = 0
 
@@ -79,3 +81,14 @@ class MovementRecorder:
             raise InvalidInput("this state was recorded on a model with other attentions or heads.")
         self.steps = int(state["steps"])
         self._sums = {name: state[name].clone().to("cpu", torch.float64) for name in shapes}
+
+
+def check_trained(model: nn.Module, sites: Iterable[AttentionSite]) -> None:
+    """UnsupportedModel where an attention's weights are not those that training moves (XLNet's, which are of another shape)."""
+    trained = {id(parameter) for parameter in model.parameters()}
+    for site in sites:
+        if id(site.output.module.weight) not in trained:
+            raise UnsupportedModel(
+                f"{site.name} ({type(site.module).__name__}) has no linear layers whose movement could be recorded; score it by "
+                "taylor_weight or fisher."
+            )

@@ -192,7 +192,8 @@ def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedMo
     config = load_config(folder)
     with torch.device("meta"):
         built: Any = pruned_class(class_of(config, base), getattr(config, SECTION, None))
-        model: PreTrainedModel = built(config).to(config.dtype or torch.float32)
+        made: Any = built(config)
+    model: PreTrainedModel = made.to("meta", config.dtype or torch.float32)  # XLNet's weights are made on the CPU nevertheless
     return model
 
 

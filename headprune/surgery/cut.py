@@ -16,7 +16,7 @@ from headprune.errors import InvalidPlan, UnsupportedModel
 from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
-from headprune.models.site import AttentionSite, Foreign, HeadModules, ProjectionHeads
+from headprune.models.site import AttentionSite, Foreign, HeadModules, ProjectionHeads, is_conv1d
 from headprune.models.specialise import empty_projection
 from headprune.nn.replace import on_own_attention
 from headprune.surgery.gather import gathered, gathered_at_once
@@ -96,10 +96,19 @@ def checked_cut(
     check_owned_alone(model, [sites[name] for name in changed])
     if checked.ragged:
         check_dispatches(model)
+    if verify and not proven:
+        refuse_inexact([sites[name] for name in changed])
     if not proven:
         cuts = [(sites[name], heads) for name, heads in changed.items()]
         rehearse(model, cuts, cut_site, run, verify, otherwise)
     return checked
+
+
+def refuse_inexact(sites: Sequence[AttentionSite]) -> None:
+    for site in sites:
+        reason = getattr(adapter_of(site), "inexact", lambda site: None)(site)
+        if reason is not None:
+            raise UnsupportedModel(f"{site.name} ({type(site.module).__name__}) cannot lose heads exactly: {reason}")
 
 
 def carry_out(model: nn.Module, checked: CheckedCut) -> None:
@@ -184,10 +193,10 @@ def keep_modules(part: HeadModules, heads: Sequence[int]) -> None:
 
 
 def set_sizes(module: Foreign, rows: int, columns: int) -> None:
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = rows, columns
-    else:  # transformers' Conv1D, weight [in, out]
+    if is_conv1d(module):  # weight [in, out]
         module.nx, module.nf = rows, columns
+    else:
+        module.out_features, module.in_features = rows, columns
 
 
 def check_owned_alone(model: nn.Module, sites: Sequence[AttentionSite]) -> None:

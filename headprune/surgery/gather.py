@@ -58,7 +58,7 @@ def gathered(tensor: Tensor, dim: int, entries: Tensor) -> Tensor:
     # Columns one by one would be slow: blocks of them, in the order in which they lie in memory.
     block, inner = block_of(entries, tensor.shape[dim]), tensor.shape[dim + 1 :].numel()
     blocks_in_row = tensor.shape[dim] // block
-    chosen = torch.arange(tensor.shape[:dim].numel())[:, None] * blocks_in_row + entries[::block] // block
+    chosen = torch.arange(tensor.shape[:dim].numel(), device="cpu")[:, None] * blocks_in_row + entries[::block] // block
     torch.index_select(tensor.view(-1, block * inner), 0, chosen.flatten(), out=out.view(-1, block * inner))
     return out
 

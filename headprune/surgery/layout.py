@@ -21,9 +21,9 @@ PASSING = {"training", "gradient_checkpointing"}
 
 
 def layout_of(model: PreTrainedModel, stock: type[PreTrainedModel]) -> dict[str, dict[str, Any]] | None:
-    """Module name -> its parameters' shapes, attributes, forward and head map, where they differ from a fresh `stock` of the
-    same config; None where a difference is more than that (another class of module, a hook, a buffer), so that only headprune
-    can build the model."""
+    """Module name -> the shapes of its parameters and buffers, its attributes, forward and head map, where they differ from a fresh
+    `stock` of the same config; None where a difference is more than that (another class of module, a hook, a buffer that no file
+    holds), so that only headprune can build the model."""
     with whole(model.config) as config, torch.device("meta"):
         fresh = stock(config)
     originals = dict(fresh.named_modules())
@@ -50,7 +50,10 @@ def difference(module: nn.Module, original: nn.Module) -> dict[str, Any] | None:
     behaviour = vars(type(module)).get("headprune_behaviour")
     if class_of(module) is not class_of(original) or (behaviour is not None and behaviour.__name__ not in BEHAVIOURS):
         return None
-    if hooks(module) != hooks(original) or buffers(module) != buffers(original):
+    if hooks(module) != hooks(original) or set(buffers(module)) != set(buffers(original)):
+        return None
+    changed = {name: list(shape) for name, shape in buffers(module).items() if shape != buffers(original)[name]}
+    if not module._non_persistent_buffers_set.isdisjoint(changed):
         return None
     shapes = shapes_of(module)
     if set(shapes) != set(shapes_of(original)):
@@ -59,6 +62,7 @@ def difference(module: nn.Module, original: nn.Module) -> dict[str, Any] | None:
     own = getattr(module.config, "own", {}) if isinstance(getattr(module, "config", None), LayerConfig) else {}
     entry = {
         "shapes": {name: shape for name, shape in shapes.items() if shape != shapes_of(original)[name]},
+        "buffers": changed,
         "attributes": {name: value for name, value in new.items() if name in old and value != old[name]}
         | ({} if behaviour is None else attributes_of_its_own(module, original)),
         "config": dict(own),

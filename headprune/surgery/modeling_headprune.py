@@ -22,6 +22,7 @@ from transformers import AttentionInterface, conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprune.models.behaviour import behave
+from headprune.models.convbert_forward import OwnConvBert
 from headprune.models.emptied import (
     Emptied,
     EmptiedAlbert,
@@ -39,11 +40,14 @@ from headprune.models.emptied import (
     EmptiedWithBias,
 )
 from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
+from headprune.models.ibert_forward import EmptiedIBert, EmptiedQuantLinear
 from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
+from headprune.models.levit_forward import EmptiedSmaller
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
+from headprune.models.prophetnet_forward import EmptiedNgram, EmptiedProphetNet, OwnNgram, OwnProphetNet
 from headprune.models.quarters import QuarteredHeads
 from headprune.models.reduced_forward import OwnReduced
 from headprune.models.selection import PicksHeads
@@ -63,9 +67,10 @@ BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
         Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
-        EmptiedGraniteSpeech, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedOnDemand, EmptiedOpenAI,
-        EmptiedPooled, EmptiedPooledAlone, EmptiedReader, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows,
-        EmptiedWithBias, GroupedFalcon, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnPositions, OwnReduced, OwnWavLM,
+        EmptiedGraniteSpeech, EmptiedIBert, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram,
+        EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
+        EmptiedReader, EmptiedSmaller, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon,
+        OwnConvBert, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM,
         OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
@@ -157,6 +162,8 @@ def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
             old = getattr(module, parameter)
             part = old.detach()[tuple(slice(size) for size in shape)].clone()
             setattr(module, parameter, nn.Parameter(part, requires_grad=old.requires_grad))
+        for buffer, shape in entry.get("buffers", {}).items():
+            setattr(module, buffer, getattr(module, buffer)[tuple(slice(size) for size in shape)].clone())
         for attribute, value in entry.get("attributes", {}).items():
             setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
         if entry.get("shown"):

@@ -169,6 +169,10 @@ def refuse_unsuited(site: AttentionSite) -> None:
     """UnsupportedModel where an attention cannot be cut in the files alone."""
     if site.head_modules:
         raise UnsupportedModel(f"{site.name} numbers modules by head, and so their files; load the model whole to prune it.")
+    if not site.has_layers:
+        raise UnsupportedModel(
+            f"{site.name} ({type(site.module).__name__}) holds its heads in no linear layers; load the model whole to prune it."
+        )
     if not site.proven:
         raise UnsupportedModel(
             f"{site.name} is not a known attention, and must be tried in memory; load the model whole to prune it."

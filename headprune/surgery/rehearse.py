@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
 
 from headprune.errors import UnsupportedModel
@@ -157,7 +157,8 @@ def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable[...
         twin = on_stand_ins(whole)
         try:
             cut_site(twin, kept)
-            returned = twin.module.eval()(*call.args, **call.kwargs)
+            twin.module.eval()  # LeViT's returns nothing
+            returned = twin.module(*call.args, **call.kwargs)
         except UnsupportedModel:
             raise
         except Exception as error:
@@ -193,11 +194,12 @@ def gated_stand_in(site: AttentionSite, kept: tuple[int, ...], call: Call) -> tu
 
 def called(site: AttentionSite, kept: tuple[int, ...], call: Call) -> tuple[AttentionSite, Call, Any]:
     with gated_site(site, kept):
-        return site, call, site.module.eval()(*call.args, **call.kwargs)
+        site.module.eval()
+        return site, call, site.module(*call.args, **call.kwargs)
 
 
 def first_output(returned: Any) -> Tensor | None:
-    return first_tensor(tuple(returned) if isinstance(returned, (tuple, list)) else (returned,))
+    return first_tensor(tree_leaves(returned))
 
 
 def form(returned: Any) -> str:

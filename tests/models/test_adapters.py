@@ -5,7 +5,7 @@ import torch
 from tiny_decoders import decoder
 from tiny_models import bert, hidden, llama, padded
 from torch import nn
-from transformers import DebertaConfig, DebertaModel
+from transformers import DebertaConfig, DebertaModel, SqueezeBertConfig, SqueezeBertModel
 
 import headprune as hp
 import headprune.models as models
@@ -127,3 +127,9 @@ def test_heads_that_talk_to_each_other_are_refused():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 16}
     with pytest.raises(UnsupportedModel, match="talking heads mix all heads"):
         models.attention_sites(DebertaModel(DebertaConfig(talking_head=True, **sizes)))
+
+
+def test_projections_in_groups_are_refused_with_the_reason():
+    sizes = {"vocab_size": 50, "embedding_size": 32, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    with pytest.raises(UnsupportedModel, match=r"SqueezeBertSelfAttention\) projects by convolutions in 4 groups"):
+        hp.attention_sites(SqueezeBertModel(SqueezeBertConfig(**sizes, num_hidden_layers=1)))

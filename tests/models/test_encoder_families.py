@@ -130,7 +130,8 @@ def test_gate_gradients_are_of_single_samples(name):
     model, batch = FAMILIES[name].make(), FAMILIES[name].batch("right")
     each = next_token_loss_of_each if name in VISION_LANGUAGE else loss_of_each
     together = hp.observe(model, [batch], {"gate_gradient"}, loss_fn=each)
-    alone = hp.observe(model, [FAMILIES[name].one(batch, row) for row in range(3)], {"gate_gradient"})
+    own = each if name == "prophetnet" else None  # its own loss is that of the tokens behind the next one too
+    alone = hp.observe(model, [FAMILIES[name].one(batch, row) for row in range(3)], {"gate_gradient"}, loss_fn=own)
     for site in together:
         assert together[site].gate_gradient.shape[0] == 3
         assert torch.allclose(together[site].gate_gradient, alone[site].gate_gradient, rtol=1e-3, atol=1e-4)

@@ -35,6 +35,8 @@ def generated(model, batch, options) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_a_pruned_model_generates_what_its_gated_original_does(name, way):
+    if name == "prophetnet" and "static" in way:
+        pytest.skip("the stock model does not run with a fixed cache (5.23)")
     batch = SEQ2SEQ[name].batch("left")
     _, dense = generated(SEQ2SEQ[name].make(), batch, WAYS[way])
     for implementation in SEQ2SEQ[name].implementations[-2:]:

@@ -4,12 +4,10 @@ import json
 
 import pytest
 import torch
-from tiny_encoders import Family
-from tiny_segmenters import PICTURE, SEGMENTERS, pictures
+from tiny_segmenters import SEGMENTERS, pictures
 from torch import Tensor
 
 import headprune as hp
-from headprune.errors import HeadpruneError
 
 RUNS = [(name, implementation) for name, family in SEGMENTERS.items() for implementation in family.implementations]
 
@@ -64,11 +62,33 @@ def test_together_pictures_measure_as_one_by_one(name):
     for site in together:
         for field in ("gate_gradient", "input_gram", "projected_norm"):
             found, expected = getattr(together[site], field), getattr(alone[site], field)
+            if field == "projected_norm":  # of windows, or prompts, in any order
+                found, expected = found.sort(dim=0).values, expected.sort(dim=0).values
             assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4), (site, field)
         assert together[site].gate_gradient.shape[0] == 3
 
 
-def test_segmentation_by_prompts_that_run_as_samples_is_refused():
-    options = {**PICTURE, "image_size": [16, 8], "merge_index": 0, "intermediate_hidden_state_indices": [1]}
-    with pytest.raises(HeadpruneError, match=r"no adapter knows encoder.layers.0.attention"):
-        hp.attention_sites(Family("SegGptModel", "SegGptConfig", options, pictures).make("eager"))
+def test_pictures_with_prompts_are_measured_by_losses_as_one_by_one():
+    """SegGPT runs them as other rows of a batch."""
+    model, batch = SEGMENTERS["seggpt"].make(), SEGMENTERS["seggpt"].batch("left")
+    together = hp.score(model, [batch], criterion="ablation", loss_fn=loss_of_each)
+    rows = [SEGMENTERS["seggpt"].one(batch, row) for row in range(3)]
+    alone = hp.score(model, rows, criterion="ablation", loss_fn=loss_of_each)
+    for site in hp.attention_sites(model):
+        assert torch.allclose(together[site.name], alone[site.name], rtol=1e-3, atol=1e-5)
+
+
+def test_several_prompts_for_one_picture_and_the_loss_are_those_of_the_gated_model():
+    model = SEGMENTERS["seggpt"].make()
+    batch = {**SEGMENTERS["seggpt"].batch("right"), "labels": pictures("left", 8)}
+    keep = plans(hp.attention_sites(model))[1]
+    found = []
+    for ensemble in (False, True):
+        with torch.no_grad(), hp.gated(model, keep):
+            found.append((ensemble, model(**batch, feature_ensemble=ensemble)))
+    hp.cut(model, keep)
+    for ensemble, expected in found:
+        with torch.no_grad():
+            given = model(**batch, feature_ensemble=ensemble)
+        assert torch.allclose(given.loss, expected.loss, atol=1e-6)
+        assert torch.allclose(given.pred_masks, expected.pred_masks, atol=1e-5)

@@ -12,6 +12,7 @@ from tiny_models import bert, llama, tokens
 
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
+from headprune.nn.replace import own_attention
 from headprune.surgery import cut, load, save
 from headprune.surgery.export import export, regularise, targets
 from headprune.surgery.export.stock import stock_model
@@ -120,6 +121,27 @@ def test_a_model_that_points_at_answers_becomes_stock_again(tmp_path):
     found = transformers.BertForQuestionAnswering.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         assert torch.allclose(found(input_ids=tokens()).end_logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [[0, 2, 3], []], ids=["fewer", "emptied"])
+def test_siglip_becomes_stock_again_with_the_torch_attention_that_pools_its_picture(kept, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 60, "max_position_embeddings": 8, "projection_size": 32, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8})
+    model = transformers.SiglipModel(config).eval()
+    with own_attention(model):
+        names = [site.name for site in attention_sites(model)]
+    assert names[-1] == "vision_model.head.attention"
+    cut(model, {name: [1, 2] for name in names[:-1]} | {names[-1]: kept})
+    batch = {"input_ids": torch.arange(1, 13).view(2, 6), "pixel_values": torch.randn(2, 3, 16, 16)}
+    with torch.no_grad():
+        expected = model(**batch).logits_per_image
+    export(model, "stock", tmp_path / "out")
+    found = transformers.SiglipModel.from_pretrained(tmp_path / "out").eval()
+    assert type(found.vision_model.head.attention) is torch.nn.MultiheadAttention
+    with torch.no_grad():
+        assert torch.allclose(found(**batch).logits_per_image, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["vit", "clip"])

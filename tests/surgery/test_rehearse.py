@@ -55,7 +55,23 @@ def test_a_layout_that_is_wrong_is_seen_in_every_dtype(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(
-    "family", ["gpt2", "falcon_gqa", "gemma3", "gpt_oss", "deepseek_v3", "bert", "wavlm", "t5", "clip", "swin", "qwen3_vl"]
+    "family",
+    [
+        "gpt2",
+        "falcon_gqa",
+        "gemma3",
+        "gpt_oss",
+        "deepseek_v3",
+        "bert",
+        "wavlm",
+        "xlnet",
+        "levit",
+        "prophetnet",
+        "t5",
+        "clip",
+        "swin",
+        "qwen3_vl",
+    ],
 )
 def test_every_layout_passes_in_half_precision_and_the_model_keeps_its_dtype(family, dtype, caplog):
     makers = {**ENCODERS, **SEQ2SEQ, **VISION, **VISION_LANGUAGE}

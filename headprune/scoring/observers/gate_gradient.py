@@ -90,7 +90,9 @@ class GateGradients(Observer):
             if lengths is not None:
                 grads = torch.stack([own.sum(dim=0) for own in grads.split(lengths)])
             elif site.windowed:
-                grads = grads.unflatten(0, (samples, -1)).sum(dim=1)
+                grads = (
+                    grads.unflatten(0, (-1, samples)).sum(dim=0) if site.in_turn else grads.unflatten(0, (samples, -1)).sum(dim=1)
+                )
             self._rows.add(site.name, gate_gradient=grads * samples if loss.dim() == 0 else grads)
         self._forget_batch()
 

@@ -16,6 +16,7 @@ from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.site import AttentionSite, HeadModules
+from headprune.nn.replace import own_attention, restore_multihead_attention
 from headprune.surgery.export.regularise import fill
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, common_counts, in_groups
@@ -37,12 +38,24 @@ def write_stock(model: PreTrainedModel, folder: Path, options: dict[str, Any]) -
 def stock_model(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
     """A model of the stock class with the outputs of `model`, at the fewest heads that the class can have in all layers
     alike, and what that took. Raises UnsupportedModel where not even the original's counts fit."""
-    stock, sites = stock_class(type(model)), attention_sites(model)
-    config, slots = smaller_config(model, stock, sites) or (original_config(model.config), original_slots(model, sites))
-    expected = small_output(model)
-    with torch.device(expected.device):
-        built: Any = stock
-        dense: PreTrainedModel = built._from_config(config, dtype=model.dtype).eval()  # not .to: frequencies of positions stay fp32
+    stock, expected = stock_class(type(model)), small_output(model)
+    with own_attention(model):
+        sites = attention_sites(model)
+        config, slots = smaller_config(model, stock, sites) or (original_config(model.config), original_slots(model, sites))
+        with torch.device(expected.device):
+            built: Any = stock
+            dense: PreTrainedModel = built._from_config(config, dtype=model.dtype).eval()  # not .to: frequencies stay fp32
+        with own_attention(dense, keep=True):
+            counts = fill_model(model, sites, dense, slots)
+    restore_multihead_attention(dense)
+    check = same_output(expected, small_output(dense), stock.__name__)
+    before, after = (sum(parameter.numel() for parameter in found.parameters()) for found in (model, dense))
+    return dense, [f"all layers have {counts} with dead heads: {after - before:+,} parameters", check]
+
+
+def fill_model(model: PreTrainedModel, sites: list[AttentionSite], dense: PreTrainedModel, slots: Mapping[str, Slots]) -> HeadMap:
+    """Gives `dense` all that `model` has, the heads in `slots`, and returns those of its first attention. Raises UnsupportedModel
+    where one of them has a parameter that the other lacks."""
     twins = {site.name: site for site in attention_sites(dense)}
     of_heads = {name for site in sites for name in parameters_of_heads(model, site)}
     rest = {name: value for name, value in model.state_dict().items() if name not in of_heads}
@@ -50,15 +63,12 @@ def stock_model(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
     lacking = set(missing) - {name for site in sites for name in parameters_of_heads(dense, twins[site.name], site)}
     if unexpected or lacking:
         raise UnsupportedModel(
-            f"{type(model).__name__} cannot become the unmodified {stock.__name__}: {(sorted(lacking) + unexpected)[0]} is in one "
-            "of them only."
+            f"{type(model).__name__} cannot become an unmodified {type(dense).__name__}: {(sorted(lacking) + unexpected)[0]} is in "
+            "one of them only."
         )
     for site in sites:
         fill_site(site, twins[site.name], slots[site.name])
-    check = same_output(expected, small_output(dense), stock.__name__)
-    before, after = (sum(parameter.numel() for parameter in found.parameters()) for found in (model, dense))
-    counts = next(iter(twins.values())).head_map
-    return dense, [f"all layers have {counts} with dead heads: {after - before:+,} parameters", check]
+    return next(iter(twins.values())).head_map
 
 
 def parameters_of_heads(model: nn.Module, site: AttentionSite, source: AttentionSite | None = None) -> set[str]:
@@ -68,6 +78,7 @@ def parameters_of_heads(model: nn.Module, site: AttentionSite, source: Attention
     owned = {id(projection.module.weight) for projection in projections}
     owned |= {id(projection.module.bias) for projection in projections if projection.bias_per_head}
     owned |= {id(extra.tensor) for extra in site.extras}
+    owned.add(id(getattr(site.dispatcher, "kv_of_query", None)))  # a buffer of VariableHeadAttention
     owned |= {id(parameter) for part in site.head_modules for parameter in modules_of(part).parameters()}
     return {name for name, value in model.state_dict(keep_vars=True).items() if id(value) in owned}
 
