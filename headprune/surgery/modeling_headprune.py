@@ -155,8 +155,10 @@ def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
             behave(module, BEHAVIOURS[entry["behaviour"]])
         for parameter, shape in entry.get("shapes", {}).items():
             old = getattr(module, parameter)
-            part = old.detach()[tuple(slice(size) for size in shape)].clone()
-            setattr(module, parameter, nn.Parameter(part, requires_grad=old.requires_grad))
+            new = old.detach().new_zeros(shape)  # larger where an export repeated key/value heads
+            common = tuple(slice(min(sizes)) for sizes in zip(shape, old.shape))
+            new[common] = old.detach()[common]
+            setattr(module, parameter, nn.Parameter(new, requires_grad=old.requires_grad))
         for attribute, value in entry.get("attributes", {}).items():
             setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
         if entry.get("shown"):
