@@ -105,7 +105,7 @@ def test_a_window_that_the_model_does_not_take_is_refused_before_the_text_is_rea
     ):
         code, _, err = call(*command)
         assert code == 2
-        assert "LlamaForCausalLM takes at most 128 tokens; give a smaller window" in only_error(err)
+        assert "LlamaForCausalLM takes at most 128; give window=128" in only_error(err)
     code, _, err = call("score", decoder, "--task", "text,calibration=nowhere.txt,window=128")
     assert "nowhere.txt does not exist" in only_error(err)
 
