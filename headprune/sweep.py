@@ -13,6 +13,7 @@ from torch import nn
 
 from headprune.errors import InvalidInput
 from headprune.evaluation import Evaluation, evaluate
+from headprune.evaluation.evaluate import NOTHING
 from headprune.evaluation.latency import measure_latency
 from headprune.evaluation.tasks import Task
 from headprune.files import read_json, write_json
@@ -61,13 +62,13 @@ class Sweep:
     def __rich__(self) -> Table:
         table = Table(title=f"{self.task}, heads by {self.criterion} (* on the Pareto front)", title_justify="left")
         for column in ("budget", self.headline, "of dense", "parameters", "latency p50, ms", "of dense", "heads kept by layer"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column == "budget")
         dense = self.points[0].evaluation.quality[self.headline]
         for point in self.points:
             found, budget = point.evaluation, " ".join(f"{name}={value:g}" for name, value in point.budget.items())
-            ratio = found.quality[self.headline] / dense if dense else float("nan")
+            ratio = f"{found.quality[self.headline] / dense:.3f}" if dense else NOTHING
             table.add_row(
-                f"{budget}{' *' if point.pareto else ''}", f"{found.quality[self.headline]:.4f}", f"{ratio:.3f}",
+                f"{budget}{' *' if point.pareto else ''}", f"{found.quality[self.headline]:.4f}", ratio,
                 f"{found.parameters:,}", f"{found.latency_p50_ms:.1f}",
                 "" if point.latency_share is None else f"{point.latency_share:.3f}", " ".join(map(str, point.kept.values())),
             )  # fmt: skip

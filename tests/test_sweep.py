@@ -1,5 +1,9 @@
+import io
+from dataclasses import replace
+
 import pytest
 from next_token import NextToken
+from rich.console import Console
 from tiny_models import llama
 
 from headprune.errors import InfeasibleBudget, InvalidInput
@@ -21,6 +25,22 @@ def test_a_sweep_leaves_the_model_dense_and_marks_the_pareto_front(tmp_path):
     found.save(tmp_path / "sweep.json")
     assert Sweep.load(tmp_path / "sweep.json") == found
     assert found.__rich__().row_count == 3
+
+
+def shown(table):
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_a_table_of_80_columns_shows_budgets_whole_and_no_ratio_to_a_quality_of_0():
+    model, task = llama(), NextToken()
+    found = sweep(model, task, score(model, criterion="magnitude_l2"), [Budget(heads=0.25)], repeats=1)
+    none = dict.fromkeys(found.points[0].evaluation.quality, 0.0)
+    points = tuple(replace(point, evaluation=replace(point.evaluation, quality=none)) for point in found.points)
+    text = shown(replace(found, points=points))
+    assert "heads=0.25 *" in text
+    assert "nan" not in text
 
 
 def test_budgets_are_checked_before_anything_is_measured():

@@ -61,6 +61,8 @@ def recover_command(
     work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
     pruned, data = opened(model, task, device=device)
     dense = None if teacher is None else opened_model(teacher, device=device, base=data.base)[0]
+    if dense is not None:
+        data.check_model(dense)
     before = with_bar("evaluate the pruned model", lambda progress: quality_of(pruned, data, progress))
     result = with_bar("recover", lambda progress: recover(
         pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr, seed=seed,

@@ -109,6 +109,10 @@ class Comparison:
         dense, pruned = (found.quality.get(name, getattr(found, name, None)) for found in (self.dense, self.pruned))
         return pruned / dense if dense and pruned is not None else math.nan
 
+    def shown_ratio(self, name: str) -> str:
+        ratio = self.ratio(name)
+        return NOTHING if math.isnan(ratio) else f"{ratio:.3f}"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -131,12 +135,12 @@ class Comparison:
             lower = metric == self.headline and not self.higher_is_better
             values = (f"{found.quality[metric]:.4f}" for found in (self.dense, self.pruned))
             difference = str(self.differences[metric]) if metric in self.differences else ""
-            rows.append((f"{metric} (lower is better)" if lower else metric, *values, f"{self.ratio(metric):.3f}", difference))
+            rows.append((f"{metric} (lower is better)" if lower else metric, *values, self.shown_ratio(metric), difference))
         for name, (label, form) in COSTS.items():
             costs = [getattr(found, name) for found in (self.dense, self.pruned)]
             if costs != [None, None]:
                 shown = (NOTHING if cost is None else form.format(cost) for cost in costs)
-                rows.append((label.format(tokens=self.dense.sequence_length), *shown, f"{self.ratio(name):.3f}", ""))
+                rows.append((label.format(tokens=self.dense.sequence_length), *shown, self.shown_ratio(name), ""))
         return [row[: len(self.columns())] for row in rows]
 
     def __rich__(self) -> Table:

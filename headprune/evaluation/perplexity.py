@@ -127,7 +127,7 @@ def refuse_other_models(model: nn.Module, name: str, tokens: int) -> None:
         raise InvalidInput(f"{name} needs a causal language model; {type(model).__name__} is none.")
     limit = position_limit(model)
     if limit is not None and limit < tokens:
-        raise InvalidInput(f"window={tokens}: {type(model).__name__} takes at most {limit} tokens; give a smaller window.")
+        raise InvalidInput(f"a window has {tokens} tokens, and {type(model).__name__} takes at most {limit}; give window={limit}.")
 
 
 def text_of(text: Path | str | Iterable[str | Mapping[str, Any]]) -> str:

@@ -200,7 +200,9 @@ def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedMo
 def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise InvalidInput(f"{folder} is no model folder: it has no config.json. Give a folder that save_pretrained wrote.")
+        inside = folder / "model"  # where runs and schedules keep theirs
+        way_out = inside if (inside / "config.json").is_file() else "a folder that save_pretrained wrote"
+        raise InvalidInput(f"{folder} is no model folder: it has no config.json. Give {way_out}.")
     try:
         config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

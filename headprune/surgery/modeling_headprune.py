@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -160,10 +160,9 @@ def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
             behave(module, BEHAVIOURS[entry["behaviour"]])
         for parameter, shape in entry.get("shapes", {}).items():
             old = getattr(module, parameter)
-            part = old.detach()[tuple(slice(size) for size in shape)].clone()
-            setattr(module, parameter, nn.Parameter(part, requires_grad=old.requires_grad))
+            setattr(module, parameter, nn.Parameter(of_shape(old.detach(), shape), requires_grad=old.requires_grad))
         for buffer, shape in entry.get("buffers", {}).items():
-            setattr(module, buffer, getattr(module, buffer)[tuple(slice(size) for size in shape)].clone())
+            setattr(module, buffer, of_shape(getattr(module, buffer), shape))
         for attribute, value in entry.get("attributes", {}).items():
             setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
         if entry.get("shown"):
@@ -175,6 +174,14 @@ def shrink(model: nn.Module, layout: dict[str, Any]) -> None:
                 module.head_map = headprune.HeadMap(**entry["head_map"])
         if "config" in entry:
             module.config = LayerConfig(module.config, entry["config"])
+
+
+def of_shape(old: Tensor, shape: Sequence[int]) -> Tensor:
+    """`old` cut down; zeros where it is smaller, as it is where an export repeated key/value heads."""
+    new = old.new_zeros(tuple(shape))
+    common = tuple(slice(min(sizes)) for sizes in zip(shape, old.shape))
+    new[common] = old[common]
+    return new
 
 
 class LayerConfig:

@@ -230,6 +230,14 @@ def test_a_tokenizer_that_does_not_load_is_one_line(call, tmp_path):
     assert "the tokenizer in dense does not load" in only_error(err)
 
 
+def test_python_runs_the_package_as_the_command():
+    found = subprocess.run([sys.executable, "-m", "headprune", "--version"], capture_output=True, text=True, check=True)
+    assert __version__ in found.stdout
+    found = subprocess.run([sys.executable, "-m", "headprune", "plan", "nowhere.json"], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "error:" in found.stderr
+
+
 def test_nothing_is_fetched_unless_it_is_asked_for():
     for given, expected in ((None, "True"), ("0", "False")):
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}

@@ -11,9 +11,9 @@ from command_line import only_error
 from letter_tokenizer import LETTERS, letter_tokenizer
 from PIL import Image
 from tiny_embedder import saved_embedder, saved_pairs, write_json
-from tiny_encoders import VISION
+from tiny_encoders import T5, VISION
 from tiny_models import llama
-from transformers import AutoModel, SiglipConfig, SiglipForImageClassification
+from transformers import AutoModel, SiglipConfig, SiglipForImageClassification, T5Config, T5ForConditionalGeneration
 
 import headprune as hp
 
@@ -97,6 +97,16 @@ def test_an_option_that_is_none_is_told_before_the_window_and_the_model(call, de
             assert "options of task text: got an unexpected keyword argument 'colum'; it takes calibration" in only_error(err)
 
 
+def test_a_teacher_that_the_task_is_not_for_is_refused(call, decoder, tmp_path):
+    vocabulary = json.loads((decoder / "config.json").read_text())["vocab_size"]
+    T5ForConditionalGeneration(T5Config(**{**T5, "vocab_size": vocabulary})).save_pretrained(tmp_path / "t5")
+    task = ("--task", "text,calibration=own.txt,window=32", "--steps", "1")
+    code, _, err = call("recover", decoder, "--teacher", tmp_path / "t5", *task, "-o", "recovered")
+    assert code == 2
+    assert "T5ForConditionalGeneration is an encoder-decoder" in only_error(err)
+    assert not Path("recovered").exists()
+
+
 def test_a_window_that_the_model_does_not_take_is_refused_before_the_text_is_read(call, decoder):
     for command in (
         ("score", decoder, "--task", "text,calibration=nowhere.txt"),
@@ -105,7 +115,7 @@ def test_a_window_that_the_model_does_not_take_is_refused_before_the_text_is_rea
     ):
         code, _, err = call(*command)
         assert code == 2
-        assert "LlamaForCausalLM takes at most 128 tokens; give a smaller window" in only_error(err)
+        assert "LlamaForCausalLM takes at most 128; give window=128" in only_error(err)
     code, _, err = call("score", decoder, "--task", "text,calibration=nowhere.txt,window=128")
     assert "nowhere.txt does not exist" in only_error(err)
 

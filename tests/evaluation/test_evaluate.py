@@ -102,6 +102,13 @@ def test_a_model_is_left_in_the_mode_it_came_in():
     assert model.training
 
 
+def test_a_quality_of_0_has_no_ratio():
+    found = compare(llama(), pruned(), lambda model: 0.0, inputs=INPUTS, repeats=1)
+    (row,) = (row for row in found.rows() if row[0] in found.dense.quality or row[0].endswith("is better)"))
+    assert row[3] == "–"
+    assert not any("nan" in cell for row in found.rows() for cell in row)
+
+
 def test_how_much_quality_rests_on_is_told_and_too_little_warned_of_once(caplog):
     few, many = (Perplexity(TEXT * times, Letters(), window=32) for times in (1, 8))
     found = compare(llama(), pruned(), few, repeats=1)

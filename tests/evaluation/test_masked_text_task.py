@@ -127,7 +127,7 @@ def test_mistakes_are_told(text, tmp_path):
     task = build_task("masked-text", tokenizer, **options, window=65)
     with pytest.raises(InvalidInput, match="BertModel has none"):
         task.check_model(bert())
-    with pytest.raises(InvalidInput, match="window=65: BertForMaskedLM takes at most 64"):
+    with pytest.raises(InvalidInput, match="a window has 65 tokens, and BertForMaskedLM takes at most 64; give window=64"):
         task.check_model(masked_lm())
     masked_lm().save_pretrained(tmp_path / "bert")
     with pytest.raises(InvalidInput, match="name yours, for example masked-text,"):

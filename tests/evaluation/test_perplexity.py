@@ -73,7 +73,7 @@ def test_bad_input_is_refused(tmp_path):
         Perplexity("a", Letters())
     with pytest.raises(InvalidInput, match="stride=9"):
         Perplexity(TEXT, Letters(), window=8, stride=9)
-    with pytest.raises(InvalidInput, match="takes at most 128"):
+    with pytest.raises(InvalidInput, match="has 200 tokens, and LlamaForCausalLM takes at most 128; give window=128"):
         Perplexity(TEXT * 3, Letters(), window=200).evaluate(llama())
     with pytest.raises(InvalidInput, match="BertModel is none"):
         Perplexity(TEXT, Letters()).evaluate(bert())

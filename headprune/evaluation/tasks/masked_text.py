@@ -102,7 +102,7 @@ class MaskedText(TargetTokens):
             )
         limit = position_limit(model)
         if limit is not None and limit < self.window:
-            raise InvalidInput(f"window={self.window}: {name} takes at most {limit} tokens; give a smaller window.")
+            raise InvalidInput(f"a window has {self.window} tokens, and {name} takes at most {limit}; give window={limit}.")
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(**placed(model, {name: value for name, value in batch.items() if name != "labels"}))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +86,31 @@ def save_graph(wrapped: Outputs, inputs: dict[str, Tensor], outputs: list[str], 
     """Raises UnsupportedModel where torch's exporter does not take the model."""
     name, axes = type(wrapped.model).__name__, tuple(free_axes(value) for value in inputs.values())
     try:
-        program = torch.onnx.export(
-            wrapped, tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs), output_names=outputs,
-            dynamic_shapes=(axes,), opset_version=opset,
-        )  # fmt: skip
+        with quiet_exporter():
+            program = torch.onnx.export(
+                wrapped, tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs), output_names=outputs,
+                dynamic_shapes=(axes,), opset_version=opset,
+            )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise UnsupportedModel(f"torch's ONNX exporter does not take {name}: {cause}") from error
     if program is None:
         raise UnsupportedModel(f"torch's ONNX exporter gave nothing for {name}.")
     program.save(str(path))
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Inside the block torch does not warn of torchvision's operators, which no model here has, and of its own old calls."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
 
 
 def free_axes(value: Tensor) -> dict[int, Any]:

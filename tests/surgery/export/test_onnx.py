@@ -104,6 +104,12 @@ def test_bfloat16_becomes_float32_and_the_export_says_so(tmp_path, caplog):
         assert np.abs(found[name] - expected[name].numpy()).max() < 1e-4
 
 
+def test_torchs_exporter_is_quiet(tmp_path, capfd, recwarn):
+    export(bert(), "onnx", tmp_path / "out.onnx")
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
+    assert "torchvision" not in capfd.readouterr().err
+
+
 def test_a_graph_that_onnxruntime_does_not_run_is_refused_in_one_line(tmp_path):
     """Falcon rounds its ALiBi biases to bfloat16, in fp32 too."""
     with pytest.raises(UnsupportedModel, match=r"graph of FalconForCausalLM: its code computes in bfloat16") as found:

@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from headprune.errors import UnsupportedModel
 from headprune.surgery import cut
+from headprune.surgery.checkpoint import load
 from headprune.surgery.export import export
 
 KEEP = {0: [0, 1, 2, 5], 1: [0, 3, 6], 2: []}
@@ -63,6 +64,17 @@ def test_an_engines_own_attention_sees_the_counts_of_per_layer_config(exported, 
     for layer in built.layers:
         assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in inspect.getsource(type(layer.self_attn).forward)
         assert layer.self_attn.is_causal
+
+
+def test_a_layer_may_get_more_key_value_heads_than_the_original_had(tmp_path):
+    model = decoder("llama", num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    cut(model, {"model.layers.0.self_attn": [1, 3, 4, 5, 6]})  # groups 1+1+2+1: a fifth key/value head is cheapest
+    exported = export(model, "vllm", tmp_path / "out")
+    assert "1 repeated key/value heads" in str(exported)
+    with torch.no_grad():
+        for found in (load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)):
+            assert found.model.layers[0].self_attn.k_proj.weight.shape[0] == 5 * 8
+            assert torch.allclose(found(input_ids=tokens(1)).logits, model(input_ids=tokens(1)).logits, atol=1e-5)
 
 
 def test_a_model_that_was_not_pruned_keeps_its_stock_class(tmp_path):

@@ -1,0 +1,5 @@
+"""`python -m headprune` is `headprune`."""
+
+from headprune.cli import main
+
+main()
