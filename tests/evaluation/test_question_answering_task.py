@@ -62,6 +62,18 @@ def rows(tmp_path):
 OPTIONS = {"batch": 7, "max_tokens": 26, "stride": 4}
 
 
+def test_no_context_is_learnt_from_and_tested_on(tmp_path):
+    drawn = random.Random(0)
+    contexts = [made(number, drawn) for number in range(20)]
+    path = tmp_path / "squad.jsonl"
+    path.write_text("\n".join(json.dumps({**row, "question": "what" * times}) for row in contexts for times in range(1, 4)))
+    task = build_task("question-answering", pairing_tokenizer(), calibration=str(path), **(OPTIONS | {"max_tokens": 40}))
+    tested = {one.context for one in task.asked}
+    assert len(task.asked) == 3 * len(tested) == 6
+    assert len(task.training_rows) == 54
+    assert not tested & {one.context for one in task.training_rows}
+
+
 def test_answers_are_pointed_at_in_the_windows_that_hold_them(rows):
     task = build_task("question-answering", pairing_tokenizer(), calibration=str(rows), calibration_rows=30, **OPTIONS)
     by_context = {row["context"]: row for row in map(json.loads, rows.read_text().splitlines())}

@@ -72,6 +72,16 @@ def test_a_tenth_is_held_out_the_same_every_time():
         without_a_tenth([1])
 
 
+def test_examples_of_one_source_stay_on_one_side():
+    items = [(number, number // 7) for number in range(100)]
+    rest, tenth = without_a_tenth(items, source=lambda item: item[1])
+    assert sorted(rest + tenth) == items
+    assert not {source for _, source in rest} & {source for _, source in tenth}
+    assert 10 <= len(tenth) < 17
+    with pytest.raises(InvalidInput, match="of one text"):
+        without_a_tenth([1, 2, 3], source=lambda _: "the same")
+
+
 def test_parts_are_drawn_by_the_seed_but_for_the_test(tmp_path):
     files = {"calibration": list(range(50)), "other": list(range(100, 140))}
     counts = {"calibration_count": 20, "test_count": 3}

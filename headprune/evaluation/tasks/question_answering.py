@@ -54,10 +54,10 @@ class QuestionAnswering(Task):
 
     For models that point at where an answer begins and ends (...ForQuestionAnswering). calibration: a .jsonl or .json file with the
     columns `question`, `context` and `answers`: {"text": [...], "answer_start": [...]}, empty lists where the context does not tell
-    (SQuAD 2); or a file as SQuAD's own, {"data": [{"paragraphs": [...]}, ...]}. test: the same; by default a tenth of
-    calibration's questions, which then count for nothing else. training: the same, for recovery; by default the questions of
-    calibration. Contexts of more than `max_tokens` (with the question) are read in windows that share `stride` tokens; a sample of
-    scoring is a window. seed: which questions are drawn.
+    (SQuAD 2); or a file as SQuAD's own, {"data": [{"paragraphs": [...]}, ...]}. test: the same; by default about a tenth of
+    calibration's questions, all those of a context together, which then count for nothing else. training: the same, for recovery;
+    by default the questions of calibration. Contexts of more than `max_tokens` (with the question) are read in windows that share
+    `stride` tokens; a sample of scoring is a window. seed: which questions are drawn.
 
     f1 (the headline) and exact match, of SQuAD (Rajpurkar et al. 2016): words without case, articles and punctuation, the best of
     all answers. Of a question without an answer both say whether the model tells that there is none: that its first token scores
@@ -94,8 +94,9 @@ class QuestionAnswering(Task):
         self.tokenizer, self.batch, self.max_tokens, self.stride = tokenizer, batch, max_tokens, stride
         self.columns = (question, context, answers)
         parts = parts_of(
-            self.questions, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed
-        )
+            self.questions, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed,
+            source=lambda one: one.context,
+        )  # fmt: skip
         self.calibration = self.batches(self.windows(parts.calibration))
         self.asked, self.training_rows = parts.test, parts.training
         self.test_windows = self.windows(self.asked)

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -151,10 +152,12 @@ def parts_of(
     calibration_count: int,
     test_count: int | None,
     seed: int,
+    source: Callable[[Item], Any] | None = None,
 ) -> Parts[Item]:
     """Of files or folders that `read` reads: at most so many examples for calibration, drawn by `seed`, and for the test, the same
-    ones for every seed; those of calibration are for training too where there is no other. Raises InvalidInput as `with_test`."""
-    known, held_out = with_test(read, calibration, test, training, without_a_tenth)
+    ones for every seed; those of calibration are for training too where there is no other. source: what examples share that must
+    not stand on both sides where a test is held out. Raises InvalidInput as `with_test`."""
+    known, held_out = with_test(read, calibration, test, training, partial(without_a_tenth, source=source))
     drawn = shuffled(known, seed)
     tested = held_out if test_count is None or test_count >= len(held_out) else shuffled(held_out)[:test_count]
     return Parts(drawn[:calibration_count], tested, drawn if training is None else shuffled(read(training), seed))
@@ -186,12 +189,21 @@ def shuffled(items: Sequence[Item], seed: int = 0) -> list[Item]:
     return items
 
 
-def without_a_tenth(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """(the rest, a tenth of the items, at least one), the same choice every time. InvalidInput for a single item."""
-    if len(items) < 2:
-        raise InvalidInput("the data is one example; a tenth of it cannot be held out as test data. Give test=FILE.")
-    order = random.Random(0).sample(range(len(items)), k=len(items))
-    chosen = set(order[: max(1, len(items) // TENTH)])
+def without_a_tenth(items: Sequence[Item], source: Callable[[Item], Any] | None = None) -> tuple[list[Item], list[Item]]:
+    """(the rest, about a tenth of the items, at least one), the same choice every time. Items of one `source` stay together.
+    InvalidInput where there is only one."""
+    places: dict[Any, list[int]] = {}
+    for place, item in enumerate(items):
+        places.setdefault(place if source is None else source(item), []).append(place)
+    if len(places) < 2:
+        raise InvalidInput(
+            "the data is one example, or of one text; a tenth of it cannot be held out as test data. Give test=FILE."
+        )
+    groups, chosen = list(places.values()), set[int]()
+    for number in random.Random(0).sample(range(len(groups)), k=len(groups))[:-1]:
+        if len(chosen) >= max(1, len(items) // TENTH):
+            break
+        chosen.update(groups[number])
     return (
         [item for place, item in enumerate(items) if place not in chosen],
         [item for place, item in enumerate(items) if place in chosen],
