@@ -109,7 +109,7 @@ def test_a_bad_option_is_named(tokenizer, options, names):
 def test_a_model_of_another_kind_is_refused(task):
     with pytest.raises(InvalidInput, match="BertModel"):
         task.check_model(bert())
-    with pytest.raises(InvalidInput, match="at most 8 tokens"):
+    with pytest.raises(InvalidInput, match="takes at most 8; give window=8"):
         task.check_model(decoder(window=8))
     task.check_model(decoder(window=16))
 
