@@ -8,6 +8,7 @@ from pathlib import Path
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation.tasks import Task
 from headprune.files import read_json
+from headprune.hub import known_folder
 from headprune.models.shards import Stored, open_shards
 from headprune.recipe import Recipe
 from headprune.scoring.batch_identity import checksum
@@ -52,7 +53,7 @@ def file_digest(name: str | None) -> str | None:
 def weights_digest(model: str) -> str | None:
     """Of names, shapes and some bytes of all tensors in the folder `model`, without reading all of them."""
     try:
-        shards = open_shards(model) if Path(model).is_dir() else {}
+        shards = {} if (folder := known_folder(model)) is None else open_shards(folder)
     except HeadpruneError:  # weights of another form
         shards = {}
     found = hashlib.sha256()

@@ -12,6 +12,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from headprune import demo
 from headprune.errors import CorruptCheckpoint, InvalidInput, unknown_name
+from headprune.hub import local_folder
 from headprune.surgery import load, open_streamed
 from headprune.surgery.checkpoint import class_of, load_config
 
@@ -47,13 +48,14 @@ EMBEDDED = {
 }
 
 
-def model_folder(name: str, progress: Progress | None = None) -> Path:
-    """The folder of an embedded model ("minilm", "stdlib-lm") or of any model that transformers or headprune saved."""
+def model_folder(name: str, progress: Progress | None = None, *, weights: bool = True) -> Path:
+    """The folder of an embedded model ("minilm", "stdlib-lm") or of any model that transformers or headprune saved, here or on the
+    Hub (`local_folder`). weights: whether they are needed too."""
     if name in EMBEDDED:
         return EMBEDDED[name].folder(progress)
     if not Path(name).exists() and "/" not in name:
-        raise unknown_name("model (neither a folder nor an embedded one)", name, EMBEDDED)
-    return Path(name)
+        raise unknown_name("model (no folder, no owner/name on the Hub, none that comes with headprune)", name, EMBEDDED)
+    return local_folder(name, weights=weights)
 
 
 def opening(name: str) -> str:
@@ -77,7 +79,7 @@ def default_task(name: str) -> str:
     """The task of an embedded model, or the one that comes with headprune for models like `name`. InvalidInput where none does."""
     if name in EMBEDDED:
         return EMBEDDED[name].task
-    folder = model_folder(name)
+    folder = model_folder(name, weights=False)
     config = load_config(folder)
     model, example = class_of(config), None
     if model.main_input_name in SOUND:

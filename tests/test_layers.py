@@ -25,7 +25,7 @@ LAYERS = [
     {"ops"},
     {"kernels"},
     {"head_map", "settings"},
-    {"files", "version", "arguments", "processor"},
+    {"files", "version", "arguments", "processor", "hub"},
     {"errors"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

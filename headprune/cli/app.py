@@ -11,13 +11,14 @@ from typing import Annotated
 
 import typer
 from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars
 from rich.markup import escape
 
 from headprune.cli import terminal
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.version import __version__
 
-# Models are folders here; nothing is ever fetched. Said twice: huggingface_hub has read the variable already, later processes will.
+# Nothing is ever fetched unless asked for. Said twice: huggingface_hub has read the variable already, later processes will.
 if os.environ.setdefault("HF_HUB_OFFLINE", "1") == "1":
     constants.HF_HUB_OFFLINE = True
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, writes to stderr otherwise
@@ -52,6 +53,7 @@ def options(
     terminal.progress_console.quiet = quiet
     if quiet:
         warnings.simplefilter("ignore")
+        disable_progress_bars()  # of downloads
     if verbose:
         context.obj.setLevel(logging.INFO)
         log.setLevel(logging.INFO)

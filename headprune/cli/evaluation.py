@@ -140,6 +140,7 @@ def estimate_command(
     refuse_budgets(heads=heads, params=params, kv_cache=kv_cache, flops=flops)
     budget = Budget(heads, params, kv_cache, flops, sequence_length=length)
     found = with_bar(f"estimate for {device}", lambda progress: estimate(
-        model_folder(model, progress), budget, device=device, tokens=tokens, batch=batch, length=length, granularity=granularity
+        model_folder(model, progress, weights=False), budget, device=device, tokens=tokens, batch=batch, length=length,
+        granularity=granularity,
     ))  # fmt: skip
     terminal.show(json, found.to_json(), found, found.scoring())

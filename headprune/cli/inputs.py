@@ -63,7 +63,8 @@ def refuse_replacing_source(model: str, output: Path) -> None:
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A model folder, or an embedded model: minilm, stdlib-lm.", autocompletion=completion.one_of(completion.models)
+        help="A model folder, owner/name on the Hub, or an embedded model: minilm, stdlib-lm.",
+        autocompletion=completion.one_of(completion.models),
     ),
 ]
 TaskOption = Annotated[

@@ -49,6 +49,7 @@ def prune_command(
 ) -> None:
     """Cut the heads that a plan lets go and save the smaller model."""
     from headprune.planning import PruningPlan
+    from headprune.sources import EMBEDDED, model_folder
     from headprune.surgery import prune, save
     from headprune.surgery.checkpoint import names_base
 
@@ -57,7 +58,7 @@ def prune_command(
     if streamed:
         prune_in_files(model, chosen, output, task, device)
     elif task is None:
-        base = Path(model).is_dir() and names_base(model, chosen)
+        base = model not in EMBEDDED and names_base(model_folder(model), chosen)
         dense, tokenizer = opened_model(model, device=device, base=base)
         with_bar("cut", lambda progress: prune(dense, chosen, progress=progress))
         with_bar("save", lambda progress: save(dense, output, tokenizer=tokenizer))
@@ -142,4 +143,4 @@ def bones(model: str) -> PreTrainedModel:
     from headprune.sources import model_folder, opening
     from headprune.surgery.checkpoint import skeleton
 
-    return with_bar(opening(model), lambda progress: skeleton(model_folder(model, progress)))
+    return with_bar(opening(model), lambda progress: skeleton(model_folder(model, progress, weights=False)))

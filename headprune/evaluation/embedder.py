@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from headprune.errors import CorruptCheckpoint, InvalidInput
+from headprune.hub import known_folder
 
 POOLING, PROMPTS, MODULES = "1_Pooling/config.json", "config_sentence_transformers.json", "modules.json"
 OURS = ("Transformer", "Pooling", "Normalize")  # kinds of modules there that embeddings are made with here
@@ -67,10 +68,10 @@ def mapping_of(tokenizer: Any, file: str) -> dict[str, Any]:
 
 def content_of(tokenizer: Any, file: str) -> Any:
     """Of a JSON file in the folder `tokenizer` came from; None where there is none."""
-    folder = getattr(tokenizer, "name_or_path", "")
-    path = Path(folder) / file
-    if not folder or not path.is_file():
+    folder = known_folder(getattr(tokenizer, "name_or_path", None))
+    if folder is None or not (folder / file).is_file():
         return None
+    path = folder / file
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

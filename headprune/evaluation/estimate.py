@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.evaluation.cost import kv_cache_bytes_per_token
+from headprune.hub import local_folder
 from headprune.models import attention_sites
 from headprune.models.trunk import trunk_of
 from headprune.nn.replace import own_attention
@@ -156,6 +157,7 @@ def estimate(
         whole_number(name, value)
     if not 0 < utilisation <= 1:
         raise InvalidInput(f"utilisation is {utilisation}; expected the share of the peak rate that is reached, above 0, up to 1.")
+    folder = local_folder(folder, weights=False)
     model = skeleton(folder)
     config: Any = model.config
     weights: torch.dtype = dtype or config.dtype or torch.float32

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from headprune.arguments import check_arguments
 from headprune.errors import HeadpruneError, InvalidInput
+from headprune.hub import local_folder
 from headprune.models.adapters import attention_sites
 from headprune.nn.replace import replace_multihead_attention
 from headprune.surgery import cut, load
@@ -81,7 +82,7 @@ def sliced_state(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
         return cut_like(copy.deepcopy(source), model).state_dict()
     if isinstance(source, Mapping):
         return state_of(model, source)
-    path = Path(source)
+    path = local_folder(source)
     if path.is_dir() and (path / "config.json").is_file():
         return cut_like(earlier_model(model, path), model).state_dict()
     weights = path / "model.safetensors" if path.is_dir() else path

@@ -19,10 +19,11 @@ from headprune.arguments import check_arguments, check_options
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
+from headprune.hub import local_folder
 from headprune.models import attention_sites
 from headprune.nn.given import plain_module
 from headprune.surgery import modeling_headprune
-from headprune.surgery.companions import copy_companions
+from headprune.surgery.companions import copy_companions, origin_of
 from headprune.surgery.cut import cut
 from headprune.surgery.manifest import check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
@@ -53,7 +54,7 @@ def save(
 
     Args:
         tokenizer, processor: objects to save beside it. Tokenizer, processor and pooling files that are not given are
-            copied from `source`, by default the local folder that the model was loaded from.
+            copied from `source`, by default where the model was loaded from: a folder, or the Hub's cache.
         options: as for `save_pretrained` (max_shard_size, ...).
 
     Raises UnsupportedModel where adapters are attached or weights are quantised, InvalidInput where `folder` holds other things
@@ -79,7 +80,7 @@ def save(
         if companion is not None and not hasattr(companion, "save_pretrained"):
             raise InvalidInput(f"tokenizer or processor is {companion!r:.80}; expected the object, which has save_pretrained.")
     folder = refuse_replacing(folder)
-    origin = Path(source if source is not None else getattr(model, "name_or_path", "") or os.devnull)
+    origin = origin_of(model, source)
     with whole_folder(folder) as draft:
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(draft, **options)
@@ -90,7 +91,7 @@ def save(
         for companion in (tokenizer, processor):
             if companion is not None:
                 companion.save_pretrained(draft)
-        if origin.is_dir():
+        if origin is not None:
             copy_companions(origin, draft)
         if isinstance(model, PreTrainedModel):
             write_manifest(draft)
@@ -123,7 +124,8 @@ def load(folder: str | os.PathLike[str], *, model: Plain, verify: bool = True, *
 def load(
     folder: str | os.PathLike[str], *, model: nn.Module | None = None, base: bool = False, verify: bool = True, **options: Any
 ) -> nn.Module:
-    """A model from `folder`, pruned by headprune or not, in eval mode.
+    """A model from `folder`, pruned by headprune or not, in eval mode. A name on the Hub ("owner/name", "owner/name@revision") goes
+    too: it is looked for in the Hub's cache, and fetched unless HF_HUB_OFFLINE is set.
 
     Args:
         model: for a folder that holds a module which is not of transformers: the unpruned module, whose heads are cut and
@@ -137,7 +139,7 @@ def load(
     its weights do not fit its config.
     """
     check_arguments(load, locals())
-    folder = Path(folder)
+    folder = local_folder(folder)
     if model is not None:
         check_options("load with model=", {**options, **({"base": base} if base else {})}, ("verify",))
         return load_plain(folder, model, verify=verify)
@@ -189,7 +191,7 @@ def check_attention(chosen: Any) -> None:
 
 def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedModel:
     """The model of `folder` without its weights (on the meta device): sites, head maps and sizes at no cost."""
-    config = load_config(folder)
+    config = load_config(local_folder(folder, weights=False))
     with torch.device("meta"):
         built: Any = pruned_class(class_of(config, base), getattr(config, SECTION, None))
         made: Any = built(config)
@@ -201,8 +203,9 @@ def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         inside = folder / "model"  # where runs and schedules keep theirs
-        way_out = inside if (inside / "config.json").is_file() else "a folder that save_pretrained wrote"
-        raise InvalidInput(f"{folder} is no model folder: it has no config.json. Give {way_out}.")
+        way_out = inside if (inside / "config.json").is_file() else "a folder that save_pretrained wrote, or a name on the Hub"
+        reason = "it has no config.json" if folder.is_dir() else "it is a file" if folder.exists() else "it does not exist"
+        raise InvalidInput(f"{folder} is no model folder: {reason}. Give {way_out}.")
     try:
         config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -227,7 +230,8 @@ def class_of(config: transformers.PreTrainedConfig, base: bool = False) -> type[
 
 def names_base(folder: str | os.PathLike[str], names: Iterable[str]) -> bool:
     """Whether the attentions `names` are called as in the base model of `folder`, which was saved under the head of another."""
-    config, names = load_config(folder), set(names)
+    folder, names = local_folder(folder, weights=False), set(names)
+    config = load_config(folder)
     if not names or class_of(config, base=True) is class_of(config):
         return False
     return names <= {site.name for site in attention_sites(skeleton(folder, base=True))}

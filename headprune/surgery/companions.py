@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
+from torch import nn
+
 from headprune.files import whole_file
+from headprune.hub import known_folder
 
 FILES = (
     "added_tokens.json", "chat_template.*", "config_sentence_transformers.json", "feature_extractor_config.json", "*.spm",
@@ -13,6 +17,14 @@ FILES = (
     "sentence_bert_config.json", "special_tokens_map.json", "spiece.model", "sentencepiece*.model", "tokenizer.model",
     "tokenizer*.json", "video_preprocessor_config.json", "vocab.*", "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
 )  # fmt: skip
+
+
+def origin_of(model: nn.Module, source: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder with the files that belong to `model`: `source`, or where it was loaded from; None where none is there."""
+    if source is not None:
+        return known_folder(source)
+    name, commit = getattr(model, "name_or_path", None), getattr(getattr(model, "config", None), "_commit_hash", None)
+    return (known_folder(f"{name}@{commit}") if name and commit else None) or known_folder(name)
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:

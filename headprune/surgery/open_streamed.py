@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from headprune.arguments import check_arguments
+from headprune.hub import local_folder
 from headprune.models.shards import open_shards
 from headprune.models.site import Foreign
 from headprune.models.streamed import StreamedModel
@@ -65,6 +65,7 @@ def open_streamed(
     that is missing or cut short, UnsupportedModel where the attentions do not lie in one stack of layers.
     """
     check_arguments(open_streamed, locals())
+    folder = local_folder(folder)
     shards = open_shards(folder)
     config = load_config(folder)
     built = pruned_class(class_of(config, base), getattr(config, SECTION, None))
@@ -72,7 +73,7 @@ def open_streamed(
         model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or torch.float32)
     model.eval().requires_grad_(False)
     model.tie_weights()
-    model.name_or_path = str(Path(folder))
+    model.name_or_path = str(folder)
     opened: Foreign = model
     opened.headprune_streamed = StreamedModel(model, shards, device)
     return model

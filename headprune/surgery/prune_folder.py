@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from headprune.arguments import check_arguments
 from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
 from headprune.files import clear_disk_errors, read_json, refuse_replacing, replace_folder, write_json, write_text
+from headprune.hub import local_folder
 from headprune.models import attention_sites, gated
 from headprune.models.batches import several
 from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
@@ -81,7 +82,7 @@ def prune_folder(
     and `target` appears when it is complete.
     """
     check_arguments(prune_folder, locals())
-    source, target = Path(source), refuse_replacing(target)
+    source, target = local_folder(source), refuse_replacing(target)
     if source.resolve().is_relative_to(target.resolve()):
         raise InvalidInput(f"{target} {'holds' if source.resolve() != target.resolve() else 'is'} the source; give another folder.")
     get_solver(compensation)

@@ -184,7 +184,7 @@ def test_a_read_only_folder_is_named_and_stays_as_it_was(open_folder):
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
-    with pytest.raises(InvalidInput, match=r"no config\.json\. Give a folder that save_pretrained wrote\."):
+    with pytest.raises(InvalidInput, match=r"no config\.json\. Give a folder that save_pretrained wrote, or a name on the Hub\."):
         load(tmp_path)
     save(bert(), tmp_path / "run" / "model")  # as `headprune run` leaves it
     with pytest.raises(InvalidInput, match=rf"no config\.json\. Give {tmp_path}/run/model\."):

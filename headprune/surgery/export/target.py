@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_replacing, whole_file, whole_folder
-from headprune.surgery.companions import copy_companions
+from headprune.surgery.companions import copy_companions, origin_of
 
 # Writes the model, which it may change, to a folder (or a file) and says what it did, a line each.
 Writer = Callable[[PreTrainedModel, Path, dict[str, Any]], list[str]]
@@ -94,9 +94,9 @@ def export(
     one_file = found.suffix is not None and output.suffix == found.suffix
     if not one_file:
         refuse_replacing(output)
-    origin = Path(source if source is not None else model.name_or_path or os.devnull)
+    origin = origin_of(model, source)
     working = copy.deepcopy(model) if keep_model else model
-    options = {**options, "tokenizer": tokenizer, "source": origin if origin.is_dir() else None}
+    options = {**options, "tokenizer": tokenizer, "source": origin}
     if one_file:
         with whole_file(output) as draft:
             notes = found.write(working, draft, options)
@@ -105,7 +105,7 @@ def export(
             notes = found.write(working, draft if found.suffix is None else draft / f"model{found.suffix}", options)
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
-            if origin.is_dir():
+            if origin is not None:
                 copy_companions(origin, draft)
     return Exported(to, output, tuple(notes))
 
