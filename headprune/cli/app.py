@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 from huggingface_hub import constants
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from rich.markup import escape
 
 from headprune.cli import terminal

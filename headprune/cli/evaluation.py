@@ -126,7 +126,9 @@ def estimate_command(
     ] = "cpu",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to score on.")] = 65536,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 4,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence; default 2048, or as many as the model takes.")
+    ] = None,
     granularity: Annotated[
         str, typer.Option(help="query_head or kv_group.", autocompletion=completion.one_of(completion.granularities))
     ] = "query_head",
@@ -138,7 +140,7 @@ def estimate_command(
     from headprune.sources import model_folder
 
     refuse_budgets(heads=heads, params=params, kv_cache=kv_cache, flops=flops)
-    budget = Budget(heads, params, kv_cache, flops, sequence_length=length)
+    budget = Budget(heads, params, kv_cache, flops, sequence_length=length or Budget.sequence_length)
     found = with_bar(f"estimate for {device}", lambda progress: estimate(
         model_folder(model, progress, weights=False), budget, device=device, tokens=tokens, batch=batch, length=length,
         granularity=granularity,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.evaluation.cost import kv_cache_bytes_per_token
+from headprune.evaluation.positions import position_limit
 from headprune.hub import local_folder
 from headprune.models import attention_sites
 from headprune.models.trunk import trunk_of
@@ -133,7 +134,7 @@ def estimate(
     device: str = "cpu",
     tokens: int = 65536,
     batch: int = 4,
-    length: int = LENGTH,
+    length: int | None = None,
     dtype: torch.dtype | None = None,
     granularity: str = "query_head",
     utilisation: float = UTILISATION,
@@ -144,7 +145,8 @@ def estimate(
 
     Args:
         device: a name in DEVICES, or "cpu": this machine, whose rate is measured in a second.
-        tokens: of calibration. batch, length: sequences at a time, and their length.
+        tokens: of calibration. batch, length: sequences at a time, and their length; default 2048 tokens, or as many as the model
+            takes: positions of text, patches of a picture.
         dtype: of the weights; default as the config says.
         granularity: as in `hp.plan`.
         utilisation: the share of the device's peak rate that the time assumes; not measured.
@@ -153,13 +155,14 @@ def estimate(
     UnsupportedModel where heads cannot be found.
     """
     check_arguments(estimate, locals())
-    for name, value in (("tokens", tokens), ("batch", batch), ("length", length)):
+    for name, value in (("tokens", tokens), ("batch", batch), ("length", 1 if length is None else length)):
         whole_number(name, value)
     if not 0 < utilisation <= 1:
         raise InvalidInput(f"utilisation is {utilisation}; expected the share of the peak rate that is reached, above 0, up to 1.")
     folder = local_folder(folder, weights=False)
     model = skeleton(folder)
     config: Any = model.config
+    length = usual_length(model) if length is None else length
     weights: torch.dtype = dtype or config.dtype or torch.float32
     kind = str(weights).removeprefix("torch.")
     found = this_cpu(weights) if device == "cpu" else DEVICES.get(device)
@@ -193,6 +196,14 @@ def estimate(
         state_bytes=memory.state * -(-tokens // (batch * length)),
         read_bytes=2 * dense.weight_bytes,
     )
+
+
+def usual_length(model: PreTrainedModel) -> int:
+    """LENGTH, or where `model` takes no more, its positions, or the patches of a picture and the token before them."""
+    size, patch = (getattr(model.config, name, None) for name in ("image_size", "patch_size"))
+    if model.main_input_name == "pixel_values" and isinstance(size, int) and isinstance(patch, int):
+        return (size // patch) ** 2 + 1
+    return min(LENGTH, position_limit(model) or LENGTH)
 
 
 def cost_of(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Cost:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny_decoders import decoder
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +40,24 @@ def test_counts_are_those_of_the_model(family, folder):
     plan = hp.plan(hp.score(model, (), "random"), hp.Budget(heads=0.5), allocation="uniform")
     hp.cut(model, plan)
     assert found.pruned.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (transformers.BertConfig(max_position_embeddings=128), 128),
+        (transformers.RobertaConfig(max_position_embeddings=130, pad_token_id=1), 128),
+        (transformers.GPTNeoXConfig(max_position_embeddings=8192), 2048),
+        (transformers.ViTConfig(image_size=96, patch_size=16), 37),
+    ],
+)
+def test_sequences_are_no_longer_than_the_model_takes(config, length, tmp_path):
+    config.update({"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99})
+    config.save_pretrained(tmp_path)
+    found = hp.estimate(tmp_path, hp.Budget(heads=0.5), device="h100")
+    assert found.length == length
+    assert found.dense == hp.estimate(tmp_path, hp.Budget(heads=0.5), device="h100", length=length).dense
+    assert hp.estimate(tmp_path, hp.Budget(heads=0.5), device="h100", length=9).length == 9
 
 
 def test_whole_groups_shrink_the_cache(folder):
