@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headprune.arguments import check_arguments
-from headprune.errors import InvalidInput, unknown_name, whole_number
+from headprune.errors import InvalidInput, UnsupportedModel, unknown_name, whole_number
 from headprune.evaluation.cost import kv_cache_bytes_per_token
 from headprune.evaluation.positions import position_limit
 from headprune.hub import local_folder
 from headprune.models import attention_sites
-from headprune.models.trunk import trunk_of
+from headprune.models.trunk import outermost_layers, trunk_of
 from headprune.nn.replace import own_attention
 from headprune.planning import Budget, plan
 from headprune.scoring import score
@@ -71,7 +71,9 @@ class Estimate:
     time, activation checkpointing, `hp.causal_losses`.
 
     seconds: at `utilisation` of the device's peak rate. resident_bytes: peak memory with the whole model on the device;
-    streamed_bytes: with `hp.open_streamed`, which reads `read_bytes` from disk and keeps `state_bytes` of states beside it.
+    streamed_bytes: with `hp.open_streamed`, which reads `read_bytes` from disk and keeps `state_bytes` of states beside it; all
+    three None where the attentions lie in several stacks, which are not streamed. Of such a model (encoder and decoder, pictures
+    and text) a token is one of each.
     """
 
     model: str
@@ -87,9 +89,9 @@ class Estimate:
     seconds: float
     device_memory: int
     resident_bytes: int
-    streamed_bytes: int
-    state_bytes: int
-    read_bytes: int
+    streamed_bytes: int | None
+    state_bytes: int | None
+    read_bytes: int | None
 
     @property
     def fits(self) -> bool:
@@ -121,6 +123,9 @@ class Estimate:
         table.add_row("time", f"{self.seconds:,.0f} s at {self.utilisation:.0%} of the peak rate (an assumption)")
         verdict = f"{'fits' if self.fits else 'does not fit'} into {self.device_memory / GIB:.0f} GiB"
         table.add_row("memory, all of it resident", f"{self.resident_bytes / GIB:.1f} GiB: {verdict}")
+        if self.streamed_bytes is None or self.state_bytes is None or self.read_bytes is None:
+            table.add_row("streamed", "not at all: its attentions lie in several stacks of layers")
+            return table
         table.add_row("memory, streamed", f"{self.streamed_bytes / GIB:.1f} GiB")
         table.add_row("read from disk, streamed", f"{self.read_bytes / GIB:.1f} GiB")
         table.add_row("states kept on the host or disk, streamed", f"{self.state_bytes / GIB:.1f} GiB")
@@ -193,8 +198,8 @@ def estimate(
         device_memory=found.memory,
         resident_bytes=memory.resident,
         streamed_bytes=memory.streamed,
-        state_bytes=memory.state * -(-tokens // (batch * length)),
-        read_bytes=2 * dense.weight_bytes,
+        state_bytes=None if memory.streamed is None else memory.state * -(-tokens // (batch * length)),
+        read_bytes=None if memory.streamed is None else 2 * dense.weight_bytes,
     )
 
 
@@ -235,26 +240,34 @@ def chosen_experts(config: Any) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: the peak with all weights resident, and streamed; the states of one batch in front of all layers."""
+    """Bytes: the peak with all weights resident, and streamed (None where it cannot be); the states of one batch in front of all
+    layers."""
 
     resident: int
-    streamed: int
+    streamed: int | None
     state: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> Memory:
         """For batches of `tokens` tokens."""
-        trunk, size = trunk_of(model), dtype.itemsize
-        layers = [sum(parameter.numel() for parameter in layer.parameters()) * size for layer in trunk.layers]
+        found, size = outermost_layers(model), dtype.itemsize
+        layers = [sum(parameter.numel() for parameter in layer.parameters()) * size for layer, _ in found]
         whole = count_parameters(model) * size
-        hidden = next(site for inside in trunk.sites for site in inside).hidden_size
-        states = tokens * hidden * size
-        working = max(2 * tokens * size * activations(layer, hidden) for layer in trunk.layers)
-        vocabulary = getattr(model.config, "vocab_size", 0)
+        states, last = tokens * size * sum(hidden for _, hidden in found), tokens * size * max(hidden for _, hidden in found)
+        working = max(2 * tokens * size * activations(layer, hidden) for layer, hidden in found)
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
         head = min(tokens, TOKENS) * vocabulary * (size + 8)  # logits, and their loss and gradient in fp32
-        running = states + max(working, head)
+        running = last + max(working, head)
         held = max(2 * max(layers), whole - sum(layers))
-        return cls(whole + len(layers) * states + running, held + running, (len(layers) + 1) * states)
+        return cls(whole + states + running, held + running if in_one_stack(model) else None, states + last)
+
+
+def in_one_stack(model: PreTrainedModel) -> bool:
+    try:
+        trunk_of(model)
+    except UnsupportedModel:
+        return False
+    return True
 
 
 def activations(layer: nn.Module, hidden: int) -> int:

@@ -57,9 +57,21 @@ def trunk_of(model: nn.Module) -> Trunk:
             inside = tuple(tuple(site for site in sites if site.name.startswith(f"{name}.{i}.")) for i in range(len(module)))
             return Trunk(model, name, tuple(module), inside)
     raise UnsupportedModel(
-        f"{type(model).__name__} does not have all its attentions in one stack of layers, as streaming and estimates need; load it "
-        "whole."
+        f"{type(model).__name__} does not have all its attentions in one stack of layers, as streaming needs; load it whole."
     )
+
+
+def outermost_layers(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """(layer, features of its states) in all stacks (torch.nn.ModuleList) that hold attentions; one outside them stands alone."""
+    found: dict[nn.Module, int] = {}
+    for site in attention_sites(model):
+        inner: nn.Module = model
+        for part in site.name.split("."):
+            outer, inner = inner, inner.get_submodule(part)
+            if isinstance(outer, nn.ModuleList):
+                break
+        found.setdefault(inner, site.hidden_size)
+    return list(found.items())
 
 
 def refuse_shared_keys(trunk: Trunk) -> None:

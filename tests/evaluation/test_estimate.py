@@ -1,8 +1,11 @@
 """Costs from a config alone are those of the model itself."""
 
+import io
+
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from tiny_decoders import decoder
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,6 +61,31 @@ def test_sequences_are_no_longer_than_the_model_takes(config, length, tmp_path):
     assert found.length == length
     assert found.dense == hp.estimate(tmp_path, hp.Budget(heads=0.5), device="h100", length=length).dense
     assert hp.estimate(tmp_path, hp.Budget(heads=0.5), device="h100", length=9).length == 9
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.BartConfig(
+            d_model=64, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4
+        ),
+        transformers.SiglipConfig(
+            text_config={"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "projection_size": 32},
+            vision_config={"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "image_size": 32},
+        ),
+    ],
+)
+def test_models_of_several_stacks_are_not_streamed(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    found = hp.estimate(tmp_path, hp.Budget(heads=0.5), device="h100", length=16)
+    model = transformers.AutoModel.from_config(config)
+    assert found.dense.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.resident_bytes > found.dense.weight_bytes
+    assert found.streamed_bytes is found.state_bytes is found.read_bytes is None
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(found.scoring())
+    assert "streamed" in shown.getvalue()
+    assert "not at all: its attentions lie in several stacks of layers" in shown.getvalue()
 
 
 def test_whole_groups_shrink_the_cache(folder):
