@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from headprune.errors import InvalidInput
 
@@ -23,4 +26,20 @@ def by_name(model: nn.Module, batch: Any, instead: str = "loss_fn") -> Any:
     """`model(**batch)`. Raises InvalidInput where `batch` is no mapping; instead: the argument for batches of other kinds."""
     if not isinstance(batch, Mapping):
         raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give {instead}.")
+    if isinstance(model, PreTrainedModel):
+        refuse_rows(batch, {model.main_input_name, "input_ids", "attention_mask", "labels"})
     return model(**batch)
+
+
+def refuse_rows(batch: Mapping[str, Any], names: Iterable[str]) -> None:
+    """InvalidInput where what a batch holds under `names` is no tensor yet, or one row of a data set."""
+    way = 'a DataLoader whose collate_fn pads and stacks rows, or the tokenizer with return_tensors="pt", makes batches'
+    for name in sorted(names):
+        value = first = batch.get(name)
+        while isinstance(first, list) and first:
+            first = first[0]
+        if isinstance(value, numpy.ndarray) or isinstance(first, numbers.Number):
+            raise InvalidInput(f"{name} of a batch is a {type(value).__name__}; expected a tensor [batch, ...]: {way}.")
+    tokens = batch.get("input_ids")
+    if isinstance(tokens, Tensor) and tokens.dim() == 1:
+        raise InvalidInput(f"input_ids of a batch has the shape {list(tokens.shape)}; expected [batch, tokens]: {way}.")

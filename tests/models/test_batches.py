@@ -1,5 +1,6 @@
 """What a caller may give as batches, and what is said where it cannot be used."""
 
+import numpy
 import pytest
 import torch
 from tiny_models import PoolingByAttention, llama, tokens
@@ -26,6 +27,12 @@ def test_what_a_tokenizer_gives_is_a_batch():
         (BATCHES[0]["input_ids"], "is one Tensor; expected a list of batches"),
         (["a text"], r"a batch is a str; expected a dict for model\(\*\*batch\)"),
         ([(BATCHES[0]["input_ids"],)], r"a batch is a tuple; expected a dict for model\(\*\*batch\)"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], r"input_ids of a batch is a list; expected a tensor \[batch"),
+        (
+            [{"input_ids": numpy.ones((2, 3), int), "labels": torch.ones(2, 3).long()}],
+            "input_ids of a batch is a ndarray; expected",
+        ),
+        ([{"input_ids": torch.ones(3).long(), "labels": torch.ones(3).long()}], r"has the shape \[3\]; expected \[batch, tokens\]"),
     ],
 )
 def test_other_things_are_refused_by_every_reader(batches, message):
