@@ -40,7 +40,10 @@ if TYPE_CHECKING:  # commands import what they need when they run
 def evaluate_command(
     model: ModelArgument,
     task: TaskOption = None,
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 file to measure perplexity on, in place of a task.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="A UTF-8 file to measure perplexity on, in place of a task; or rows of the Hub, owner/name:split."),
+    ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of a window of --text.", show_default="512")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows of --text; by default they do not overlap.")] = None,
     lm_eval: Annotated[
@@ -79,10 +82,11 @@ def evaluate_command(
 
 
 def opened_for_evaluation(
-    model: str, task: str | None, text: Path | None, lm_eval: str | None, device: str, **options: Any
+    model: str, task: str | None, text: str | None, lm_eval: str | None, device: str, **options: Any
 ) -> tuple[PreTrainedModel, EvaluationData]:
     """(model, evaluation data): of a text, of tasks of lm-evaluation-harness, or of one of headprune's tasks."""
     from headprune.evaluation import LanguageModelHarness, Perplexity
+    from headprune.evaluation.tasks.rows import read_texts
     from headprune.evaluation.tasks.task import refuse_other_tokenizer
 
     given = [name for name, value in (("--task", task), ("--text", text), ("--lm-eval", lm_eval)) if value is not None]
@@ -96,7 +100,8 @@ def opened_for_evaluation(
         return found, LanguageModelHarness([name.strip() for name in lm_eval.split(",")], tokenizer, limit=options["limit"])
     assert text is not None  # one of the three was given
     data = with_bar(f"read {text}", lambda progress: Perplexity(
-        text, tokenizer, window=512 if options["window"] is None else options["window"], stride=options["stride"]
+        read_texts(text, "text"), tokenizer, window=512 if options["window"] is None else options["window"],
+        stride=options["stride"],
     ))  # fmt: skip
     data.check_model(found)
     return found, data

@@ -42,7 +42,7 @@ def test_evaluate_refuses_several_kinds_of_data_and_windows_that_do_not_fit(call
     (tmp_path / "text.txt").write_text(TEXT)
     for arguments, names in [
         (["--text", "text.txt", "--task", "standard-library-text"], "--task and --text were given"),
-        (["--text", "none.txt"], "none.txt cannot be read"),
+        (["--text", "none.txt"], "none.txt does not exist"),
         (["--text", "text.txt", "--stride", "1000"], "stride=1000"),
         (["--text", "text.txt"], "takes at most 128"),
     ]:

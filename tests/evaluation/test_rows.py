@@ -1,9 +1,12 @@
 import csv
+import gzip
 import json
 
 import pytest
+from huggingface_hub import constants
 
 from headprune.errors import InvalidInput
+from headprune.evaluation.tasks import other_rows
 from headprune.evaluation.tasks.rows import parts_of, read_rows, read_texts, refuse_counts, refuse_same, without_a_tenth
 
 ROWS = [{"text": 'one, "two"', "label": "1"}, {"text": "three\nlines\nlong", "label": "0"}]
@@ -26,7 +29,9 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.parquet", "", r"rows are read from \.jsonl, \.json, \.csv and \.tsv files"),
+        ("rows.xlsx", "", r"rows are read from \.jsonl, \.json, \.csv, \.tsv and \.parquet files"),
+        ("rows.parquet", "PAR", r"rows\.parquet cannot be read as Parquet: "),
+        ("rows.csv.gz", "text\n", r"rows\.csv\.gz cannot be read as UTF-8 text: Not a gzipped file"),
         ("rows.jsonl", "{", r"rows\.jsonl cannot be read as \.jsonl: "),
         ("rows.json", "{}", "expected a list of objects, found dict"),
         ("rows.jsonl", '{"text": "a"}\n{"words": "b"}\n', r"row 2: no 'text', only words\. Name the column"),
@@ -42,6 +47,61 @@ def test_what_cannot_be_read_is_told_with_its_row(tmp_path, name, content, messa
     path.write_text(content)
     with pytest.raises(InvalidInput, match=message):
         read_rows(str(path), ["text"])
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_packed_files_are_read_as_others(tmp_path, name):
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(WRITTEN[name].encode()))
+    assert read_rows(str(tmp_path / f"{name}.gz"), ["text", "label"]) == ROWS
+    (tmp_path / "a text.txt.gz").write_bytes(gzip.compress(b"one"))
+    assert read_texts(str(tmp_path / "a text.txt.gz"), "text") == ["one"]
+
+
+def test_lines_of_objects_may_be_called_json_as_those_of_c4_are(tmp_path):
+    (tmp_path / "rows.json").write_text(WRITTEN["rows.jsonl"])
+    assert read_rows(str(tmp_path / "rows.json"), ["text"]) == ROWS
+    (tmp_path / "rows.json").write_text(json.dumps({"data": ROWS}, indent=1))
+    assert read_rows(str(tmp_path / "rows.json"), ["text"]) == ROWS
+
+
+def test_parquet_files_are_read_with_what_is_nested_in_them(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    rows = [{**row, "answers": {"text": ["a", "b"], "answer_start": [0, 1]}, "messages": [{"role": "user"}]} for row in ROWS]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert read_rows(str(tmp_path / "rows.parquet"), ["text"]) == rows
+    with pytest.raises(InvalidInput, match=r"nowhere\.parquet does not exist"):
+        read_rows(str(tmp_path / "nowhere.parquet"), ["text"])
+
+
+def test_a_name_on_the_hub_is_read_by_datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, configuration, *, split):
+        asked.append((name, configuration, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    assert read_rows("owner/a-set:train", ["text"]) == ROWS
+    assert read_texts("owner/a-set:form-v1:train[:2]", "text") == [row["text"] for row in ROWS]
+    assert asked == [("owner/a-set", None, "train"), ("owner/a-set", "form-v1", "train[:2]")]
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "a:set.txt").write_text("a file")
+    assert read_texts("owner/a:set.txt", "text") == ["a file"]
+
+
+def test_what_datasets_cannot_give_is_told(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InvalidInput, match=r"datasets cannot read owner/none:train: .* HF_HUB_OFFLINE=0 lets it be fetched"):
+        read_rows("owner/none:train", ["text"])
+    monkeypatch.setattr(other_rows, "find_spec", lambda package: None)
+    with pytest.raises(InvalidInput, match=r"owner/none:train names a data set on the Hub, which datasets reads: pip install"):
+        read_rows("owner/none:train", ["text"])
 
 
 def test_files_that_are_missing_or_no_text_are_named(tmp_path):

@@ -49,6 +49,19 @@ def test_test_and_training_come_from_files_of_their_own(text, tmp_path):
     assert {token for row in rows_of(task.training()) for token in row} == {1, 2}
 
 
+def test_rows_are_documents_or_lines_of_one_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "ab ab ab "}\n{"text": ""}\n{"text": " cd cd cd"}\n')
+    options = {"calibration": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.txt"), "window": 3}
+    (tmp_path / "rows.txt").write_text("abcdef")
+    documents = build_task("text", letter_tokenizer(), **options)
+    assert len(documents.stream) == 2 * 10
+    assert (documents.stream == 1).sum() == 2
+    lines = build_task("text", letter_tokenizer(), rows="lines", **options)
+    assert lines.stream.tolist() == [1, *letter_tokenizer()("ab ab ab \n\n\n\n cd cd cd")["input_ids"]]
+    with pytest.raises(InvalidInput, match="rows=words; expected documents, or lines"):
+        build_task("text", letter_tokenizer(), rows="words", **options)
+
+
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 

@@ -15,7 +15,7 @@ from headprune.evaluation.tasks.causal_text import windows_of
 from headprune.evaluation.tasks.rows import read_texts, refuse_counts, with_test
 from headprune.evaluation.tasks.target_tokens import Batch, TargetTokens
 from headprune.evaluation.tasks.task import register_task
-from headprune.evaluation.tasks.text import training_stream, without_the_last_tenth
+from headprune.evaluation.tasks.text import long_enough, without_the_last_tenth
 from headprune.evaluation.token_stream import token_stream
 from headprune.models.tokens import IGNORED_LABEL
 
@@ -24,7 +24,7 @@ from headprune.models.tokens import IGNORED_LABEL
 class MaskedText(TargetTokens):
     """Masked tokens of your own text, for encoders with their pretraining head: calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .txt or .md file, a folder of such, or a .jsonl, .json, .csv or .tsv file, whose `column` holds documents.
+    calibration: a .txt or .md file, a folder of such, or rows as of `text`, whose `column` holds documents.
     test: the same, for the perplexity; by default the last tenth of calibration's tokens, which then count for nothing else.
     training: the same, for recovery; by default the text of calibration. Documents are joined and cut into windows of `window`
     tokens that do not overlap, of which a seeded choice is used; `masked` of their tokens (in every window, at least one) are
@@ -90,7 +90,8 @@ class MaskedText(TargetTokens):
     def training(self) -> list[Batch]:
         stream = self.stream
         if self.training_text is not None:
-            stream = training_stream(self.tokenizer, self.training_text, self.column, self.inside)
+            stream = token_stream(self.tokenizer, read_texts(self.training_text, self.column))
+            stream = long_enough(stream, self.training_text, self.inside)
         return self.batches(windows_of(stream, self.inside, self.training_windows, self.seed), self.seed + 1)
 
     def check_model(self, model: nn.Module) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,39 +15,52 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from headprune.errors import InvalidInput
+from headprune.evaluation.tasks.other_rows import hub_rows, name_on_hub, parquet_rows
 from headprune.files import path_of
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
 Data = TypeVar("Data")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-ROWS = (".jsonl", ".json", *SEPARATORS)
+ROWS = (".jsonl", ".json", ".parquet", *SEPARATORS)
 TEXTS = (".txt", ".md")
 TENTH = 10
 
 
 def read_rows(source: str, columns: Sequence[str] | Callable[[Row], Sequence[str]]) -> list[Row]:
-    """The rows of a .jsonl file (an object a line), .json (a list of objects, or an object with one as its `data`), .csv or .tsv
-    (with a header). columns: those that are read, or what tells them from the first row.
+    """The rows of a .jsonl file (an object a line), .json (the same, a list of objects, or an object with one as its `data`), .csv
+    or .tsv (with a header), .parquet, or of a data set on the Hub (owner/name:split).
 
+    columns: those that are read, or what tells them from the first row.
     Raises InvalidInput where the file is none of these or cannot be read, and for a row without a value in one of `columns`.
     """
-    path = place_of(source)
-    suffix = path.suffix.lower()
-    if suffix not in ROWS:
-        raise InvalidInput(f"{path}: rows are read from .jsonl, .json, .csv and .tsv files; convert it to one of these.")
-    text = read_text(path)
-    try:
-        rows = parsed(suffix, text)
-    except (ValueError, csv.Error) as error:
-        raise InvalidInput(f"{path} cannot be read as {suffix}: {error}.") from None
+    named = name_on_hub(source)
+    rows = file_rows(place_of(source)) if named is None else hub_rows(named)
     if not rows:
-        raise InvalidInput(f"{path} holds no rows.")
+        raise InvalidInput(f"{source} holds no rows.")
     if callable(columns):
         columns = columns(rows[0] if isinstance(rows[0], dict) else {})
     for number, row in enumerate(rows, 1):
-        refuse_incomplete(row, columns, f"{path}, row {number}")
+        refuse_incomplete(row, columns, f"{source}, row {number}")
     return rows
+
+
+def file_rows(path: Path) -> list[Any]:
+    suffix = kind_of(path)
+    if suffix not in ROWS:
+        raise InvalidInput(f"{path}: rows are read from .jsonl, .json, .csv, .tsv and .parquet files; convert it to one of these.")
+    if suffix == ".parquet":
+        return parquet_rows(path)
+    text = read_text(path)
+    try:
+        return parsed(suffix, text)
+    except (ValueError, csv.Error) as error:
+        raise InvalidInput(f"{path} cannot be read as {suffix}: {error}.") from None
+
+
+def kind_of(path: Path) -> str:
+    """What the file's name ends with, in small letters, before a .gz."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
 def refuse_incomplete(row: Any, columns: Sequence[str], place: str) -> None:
@@ -66,7 +81,7 @@ def refuse_incomplete(row: Any, columns: Sequence[str], place: str) -> None:
 def parsed(suffix: str, text: str) -> list[Any]:
     if suffix in SEPARATORS:
         return table_rows(text, SEPARATORS[suffix])
-    if suffix == ".json":
+    if suffix == ".json" and not of_lines(text):
         content = json.loads(text)
         if isinstance(content, dict) and "data" in content:
             content = content["data"]
@@ -75,6 +90,15 @@ def parsed(suffix: str, text: str) -> list[Any]:
         return content
     # Not splitlines: what Unicode calls a line separator may stand in a string of JSON.
     return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def of_lines(text: str) -> bool:
+    """Whether the first line of several is an object by itself, as in files of JSON Lines that are called .json."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return bool(rest) and isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
 
 
 def table_rows(text: str, separator: str) -> list[Row]:
@@ -86,26 +110,30 @@ def table_rows(text: str, separator: str) -> list[Row]:
 
 
 def read_texts(source: str, column: str) -> list[str]:
-    """Documents: a .txt or .md file is one, a row of another file is one (its `column`), a folder holds those of its .txt and .md
-    files, in the order of their names."""
+    """Documents: a .txt or .md file is one, a row of another file or a data set is one (its `column`), a folder holds those of its
+    .txt and .md files, in the order of their names."""
     path = place_of(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXTS)
         if not files:
             raise InvalidInput(f"{path} holds no {' or '.join(TEXTS)} files.")
         return [read_text(file) for file in files]
-    if path.suffix.lower() in ROWS:
+    if kind_of(path) in ROWS or name_on_hub(source) is not None:
         return [str(row[column]) for row in read_rows(source, [column])]
     return [read_text(path)]
 
 
 def read_text(path: Path) -> str:
-    """Of a file in UTF-8, without the mark that some programs put before it."""
+    """Of a file in UTF-8, packed where it is a .gz, without the mark that some programs put before it."""
+    packed = path.suffix.lower() == ".gz"
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig") as file:
+            return file.read()
     except FileNotFoundError:
-        raise InvalidInput(f"{path} does not exist (looked for in {Path.cwd()}); expected a file of data.") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(
+            f"{path} does not exist (looked for in {Path.cwd()}); expected a file of data, or owner/name:split of the Hub."
+        ) from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8.") from None
 
 

@@ -17,11 +17,12 @@ from headprune.evaluation.token_stream import token_stream
 class Text(CausalText):
     """Next-token prediction on your own text: calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .txt or .md file, a folder of such, or a .jsonl, .json, .csv or .tsv file, whose `column` holds documents.
-    test: the same, for the perplexity; by default the last tenth of calibration's tokens, which then count for nothing else.
-    training: the same, for recovery; by default the text of calibration. Documents are joined, each behind the
-    tokenizer's end-of-text token where it has one, and cut into windows of `window` tokens that do not overlap, of which a
-    seeded choice is used.
+    calibration: a .txt or .md file, a folder of such, or a .jsonl, .json, .csv, .tsv or .parquet file or a data set on the Hub
+    (owner/name:split), whose `column` holds documents. test: the same, for the perplexity; by default the last tenth of
+    calibration's tokens, which then count for nothing else. training: the same, for recovery; by default the text of calibration.
+    Documents are joined, each behind the tokenizer's end-of-text token where it has one, and cut into windows of `window` tokens
+    that do not overlap, of which a seeded choice is used. rows: "documents", or "lines" of one text, to be joined by blank
+    lines, as the perplexity of WikiText is measured.
     """
 
     name = "text"
@@ -34,6 +35,7 @@ class Text(CausalText):
         test: str | None = None,
         training: str | None = None,
         column: str = "text",
+        rows: str = "documents",
         window: int = 512,
         batch: int = 4,
         calibration_windows: int = 128,
@@ -42,13 +44,19 @@ class Text(CausalText):
         seed: int = 0,
     ) -> None:
         refuse_sizes(window, batch)
+        if rows not in ("documents", "lines"):
+            raise InvalidInput(f"rows={rows}; expected documents, or lines (of one text, as in WikiText).")
         refuse_counts(calibration_windows=calibration_windows, test_windows=test_windows, training_windows=training_windows)
 
+        def texts(source: str) -> list[str]:
+            found = read_texts(source, column)
+            return ["\n\n".join(found)] if rows == "lines" else [text for text in found if text.strip()]
+
         def tokens(source: str) -> Tensor:
-            return token_stream(tokenizer, read_texts(source, column))
+            return token_stream(tokenizer, texts(source))
 
         if training is not None:
-            read_texts(training, column)  # refused before anything is scored; tokenised when it is wanted
+            texts(training)  # refused before anything is scored; tokenised when it is wanted
         stream, held_out = with_test(tokens, calibration, test, training, without_the_last_tenth, nested=True)
         if min(len(stream), len(held_out)) < window:
             raise InvalidInput(
@@ -58,19 +66,18 @@ class Text(CausalText):
         super().__init__(
             tokenizer, windows_of(stream, window, calibration_windows, seed), windows_of(held_out, window, test_windows), batch
         )
-        self.stream, self.training_text, self.column = stream, training, column
+        self.stream, self.training_text, self.read = stream, training, tokens
         self.training_windows, self.seed = training_windows, seed
 
     def training(self) -> list[dict[str, Tensor]]:
         stream = self.stream
         if self.training_text is not None:
-            stream = training_stream(self.tokenizer, self.training_text, self.column, self.window)
+            stream = long_enough(self.read(self.training_text), self.training_text, self.window)
         return self.batches(windows_of(stream, self.window, self.training_windows, self.seed))
 
 
-def training_stream(tokenizer: Any, source: str, column: str, window: int) -> Tensor:
-    """The tokens of `source` [tokens]. Raises InvalidInput where they fill no window."""
-    stream = token_stream(tokenizer, read_texts(source, column))
+def long_enough(stream: Tensor, source: str, window: int) -> Tensor:
+    """`stream`, the tokens of `source` [tokens]. Raises InvalidInput where they fill no window."""
     if len(stream) < window:
         raise InvalidInput(
             f"training={source} has {len(stream)} tokens; expected at least one window of {window}. Give more text or a smaller "
