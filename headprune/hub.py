@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from headprune.errors import InvalidInput
 
-NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+NAME = re.compile(r"(?!.*(--|\.\.))(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 DESCRIPTIONS = ("*.jinja", "*.json", "*.model", "*.py", "*.spm", "*.txt")
 ELSEWHERE = ("consolidated*", "onnx/*", "openvino/*", "original/*")  # the same weights once more, for others
 
@@ -38,7 +38,7 @@ def local_folder(name: str | os.PathLike[str], *, weights: bool = True) -> Path:
                 f"{found['repository']}` fetches it; with HF_HUB_OFFLINE=0 headprune does."
             ) from None
         raise unreachable(name, error) from error
-    except OSError as error:  # of requests to the Hub: no such model, no access, no network
+    except (OSError, HFValidationError) as error:  # no such model, no access, no network; a name that is none
         raise unreachable(name, error) from error
     return folder
 
@@ -50,7 +50,7 @@ def known_folder(name: str | os.PathLike[str] | None) -> Path | None:
     found = NAME.fullmatch(os.fspath(name))
     try:
         return None if found is None else snapshot(found, [], offline=True)
-    except OSError:
+    except (OSError, HFValidationError):
         return None
 
 

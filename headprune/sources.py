@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from headprune import demo
 from headprune.errors import CorruptCheckpoint, InvalidInput, unknown_name
@@ -105,12 +106,29 @@ def default_task(name: str) -> str:
 
 
 def open_model(
-    name: str, progress: Progress | None = None, device: torch.device | str = "cpu", base: bool = False
+    name: str, progress: Progress | None = None, device: torch.device | str = "cpu", base: bool = False, bits: int | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """(model in eval mode, tokenizer or None) of `name`, see `model_folder`; base: as in `hp.load`."""
+    """(model in eval mode, tokenizer or None) of `name`, see `model_folder`; base: as in `hp.load`. bits: 4 or 8, of the weights as
+    bitsandbytes quantises them."""
+    if bits is not None:
+        refuse_bits(bits)
     folder = model_folder(name, progress)
-    model: Any = load(folder, base=base).eval()
-    return model.to(device), tokenizer_of(folder, classifies_images(model))
+    if bits is None:
+        whole: Any = load(folder, base=base)
+        model = whole.to(device)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+        model = load(folder, base=base, quantization_config=config, device_map={"": device})
+    return model.eval(), tokenizer_of(folder, classifies_images(model))
+
+
+def refuse_bits(bits: int) -> None:
+    """InvalidInput where weights cannot be loaded in so many bits."""
+    if bits not in (4, 8):
+        raise InvalidInput(f"bits={bits}; expected 4 or 8.")
+    missing = [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise InvalidInput(f"weights in {bits} bits need {' and '.join(missing)}: pip install 'headprune[bits]'.")
 
 
 def open_from_disk(name: str, device: torch.device | str = "cpu", base: bool = False) -> tuple[PreTrainedModel, Any]:

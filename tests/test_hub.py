@@ -147,6 +147,10 @@ def test_what_is_nowhere_is_told_in_one_line(hub, tmp_path, monkeypatch):
     with pytest.raises(InvalidInput, match=r"owner/another is no folder, and .*HF_HUB_OFFLINE=0 headprune does"):
         open_model("owner/another")
     assert known_folder("owner/another") is known_folder("") is known_folder(None) is None
+    for name in ("runs/a--model", "runs/a..model"):  # what the Hub gives nobody as a name
+        assert known_folder(name) is None
+        with pytest.raises(InvalidInput, match=f"{name} is no model folder: it does not exist"):
+            hp.load(name)
     with pytest.raises(InvalidInput, match=r"nothing is no model folder: it does not exist"):
         hp.load(tmp_path / "nothing")
     with pytest.raises(InvalidInput, match=r"unknown model \(no folder, no owner/name on the Hub"):

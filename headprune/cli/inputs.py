@@ -104,26 +104,38 @@ KvCacheOption = Annotated[float | None, typer.Option("--kv-cache", help="Fractio
 FlopsOption = Annotated[float | None, typer.Option("--flops", help="Fraction of the attention FLOPs to remove.")]
 
 
-def opened(model: str, task: str | None, streamed: bool = False, device: str = "cpu") -> tuple[PreTrainedModel, Task]:
+BitsOption = Annotated[
+    int | None,
+    typer.Option(help="Load the weights in 4 or 8 bits (bitsandbytes): a larger model fits; a plan is for the model itself."),
+]
+
+
+def opened(
+    model: str, task: str | None, streamed: bool = False, device: str = "cpu", bits: int | None = None
+) -> tuple[PreTrainedModel, Task]:
     """(model, task), the task by its name and options or the one for such models."""
     from headprune.evaluation.tasks import build_task, check_task_options, named_task
     from headprune.sources import default_task
 
     name, options = (default_task(model), {}) if task is None else named_task(task)
     kind = check_task_options(name, options)
-    found, tokenizer = opened_model(model, streamed, device, kind.base)
+    found, tokenizer = opened_model(model, streamed, device, kind.base, bits)
     kind.check_options(found, options)
     data = with_bar(f"prepare {name}", lambda progress: build_task(name, tokenizer, **options))
     data.check_model(found)
     return found, data
 
 
-def opened_model(model: str, streamed: bool = False, device: str = "cpu", base: bool = False) -> tuple[PreTrainedModel, Any]:
-    """(model, its tokenizer or None); base: as in `hp.load`."""
+def opened_model(
+    model: str, streamed: bool = False, device: str = "cpu", base: bool = False, bits: int | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """(model, its tokenizer or None); base: as in `hp.load`; bits: as in `open_model`."""
     from headprune.models.placement import chosen_device
     from headprune.sources import open_from_disk, open_model, opening
 
     place = chosen_device(device)
+    if streamed and bits is not None:
+        raise InvalidInput(f"--streamed and --bits {bits} were given; weights read layer by layer are taken as they are.")
     if streamed:
         return open_from_disk(model, place, base)
-    return with_bar(opening(model), lambda progress: open_model(model, progress, place, base))
+    return with_bar(opening(model), lambda progress: open_model(model, progress, place, base, bits))

@@ -13,6 +13,7 @@ from rich.table import Table
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
 from headprune.cli.inputs import (
+    BitsOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -44,6 +45,7 @@ def score(
         bool, typer.Option("--keep-unreached", help="Leave attentions that the data does not run through all of their heads.")
     ] = False,
     streamed: StreamedOption = False,
+    bits: BitsOption = None,
     device: DeviceOption = "auto",
     json: JsonOption = False,
     output: OutputOption = Path("scores.json"),
@@ -56,7 +58,7 @@ def score(
     names = list(dict.fromkeys(name.strip() for name in criterion.split(",")))
     needs = frozenset().union(*(scoring.get_criterion(name).needs for name in names))
     scoring.check_normalization(normalize)
-    dense, data = opened(model, task, streamed, device)
+    dense, data = opened(model, task, streamed, device, bits)
     states = output.with_name(f".{output.name}.states") if streamed else None
     observed = with_bar(f"score heads by {', '.join(names)}", lambda progress: scoring.observe(
         dense, data.calibration, needs | (scoring.portrait_needs(dense) if portraits else set()), loss_fn=data.loss,

@@ -22,8 +22,17 @@ ATTENTION_OPERATORS = (
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the model's distinct parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    """Bytes of the model's distinct parameters and buffers; of quantised ones what they hold inside."""
+    return sum(stored_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (Tensor, nn.Parameter):  # torchao's
+        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    state = getattr(tensor, "quant_state", None)  # the scales of 4 bits in bitsandbytes
+    scales = (getattr(state, "absmax", None), getattr(getattr(state, "state2", None), "absmax", None))
+    beside = sum(scale.numel() * scale.element_size() for scale in scales if scale is not None)
+    return int(tensor.numel() * tensor.element_size() + beside)
 
 
 def attention_flops(sites: Sequence[AttentionSite], tokens: int) -> int:

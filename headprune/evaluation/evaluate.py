@@ -226,7 +226,7 @@ def evaluations_in_eval_mode(
     metrics = None
     for name, model in models.items():
         with own_attention(model):
-            sites = attention_sites(model)
+            sites = attention_sites(model, quantised=True)
             length = sequence_length(model, sites, inputs)
         examples[name] = metrics = data.examples(model, progress)
         found[name] = Evaluation(

@@ -59,8 +59,11 @@ def register_adapter(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def attention_sites(model: nn.Module) -> list[AttentionSite]:
+def attention_sites(model: nn.Module, *, quantised: bool = False) -> list[AttentionSite]:
     """Every attention of `model` that headprune can cut, in the order of its modules.
+
+    quantised: also where torchao or bitsandbytes quantised the weights, which can be measured and not cut; UnsupportedModel
+    otherwise.
 
     What looks like an attention of another kind and is not known (deformable attention, say) keeps all its heads, and a warning
     names it. Raises UnsupportedModel where nothing else is found, or where a kind is known in one place and not in another.
@@ -80,6 +83,12 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     # What holds a known attention may be called one too, the whole model for example, whose name is empty.
     unknown = [name for name in unknown if not any(site.name.startswith(f"{name}." if name else "") for site in sites)]
     tell_of(unknown, sites, model)
+    packed = None if quantised else next((site.quantised for site in sites if site.quantised), None)
+    if packed is not None:
+        raise UnsupportedModel(
+            f"{packed.name} ({type(packed.module).__name__}) holds quantised weights, which can be scored and evaluated, not cut; "
+            "prune the model before it is quantised, by the scores of either."
+        )
     return sites
 
 

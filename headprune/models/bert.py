@@ -20,6 +20,7 @@ from headprune.models.head_counts import set_head_counts
 from headprune.models.ibert_forward import EmptiedIBert
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
+from headprune.models.quantised import weight_shape
 from headprune.models.reduced_forward import OwnReduced
 from headprune.models.site import (
     AttentionSite,
@@ -69,7 +70,7 @@ class Named:
         head_dim = self.head_dim(dispatcher) if callable(self.head_dim) else getattr(dispatcher, self.head_dim, None)
         if head_dim is None:
             return None
-        output, features = at(module, self.projections[3]), at(module, self.projections[0]).weight.shape[0]
+        output, features = at(module, self.projections[3]), weight_shape(at(module, self.projections[0]))[0]
         head_map = head_map_of(dispatcher, features, features, head_dim, name)
         value_dim = head_dim if self.value_dim is None else getattr(dispatcher, self.value_dim)
         widths: dict[Role, int] = {"query": head_dim, "key": head_dim, "value": value_dim, "output": value_dim}
@@ -78,7 +79,7 @@ class Named:
         )
         crossing = "Cross" in type(dispatcher).__name__ or "cross" in name.rpartition(".")[2] or name.endswith(CROSS)
         return AttentionSite(
-            name, module, dispatcher, head_map, head_dim, value_dim, output.weight.shape[0], "cross" if crossing else "self",
+            name, module, dispatcher, head_map, head_dim, value_dim, weight_shape(output)[0], "cross" if crossing else "self",
             projections, own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim),
             windowed=self.windowed or sees_parts(module, dispatcher),
         )  # fmt: skip
@@ -128,12 +129,12 @@ class ConvBert(Named):
         if not hasattr(attention, "conv_kernel_layer") or at(module, self.projections[3]) is None:
             return None
         width, query, output = attention.attention_head_size, attention.query, at(module, self.projections[3])
-        rows = attention.value.weight.shape[0]
+        rows = weight_shape(attention.value)[0]
         head_map = head_map_of(attention, rows, rows, width, name)
         heads, half = head_map.query_heads, features_in_order(head_map.query_heads, width)
         for path, layer in ((self.projections[0], query), (self.projections[3], output)):
             check_projection(f"{name}.{path}", layer)
-        of_query = features_in_order(query.weight.shape[0] // width, width)
+        of_query = features_in_order(weight_shape(query)[0] // width, width)
         kept = list(getattr(attention, "position_heads", range(heads)))
         both = ProjectionHeads("output", f"{name}.{self.projections[3]}", output, torch.cat([half, half + heads * width], dim=1))
         check_filled(both)
@@ -146,7 +147,7 @@ class ConvBert(Named):
             *(contiguous_heads(role, f"{name}.{path}", at(module, path), heads, size) for role, path, size in others),
             both,
         )
-        return AttentionSite(name, module, attention, head_map, width, width, output.weight.shape[0], "self", projections)
+        return AttentionSite(name, module, attention, head_map, width, width, weight_shape(output)[0], "self", projections)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         remember_positions(site.dispatcher, site.head_map.query_heads, kept)

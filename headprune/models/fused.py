@@ -23,6 +23,7 @@ from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import GroupedFalcon, OwnPositions, remember_positions
 from headprune.models.own_tensors import own_tensors
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
+from headprune.models.quantised import weight_shape
 from headprune.models.quarters import QuarteredHeads
 from headprune.models.site import (
     AttentionSite,
@@ -78,7 +79,7 @@ class Fused:
         head_dim = told if isinstance(told, int) else round(told**-2)
         dispatcher = at(module, self.inner) if self.inner else module
         check_projection(f"{name}.{self.output}", output)
-        features, hidden = output.weight.shape if is_conv1d(output) else reversed(output.weight.shape)
+        features, hidden = weight_shape(output) if is_conv1d(output) else reversed(weight_shape(output))
         kv_features = features if self.kv_heads is None else self.kv_heads(module) * head_dim
         head_map = head_map_of(dispatcher, features, kv_features, head_dim, name)
         inputs = self.layout(module)(f"{name}.{self.fused}", fused, head_map, head_dim)
@@ -203,7 +204,7 @@ def is_openai(module: Foreign) -> bool:
 def openai_head_dim(module: Foreign) -> int:
     """Without heads it cannot be told from the weights."""
     known: int | None = getattr(module, "headprune_head_dim", None)
-    return known or module.c_proj.weight.shape[0] // module.n_head
+    return known or weight_shape(module.c_proj)[0] // module.n_head
 
 
 def openai_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:

@@ -10,6 +10,7 @@ from headprune.models.adapters import head_map_of, named_as_attention, register_
 from headprune.models.behaviour import original_class
 from headprune.models.head_counts import QUERY_HEADS, follow_width, set_head_counts
 from headprune.models.layer_config import follow_groups
+from headprune.models.quantised import weight_shape
 from headprune.models.site import AttentionSite, Foreign, Role, contiguous_heads
 from headprune.models.specialise import empty
 
@@ -37,7 +38,7 @@ class Guessed:
             head_dim = linear["output"].in_features // getattr(module, heads)
         else:
             head_dim = module.headprune_head_dim
-        rows = {role: layer.weight.shape[int(role == "output")] for role, layer in linear.items()}
+        rows = {role: weight_shape(layer)[int(role == "output")] for role, layer in linear.items()}
         head_map = head_map_of(module, rows["output"], rows["value"], head_dim, name)
         queries, keys = head_map.query_heads, head_map.kv_heads
         many: dict[Role, int] = {"query": queries, "key": keys, "value": keys, "output": queries}

@@ -90,7 +90,8 @@ def value_of(config: Any, name: str) -> Any:
 def weights_of(model: nn.Module) -> tuple[float, ...] | None:
     """Entries [up to SITES * ENTRIES] of output projections in all parts of the model."""
     with own_attention(model):
-        outputs: list[Tensor] = [site.output.module.weight for site in attention_sites(model)]
+        sites = attention_sites(model, quantised=True)
+    outputs: list[Tensor] = [site.output.module.weight for site in sites]
     outputs = [weight for weight in outputs if weight.numel()]
     if not all(type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta for weight in outputs):
         return None

@@ -8,6 +8,7 @@ from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.cached import CachedFeatures
 from headprune.models.head_counts import set_head_counts
 from headprune.models.layer_config import follow_groups
+from headprune.models.quantised import weight_shape
 from headprune.models.site import AttentionSite, Foreign, check_filled, check_projection, contiguous_heads, heads_at
 from headprune.models.specialise import empty
 
@@ -29,7 +30,7 @@ class Latent:
             return None
         nope, rope, value = (getattr(module, size) for size in SIZES)
         check_projection(f"{name}.o_proj", module.o_proj)
-        hidden, features = module.o_proj.weight.shape
+        hidden, features = weight_shape(module.o_proj)
         head_map = head_map_of(module, features, features, value, name)
         heads = head_map.query_heads
         q = contiguous_heads("query", f"{name}.{query}", getattr(module, query), heads, nope + rope)

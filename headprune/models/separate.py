@@ -17,6 +17,7 @@ from headprune.models.head_counts import follow_width, set_head_counts
 from headprune.models.kv_sharing import gives_keys, reads_keys
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import OwnPositions, remember_positions
+from headprune.models.quantised import weight_shape
 from headprune.models.selection import PicksHeads
 from headprune.models.site import (
     AttentionSite,
@@ -79,8 +80,8 @@ class Separate:
         value_dim = getattr(module, "v_head_dim", head_dim)
         for path in linear:
             check_projection(f"{name}.{path}", at(module, path))
-        queries, _, values, _ = (at(module, path).weight.shape[0] for path in linear)
-        head_map = head_map_of(module, o.weight.shape[1], values, value_dim, name)
+        queries, _, values, _ = (weight_shape(at(module, path))[0] for path in linear)
+        head_map = head_map_of(module, weight_shape(o)[1], values, value_dim, name)
         # Two features in the queries for each that is read of the output: half of them are gates.
         gated = bool(head_map.query_heads) and queries == 2 * head_map.query_heads * head_dim
         widths = (head_dim * (1 + gated), head_dim, value_dim, value_dim)
@@ -96,7 +97,7 @@ class Separate:
         gates = [gate for gate in GATES if gates_heads(getattr(module, gate, None), head_map, value_dim)]
         for gate in gates:
             layer: Foreign = getattr(module, gate)
-            width = layer.weight.shape[0] // max(head_map.query_heads, 1)
+            width = weight_shape(layer)[0] // max(head_map.query_heads, 1)
             projections.append(contiguous_heads("query", f"{name}.{gate}", layer, head_map.query_heads, width))
         gate_width = sum(part.features.shape[1] for part in projections if part.role == "query") - head_dim
         if isinstance(getattr(module, "sinks", None), Tensor):
@@ -109,7 +110,7 @@ class Separate:
         last = name.rpartition(".")[2]
         kind: Kind = "cross" if "cross" in last or last == "encoder_attn" else "self"
         return AttentionSite(
-            name, module, module, head_map, head_dim, value_dim, o.weight.shape[0], kind, tuple(projections), tuple(extras),
+            name, module, module, head_map, head_dim, value_dim, weight_shape(o)[0], kind, tuple(projections), tuple(extras),
             windowed or by_prompt, head_modules=tuple(modules), proven=not unknown_parameters(module, {*parts, *gates, *BESIDES}),
             gate_width=gate_width,
         )  # fmt: skip
@@ -154,9 +155,9 @@ def projection(role: Role, name: str, module: Foreign, norm: Foreign, heads: int
     weight = getattr(norm, "weight", None)
     if not heads or weight is None or weight.dim() != 1 or weight.numel() == head_dim:
         return contiguous_heads(role, name, module, heads, width)
-    if weight.numel() != module.weight.shape[0]:
+    if weight.numel() != weight_shape(module)[0]:
         raise UnsupportedModel(f"{name}: its norm spans {weight.numel()} features, neither one head ({head_dim}) nor all of them.")
-    whole = heads_at(role, name, module, module.weight.shape[0] // head_dim, head_dim)
+    whole = heads_at(role, name, module, weight_shape(module)[0] // head_dim, head_dim)
     picked = getattr(norm, "picked_heads", tuple(range(heads)))
     return ProjectionHeads(role, name, module, whole.features[list(picked)], whole=True)
 

@@ -20,6 +20,7 @@ from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
 from headprune.models.head_counts import set_head_counts
 from headprune.models.kv_sharing import gives_keys, reads_keys
 from headprune.models.layer_config import follow_groups
+from headprune.models.quantised import weight_shape
 from headprune.models.separate import BESIDES, Separate, unknown_parameters
 from headprune.models.site import AttentionSite, Foreign, contiguous_heads
 from headprune.models.specialise import empty
@@ -51,14 +52,14 @@ class ReadsKeys:
         head_dim, o = module.head_dim, module.o_proj
         head_map = getattr(module, "head_map", None)
         if not isinstance(head_map, HeadMap):
-            heads = o.weight.shape[1] // head_dim
+            heads = weight_shape(o)[1] // head_dim
             head_map = replace(HeadMap.uniform(heads, heads // module.num_key_value_groups), kv_stay=True)
         projections = (
             contiguous_heads("query", f"{name}.q_proj", module.q_proj, head_map.query_heads, head_dim),
             contiguous_heads("output", f"{name}.o_proj", o, head_map.query_heads, head_dim),
         )
         return AttentionSite(
-            name, module, module, head_map, head_dim, head_dim, o.weight.shape[0], "self", projections,
+            name, module, module, head_map, head_dim, head_dim, weight_shape(o)[0], "self", projections,
             proven=not unknown_parameters(module, {"q_proj", "o_proj", *UNUSED, *BESIDES}), cached=CachedFeatures(), own_keys=False,
         )  # fmt: skip
 

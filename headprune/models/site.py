@@ -14,6 +14,7 @@ from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.behaviour import original_class
 from headprune.models.cached import CachedFeatures
+from headprune.models.quantised import is_quantised, plain_weight, weight_shape
 
 Role = Literal["query", "key", "value", "output"]
 Kind = Literal["self", "cross"]
@@ -54,7 +55,7 @@ class ProjectionHeads:
 
     def head_weights(self) -> Tensor:
         """Each head's slice of the weight, [heads, width, other]; a copy."""
-        weight: Tensor = self.module.weight.detach()
+        weight = plain_weight(self.module)
         rows = weight if self.weight_dim == 0 else weight.t()
         return rows[self.features.to(weight.device)]
 
@@ -62,7 +63,7 @@ class ProjectionHeads:
         """Number of parameters that go with one head."""
         if self.whole:
             return 0
-        others: int = self.module.weight.shape[1 - self.weight_dim]
+        others = weight_shape(self.module)[1 - self.weight_dim]
         return self.features.shape[1] * (others + int(self.bias_per_head))
 
 
@@ -155,6 +156,11 @@ class AttentionSite:
         return all(part.module in inside for part in self.projections)
 
     @property
+    def quantised(self) -> ProjectionHeads | None:
+        """Its first projection with quantised weights."""
+        return next((part for part in self.projections if is_quantised(part.module)), None)
+
+    @property
     def output(self) -> ProjectionHeads:
         return self.projection("output")
 
@@ -188,7 +194,7 @@ def contiguous_heads(role: Role, name: str, module: nn.Module, heads: int, width
     """Heads that lie one after another and fill the projection: head h owns features h * width up to (h + 1) * width."""
     check_projection(name, module)
     projection = ProjectionHeads(role, name, module, features_in_order(heads, width))
-    if projection.module.weight.shape[projection.weight_dim] != heads * width:
+    if weight_shape(module)[projection.weight_dim] != heads * width:
         check_filled(projection)
     return projection
 
@@ -215,14 +221,17 @@ def heads_at(
 def check_filled(*projections: ProjectionHeads) -> None:
     """UnsupportedModel unless the heads of `projections`, all in one module, own each of its features exactly once."""
     first = projections[0]
-    have, owned = first.module.weight.shape[first.weight_dim], torch.cat([part.features.flatten() for part in projections])
+    have, owned = weight_shape(first.module)[first.weight_dim], torch.cat([part.features.flatten() for part in projections])
     if not torch.equal(owned.sort().values, torch.arange(have, device="cpu")):
         roles = " + ".join(f"{len(part.features)} {part.role} heads x {part.features.shape[1]}" for part in projections)
         raise UnsupportedModel(f"{first.name} has {have} features; expected {roles} = {owned.numel()}.")
 
 
 def check_projection(name: str, module: Foreign) -> None:
-    """UnsupportedModel unless `module` is a plain linear layer whose weight can be sliced by head."""
+    """UnsupportedModel unless `module` is a plain linear layer whose weight can be sliced by head, or a quantised one of which it
+    could be before (`attention_sites` refuses those where they are to be cut)."""
+    if is_quantised(module):
+        return
     kind = type(module).__name__
     if not (original_class(module) is nn.Linear or kind in PLAIN_LINEAR):
         kind = f"{type(module).__module__}.{kind}" if kind == "Linear" else kind  # of a quantisation library

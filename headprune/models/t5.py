@@ -10,6 +10,7 @@ from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.behaviour import original_class
 from headprune.models.head_counts import set_head_counts
 from headprune.models.own_positions import remember_positions
+from headprune.models.quantised import weight_shape
 from headprune.models.site import AttentionSite, Foreign, HeadTensor, Kind, Role, contiguous_heads
 from headprune.models.specialise import empty, specialise
 from headprune.models.t5_positions import EmptiedT5, SharedPositions
@@ -24,7 +25,7 @@ class T5Like:
         marks = (*PARTS.values(), "key_value_proj_dim", "has_relative_attention_bias", "compute_bias")
         if not all(hasattr(module, mark) for mark in marks):
             return None
-        head_dim, (hidden, features) = module.key_value_proj_dim, module.o.weight.shape
+        head_dim, (hidden, features) = module.key_value_proj_dim, weight_shape(module.o)
         head_map = head_map_of(module, features, features, head_dim, name)
         projections = tuple(
             contiguous_heads(role, f"{name}.{part}", getattr(module, part), head_map.query_heads, head_dim)

@@ -13,6 +13,7 @@ from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.emptied import EmptiedTimm
 from headprune.models.fused_layout import blocks
 from headprune.models.head_counts import set_head_counts
+from headprune.models.quantised import weight_shape
 from headprune.models.site import AttentionSite, Foreign, HeadTensor, check_projection, contiguous_heads
 from headprune.models.specialise import empty
 
@@ -37,7 +38,7 @@ class Timm:
         check_projection(f"{name}.proj", module.proj)
         # A window attention does not keep it, and an emptied one has nothing to derive it from but its scale.
         head_dim = getattr(module, "head_dim", None) or round(module.scale**-2)
-        hidden, features = module.proj.weight.shape
+        hidden, features = weight_shape(module.proj)
         head_map = head_map_of(module, features, features, head_dim, name)
         projections = (
             *blocks(f"{name}.qkv", module.qkv, head_map, head_dim),

@@ -13,6 +13,7 @@ from torch import nn
 
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name, whole_number
+from headprune.evaluation.cost import weight_bytes
 from headprune.evaluation.latency import measure_latency
 from headprune.evaluation.tasks import Task
 from headprune.recovery.methods import linear_layers
@@ -107,18 +108,7 @@ def compare_quantised(
         latency = measure_latency({f"{name} {form}": model for (name, form), model in made.items()}, task.latency_inputs(), repeats)
         for (name, form), model in made.items():
             quality, p50 = task.evaluate(model), latency[f"{name} {form}"].p50_ms
-            found.append(QuantisedQuality(name, form, quality, stored_bytes(model), p50))
+            found.append(QuantisedQuality(name, form, quality, weight_bytes(model), p50))
             if progress:
                 progress(len(found), len(made))
     return found
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, of quantised ones what they hold inside."""
-    return sum(bytes_of(tensor) for tensor in (*model.parameters(), *model.buffers()))
-
-
-def bytes_of(tensor: torch.Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (torch.Tensor, nn.Parameter):
-        return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()

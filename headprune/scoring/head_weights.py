@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from headprune.errors import UnsupportedModel
 from headprune.models.site import AttentionSite, Role
 from headprune.ops import HeadSlices
 
@@ -19,6 +20,11 @@ def head_slices(sites: Iterable[AttentionSite]) -> list[HeadSlices]:
 
 
 def slices_of(site: AttentionSite, role: Role) -> HeadSlices:
+    if site.quantised is not None:
+        raise UnsupportedModel(
+            f"{site.quantised.name} holds quantised weights, which cannot be measured themselves; choose a criterion of gates or "
+            "activations (fisher, output_energy, fluctuation, ...), or score the model before it is quantised."
+        )
     if role in ("key", "value") and not site.own_keys:  # no weights of its own, so all that is measured of them is 0
         return HeadSlices(site.output.module.weight, site.output.weight_dim, site.head_map.kv_heads, ())
     one = site.projection(role)

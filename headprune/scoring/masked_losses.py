@@ -54,7 +54,7 @@ def masked_losses(
     loss that is missing, unknown or not finite.
     """
     with own_attention(model):
-        return MaskedLosses(model, attention_sites(model), loss_fn, rows).on(batch).losses(masks)
+        return MaskedLosses(model, attention_sites(model, quantised=True), loss_fn, rows).on(batch).losses(masks)
 
 
 @dataclass

@@ -92,7 +92,7 @@ def observe(
     model = plain_module(model)
     kinds = None if token_kinds is None else TokenKinds.of(token_kinds)
     with own_attention(model):
-        every = attention_sites(model)
+        every = attention_sites(model, quantised=True)
         sites, headless = (tuple(site for site in every if bool(site.head_map.query_heads) is has) for has in (True, False))
         setting = Setting(model, sites, loss_fn, token_masks(model, token_mask), kinds, gram_device, headless, token_mask is None)
         wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.models.quantised import kept_differentiable
 from headprune.models.uncompiled import uncompiled
 from headprune.nn.given import out_of_inference_mode
 from headprune.nn.linear import through_onednn
@@ -96,7 +97,7 @@ def pass_of(model: nn.Module) -> Iterator[None]:
     Raises InvalidInput where its weights are not ordinary ones.
     """
     refuse_inference_tensors(model)
-    with in_eval_mode(model), through_onednn(model), uncompiled(model), out_of_inference_mode():
+    with in_eval_mode(model), through_onednn(model), uncompiled(model), kept_differentiable(model), out_of_inference_mode():
         yield
 
 

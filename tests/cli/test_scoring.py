@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from letter_tokenizer import letter_tokenizer
 from tiny_models import bert, tokens
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from headprune.cli import scoring
 from headprune.errors import InvalidPlan
@@ -34,7 +36,7 @@ class TinyTask:
 
 @pytest.fixture
 def tiny_task(monkeypatch):
-    monkeypatch.setattr(scoring, "opened", lambda model, task, streamed=False, device="auto": (bert(), TinyTask()))
+    monkeypatch.setattr(scoring, "opened", lambda *_: (bert(), TinyTask()))
 
 
 def test_score_shows_heat_maps_agreement_stability_and_portraits(call, tiny_task):
@@ -69,3 +71,31 @@ def test_scores_of_the_command_line_name_their_model_so_that_plans_of_them_are_r
     other.config.model_type = "roberta"
     with pytest.raises(InvalidPlan, match="its model_type is bert, the given model's is roberta"):
         chosen.check_fits(other)
+
+
+def test_a_model_in_four_bits_ranks_the_heads_of_the_model_itself(call, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, vocab_size=61,
+        initializer_range=0.2, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    letter_tokenizer().save_pretrained(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("some words of a text " * 80)
+    task = ("--task", "text,calibration=text.txt,window=16", "--criterion", "output_energy")
+    for bits, name in (((), "16.json"), (("--bits", "4"), "4.json")):
+        code, _, err = call("score", "./llama", *task, *bits, "-o", name)
+        assert code == 0, err
+    found, expected = HeadScores.load("4.json"), HeadScores.load("16.json")
+    assert not all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found.compare(expected).spearman > 0.8
+    code, _, err = call("plan", "4.json", "--heads", "0.5", "-o", "plan.json")
+    assert code == 0, err
+    code, _, err = call("prune", "./llama", "plan.json", "-o", "pruned")
+    assert code == 0, err
+    for bits, message in (("3", "bits=3; expected 4 or 8"), ("4", "--streamed and --bits 4 were given")):
+        more = ("--streamed",) if bits == "4" else ()
+        code, _, err = call("score", "./llama", *task, "--bits", bits, *more)
+        assert code == 2
+        assert message in err

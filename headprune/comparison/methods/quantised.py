@@ -2,8 +2,8 @@
 
 from headprune.comparison.method import Compressed, Refused, Subject, comparison_method
 from headprune.errors import InvalidInput
+from headprune.evaluation.cost import weight_bytes
 from headprune.recovery import quantise
-from headprune.recovery.quantise import stored_bytes
 
 KERNELS = "products of {form} weights with floating-point activations"
 
@@ -37,6 +37,6 @@ def quantised(subject: Subject, form: str) -> Compressed:
         model,
         note,
         compact="as torchao holds it in memory (on a CPU int4 takes a byte)",
-        compact_bytes=stored_bytes(model),
+        compact_bytes=weight_bytes(model),
         trainable=False,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headprune.models.gating import output_input_hooks
+from headprune.models.quantised import plain_weight
 from headprune.models.site import AttentionSite, is_conv1d
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.observations import Need
@@ -53,7 +54,7 @@ class Grams(Observer):
         return {name for name, sums in self._sums.items() if sums["tokens"]}
 
     def _output_weights(self, site: AttentionSite) -> dict[str, Tensor]:
-        weight = site.output.module.weight.detach()
+        weight = plain_weight(site.output.module)
         weight = (weight.T if is_conv1d(site.output.module) else weight)[:, self._columns[site.name].to(weight.device)].double()
         return {"output_gram": (weight.T @ weight).cpu(), "output_l1": weight.abs().sum(dim=0).cpu()}
 
