@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from headprune.errors import InvalidInput
 
 NAME = re.compile(r"(?!.*(--|\.\.))(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
-DESCRIPTIONS = ("*.jinja", "*.json", "*.model", "*.py", "*.spm", "*.txt")
+DESCRIPTIONS = ("*.jinja", "*.json", "*.model", "*.py", "*.spm", "*.txt", "README.md")
 ELSEWHERE = ("consolidated*", "onnx/*", "openvino/*", "original/*")  # the same weights once more, for others
 
 

@@ -19,6 +19,7 @@ from headprune.models.placement import chosen_device
 from headprune.models.streamed import streamed_of
 from headprune.planning import PruningPlan
 from headprune.recipe import Recipe, load_recipe
+from headprune.report.model_card import write_card
 from headprune.report.progress import Stages
 from headprune.report.web_page import report
 from headprune.run_inputs import FILE, KIND, refuse_changed, run_inputs
@@ -93,6 +94,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     write_json(
         folder / "result.json", "run_result", {"checks": checks, "comparison": comparison.to_json(), "stages": stages.to_json()}
     )
+    write_card(folder)
     measure_for_report(dense, task, scores, recipe, stages)
     return RunResult(folder, chosen, comparison, checks, report(folder), stages)
 

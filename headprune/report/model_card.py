@@ -1,0 +1,80 @@
+"""The card (README.md) of a pruned model: what it is made from, what was measured, how it loads; its head is what the Hub reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
+from headprune.errors import InvalidInput
+from headprune.files import write_text
+from headprune.hub import NAME, known_folder
+from headprune.report.run_folder import RunFolder, read_run
+from headprune.version import __version__
+
+KEPT = ("language", "license", "license_name", "license_link", "pipeline_tag")  # of the card of the model that it is made from
+CARD = "README.md"
+
+
+def write_card(folder: Path) -> Path:
+    """Writes the card of the run in `folder` beside the model that it ended with."""
+    model = next(place for place in (folder / "recovered", folder / "model") if place.is_dir())
+    write_text(model / CARD, model_card(read_run(folder)))
+    return model / CARD
+
+
+def model_card(run: RunFolder) -> str:
+    """In Markdown. The run must have come to a plan."""
+    if run.plan is None:
+        raise InvalidInput(f"{run.folder} holds no plan.json, so that it has not made a model yet; run its recipe again.")
+    source = str(run.recipe.get("model", ""))
+    name = NAME.fullmatch(source) if not Path(source).is_dir() else None
+    before = sum(shape.head_map.query_heads for shape in run.shapes.values())
+    gone = run.plan.removed_heads
+    head = ModelCardData(
+        base_model=None if name is None else name["repository"], library_name="transformers",
+        tags=["headprune", "pruned", "attention-head-pruning"], **inherited(source),
+    )  # fmt: skip
+    known = [run.ranking.criterion] if run.ranking is not None else []
+    made = [f"scored by {criterion}" for criterion in known] + ["cut out of the weights"]
+    made += ["outputs re-solved on calibration data"] if run.recipe.get("prune", {}).get("compensate", True) else []
+    parts = [
+        f"---\n{head.to_yaml()}\n---\n",
+        f"# {Path(source).name or 'A model'} with fewer attention heads\n",
+        f"`{source}` without {gone} of its {before} query heads ({gone / before:.0%}): {', '.join(made)}.",
+        f"Made by headprune {__version__}.\n",
+        '```python\nimport headprune as hp\n\nmodel = hp.load("FOLDER")\n```',
+        "or, also without headprune, `from_pretrained(..., trust_remote_code=True)` of transformers' `AutoModel` classes.\n",
+    ]
+    if run.comparison is not None:
+        table = [run.comparison.columns(), ("---",) * len(run.comparison.columns()), *run.comparison.rows()]
+        parts += [f"## Measured\n{run.comparison.task}, dense and pruned in one run{about(run)}:\n", *map(row_of, table), ""]
+    parts += ["## Heads\n", row_of(("attention", "query heads", "of", "key/value heads", "of")), row_of(("---",) * 5)]
+    for site, shape in run.shapes.items():
+        kept = shape.head_map if site not in run.plan else shape.head_map.keep(run.plan[site])
+        counts = (kept.query_heads, shape.head_map.query_heads, kept.kv_heads, shape.head_map.kv_heads)
+        parts.append(row_of((site, *map(str, counts))))
+    return "\n".join(parts) + "\n"
+
+
+def about(run: RunFolder) -> str:
+    data = run.comparison.dense.data() if run.comparison is not None else ""
+    return f", {data}" if data else ""
+
+
+def row_of(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def inherited(source: str) -> dict[str, Any]:
+    """What the card of the model `source` says that holds for the pruned one too; nothing where there is no card."""
+    folder = known_folder(source)
+    if folder is None or not (folder / CARD).is_file():
+        return {}
+    try:
+        head = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):  # a card that cannot be read
+        return {}
+    return {name: head[name] for name in KEPT if name in head}
