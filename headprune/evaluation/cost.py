@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from headprune.evaluation.data import placed
+from headprune.models.quantised import parts_of
 from headprune.models.site import AttentionSite
 from headprune.models.uncompiled import uncompiled
 
@@ -23,12 +24,10 @@ ATTENTION_OPERATORS = (
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the model's distinct parameters and buffers; of quantised ones what they hold inside."""
-    return sum(stored_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return sum(stored_bytes(part) for tensor in (*model.parameters(), *model.buffers()) for part in parts_of(tensor))
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (Tensor, nn.Parameter):  # torchao's
-        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     state = getattr(tensor, "quant_state", None)  # the scales of 4 bits in bitsandbytes
     scales = (getattr(state, "absmax", None), getattr(getattr(state, "state2", None), "absmax", None))
     beside = sum(scale.numel() * scale.element_size() for scale in scales if scale is not None)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from headprune.errors import UnsupportedModel
+
 BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 PACKS = "support_avx512bf16_for_cpu"
 
@@ -44,6 +46,25 @@ def plain_weight(module: Any) -> Tensor:
     elif in_torchao(module):
         weight = module.weight.dequantize()
     return weight.detach()
+
+
+def parts_of(tensor: Tensor) -> Iterator[Tensor]:
+    """`tensor` itself, or what is inside one of torchao's."""
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (Tensor, nn.Parameter):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts_of(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def refuse_quantised(model: nn.Module, doing: str) -> None:
+    """UnsupportedModel where a layer of `model` is quantised, naming what is not done with it."""
+    name = next((name for name, module in model.named_modules() if is_quantised(module)), None)
+    if name is not None:
+        raise UnsupportedModel(
+            f"{name} holds quantised weights, which {doing}; do that before the model is quantised, or train adapters on it "
+            "with peft (docs/large-models.md)."
+        )
 
 
 @contextmanager

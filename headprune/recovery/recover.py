@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from headprune.arguments import check_arguments, check_options, keywords
 from headprune.errors import whole_number
+from headprune.models.quantised import refuse_quantised
 from headprune.models.tokens import TokenMask
 from headprune.nn.given import plain_module
 from headprune.recovery.batches import as_dataset, first_batch
@@ -67,7 +68,7 @@ def recover(
             data_collator and per_device_train_batch_size make batches of. Without eval and metric the last weights stay, with
             them the best.
         loss_fn: `loss_fn(model, batch)` gives a loss (a tensor, of which the mean counts); default the output's `loss`.
-        teacher: the dense model, which is used as it is and never trained, or a folder of `store_logits`.
+        teacher: the dense model, also a quantised one, which is used as it is and never trained, or a folder of `store_logits`.
         method: "full", "projections" (of attention alone) or "lora" (method_options: rank, alpha, dropout, targets).
         steps, minutes: the budget, one of them; default three passes over `train`. Minutes are by `clock`, evaluation included.
         lr: peak learning rate (default: the method's), reached after `warmup` steps, then falling linearly to 0; or the rate
@@ -98,6 +99,7 @@ def recover(
     """
     model = plain_module(model)
     check_arguments(recover, locals())
+    refuse_quantised(model, "recovery does not train")
     chosen = get_method(method)
     chosen.refuse_unknown(method_options or {})
     if training_arguments:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headprune.errors import HeadpruneError
 from headprune.files import read_json, whole_file, write_json
+from headprune.models.quantised import parts_of
 from headprune.settings import refuse_other_settings
 
 log = logging.getLogger("headprune")
@@ -120,7 +121,8 @@ def told_apart(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
     goes on has made its model again, to rounding."""
     state = model.state_dict() if isinstance(model, nn.Module) else model
     shapes = [(name, list(tensor.shape)) for name, tensor in state.items()]
-    entries = [sampled(tensor).double().norm().item() for tensor in state.values() if tensor.is_floating_point()]
+    tensors = (part for tensor in state.values() for part in parts_of(tensor))
+    entries = [sampled(tensor).double().norm().item() for tensor in tensors if tensor.is_floating_point()]
     return {"model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16], "weights": math.hypot(*entries)}
 
 

@@ -37,7 +37,7 @@ class ModelTeacher:
     def check(self, student: nn.Module) -> None:
         check_vocabulary(student, self.model)
         with own_attention(self.model):
-            known = {site.name for site in attention_sites(self.model)} if any(self.wanted.values()) else set()
+            known = {site.name for site in attention_sites(self.model, quantised=True)} if any(self.wanted.values()) else set()
         for names in self.wanted.values():
             for name in names:
                 if name not in known:
@@ -56,7 +56,7 @@ class ModelTeacher:
             if place != device and not self.shards:
                 model.to(device)
                 stack.callback(model.to, place)
-            self.sites = attention_sites(model) if any(self.wanted.values()) else ()
+            self.sites = attention_sites(model, quantised=True) if any(self.wanted.values()) else ()
             stack.enter_context(pass_of(model))
             if self.shards:
                 stack.enter_context(sharded(model, device))

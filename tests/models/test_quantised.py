@@ -123,3 +123,43 @@ def test_shapes_are_those_of_the_weights_that_are_stood_for(quantise):
     layer = quantise(nn.Sequential(nn.Linear(64, 32)))[0]
     assert is_quantised(layer)
     assert weight_shape(layer) == tuple(plain_weight(layer).shape) == (32, 64)
+
+
+@pytest.mark.parametrize("quantise", [in_torchao, in_bitsandbytes])
+@pytest.mark.parametrize("term", ["logits", "hidden", "attention"])
+def test_a_quantised_model_teaches(quantise, term):
+    dense = llama()
+    teacher = quantise(copy.deepcopy(dense))
+    student = copy.deepcopy(dense)
+    hp.cut(student, hp.PruningPlan.from_keep(student, {"model.layers.0.self_attn": [0, 3, 5]}))
+    options = {"distil": hp.Distillation(**{term: 1.0}), "steps": 2, "lr": 0.0}
+    lost = [
+        hp.recover(copy.deepcopy(student), BATCHES, teacher=one, **options).losses[0][1]
+        for one in (teacher, dense_again(teacher, dense))
+    ]
+    assert lost[0] == pytest.approx(lost[1], rel=5e-2)
+    assert lost[0] > 0
+
+
+def test_a_quantised_model_is_not_trained_and_adapters_of_peft_are_merged_into_the_model_itself(tmp_path):
+    peft = pytest.importorskip("peft")
+    dense = llama()
+    hp.cut(dense, hp.PruningPlan.from_keep(dense, {"model.layers.1.self_attn": [0, 1, 2, 5]}))  # rows in steps of 32
+    model = in_bitsandbytes(copy.deepcopy(dense))
+    for method in ("full", "lora", "projections"):
+        with pytest.raises(UnsupportedModel, match=r"q_proj holds quantised weights, which recovery does not train; .*peft"):
+            hp.recover(model, BATCHES, method=method, steps=1)
+    hp.save(dense, tmp_path / "pruned")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=4)).train()
+    optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-2)
+    for batch in BATCHES * 2:
+        adapted(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(tmp_path / "adapters")
+    merged = peft.PeftModel.from_pretrained(hp.load(tmp_path / "pruned"), tmp_path / "adapters").merge_and_unload()
+    hp.save(merged, tmp_path / "recovered")
+    again = hp.load(tmp_path / "recovered")
+    assert hp.attention_sites(again)[1].head_map.query_heads == 4
+    losses = [sum(float(one(**batch).loss) for batch in BATCHES) for one in (dense, again)]
+    assert losses[1] < losses[0]
