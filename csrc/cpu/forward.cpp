@@ -121,8 +121,10 @@ void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel&
   for (int v = 0; v < Vecs; ++v) {
     const Vec sum = load(total + v * kLanes);
     store(factors + v * kLanes, Vec::blendv(load(gate + v * kLanes) / sum, Vec(0.f), sum == Vec(0.f)));
-    store(lse + v * kLanes, load(panel.high + v * kLanes) * Vec(kLn2) + sum.log());
+    store(lse + v * kLanes, sum.log());
   }
+  // In fp64: the backward pass takes the exponential of what is lost here.
+  for (int64_t r = 0; r < panel.rows; ++r) lse[r] = static_cast<Real>(panel.high[r] / static_cast<double>(kLog2e) + lse[r]);
   if (panel.thin()) {
     read_thin_output(thin_kind, problem, panel, buffer);
   } else {

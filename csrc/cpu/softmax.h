@@ -77,9 +77,9 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
     const Vec now = max_second(block_high[v], old);
     store(panel.high + v * kLanes, now);
     high[v] = Vec::blendv(now, Vec(0.f), now == Vec(-kInfinity));
-    shift[v] = max_second(Vec(-127.f), old - high[v]);
+    shift[v] = max_second(Vec(kFaintest), old - high[v]);
     factor[v] = exp2(shift[v]);
-    sum[v] = load(panel.sum + v * kLanes) * factor[v];
+    sum[v] = Vec(0.f);  // of this block
     grew = grew || (factor[v] == Vec(1.f)).zero_mask() != 0;
   }
   if (grew) rescale<Vecs>(panel.output, value_dim, factor);
@@ -109,7 +109,7 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
     }
   }
   for (int v = 0; v < Vecs; ++v) {
-    store(panel.sum + v * kLanes, sum[v]);
+    store(panel.sum + v * kLanes, at::vec::fmadd(load(panel.sum + v * kLanes), factor[v], sum[v]));
     if constexpr (Stats) {
       store(panel.stats.weighted + v * kLanes, weighted[v]);
       store(panel.stats.distance + v * kLanes, distance[v]);

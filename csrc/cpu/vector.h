@@ -46,6 +46,16 @@ inline Vec max_second(Vec a, Vec b) {
 #endif
 }
 
+inline Vec min_second(Vec a, Vec b) {
+#if defined(HEADPRUNE_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(HEADPRUNE_AVX2)
+  return _mm256_min_ps(a, b);
+#else
+  return Vec::blendv(b, a, a < b);
+#endif
+}
+
 inline Real sum_of_lanes(Vec x) {
 #if defined(HEADPRUNE_AVX512)
   return _mm512_reduce_add_ps(x);
