@@ -139,7 +139,7 @@ void exchange(const Backward& problem, const Group& group, const Keys& keys, int
   constexpr int rows = Vecs * kLanes;
   const int64_t key_width = padded(problem.head_dim), value_width = padded(problem.value_dim);
   Real* bias = problem.bias.data ? place.bias.transposed : nullptr;
-  if (bias && !read_bias(problem.bias, group.batch, place.panel, keys, slot, count, kKeyBlock, place.bias)) return;
+  if (bias && !read_bias(problem, group, place.panel, keys, slot, count, kKeyBlock, place.bias)) return;
   if (bias) turn_bias(place.panel, count, place.bias);
   const Edits edits = edits_of(problem, place.panel, keys, slot, count, bias);
   score_block<Vecs>(key.data, key.stride, count, place.panel.queries, problem.head_dim, place.scores);

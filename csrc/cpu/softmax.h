@@ -102,7 +102,7 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
       sum[v] = sum[v] + p;
       if constexpr (Stats) {
         const Vec apart = (Vec(static_cast<Real>(keys.at(slot + key))) - load(panel.position + v * kLanes)).abs();
-        weighted[v] = at::vec::fmadd(p, max_second(Vec(-127.f), x), weighted[v]);
+        weighted[v] = at::vec::fmadd(p, max_second(Vec(kFaintest), x), weighted[v]);
         distance[v] = at::vec::fmadd(p, apart, distance[v]);
       }
       store(at, p);
@@ -124,7 +124,8 @@ inline void merge(const SoftmaxPanel& panel, const SoftmaxPanel& other, int64_t 
     const int at = v * kLanes;
     const Vec now = max_second(load(panel.high + at), load(other.high + at));
     const Vec high = Vec::blendv(now, Vec(0.f), now == Vec(-kInfinity));
-    const Vec shift = max_second(Vec(-127.f), load(panel.high + at) - high), other_shift = max_second(Vec(-127.f), load(other.high + at) - high);
+    const Vec shift = max_second(Vec(kFaintest), load(panel.high + at) - high);
+    const Vec other_shift = max_second(Vec(kFaintest), load(other.high + at) - high);
     const Vec factor = exp2(shift), other_factor = exp2(other_shift);
     const auto add = [&](Real* to, const Real* from) { store(to, load(to) * factor + load(from) * other_factor); };
     store(panel.high + at, now);

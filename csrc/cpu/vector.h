@@ -15,6 +15,8 @@ using Vec = at::vec::Vectorized<Real>;
 constexpr int kLanes = Vec::size();
 constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 constexpr Real kLog2e = static_cast<Real>(1.4426950408889634074);
+constexpr Real kLowest = std::numeric_limits<Real>::lowest();
+constexpr Real kFaintest = sizeof(Real) == 8 ? -1100 : -127;  // exponent of 2 below which all is 0
 constexpr Real kLn2 = static_cast<Real>(0.6931471805599453094);
 
 // What a Vec holds. GCC keeps arrays of these in registers, but not always those of a class with constructors.
