@@ -281,9 +281,10 @@ def check_heads(query_heads: int, head_map: HeadMap) -> None:
 
 
 def check_numbers(call: AttentionCall | VarlenCall | DecodeCall) -> None:
-    if call.window < 0 or not call.softcap >= 0 or not math.isfinite(call.scale):
+    if call.window < 0 or not (call.softcap >= 0 and math.isfinite(call.softcap)) or not math.isfinite(call.scale):
         raise InvalidInput(
-            f"window={call.window}, softcap={call.softcap}, scale={call.scale}: expected window >= 0, softcap >= 0, a finite scale."
+            f"window={call.window}, softcap={call.softcap}, scale={call.scale}: expected window >= 0, a finite softcap >= 0 and a "
+            "finite scale."
         )
 
 
