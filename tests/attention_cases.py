@@ -81,6 +81,7 @@ CASES = [
     Case("everything", HeadMap((0, 0, 1), 2), causal=True, window=30, softcap=3.0, scale=0.4,
          extras="bias alibi sinks key_mask query_mask sample_gate", stats=True, batch=2),
     Case("key/value heads that no query head reads", HeadMap((1, 1, 3), 5), causal=True, stats=True),
+    Case("far softcap", softcap=1e6, scale=1.0),
 ]  # fmt: skip
 
 

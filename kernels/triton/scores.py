@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
@@ -126,6 +127,11 @@ def dot_parts(a_0, a_1, b_0, b_1, SECOND: tl.constexpr):
     if SECOND > 0:
         product = tl.dot(a_1, tl.trans(b_1), product, input_precision="ieee")
     return product
+
+
+def precise_tanh(dtype: torch.dtype, softcap: float) -> bool:
+    """Whether tanh's absolute error, times the cap, would show in the scores."""
+    return dtype == torch.float32 or softcap > 1000
 
 
 def split_dim(dim: int) -> tuple[int, int]:

@@ -162,8 +162,8 @@ def nan_outside_the_window(**where):
     check(broken, clean=call)
 
 
-def nan_under_a_bias(**where):
-    call = make_call("bool_bias", **where, batch=2, q_len=40)
+def nan_under_a_bias(*options, **where):
+    call = make_call("bool_bias", *options, **where, batch=2, q_len=40)
     call.bias[..., 20:24] = False
     hide = ~call.bias.any(dim=2).squeeze(1)[:, None, :, None]
     broken = replace(call, key=call.key.masked_fill(hide, float("nan")), value=call.value.masked_fill(hide, float("inf")))
@@ -270,6 +270,7 @@ CASES = {
     "a closed group": with_gate([0.0, 0.0, 0.0, 2.0]),
     "gates at zero that do not learn": with_gate([0.0, -0.5, 0.0, 1.0], (True, True, True, False, True, False)),
     "NaN where masked": nan_where_masked, "NaN outside the window": nan_outside_the_window, "NaN under a bias": nan_under_a_bias,
+    "NaN under a bias, softcap": lambda **where: nan_under_a_bias("softcap", **where),
     "a sample without keys": everything_masked, "only the gate": only_the_gate,
     "each gradient alone": each_gradient_alone, "determinism": the_same_bits_twice, "odd strides": odd_strides, "packed": packed,
 }  # fmt: skip
