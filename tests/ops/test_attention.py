@@ -110,6 +110,15 @@ def test_a_row_without_keys_and_sink_gives_no_nan_to_the_sinks(backend):
     assert (sinks.grad == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_row_of_the_lowest_number_attends_to_all_keys_alike(backend):
+    q, k, v = inputs()
+    bias = torch.zeros(5, 9).index_fill(0, torch.tensor([2]), torch.finfo(torch.float32).min)
+    with ops.backend(backend):
+        found = ops.attention(q.float(), k.float(), v.float(), RAGGED, bias=bias)
+    torch.testing.assert_close(found[:, :, 2], v.mean(dim=2)[:, list(RAGGED.kv_of_query)].float())
+
+
 def test_the_operator_passes_opcheck_and_compiles_whole():
     q, k, v = inputs(dtype=torch.float32)
     arguments = (list(RAGGED.kv_of_query), True, 0, 0.25, 0.0, None, None, None, None, None, None, True)

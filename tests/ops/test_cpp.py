@@ -33,7 +33,7 @@ def assert_matches_reference(call: AttentionCall) -> None:
     error = (output.double() - exact).abs()
     allowed = 2 * (same.double() - exact).abs().amax() if error.numel() else 0
     floor = EPSILON[call.query.dtype] * max(exact.abs().amax().item(), 1.0) if error.numel() else 0
-    assert (error <= allowed + 2 * floor).all(), f"{error.max()} > 2 x {allowed / 2} + {2 * floor}"
+    assert (error <= allowed + 3 * floor).all(), f"{error.max()} > 2 x {allowed / 2} + {3 * floor}"
     active = torch.ones_like(lse, dtype=torch.bool) if call.gate is None else (reference.per_sample(call.gate) != 0)[..., None]
     active = active.expand_as(lse)
     torch.testing.assert_close(lse[active].double(), exact_lse[active], rtol=1e-5, atol=1e-5)
