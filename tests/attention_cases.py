@@ -81,6 +81,7 @@ CASES = [
     Case("everything", HeadMap((0, 0, 1), 2), causal=True, window=30, softcap=3.0, scale=0.4,
          extras="bias alibi sinks key_mask query_mask sample_gate", stats=True, batch=2),
     Case("key/value heads that no query head reads", HeadMap((1, 1, 3), 5), causal=True, stats=True),
+    Case("far softcap", softcap=1e6, scale=1.0),
 ]  # fmt: skip
 
 
@@ -116,7 +117,13 @@ def extra_tensors(extras: str, heads: int, batch: int, q_len: int, kv_len: int) 
     made: dict[str, Tensor] = {}
     for name in extras.split():
         if name.endswith("bias"):
-            rows = {"bias": (batch, heads, q_len), "head_bias": (heads, q_len), "key_bias": (batch, 1, 1), "bool_bias": (q_len,)}
+            rows = {
+                "bias": (batch, heads, q_len),
+                "head_bias": (heads, q_len),
+                "key_bias": (batch, 1, 1),
+                "bool_bias": (q_len,),
+                "lowest_bias": (q_len,),
+            }
             bias = torch.randn(*rows[name], kv_len)
             made["bias"] = bias > -0.5 if name == "bool_bias" else bias.masked_fill(bias > 1.5, float("-inf"))
         elif name == "alibi":

@@ -114,6 +114,7 @@ A_MODULE = r"model is .*; expected a torch\.nn\.Module"
         (lambda: hp.ops.attention(QUERY, KEY, KEY, [0, 0, 1, 1]), r"head_map is \[0, 0, 1, 1\]; expected HeadMap \(HeadMap\("),
         (lambda: hp.ops.attention(QUERY, KEY, KEY, window=0.5), r"window is 0\.5; expected a whole number or None"),
         (lambda: hp.ops.attention(QUERY, KEY, KEY, softcap=float("nan")), "softcap=nan.*expected .* softcap >= 0"),
+        (lambda: hp.ops.attention(QUERY, KEY, KEY, softcap=float("inf")), "softcap=inf.*expected .* a finite softcap"),
         (lambda: hp.ops.attention_varlen(*PACKED[:3], [0, 3, 5], STARTS), r"cu_seqlens_q is \[0, 3, 5\]; expected a tensor"),
         (lambda: hp.ops.attention_decode(QUERY[:, :, :1], KEY, KEY, 5), "lengths is 5; expected a tensor"),
         (lambda: hp.ops.scaled_dot_product_attention(KEY, KEY, KEY, "causal"), "attn_mask is 'causal'; expected a tensor"),

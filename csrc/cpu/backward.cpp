@@ -89,7 +89,7 @@ void open_panel(const Backward& problem, const Group& group, const Keys& keys, c
     const int64_t number = problem.number_of(group.batch, panel.head[r], panel.query[r]);
     // Rows that attend to nothing, and the padding, get probability 0.
     const bool attends = r < panel.rows && problem.lse[number] != -kInfinity;
-    place.lse[r] = attends ? problem.lse[number] * kLog2e : kInfinity;
+    place.lse[r] = attends ? static_cast<Real>(static_cast<double>(problem.lse[number]) * kLog2e) : kInfinity;
     place.delta[r] = problem.delta[number];
     if (problem.gate) scale_row(place.grad_rows + r * value_width, problem.value_dim, problem.gate_of(group.batch, panel.head[r]));
   }
@@ -107,7 +107,8 @@ void softmax_backward(const Edits& edits, const Keys& keys, int64_t slot, int64_
       const int64_t at = key * rows + v * kLanes;
       Vec score = load(place.scores + at), tanh_of_score;
       if constexpr (Edited) score = edited(edits, score, place.panel, key, v * kLanes, rows, key_position, tanh_of_score);
-      const Vec prob = exp2(score - load(place.lse + v * kLanes));
+      // Of large scores the lse has lost digits: no probability exceeds 1 for that.
+      const Vec prob = exp2(min_second(Vec(0.f), score - load(place.lse + v * kLanes)));
       const Vec hidden = prob == Vec(0.f);
       Vec grad = prob * (load(place.grad_scores + at) - load(place.delta + v * kLanes));
       store(place.scores + at, prob);
@@ -138,7 +139,7 @@ void exchange(const Backward& problem, const Group& group, const Keys& keys, int
   constexpr int rows = Vecs * kLanes;
   const int64_t key_width = padded(problem.head_dim), value_width = padded(problem.value_dim);
   Real* bias = problem.bias.data ? place.bias.transposed : nullptr;
-  if (bias && !read_bias(problem.bias, group.batch, place.panel, keys, slot, count, kKeyBlock, place.bias)) return;
+  if (bias && !read_bias(problem, group, place.panel, keys, slot, count, kKeyBlock, place.bias)) return;
   if (bias) turn_bias(place.panel, count, place.bias);
   const Edits edits = edits_of(problem, place.panel, keys, slot, count, bias);
   score_block<Vecs>(key.data, key.stride, count, place.panel.queries, problem.head_dim, place.scores);

@@ -82,10 +82,10 @@ void open_panel(
 
 // The part of `block_*` (keys `slot` up to `slot + count`) that the panel sees, taken into its softmax and its output.
 template <int Vecs, bool Stats>
-void attend(const Problem& problem, int64_t batch, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
+void attend(const Problem& problem, const Group& group, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
             RowBlock key, RowBlock value, Workplace& place) {
   Real* bias = problem.bias.data ? place.bias.transposed : nullptr;
-  if (bias && !read_bias(problem.bias, batch, panel, keys, slot, count, kKeyBlock, place.bias)) return;
+  if (bias && !read_bias(problem, group, panel, keys, slot, count, kKeyBlock, place.bias)) return;
   if (bias) turn_bias(panel, count, place.bias);
   const Edits edits = edits_of(problem, panel, keys, slot, count, bias);
   score_block<Vecs>(
@@ -121,8 +121,10 @@ void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel&
   for (int v = 0; v < Vecs; ++v) {
     const Vec sum = load(total + v * kLanes);
     store(factors + v * kLanes, Vec::blendv(load(gate + v * kLanes) / sum, Vec(0.f), sum == Vec(0.f)));
-    store(lse + v * kLanes, load(panel.high + v * kLanes) * Vec(kLn2) + sum.log());
+    store(lse + v * kLanes, sum.log());
   }
+  // In fp64: the backward pass takes the exponential of what is lost here.
+  for (int64_t r = 0; r < panel.rows; ++r) lse[r] = static_cast<Real>(panel.high[r] / static_cast<double>(kLog2e) + lse[r]);
   if (panel.thin()) {
     read_thin_output(thin_kind, problem, panel, buffer);
   } else {
@@ -176,7 +178,7 @@ void walk_wide(const Forward& problem, const Group& group, const Keys& keys, int
       const RowBlock value{blocks.value.data + (first - slot) * blocks.value.stride, blocks.value.stride};
       const auto run = panel.vecs == 1 ? (stats ? attend<1, true> : attend<1, false>)
                                        : (stats ? attend<kPanelVecs, true> : attend<kPanelVecs, false>);
-      run(problem, group.batch, panel, keys, first, last - first, key, value, place);
+      run(problem, group, panel, keys, first, last - first, key, value, place);
     }
   }
 }

@@ -125,13 +125,10 @@ std::array<Tensor, 6> gradients(const Held& held, const Options& options, const 
     grads[5] = reduced(sums, *options.gate);
   }
   if (need_sinks) grads[4] = head_sums(held.problem, delta, sink).sum(0).neg().to(options.sinks->scalar_type());
-  const bool row_bias = need_bias && options.bias->dim() && options.bias->size(-1) != given.key.size(2);
-  if (need_bias && (row_bias || !options.bias->dim())) {
-    grads[3] = gradient_of_row_bias(held.problem, *options.bias, delta, sink).to(options.bias->scalar_type());
-  } else if (need_bias) {
-    grads[3] = zeroed_bias_gradient(backward, *options.bias);
-  }
-  if (!(need_query || need_key || need_value || backward.grad_bias.data)) return grads;
+  const bool row_bias = need_bias && (!options.bias->dim() || options.bias->size(-1) != given.key.size(2)), key_bias = need_bias && !row_bias;
+  if (row_bias) grads[3] = gradient_of_row_bias(held.problem, *options.bias, delta, sink).to(options.bias->scalar_type());
+  if (key_bias) grads[3] = zeroed_bias_gradient(backward, *options.bias);
+  if (!(need_query || need_key || need_value || key_bias)) return grads;
 
   backward.grad_output = operand(grad_output);
   backward.lse = lse.const_data_ptr<Real>();
@@ -151,7 +148,7 @@ std::array<Tensor, 6> gradients(const Held& held, const Options& options, const 
   }
   attention_backward(backward);
   if (need_query && !query_sums.is_same(grads[0])) grads[0].copy_(query_sums);
-  if (backward.grad_bias.data) grads[3] = grads[3].view(options.bias->sizes()).to(options.bias->scalar_type());
+  if (key_bias) grads[3] = grads[3].view(options.bias->sizes()).to(options.bias->scalar_type());
   return grads;
 }
 

@@ -91,7 +91,7 @@ HEADPRUNE_PAIRS inline void paired_columns(Rows<at::BFloat16> values, int64_t co
                                            int64_t stride, Real* sums, int64_t width) {
   __m512 sum[Heads * 2 * Steps];
   #pragma GCC unroll 24
-  for (int i = 0; i < Heads * 2 * Steps; ++i) sum[i] = _mm512_loadu_ps(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes);
+  for (int i = 0; i < Heads * 2 * Steps; ++i) sum[i] = _mm512_setzero_ps();
   const __mmask32 last = columns_there(left - (Steps - 1) * kStep);
   for (int64_t key = 0; key < count; key += 2) {
     #pragma GCC unroll 4
@@ -113,7 +113,10 @@ HEADPRUNE_PAIRS inline void paired_columns(Rows<at::BFloat16> values, int64_t co
     }
   }
   #pragma GCC unroll 24
-  for (int i = 0; i < Heads * 2 * Steps; ++i) _mm512_storeu_ps(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes, sum[i]);
+  for (int i = 0; i < Heads * 2 * Steps; ++i) {
+    Real* to = sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes;
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[i]));
+  }
 }
 
 template <int Heads, bool Near>

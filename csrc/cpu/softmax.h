@@ -77,9 +77,9 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
     const Vec now = max_second(block_high[v], old);
     store(panel.high + v * kLanes, now);
     high[v] = Vec::blendv(now, Vec(0.f), now == Vec(-kInfinity));
-    shift[v] = max_second(Vec(-127.f), old - high[v]);
+    shift[v] = max_second(Vec(kFaintest), old - high[v]);
     factor[v] = exp2(shift[v]);
-    sum[v] = load(panel.sum + v * kLanes) * factor[v];
+    sum[v] = Vec(0.f);  // of this block
     grew = grew || (factor[v] == Vec(1.f)).zero_mask() != 0;
   }
   if (grew) rescale<Vecs>(panel.output, value_dim, factor);
@@ -102,14 +102,14 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
       sum[v] = sum[v] + p;
       if constexpr (Stats) {
         const Vec apart = (Vec(static_cast<Real>(keys.at(slot + key))) - load(panel.position + v * kLanes)).abs();
-        weighted[v] = at::vec::fmadd(p, max_second(Vec(-127.f), x), weighted[v]);
+        weighted[v] = at::vec::fmadd(p, max_second(Vec(kFaintest), x), weighted[v]);
         distance[v] = at::vec::fmadd(p, apart, distance[v]);
       }
       store(at, p);
     }
   }
   for (int v = 0; v < Vecs; ++v) {
-    store(panel.sum + v * kLanes, sum[v]);
+    store(panel.sum + v * kLanes, at::vec::fmadd(load(panel.sum + v * kLanes), factor[v], sum[v]));
     if constexpr (Stats) {
       store(panel.stats.weighted + v * kLanes, weighted[v]);
       store(panel.stats.distance + v * kLanes, distance[v]);
@@ -124,7 +124,8 @@ inline void merge(const SoftmaxPanel& panel, const SoftmaxPanel& other, int64_t 
     const int at = v * kLanes;
     const Vec now = max_second(load(panel.high + at), load(other.high + at));
     const Vec high = Vec::blendv(now, Vec(0.f), now == Vec(-kInfinity));
-    const Vec shift = max_second(Vec(-127.f), load(panel.high + at) - high), other_shift = max_second(Vec(-127.f), load(other.high + at) - high);
+    const Vec shift = max_second(Vec(kFaintest), load(panel.high + at) - high);
+    const Vec other_shift = max_second(Vec(kFaintest), load(other.high + at) - high);
     const Vec factor = exp2(shift), other_factor = exp2(other_shift);
     const auto add = [&](Real* to, const Real* from) { store(to, load(to) * factor + load(from) * other_factor); };
     store(panel.high + at, now);

@@ -85,7 +85,7 @@ inline Held hold(const Tensor& query, const Tensor& key, const Tensor& value, st
   problem.value = operand(held.keep(rows_contiguous(value)));
   problem.kv_of_query = options.kv_of_query.data();
   problem.causal = options.causal;
-  problem.window = options.window;
+  problem.window = std::min<int64_t>(options.window, int64_t{1} << 40);  // positions are added to it
   problem.scale = static_cast<Real>(options.scale);
   problem.softcap = static_cast<Real>(options.softcap);
   problem.bias = bias_of(held, options.bias, query.size(2), key.size(2));

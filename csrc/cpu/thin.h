@@ -150,7 +150,7 @@ template <typename T, int Heads, int Steps, bool Rest, bool Near>
 inline void thin_columns(Rows<T> values, int64_t count, int64_t column, int64_t rest, const Real* probs, int64_t stride, Real* sums, int64_t width) {
   Lanes sum[Heads * 2 * Steps];
 #pragma GCC unroll 24
-  for (int i = 0; i < Heads * 2 * Steps; ++i) sum[i] = load(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes);
+  for (int i = 0; i < Heads * 2 * Steps; ++i) sum[i] = Vec(0);
   for (int64_t key = 0; key < count; ++key) {
     const T* from = values.now[key] + column;
     if constexpr (!Rest) {
@@ -175,7 +175,10 @@ inline void thin_columns(Rows<T> values, int64_t count, int64_t column, int64_t 
     }
   }
 #pragma GCC unroll 24
-  for (int i = 0; i < Heads * 2 * Steps; ++i) store(sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes, sum[i]);
+  for (int i = 0; i < Heads * 2 * Steps; ++i) {
+    Real* to = sums + i / (2 * Steps) * width + column + i % (2 * Steps) * kLanes;
+    store(to, load(to) + Vec(sum[i]));
+  }
 }
 
 // So many steps of the columns are summed at once, for the registers.

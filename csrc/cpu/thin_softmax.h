@@ -74,14 +74,14 @@ void thin_softmax(const SoftmaxPanel& panel, int64_t r, bool first_block, int64_
   for (int64_t key = 0; key < padded; key += kLanes) tops = max_second(load(scores + key), tops);
   const Real top = at::vec::vec_reduce_all<Real>([](Vec a, Vec b) { return max_second(a, b); }, tops);
   const Real old = panel.high[r], now = std::max(old, top), high = now == -kInfinity ? 0 : now;
-  const Real shift = std::max<Real>(-127, old - high), factor = now > old ? std::exp2(shift) * (old != -kInfinity) : 1;
+  const Real shift = std::max(kFaintest, old - high), factor = now > old ? std::exp2(shift) * (old != -kInfinity) : 1;
   if (now > old && old != -kInfinity) scale_row(sums, width, factor);
   Vec sum(0), weighted(0), distance(0);
   for (int64_t key = 0; key < padded; key += kLanes) {
     const Vec x = load(scores + key) - Vec(high), p = exp2(x);
     sum = sum + p;
     if constexpr (Stats) {
-      weighted = at::vec::fmadd(p, max_second(Vec(-127), x), weighted);
+      weighted = at::vec::fmadd(p, max_second(Vec(kFaintest), x), weighted);
       distance = at::vec::fmadd(p, (load(positions + key) - Vec(panel.position[r])).abs(), distance);
     }
     store(scores + key, p);
@@ -102,7 +102,7 @@ template <typename T, bool Stats, ThinProducts<T> (*products_of)(int64_t rows)>
 void attend_thin(const Problem& problem, const Group& group, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
                  int64_t end, BiasBlock& bias, ThinPlace& place) {
   const bool biased = problem.bias.data;
-  if (biased && !read_bias(problem.bias, group.batch, panel, keys, slot, count, kThinBlock, bias)) return;
+  if (biased && !read_bias(problem, group, panel, keys, slot, count, kThinBlock, bias)) return;
   const Edits edits = edits_of(problem, panel, keys, slot, count, biased ? bias.rows : nullptr);
   const ThinProducts<T> products = products_of(panel.rows);
   const int64_t width = whole_steps(problem.value_dim);

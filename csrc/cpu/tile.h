@@ -20,12 +20,13 @@ constexpr int kPanelRows = kPanelVecs * kLanes;
 
 // out[i][lane] (+)= sum_x a[i * a_outer + x * a_inner] * b[x][lane] for i < Count, x < depth; rows of b and out are `b_stride`
 // and `out_stride` apart.
+// What is there is added at the end, not first: the error of a sum over many blocks is then that of the blocks' sums.
 template <int Count, int Vecs, bool Add>
 inline void multiply_tile(
     const Real* a, int64_t a_outer, int64_t a_inner, const Real* b, int64_t b_stride, int64_t depth, Real* out, int64_t out_stride) {
   Vec sum[Count][Vecs];
   for (int i = 0; i < Count; ++i) {
-    for (int v = 0; v < Vecs; ++v) sum[i][v] = Add ? load(out + i * out_stride + v * kLanes) : Vec(0.f);
+    for (int v = 0; v < Vecs; ++v) sum[i][v] = Vec(0.f);
   }
   for (int64_t x = 0; x < depth; ++x) {
     Vec column[Vecs];
@@ -36,7 +37,10 @@ inline void multiply_tile(
     }
   }
   for (int i = 0; i < Count; ++i) {
-    for (int v = 0; v < Vecs; ++v) store(out + i * out_stride + v * kLanes, sum[i][v]);
+    for (int v = 0; v < Vecs; ++v) {
+      Real* to = out + i * out_stride + v * kLanes;
+      store(to, Add ? load(to) + sum[i][v] : sum[i][v]);
+    }
   }
 }
 

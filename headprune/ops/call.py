@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -281,9 +282,11 @@ def check_heads(query_heads: int, head_map: HeadMap) -> None:
 
 
 def check_numbers(call: AttentionCall | VarlenCall | DecodeCall) -> None:
-    if call.window < 0 or not call.softcap >= 0 or not math.isfinite(call.scale):
+    # Comparisons and not math.isfinite: under torch.compile with dynamic shapes the scale is a symbol.
+    if call.window < 0 or not 0 <= call.softcap < math.inf or not -math.inf < call.scale < math.inf:
         raise InvalidInput(
-            f"window={call.window}, softcap={call.softcap}, scale={call.scale}: expected window >= 0, softcap >= 0, a finite scale."
+            f"window={call.window}, softcap={call.softcap}, scale={call.scale}: expected window >= 0, a finite softcap >= 0 and a "
+            "finite scale."
         )
 
 
@@ -302,9 +305,14 @@ def check_extras(**extras: tuple[Tensor | None, list[tuple[int, ...]]]) -> None:
 
 
 def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) not in shapes:
+    if tuple(tensor.shape) not in shapes and not any(same_shape(tensor.shape, shape) for shape in shapes):
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise InvalidInput(f"{name} has shape {list(tensor.shape)}; expected {wanted}.")
+
+
+def same_shape(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Number by number: under torch.compile with dynamic shapes two symbols of one value make no equal tuples."""
+    return len(one) == len(other) and all(a == b for a, b in zip(one, other))
 
 
 def check_bias(bias: Tensor, full: tuple[int, ...]) -> None:

@@ -53,9 +53,11 @@ def probabilities(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     if call.sinks is not None:
         sink = call.sinks.to(work)[None, :, None, None].expand(*scores.shape[:3], 1)
         denominators = torch.cat([scores, sink], dim=3)
-    lse = torch.logsumexp(denominators, dim=3) if denominators.shape[3] else scores.new_full(scores.shape[:3], float("-inf"))
+    nothing = (denominators == float("-inf")).all(dim=3)  # also where there is no key; logsumexp's gradient would be NaN
+    denominators = denominators.masked_fill(nothing[..., None], 0.0)
+    lse = torch.logsumexp(denominators, dim=3).masked_fill(nothing, float("-inf"))
     attends = allowed.any(dim=3) & lse.isfinite()
-    probs = torch.exp(scores - lse.masked_fill(~attends, 0.0)[..., None])
+    probs = torch.softmax(denominators, dim=3)[..., : call.kv_len]  # not from the lse, which has lost digits of large scores
     probs = probs.masked_fill(~(allowed & attends[..., None]), 0.0)
     return scores, allowed, lse, attends, probs
 

@@ -150,15 +150,20 @@ class WeightCall:
 
     def readable(self) -> WeightCall:
         """The same call with a stride of 1 in every weight and gradients laid out like their weights; copies where they are not."""
-        ours = tuple(weight if 1 in weight.stride() else weight.contiguous() for weight in self.weights)
+        ours = tuple(weight if 1 in weight.stride() else row_by_row(weight) for weight in self.weights)
         if not self.grads or all(grad.stride() == weight.stride() for grad, weight in zip(self.grads, ours)):
             return self if all(a is b for a, b in zip(ours, self.weights)) else replace(self, weights=ours)
-        pairs = [(w, g) if w.stride() == g.stride() else (w.contiguous(), g.contiguous()) for w, g in zip(ours, self.grads)]
+        pairs = [(w, g) if w.stride() == g.stride() else (row_by_row(w), row_by_row(g)) for w, g in zip(ours, self.grads)]
         return replace(self, weights=tuple(w for w, _ in pairs), grads=tuple(g for _, g in pairs))
 
     def counts(self) -> Tensor:
         """How many weights each head owns, fp32 [heads]."""
         return weight_counts(self.shapes(), self.dims, self.spans, self.heads, self.device)
+
+
+def row_by_row(matrix: Tensor) -> Tensor:
+    """A contiguous copy; `.contiguous()` gives the matrix itself where only the strides of single or no rows or columns are odd."""
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=32)

@@ -22,7 +22,7 @@ from headprune.kernels.attention_dq import dq_kernel
 from headprune.kernels.attention_forward import contiguous, strides
 from headprune.kernels.backward_tiles import ROWS_OF_DELTA, closed_gate_tile, dkdv_tile, dq_tile
 from headprune.kernels.launch import Launch, as_bytes, capability_of, head_table
-from headprune.kernels.scores import ADDED_BIAS, BOOL_BIAS, LOG2E, NO_BIAS, split_dim
+from headprune.kernels.scores import ADDED_BIAS, BOOL_BIAS, LOG2E, NO_BIAS, precise_tanh, split_dim
 from headprune.kernels.tiles import Tile
 
 
@@ -239,7 +239,7 @@ def recompute_constants(problem: Problem, tile: Tile) -> dict:
         "HEAD_DIM": head_dim, "D_0": d_0, "D_1": d_1, "VALUE_DIM": value_dim, "E_0": e_0, "E_1": e_1, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "CAUSAL": problem.causal, "WINDOW": problem.window > 0, "SOFTCAP": problem.softcap > 0,
         "BIAS": NO_BIAS if bias is None else BOOL_BIAS if bias.dtype == torch.bool else ADDED_BIAS,
-        "PRECISE": problem.query.dtype == torch.float32,
+        "PRECISE": precise_tanh(problem.query.dtype, problem.softcap),
     }  # fmt: skip
 
 

@@ -108,6 +108,9 @@ def dq_kernel(
                     tl.store(dbias_ptr + dbias_row * kv_len + cols, ds, mask=(rows < q_len) & (cols < kv_len))
                 if SOFTCAP:
                     ds = ds * steepness
+                    if EDGE:
+                        # The steepness of a key behind a bias may be NaN.
+                        ds = tl.where(seen, ds, 0.0)
                 ds = ds.to(k_0.dtype)
                 if BIAS > 0:
                     nobody = tl.max(seen.to(tl.int32), axis=0) == 0

@@ -17,7 +17,7 @@ from headprune.kernels.aligned import aligned, concerned
 from headprune.kernels.head_statistics import empty_partials, statistics_launch, store_empty_tile, store_tile
 from headprune.kernels.launch import Launch, as_bytes, capability_of, head_table
 from headprune.kernels.schedule import section_pairs, tile_of
-from headprune.kernels.scores import ADDED_BIAS, BOOL_BIAS, LOG2E, NO_BIAS, load_part, split_dim, store_part
+from headprune.kernels.scores import ADDED_BIAS, BOOL_BIAS, LOG2E, NO_BIAS, load_part, precise_tanh, split_dim, store_part
 from headprune.kernels.softmax_blocks import attend_to_keys, score_of_key
 from headprune.kernels.tiles import forward_tile
 
@@ -242,7 +242,7 @@ def forward_launches(
         "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "D_0": d_0, "D_1": d_1, "V_0": v_0, "V_1": v_1, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "CAUSAL": causal, "WINDOW": window > 0, "SOFTCAP": softcap > 0, "BIAS": kind,
         "FOLD_SCALE": scale > 0 and not softcap and alibi_slopes is None and bias is None,
-        "PRECISE": query.dtype == torch.float32,
+        "PRECISE": precise_tanh(query.dtype, softcap),
     }  # fmt: skip
     launches = [Launch(attention_forward_kernel, (pairs * blocks,), arguments, constants, tile.warps, tile.stages)]
     return launches if stats is None else [*launches, statistics_launch(partials, stats, tile.block_m, arguments["cu_q_ptr"])]

@@ -38,7 +38,11 @@ def probabilities(
         seen = visible_tile(rows, cols, q_len, kv_len, window, CAUSAL, WINDOW)
     if BIAS > 0:
         s, seen = biased(s, seen, bias_ptrs, BIAS)
-    p = tl.exp2(s - lse)
+    x = s - lse
+    if BIAS == 1:
+        # Far from 0 the lse has lost digits.
+        x = tl.minimum(x, 0.0)
+    p = tl.exp2(x)
     if EDGE:
         p = tl.where(seen, p, 0.0)
     return p, seen, steepness

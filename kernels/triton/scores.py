@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 _LOG2E = tl.constexpr(LOG2E)
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _TWICE_LOG2E = tl.constexpr(2 * LOG2E)
 
 # How a bias is given to a kernel.
@@ -47,7 +49,8 @@ def biased(s, seen, bias_ptrs, BIAS: tl.constexpr):
     if BIAS == 1:
         bias = tl.load(bias_ptrs, mask=seen, other=float("-inf")).to(tl.float32)
         seen = bias > float("-inf")
-        s = s + bias * _LOG2E
+        # torch.finfo(dtype).min, which masks are often filled with, does not become -inf.
+        s = s + tl.maximum(bias * _LOG2E, _LOWEST)
     if BIAS == 2:
         seen = tl.load(bias_ptrs, mask=seen, other=0) != 0
     return s, seen
@@ -126,6 +129,11 @@ def dot_parts(a_0, a_1, b_0, b_1, SECOND: tl.constexpr):
     if SECOND > 0:
         product = tl.dot(a_1, tl.trans(b_1), product, input_precision="ieee")
     return product
+
+
+def precise_tanh(dtype: torch.dtype, softcap: float) -> bool:
+    """Whether tanh's absolute error, times the cap, would show in the scores."""
+    return dtype == torch.float32 or softcap > 1000
 
 
 def split_dim(dim: int) -> tuple[int, int]:

@@ -100,6 +100,25 @@ def test_gradients_are_right_with_a_learning_gate_at_zero():
     assert torch.autograd.gradcheck(run, (q, k, v, bias.requires_grad_(), sinks.requires_grad_(), gate.requires_grad_()))
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_row_without_keys_and_sink_gives_no_nan_to_the_sinks(backend):
+    q, k, v = inputs(q_len=3, kv_len=4, dim=4, value_dim=3)
+    sinks = torch.full((7,), float("-inf")).double().requires_grad_()
+    mask = torch.tensor([[False] * 4, [True] * 4])
+    with ops.backend(backend):
+        ops.attention(q, k, v, RAGGED, sinks=sinks, key_mask=mask).sum().backward()
+    assert (sinks.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_row_of_the_lowest_number_attends_to_all_keys_alike(backend):
+    q, k, v = inputs()
+    bias = torch.zeros(5, 9).index_fill(0, torch.tensor([2]), torch.finfo(torch.float32).min)
+    with ops.backend(backend):
+        found = ops.attention(q.float(), k.float(), v.float(), RAGGED, bias=bias)
+    torch.testing.assert_close(found[:, :, 2], v.mean(dim=2)[:, list(RAGGED.kv_of_query)].float())
+
+
 def test_the_operator_passes_opcheck_and_compiles_whole():
     q, k, v = inputs(dtype=torch.float32)
     arguments = (list(RAGGED.kv_of_query), True, 0, 0.25, 0.0, None, None, None, None, None, None, True)

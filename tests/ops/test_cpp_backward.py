@@ -200,6 +200,31 @@ def test_error_is_at_most_twice_that_of_torch_sdpa(dtype, length, dim, causal):
         assert (ours.double() - right).abs().max() <= 2 * (theirs.double() - right).abs().max() + 1e-7
 
 
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (0, 7), (1, 0, 7), (2, 6, 0, 7), (0, 1), (1,), ()], ids=str)
+def test_the_gradient_of_a_bias_without_queries_has_its_shape(shape):
+    call = replace(make_call(Shape(query_len=0, kv_len=7)), bias=torch.randn(shape))
+    _, found = gradients(call)
+    assert found[3].shape == call.bias.shape
+    assert (found[3] == 0).all()
+
+
+def test_probabilities_of_one_survive_the_lse():
+    """Heads with one key, whose score is far from 0: its probability is exactly 1 in spite of the rounding of the lse."""
+    call = make_call(Shape(groups=(1,) * 200, batch=1, query_len=1, kv_len=1, value_dim=1))
+    scores = torch.linspace(100, 1000, 200)
+    call = replace(call, bias=scores[None, :, None, None])
+    output, lse, _ = attention_forward(call)
+    probs = attention_backward(call, torch.ones_like(output), output, lse, (False, False, True, False, False, False))[2]
+    assert ((probs.flatten() - 1).abs() / scores).mean() < 0.1 * 2.0**-24
+
+
+def test_probabilities_of_huge_scores_do_not_exceed_one():
+    call = make_call(Shape(groups=(1,), query_len=40, kv_len=3))
+    call = replace(call, query=1e5 * call.query, key=1e5 * call.key)
+    grad_output, found = gradients(call)
+    assert found[2].abs().max() <= grad_output.abs().sum(dim=2).max()
+
+
 @pytest.mark.parametrize("options", [("causal",), ("row_bias", "sinks"), ("window", "gate")])
 def test_results_do_not_depend_on_the_number_of_threads(options):
     call = make_call(Shape(groups=(3, 2), batch=1, query_len=150, kv_len=600, head_dim=32), options)

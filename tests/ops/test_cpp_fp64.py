@@ -42,6 +42,14 @@ def test_every_option_equals_the_reference(options):
                 torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-11)
 
 
+def test_what_a_large_sink_leaves_keeps_its_digits():
+    shape = Shape(groups=(2, 1), query_len=2, kv_len=1100)
+    call = doubled(shape, ("sinks",))
+    call = replace(call, sinks=torch.full((3,), 150.0).double(), key=call.key * torch.linspace(1, 30, 1100)[:, None])
+    output, _, _ = attention_forward(call)
+    torch.testing.assert_close(output, reference.attention_forward(call)[0], rtol=1e-11, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize(
     "options", [("causal", "softcap", "gate"), ("bias", "sinks", "sample_gate"), ("window", "alibi", "key_mask")]

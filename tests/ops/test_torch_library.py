@@ -126,3 +126,20 @@ def test_batch_and_length_stay_dynamic_in_an_export():
     exported = torch.export.export(layer, inputs, dynamic_shapes=(free, free))
     larger = (torch.randn(3, 7, 16), torch.ones(3, 7, dtype=torch.bool))
     torch.testing.assert_close(exported.module()(*larger), layer(*larger))
+
+
+def test_all_sizes_may_be_symbols_at_once():
+    """With dynamic=True head_dim is one too, and with it the default scale."""
+
+    def attend(q, k, v, key_mask, sinks, gate):
+        return ops.attention(q, k, v, RAGGED, causal=True, key_mask=key_mask, sinks=sinks, gate=gate)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, length, dim in ((2, 5, 8), (3, 4, 7)):
+        q, k, v = (
+            heads(batch, 4, HEADS, dim, True),
+            heads(batch, length, KV_HEADS, dim, True),
+            heads(batch, length, KV_HEADS, 6, True),
+        )
+        extras = torch.arange(length).expand(batch, -1) > 0, torch.randn(HEADS), torch.rand(batch, HEADS)
+        assert torch.equal(compiled(q, k, v, *extras), attend(q, k, v, *extras))

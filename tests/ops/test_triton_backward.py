@@ -162,12 +162,24 @@ def nan_outside_the_window(**where):
     check(broken, clean=call)
 
 
-def nan_under_a_bias(**where):
-    call = make_call("bool_bias", **where, batch=2, q_len=40)
+def nan_under_a_bias(*options, **where):
+    call = make_call("bool_bias", *options, **where, batch=2, q_len=40)
     call.bias[..., 20:24] = False
     hide = ~call.bias.any(dim=2).squeeze(1)[:, None, :, None]
     broken = replace(call, key=call.key.masked_fill(hide, float("nan")), value=call.value.masked_fill(hide, float("inf")))
     check(broken, clean=call)
+
+
+def lowest_bias(**where):
+    """A row whose bias is the lowest number: what it gives cannot be told from its lse, but it is no NaN."""
+    call = make_call("bias", "sinks", **where, q_len=20)
+    call.bias[:, :, 3] = torch.finfo(torch.float32).min
+    grad_output = torch.ones_like(call.empty_output())
+    assert all(grad.isfinite().all() for grad in gradients(call, grad_output, needed(call)) if grad is not None)
+    grad_output[:, :, 3] = 0.0
+    exact = reference.attention_backward(on(call, call.query.device, torch.float64), grad_output.double(), needed(call))
+    for ours, true in zip(gradients(call, grad_output, needed(call)), exact):
+        assert ours is true is None or (ours.double() - true).abs().max() <= 64 * torch.finfo(call.query.dtype).eps
 
 
 def everything_masked(**where):
@@ -270,6 +282,8 @@ CASES = {
     "a closed group": with_gate([0.0, 0.0, 0.0, 2.0]),
     "gates at zero that do not learn": with_gate([0.0, -0.5, 0.0, 1.0], (True, True, True, False, True, False)),
     "NaN where masked": nan_where_masked, "NaN outside the window": nan_outside_the_window, "NaN under a bias": nan_under_a_bias,
+    "NaN under a bias, softcap": lambda **where: nan_under_a_bias("softcap", **where),
+    "lowest bias": lowest_bias,
     "a sample without keys": everything_masked, "only the gate": only_the_gate,
     "each gradient alone": each_gradient_alone, "determinism": the_same_bits_twice, "odd strides": odd_strides, "packed": packed,
 }  # fmt: skip

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import CASES, PACKED_CASES, Case, build, check, check_packed, failures, implementation, stretched
+from attention_cases import CASES, PACKED_CASES, Case, build, check, check_packed, failures, implementation, in_double, stretched
 
 from headprune.head_map import HeadMap
+from headprune.ops import reference
 
 HALF_CASES = [*CASES[::2], PACKED_CASES[-1]]
 LONG_CASES = [
@@ -26,7 +27,17 @@ def interpreted() -> list[str]:
     """What fails in the interpreter, on the CPU; bf16 is wrong there."""
     torch.set_num_threads(1)
     every = failures([*CASES, *PACKED_CASES], "cpu", torch.float32, "triton")
-    return every + failures(HALF_CASES, "cpu", torch.float16, "triton") + with_copies()
+    return every + failures(HALF_CASES, "cpu", torch.float16, "triton") + with_the_lowest_bias() + with_copies()
+
+
+def with_the_lowest_bias() -> list[str]:
+    """What fails where masks are filled with the lowest number: a row of nothing else attends to all keys alike."""
+    from headprune.ops.triton import attention_forward
+
+    call = build(Case("lowest bias", extras="bias"), "cpu", torch.float32)
+    call.bias[:, :, 1] = torch.finfo(torch.float32).min
+    error = (attention_forward(call)[0].double() - reference.attention_forward(in_double(call))[0]).abs().max()
+    return [] if error < 1e-6 else [f"lowest bias: {error}"]
 
 
 def with_copies() -> list[str]:

@@ -70,6 +70,22 @@ def test_nan_in_a_weight_reaches_every_statistic_of_its_head_alone(backend):
         assert values.isnan().tolist() == [False, True, False]
 
 
+def test_single_and_missing_rows_and_columns_have_odd_strides():
+    column = torch.randn(1, 6).t().contiguous(memory_format=torch.contiguous_format)
+    layouts = [
+        (torch.randn(6, 3)[:, :1], column),
+        (torch.randn(1, 6).expand(1, 6)[:, :6], torch.randn(6, 1).t()),
+        (torch.randn(6, 0), torch.randn(0, 6).t()),
+        (torch.empty_strided((6, 0), (0, 0)), torch.randn(6, 0)),
+        (torch.empty_strided((1, 1), (0, 0)).fill_(2.0), torch.ones(1, 1)),
+    ]
+    for weight, grad in layouts:
+        heads = min(3, weight.shape[0])
+        (stats,) = ops.head_weight_stats([HeadSlices.contiguous(weight, heads, weight.shape[0] // heads)], [grad])
+        torch.testing.assert_close(stats.l1, weight.abs().view(heads, -1).sum(1))
+        torch.testing.assert_close(stats.dot, (weight * grad).view(heads, -1).sum(1))
+
+
 def test_the_fewest_spans_describe_a_layout():
     rows = lambda *starts: torch.tensor(starts)[:, None] + torch.arange(4)  # noqa: E731
     assert spans_of(rows(0, 4, 8)) == (HeadSpan(0, 3, 0, 4, 4),)
