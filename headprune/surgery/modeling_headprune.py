@@ -76,6 +76,7 @@ BEHAVIOURS = {
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
 EXCHANGEABLE = ("eager", "sdpa", "flex_attention", "flash_attention", "headprune")
+COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _classes: dict[str, type] = {}
 
 
@@ -105,6 +106,7 @@ def pruned_class(name: str, stock: Any, module: str) -> type:
         else:
             raise ImportError(f"{name} has layers that only headprune can build here: pip install headprune.")
         config.headprune = section
+        say_counts(config)
         if any_ragged(self):
             use_ragged_attention(self, chosen)
 
@@ -135,6 +137,20 @@ def differs_by_itself(config: Any) -> bool:
     """Whether its `per_layer_config` says how the original's layers differ; what a cut writes there comes with leave to read the
     counts of the whole."""
     return "_heterogeneity_spec" in config.__dict__ and not config.__dict__.get("allow_global_per_layer_attribute_access")
+
+
+def say_counts(config: Any) -> None:
+    """Adds the counts by transformers' names where the config has its own (GPT-2's n_layer): a Trainer that goes on from a
+    checkpoint reads its config.json as one of no family, which asks for them beside `per_layer_config`."""
+    forget_counts(config)
+    if "_heterogeneity_spec" in config.__dict__:
+        config.__dict__.update({name: getattr(config, name) for name in COUNTS if name in config.attribute_map})
+
+
+def forget_counts(config: Any) -> None:
+    for name in COUNTS:
+        if name in config.attribute_map:
+            config.__dict__.pop(name, None)
 
 
 def renamed(model: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_decoders import decoder
 from tiny_models import bert, hidden, llama, padded
-from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
@@ -210,3 +211,14 @@ def test_a_regularised_model_that_then_loses_an_attention_survives_the_disk(tmp_
     assert torch.allclose(hidden(found, **padded()), expected, atol=2e-6)
     assert regularise(found).layers
     assert torch.allclose(hidden(found, **padded()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "falcon_gqa", "mpt", "dbrx"])  # whose configs have own names for the counts
+def test_a_trainer_reads_the_config_of_its_checkpoint_as_one_of_no_family(family, tmp_path, monkeypatch):
+    model = decoder(family)
+    cut(model, {attention_sites(model)[0].name: [0]})
+    PreTrainedConfig.from_json_file(save(model, tmp_path / "there") / "config.json")
+    monkeypatch.setattr(modeling_headprune, "headprune", None)
+    elsewhere = getattr(modeling_headprune, f"HeadPruned{type(model).__name__}").from_pretrained(tmp_path / "there")
+    elsewhere.save_pretrained(tmp_path / "again")
+    assert PreTrainedConfig.from_json_file(tmp_path / "again" / "config.json").num_hidden_layers == 2
