@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, conversion_mapping
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprune.models.behaviour import behave
@@ -81,16 +81,19 @@ _classes: dict[str, type] = {}
 
 
 def __getattr__(name: str) -> type:
+    """HeadPrunedX, or X, as transformers names it when it saves the model without headprune."""
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
-    if not name.startswith(PREFIX) or stock is None:
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    name = PREFIX + stock.__name__
     if name not in _classes:
         _classes[name] = pruned_class(name, stock, __name__)
     return _classes[name]
 
 
 def pruned_class(name: str, stock: Any, module: str) -> type:
-    """`stock` whose instances are built with the heads that their config lists."""
+    """`stock` whose instances are built with the heads that their config lists. It is found as `name` in `module`, but called like
+    `stock`: by that a Trainer with label smoothing and pipelines tell a language model from others."""
 
     # Without annotations: vLLM checks arguments against them, and here they are strings.
     def __init__(self, config, *args, **options):  # type: ignore[no-untyped-def]
@@ -111,15 +114,12 @@ def pruned_class(name: str, stock: Any, module: str) -> type:
             use_ragged_attention(self, chosen)
 
     # What transformers reads off a class's module and name is to be what it reads off the stock class.
-    members = {"__init__": __init__, "__module__": module, "is_custom_code": classmethod(lambda cls: False)}
+    members = {"__init__": __init__, "__module__": module, "__qualname__": name, "is_custom_code": classmethod(lambda cls: False)}
     for ability in ("attn", "experts"):
         question = f"_can_set_{ability}_implementation"
         if hasattr(stock, question):
             members[f"{question}_cached_value"] = getattr(stock, question)()
-    names_on_disk = conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__)
-    if names_on_disk is not None and name != stock.__name__:
-        conversion_mapping.register_checkpoint_conversion_mapping(name, names_on_disk, overwrite=True)
-    return type(name, (stock,), members)
+    return type(stock.__name__, (stock,), members)
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ def use_ragged_attention(model: Any, chosen: str | None) -> None:
             "target) makes the groups equal without changing the outputs."
         )
     if headprune is not None and model._can_set_attn_implementation():
-        model.set_attn_implementation("headprune" if chosen in (None, "sdpa") else chosen)
+        model.set_attn_implementation("headprune" if chosen is None else chosen)
 
 
 def expanded_attention(
