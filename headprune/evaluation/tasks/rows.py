@@ -19,21 +19,22 @@ Row = dict[str, Any]
 Item = TypeVar("Item")
 Data = TypeVar("Data")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-ROWS = (".jsonl", ".json", *SEPARATORS)
+ROWS = (".jsonl", ".ndjson", ".json", *SEPARATORS)
 TEXTS = (".txt", ".md")
+PACKED = (".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")  # what data comes in and is not read
 TENTH = 10
 
 
 def read_rows(source: str, columns: Sequence[str] | Callable[[Row], Sequence[str]]) -> list[Row]:
-    """The rows of a .jsonl file (an object a line), .json (a list of objects, or an object with one as its `data`), .csv or .tsv
-    (with a header). columns: those that are read, or what tells them from the first row.
+    """The rows of a .jsonl or .ndjson file (an object a line), .json (a list of objects, or an object with one as its `data`), .csv
+    or .tsv (with a header). columns: those that are read, or what tells them from the first row.
 
     Raises InvalidInput where the file is none of these or cannot be read, and for a row without a value in one of `columns`.
     """
     path = place_of(source)
     suffix = path.suffix.lower()
     if suffix not in ROWS:
-        raise InvalidInput(f"{path}: rows are read from .jsonl, .json, .csv and .tsv files; convert it to one of these.")
+        raise InvalidInput(f"{path}: rows are read from .jsonl, .json, .csv and .tsv files; {way_out(suffix)}.")
     text = read_text(path)
     try:
         rows = parsed(suffix, text)
@@ -46,6 +47,12 @@ def read_rows(source: str, columns: Sequence[str] | Callable[[Row], Sequence[str
     for number, row in enumerate(rows, 1):
         refuse_incomplete(row, columns, f"{path}, row {number}")
     return rows
+
+
+def way_out(suffix: str) -> str:
+    if suffix in (".parquet", ".arrow"):
+        return f'with datasets: load_dataset("{suffix[1:]}", data_files=FILE, split="train").to_json("rows.jsonl")'
+    return "unpack it first" if suffix in PACKED else "convert it to one of these"
 
 
 def refuse_incomplete(row: Any, columns: Sequence[str], place: str) -> None:
@@ -87,14 +94,15 @@ def table_rows(text: str, separator: str) -> list[Row]:
 
 def read_texts(source: str, column: str) -> list[str]:
     """Documents: a .txt or .md file is one, a row of another file is one (its `column`), a folder holds those of its .txt and .md
-    files, in the order of their names."""
+    files, in the order of their names, or where it has none, those of its files of rows."""
     path = place_of(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXTS)
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        files = next((found for kinds in (TEXTS, ROWS) if (found := [file for file in inside if file.suffix.lower() in kinds])), ())
         if not files:
-            raise InvalidInput(f"{path} holds no {' or '.join(TEXTS)} files.")
-        return [read_text(file) for file in files]
-    if path.suffix.lower() in ROWS:
+            raise InvalidInput(f"{path} holds no {', '.join((*TEXTS, *ROWS[:-1]))} or {ROWS[-1]} files.")
+        return [text for file in files for text in read_texts(str(file), column)]
+    if path.suffix.lower() in (*ROWS, *PACKED):
         return [str(row[column]) for row in read_rows(source, [column])]
     return [read_text(path)]
 

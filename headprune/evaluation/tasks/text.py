@@ -17,7 +17,7 @@ from headprune.evaluation.token_stream import token_stream
 class Text(CausalText):
     """Next-token prediction on your own text: calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .txt or .md file, a folder of such, or a .jsonl, .json, .csv or .tsv file, whose `column` holds documents.
+    calibration: a .txt or .md file, or a .jsonl, .json, .csv or .tsv file, whose `column` holds documents, or a folder of such.
     test: the same, for the perplexity; by default the last tenth of calibration's tokens, which then count for nothing else.
     training: the same, for recovery; by default the text of calibration. Documents are joined, each behind the
     tokenizer's end-of-text token where it has one, and cut into windows of `window` tokens that do not overlap, of which a
