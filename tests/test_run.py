@@ -172,6 +172,36 @@ def test_a_folder_of_another_run_is_refused(recipe, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"budget": {"heads": 0.95}}, "95% of heads away cannot be met"),
+        ({"protect": {"encoder.layer.0.attn": None}}, "unknown attention site in protect 'encoder.layer.0.attn'"),
+        ({"protect": {"encoder.layer.0.attn": None}, "target": "llama.cpp"}, "unknown attention site in protect"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_before_anything_is_scored(recipe, tmp_path, section, message):
+    with pytest.raises(HeadpruneError, match=message):
+        carried_out(parse_recipe(recipe.model_dump() | {"plan": section}, "test"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_serve_another_plan_as_long_as_there_is_none(recipe, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "planned", killed)
+        with pytest.raises(KeyboardInterrupt):
+            carried_out(recipe)
+    monkeypatch.setattr(run_values, "observe", None)  # not called again
+    further = parse_recipe(recipe.model_dump() | {"plan": {"budget": {"heads": 0.25}}}, "test")
+    assert carried_out(further).plan.removed_heads == 2
+    assert load_recipe(further.output + "/recipe.yaml") == further
+    with pytest.raises(InvalidInput, match="another recipe"):
+        carried_out(recipe)
+
+
 def test_a_model_that_fails_its_checks_is_not_passed_on(recipe, monkeypatch):
     monkeypatch.setattr(run_module, "cut_error", lambda *_: 0.5)
     with pytest.raises(HeadpruneError, match=r"cut_equals_gated.*0\.5"):
