@@ -162,7 +162,7 @@ def pruned_model(
         if prompt is not None and tolerance(dense) == TOLERANCE:  # coarser, the order of a sum decides between near words
             checks["generates_as_gated"] = same_tokens(dense, pruned, chosen, prompt, resolved=ends)
         expected = task.outputs(pruned)
-        save(pruned, target, tokenizer=task.tokenizer)
+        save(pruned, target)
         loaded = loaded_beside(dense, target)
         checks["reload"] = relative_difference(task.outputs(loaded), expected)
     refuse_failed(checks, tolerance(dense))
