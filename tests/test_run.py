@@ -103,6 +103,15 @@ def test_a_recipe_that_cannot_be_read_says_where(tmp_path, text, overrides, mess
         load_recipe(tmp_path / "recipe.yaml", overrides)
 
 
+def test_a_recipe_s_paths_may_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    content = {"model": "~/llama", "task": {"name": SmallStates.name}, "output": "~/runs/1", "plan": {"file": "~/plan.json"}}
+    found = parse_recipe(content, "test")
+    assert (found.model, found.output, found.plan.file) == (
+        "/home/somebody/llama", "/home/somebody/runs/1", "/home/somebody/plan.json"
+    )  # fmt: skip
+
+
 def test_feed_forwards_are_re_solved_only_together_with_the_projections():
     content = {"model": "bert", "task": {"name": SmallStates.name}, "output": "out"}
     with pytest.raises(InvalidInput, match=r"prune: .*feed_forward is a part of compensation; give compensate: true too"):
