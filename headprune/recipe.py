@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from headprune.errors import HeadpruneError, InvalidInput, unknown_name
@@ -20,6 +21,8 @@ from headprune.recovery.methods import get_method
 from headprune.schedules import recipe_options
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.score import NORMALIZATIONS
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell replaces ~ in a recipe, or behind an override's "="
 
 
 class Section(BaseModel):
@@ -61,7 +64,7 @@ class PlanSection(Section):
     min_heads: int = Field(default=1, ge=0)
     protect: dict[str, list[int] | None] = Field(default_factory=dict)
     trials: int = Field(default=0, ge=0, description="plans to try, pruned and compensated; 0: by scores alone")
-    file: str | None = Field(default=None, description="a plan.json to carry out in place of planning, such as one edited by hand")
+    file: Place | None = Field(default=None, description="a plan.json to carry out in place of planning, say one edited by hand")
 
     @field_validator("budget")
     @classmethod
@@ -177,7 +180,7 @@ class ReportSection(Section):
 class Recipe(Section):
     """One run: model -> scores -> plan -> cut -> recovery, where asked for -> evaluation, into `output`."""
 
-    model: str
+    model: Place
     task: TaskSection
     score: ScoreSection = ScoreSection()
     plan: PlanSection = PlanSection()
@@ -190,7 +193,7 @@ class Recipe(Section):
         default="auto", description="streamed: read the weights layer by layer; auto: where they do not fit into memory"
     )
     device: str = Field(default="auto", description="auto: a GPU where there is one; cpu, cuda, cuda:1")
-    output: str
+    output: Place
     seed: int = 0
 
     @model_validator(mode="after")

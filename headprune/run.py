@@ -26,13 +26,14 @@ from headprune.run_inputs import FILE, KIND, refuse_changed, run_inputs
 from headprune.run_recovery import recovered_model
 from headprune.run_schedule import scheduled_model
 from headprune.run_streamed import pruned_in_files, reads_streamed, show_estimate
-from headprune.run_values import kept, loaded_beside, measure_for_report, plan_of, scored
+from headprune.run_values import kept, loaded_beside, measure_for_report, plan_of, refuse_infeasible, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_from_disk, open_model, opening
 from headprune.surgery import prune, save
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
 log = logging.getLogger("headprune")
+AFTER_SCORES = ("plan", "prune", "recover", "schedule", "evaluate")  # sections of a recipe
 TOLERANCE, STEPS = 1e-4, 32  # relative: cutting reorders sums; so many steps of a dtype that is coarser than fp32
 
 
@@ -78,6 +79,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
         else:
             dense, tokenizer = open_model(recipe.model, progress, device, kind.base)
     kind.check_options(dense, recipe.task.options)
+    refuse_infeasible(dense, recipe)
     with stages.stage(f"prepare {recipe.task.name}"):
         task = build_task(recipe.task.name, tokenizer, **recipe.task.options)
         task.check_model(dense)
@@ -118,15 +120,17 @@ def refuse_foreign(folder: Path, recipe: Recipe) -> None:
     """InvalidInput unless `folder` is new, empty, or holds a run of this very recipe, and may be written to."""
     refuse_unwritable(folder, file=False)
     existing = folder / "recipe.yaml"
-    if existing.exists() and work_of(load_recipe(existing)) != work_of(recipe):
+    if existing.exists() and work_in(folder, load_recipe(existing)) != work_in(folder, recipe):
         raise InvalidInput(f"{folder} holds a run of another recipe; give another output (output=...), or remove that folder.")
     if not existing.exists() and folder.exists() and any(folder.iterdir()):
         raise InvalidInput(f"{folder} is not empty and holds no run; give another output (output=...).")
 
 
-def work_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what its report shows beside the run, which may be asked for later."""
-    return recipe.model_dump(exclude={"report"})
+def work_in(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Of the recipe what `folder` was made by: not what its report shows beside the run, which may be asked for later, and before
+    there is a plan, nothing that comes after the scores."""
+    planned = any((folder / name).exists() for name in ("plan.json", "schedule"))
+    return recipe.model_dump(exclude={"report"} if planned else {"report", *AFTER_SCORES})
 
 
 def planned(dense: PreTrainedModel, task: Task, scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:
@@ -160,7 +164,7 @@ def pruned_model(
         if prompt is not None and tolerance(dense) == TOLERANCE:  # coarser, the order of a sum decides between near words
             checks["generates_as_gated"] = same_tokens(dense, pruned, chosen, prompt, resolved=ends)
         expected = task.outputs(pruned)
-        save(pruned, target, tokenizer=task.tokenizer)
+        save(pruned, target)
         loaded = loaded_beside(dense, target)
         checks["reload"] = relative_difference(task.outputs(loaded), expected)
     refuse_failed(checks, tolerance(dense))

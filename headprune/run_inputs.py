@@ -30,6 +30,8 @@ def refuse_changed(recipe: Recipe, inputs: dict[str, str | None]) -> None:
     if not written.exists():
         return
     before = read_json(written, KIND)
+    if not (Path(recipe.output) / "plan.json").exists():
+        before["plan"] = inputs["plan"]  # of which nothing was made yet
     for name, what in (
         ("model", f"the weights in {recipe.model} have"),
         ("data", f"the data of task {recipe.task.name} has"),

@@ -39,7 +39,7 @@ def recovered_model(
         )  # fmt: skip
     result.refuse_diverged(section.lr)
     log.info("recovery: %s", result)
-    save(pruned, folder / "recovered", tokenizer=task.tokenizer)
+    save(pruned, folder / "recovered")
     return loaded_beside(dense, folder / "recovered")
 
 

@@ -62,7 +62,7 @@ def scheduled_model(
     target = folder / "model"
     with stages.stage("save and load back"):
         expected = task.outputs(result.model)
-        save(result.model, target, tokenizer=task.tokenizer)
+        save(result.model, target, source=dense.name_or_path or None)
         loaded = loaded_beside(dense, target)
     return result.plan, loaded, {"reload": relative_difference(task.outputs(loaded), expected)}
 

@@ -9,17 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from headprune.evaluation.tasks import Task
+from headprune.models import attention_sites
 from headprune.models.identity import ModelIdentity
 from headprune.models.placement import device_of
 from headprune.models.streamed import streamed_of
+from headprune.nn.replace import own_attention
 from headprune.planning import Budget, PruningPlan, Sensitivity, plan, sensitivity
+from headprune.planning.engine import get_engine
 from headprune.recipe import Recipe
 from headprune.report.progress import Stages
 from headprune.scoring import HeadScores, get_criterion, observe, portrait_needs, portraits, score_observations
+from headprune.scoring.site_shape import SiteShape
 from headprune.surgery import load, search_plan
 from headprune.sweep import Sweep, sweep
 
@@ -107,6 +112,17 @@ def planning_options(recipe: Recipe) -> dict[str, Any]:
     """The options of `hp.plan` that the recipe gives."""
     section = recipe.plan
     return {name: getattr(section, name) for name in ("allocation", "granularity", "min_heads", "protect", "target")}
+
+
+def refuse_infeasible(model: nn.Module, recipe: Recipe) -> None:
+    """Raises what `hp.plan` raises on the recipe's plan section whatever the scores, before hours go into them. With even groups
+    what can be met depends on the scores, and only names are looked at."""
+    with own_attention(model):
+        shapes = {site.name: SiteShape.of(site) for site in attention_sites(model)}
+    alike = {name: torch.zeros(shape.head_map.query_heads) for name, shape in shapes.items()}
+    scores, even = HeadScores(recipe.score.criterion, alike, shapes), get_engine(recipe.plan.target).even_groups
+    if recipe.plan.file is None:
+        plan(scores, Budget(heads=0.0) if even else Budget.of(recipe.plan.budget), **planning_options(recipe))
 
 
 def plan_of(

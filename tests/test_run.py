@@ -103,6 +103,15 @@ def test_a_recipe_that_cannot_be_read_says_where(tmp_path, text, overrides, mess
         load_recipe(tmp_path / "recipe.yaml", overrides)
 
 
+def test_a_recipe_s_paths_may_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    content = {"model": "~/llama", "task": {"name": SmallStates.name}, "output": "~/runs/1", "plan": {"file": "~/plan.json"}}
+    found = parse_recipe(content, "test")
+    assert (found.model, found.output, found.plan.file) == (
+        "/home/somebody/llama", "/home/somebody/runs/1", "/home/somebody/plan.json"
+    )  # fmt: skip
+
+
 def test_feed_forwards_are_re_solved_only_together_with_the_projections():
     content = {"model": "bert", "task": {"name": SmallStates.name}, "output": "out"}
     with pytest.raises(InvalidInput, match=r"prune: .*feed_forward is a part of compensation; give compensate: true too"):
@@ -170,6 +179,36 @@ def test_a_folder_of_another_run_is_refused(recipe, tmp_path):
     with pytest.raises(InvalidInput, match="holds no run"):
         carried_out(recipe.model_copy(update={"output": str(tmp_path / "mine")}))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"budget": {"heads": 0.95}}, "95% of heads away cannot be met"),
+        ({"protect": {"encoder.layer.0.attn": None}}, "unknown attention site in protect 'encoder.layer.0.attn'"),
+        ({"protect": {"encoder.layer.0.attn": None}, "target": "llama.cpp"}, "unknown attention site in protect"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_before_anything_is_scored(recipe, tmp_path, section, message):
+    with pytest.raises(HeadpruneError, match=message):
+        carried_out(parse_recipe(recipe.model_dump() | {"plan": section}, "test"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_serve_another_plan_as_long_as_there_is_none(recipe, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "planned", killed)
+        with pytest.raises(KeyboardInterrupt):
+            carried_out(recipe)
+    monkeypatch.setattr(run_values, "observe", None)  # not called again
+    further = parse_recipe(recipe.model_dump() | {"plan": {"budget": {"heads": 0.25}}}, "test")
+    assert carried_out(further).plan.removed_heads == 2
+    assert load_recipe(further.output + "/recipe.yaml") == further
+    with pytest.raises(InvalidInput, match="another recipe"):
+        carried_out(recipe)
 
 
 def test_a_model_that_fails_its_checks_is_not_passed_on(recipe, monkeypatch):

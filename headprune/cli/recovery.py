@@ -70,7 +70,7 @@ def recover_command(
     ))  # fmt: skip
     result.refuse_diverged(lr)
     after = with_bar("evaluate the recovered model", lambda progress: quality_of(pruned, data, progress))
-    with_bar("save", lambda progress: save(pruned, output, tokenizer=data.tokenizer))
+    with_bar("save", lambda progress: save(pruned, output))
     shutil.rmtree(work)
     better = "higher" if data.higher_is_better else "lower"
     told = f"{data.headline} ({better} is better): {before[data.headline]:.4f} → {after[data.headline]:.4f}"

@@ -59,15 +59,15 @@ def prune_command(
         prune_in_files(model, chosen, output, task, device)
     elif task is None:
         base = model not in EMBEDDED and names_base(model_folder(model), chosen)
-        dense, tokenizer = opened_model(model, device=device, base=base)
+        dense, _ = opened_model(model, device=device, base=base)
         with_bar("cut", lambda progress: prune(dense, chosen, progress=progress))
-        with_bar("save", lambda progress: save(dense, output, tokenizer=tokenizer))
+        with_bar("save", lambda progress: save(dense, output))
     else:
         dense, data = opened(model, task, device=device)
         with_bar("re-solve output projections and cut", lambda progress: prune(
             dense, chosen, data.calibration, forward=data.forward, progress=progress
         ))  # fmt: skip
-        with_bar("save", lambda progress: save(dense, output, tokenizer=data.tokenizer))
+        with_bar("save", lambda progress: save(dense, output))
     kept = {
         "model": str(output),
         "removed_heads": chosen.removed_heads,
@@ -105,8 +105,8 @@ def export_command(
 
     refuse_replacing_source(model, output)
     options = target_options(option or ())
-    found, tokenizer = opened_model(model)
-    written = with_bar(f"export to {to}", lambda progress: export(found, to, output, tokenizer=tokenizer, **options))
+    found, _ = opened_model(model)
+    written = with_bar(f"export to {to}", lambda progress: export(found, to, output, **options))
     terminal.show(json, {**asdict(written), "path": str(written.path)}, str(written))
 
 

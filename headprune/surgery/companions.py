@@ -1,4 +1,4 @@
-"""The files of a model folder that are neither weights nor config: tokenizer, processor, templates, pooling."""
+"""The files of a model folder that are neither weights nor config: tokenizer, processor, templates, pooling, licences."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from headprune.files import whole_file
 from headprune.hub import known_folder
 
 FILES = (
-    "added_tokens.json", "chat_template.*", "config_sentence_transformers.json", "feature_extractor_config.json", "*.spm",
-    "generation_config.json", "merges.txt", "modules.json", "normalizer.json", "preprocessor_config.json", "processor_config.json",
-    "sentence_bert_config.json", "special_tokens_map.json", "spiece.model", "sentencepiece*.model", "tokenizer.model",
-    "tokenizer*.json", "video_preprocessor_config.json", "vocab.*", "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
+    "added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.*", "config_sentence_transformers.json", "COPYING*",
+    "dict.txt", "emoji.json", "feature_extractor_config.json", "generation_config.json", "LICENCE*", "LICENSE*", "merges.txt",
+    "*.model", "modules.json", "normalizer.json", "NOTICE*", "preprocessor_config.json", "processor_config.json",
+    "prophetnet.tokenizer", "sentence_bert_config.json", "special_tokens_map.json", "*.spm", "*.tiktoken", "tokenizer*.json",
+    "USE_POLICY*", "video_preprocessor_config.json", "*vocab*.json", "vocab.*", "word_*.json",
+    "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, conversion_mapping
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprune.models.behaviour import behave
@@ -76,20 +76,24 @@ BEHAVIOURS = {
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
 EXCHANGEABLE = ("eager", "sdpa", "flex_attention", "flash_attention", "headprune")
+COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _classes: dict[str, type] = {}
 
 
 def __getattr__(name: str) -> type:
+    """HeadPrunedX, or X, as transformers names it when it saves the model without headprune."""
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
-    if not name.startswith(PREFIX) or stock is None:
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    name = PREFIX + stock.__name__
     if name not in _classes:
         _classes[name] = pruned_class(name, stock, __name__)
     return _classes[name]
 
 
 def pruned_class(name: str, stock: Any, module: str) -> type:
-    """`stock` whose instances are built with the heads that their config lists."""
+    """`stock` whose instances are built with the heads that their config lists. It is found as `name` in `module`, but called like
+    `stock`: by that a Trainer with label smoothing and pipelines tell a language model from others."""
 
     # Without annotations: vLLM checks arguments against them, and here they are strings.
     def __init__(self, config, *args, **options):  # type: ignore[no-untyped-def]
@@ -105,19 +109,17 @@ def pruned_class(name: str, stock: Any, module: str) -> type:
         else:
             raise ImportError(f"{name} has layers that only headprune can build here: pip install headprune.")
         config.headprune = section
+        say_counts(config)
         if any_ragged(self):
             use_ragged_attention(self, chosen)
 
     # What transformers reads off a class's module and name is to be what it reads off the stock class.
-    members = {"__init__": __init__, "__module__": module, "is_custom_code": classmethod(lambda cls: False)}
+    members = {"__init__": __init__, "__module__": module, "__qualname__": name, "is_custom_code": classmethod(lambda cls: False)}
     for ability in ("attn", "experts"):
         question = f"_can_set_{ability}_implementation"
         if hasattr(stock, question):
             members[f"{question}_cached_value"] = getattr(stock, question)()
-    names_on_disk = conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__)
-    if names_on_disk is not None and name != stock.__name__:
-        conversion_mapping.register_checkpoint_conversion_mapping(name, names_on_disk, overwrite=True)
-    return type(name, (stock,), members)
+    return type(stock.__name__, (stock,), members)
 
 
 @contextlib.contextmanager
@@ -135,6 +137,20 @@ def differs_by_itself(config: Any) -> bool:
     """Whether its `per_layer_config` says how the original's layers differ; what a cut writes there comes with leave to read the
     counts of the whole."""
     return "_heterogeneity_spec" in config.__dict__ and not config.__dict__.get("allow_global_per_layer_attribute_access")
+
+
+def say_counts(config: Any) -> None:
+    """Adds the counts by transformers' names where the config has its own (GPT-2's n_layer): a Trainer that goes on from a
+    checkpoint reads its config.json as one of no family, which asks for them beside `per_layer_config`."""
+    forget_counts(config)
+    if "_heterogeneity_spec" in config.__dict__:
+        config.__dict__.update({name: getattr(config, name) for name in COUNTS if name in config.attribute_map})
+
+
+def forget_counts(config: Any) -> None:
+    for name in COUNTS:
+        if name in config.attribute_map:
+            config.__dict__.pop(name, None)
 
 
 def renamed(model: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +234,7 @@ def use_ragged_attention(model: Any, chosen: str | None) -> None:
             "target) makes the groups equal without changing the outputs."
         )
     if headprune is not None and model._can_set_attn_implementation():
-        model.set_attn_implementation("headprune" if chosen in (None, "sdpa") else chosen)
+        model.set_attn_implementation("headprune" if chosen is None else chosen)
 
 
 def expanded_attention(

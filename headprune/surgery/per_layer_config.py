@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from headprune.head_map import HeadMap
-from headprune.surgery.modeling_headprune import differs_by_itself
+from headprune.surgery.modeling_headprune import differs_by_itself, forget_counts, say_counts
 
 
 def set_layer_config(config: PreTrainedConfig, head_maps: Mapping[str, HeadMap], head_dims: Mapping[str, int]) -> None:
@@ -24,6 +24,7 @@ def set_layer_config(config: PreTrainedConfig, head_maps: Mapping[str, HeadMap],
     if differs_by_itself(config):
         return
     config.per_layer_config = None
+    forget_counts(config)
     numbered = by_layer(head_maps)
     if len(numbered) != len(head_maps) or not all_layers(config, numbered) or len(set(head_dims.values())) != 1:
         return
@@ -31,6 +32,7 @@ def set_layer_config(config: PreTrainedConfig, head_maps: Mapping[str, HeadMap],
         config.head_dim = next(iter(head_dims.values()))
     config.allow_global_per_layer_attribute_access = True
     config.per_layer_config = {layer: counts(config, head_map) for layer, head_map in numbered.items()}
+    say_counts(config)
 
 
 def all_layers(config: Any, numbered: Mapping[int, HeadMap]) -> bool:

@@ -2,8 +2,10 @@
 
 import json
 import resource
+from pathlib import Path
 
 from command_line import only_error
+from letter_tokenizer import letter_tokenizer
 from tiny_models import bert, llama
 from transformers import BertModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -28,6 +30,18 @@ def test_plan_prune_and_inspect_on_a_folder(call, tmp_path):
     assert "".join("■" if head in kept["encoder.layer.1.attention"] else "·" for head in range(4)) in out
     code, out, err = call("inspect", "./pruned", "--json")
     assert {row["attention"]: tuple(row["kept"]) for row in json.loads(out)["attentions"]} == kept.keep
+
+
+def test_the_tokenizer_s_files_stay_as_they_were_written(call):
+    save(llama(), "dense", tokenizer=letter_tokenizer())
+    written = Path("dense/tokenizer_config.json")
+    old = json.loads(written.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # as transformers 4 writes, and reads
+    written.write_text(json.dumps(old))
+    PruningPlan.from_keep(llama(), {"model.layers.0.self_attn": [0]}).save("plan.json")
+    for command in (["prune", "./dense", "plan.json", "-o", "./pruned"], ["export", "./pruned", "--to", "stock", "-o", "stock"]):
+        code, _, err = call(*command)
+        assert code == 0, err
+    assert Path("stock/tokenizer_config.json").read_text() == written.read_text()
 
 
 def test_the_model_that_is_read_is_not_written_over(call):

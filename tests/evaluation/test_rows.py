@@ -12,6 +12,7 @@ from headprune.evaluation.tasks.rows import parts_of, read_rows, read_texts, ref
 ROWS = [{"text": 'one, "two"', "label": "1"}, {"text": "three\nlines\nlong", "label": "0"}]
 WRITTEN = {
     "rows.jsonl": "\n".join(map(json.dumps, ROWS)) + "\n\n",
+    "rows.ndjson": "\n".join(map(json.dumps, ROWS)),
     "rows.json": json.dumps(ROWS),
     "rows.csv": 'text,label\n"one, ""two""",1\n"three\nlines\nlong",0\n',
     "rows.tsv": 'text\tlabel\none, ""two""\t1\n"three\nlines\nlong"\t0\n'.replace('one, ""two""', '"one, ""two"""'),
@@ -29,7 +30,7 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.xlsx", "", r"rows are read from \.jsonl, \.json, \.csv, \.tsv and \.parquet files"),
+        ("rows.xml", "", r"rows are read from \.jsonl, \.json, \.csv, \.tsv and \.parquet files; convert it"),
         ("rows.parquet", "PAR", r"rows\.parquet cannot be read as Parquet: "),
         ("rows.csv.gz", "text\n", r"rows\.csv\.gz cannot be read as UTF-8 text: Not a gzipped file"),
         ("rows.jsonl", "{", r"rows\.jsonl cannot be read as \.jsonl: "),
@@ -111,7 +112,7 @@ def test_files_that_are_missing_or_no_text_are_named(tmp_path):
     with pytest.raises(InvalidInput, match="cannot be read as UTF-8"):
         read_texts(str(tmp_path / "bytes.txt"), "text")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InvalidInput, match=r"holds no \.txt or \.md files"):
+    with pytest.raises(InvalidInput, match=r"holds no \.txt, \.md, .*\.csv or \.tsv files"):
         read_texts(str(tmp_path / "empty"), "text")
 
 
@@ -120,6 +121,21 @@ def test_a_folder_gives_its_texts_in_the_order_of_names(tmp_path):
     for name, text in (("b.txt", "second"), ("a.md", "first"), ("inner/c.txt", "third"), ("d.py", "none")):
         (tmp_path / name).write_text(text)
     assert read_texts(str(tmp_path), "text") == ["first", "second", "third"]
+
+
+def test_a_folder_without_texts_gives_the_rows_of_its_files(tmp_path):
+    for name in ("rows.jsonl", "rows.csv"):
+        (tmp_path / name).write_text(WRITTEN[name])
+    (tmp_path / "rows.arrow").write_bytes(b"ARROW1")
+    assert read_texts(str(tmp_path), "text") == [row["text"] for row in ROWS] * 2
+
+
+@pytest.mark.parametrize(("name", "way_out"), [("rows.arrow", r'load_dataset\("arrow"'), ("rows.jsonl.zst", "unpack it first")])
+@pytest.mark.parametrize("read", [read_texts, read_rows])
+def test_packed_data_is_refused_with_a_way_out_and_not_taken_for_text(tmp_path, read, name, way_out):
+    (tmp_path / name).write_text(WRITTEN["rows.jsonl"])
+    with pytest.raises(InvalidInput, match=rf"{name}: rows are read from .*; .*{way_out}"):
+        read(str(tmp_path / name), "text")
 
 
 def test_a_tenth_is_held_out_the_same_every_time():

@@ -25,6 +25,8 @@ def dense(tmp_path):
     (folder / "1_Pooling" / "config.json").write_text("{}")
     (folder / "optimizer.pt").write_bytes(b"state")
     (folder / "README.md").write_text("the dense model")
+    for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md", "spm.model", "qwen.tiktoken"):
+        (folder / name).write_text(name)
     return folder
 
 
@@ -37,6 +39,7 @@ def test_files_of_the_folder_that_a_model_came_from_go_along(tmp_path, dense):
     assert (folder / "1_Pooling" / "config.json").exists()
     assert not (folder / "optimizer.pt").exists()
     assert not (folder / "README.md").exists()
+    assert all((folder / name).exists() for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md", "spm.model", "qwen.tiktoken"))
     assert load(folder).generation_config.max_new_tokens == 7
 
 

@@ -12,8 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_decoders import decoder
 from tiny_models import bert, hidden, llama, padded
-from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
@@ -138,7 +147,7 @@ def test_what_transformers_saved_again_loads_with_headprune(folders):
 def test_save_pretrained_writes_what_auto_model_needs(come, tmp_path):
     model = come(pruned("llama_ragged"))
     cut(model, {"model.layers.1.self_attn": [0]})
-    assert type(model).__name__ in ("LlamaForCausalLM", "HeadPrunedLlamaForCausalLM")
+    assert type(model).__name__ == "LlamaForCausalLM"
     save(model, tmp_path / "there")  # its digests are those of what stood there before
     model.lm_head.weight.data.mul_(2)
     model.save_pretrained(tmp_path / "there")
@@ -146,6 +155,24 @@ def test_save_pretrained_writes_what_auto_model_needs(come, tmp_path):
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "there", trust_remote_code=True)
     assert torch.equal(hidden(found, **padded()), expected)
     assert torch.equal(hidden(load(tmp_path / "there"), **padded()), expected)
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, "headprune"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_auto_model_takes_the_attention_that_is_asked_for(folders, asked, taken):
+    options = {} if asked is None else {"attn_implementation": asked}
+    model = AutoModelForCausalLM.from_pretrained(folders / "llama_ragged", trust_remote_code=True, **options)
+    assert model.config._attn_implementation == taken
+    assert torch.allclose(hidden(model, **padded()), hidden(load(folders / "llama_ragged"), **padded()), atol=1e-5)
+
+
+def test_a_trainer_that_smooths_labels_shifts_those_of_a_pruned_language_model(folders, tmp_path):
+    pytest.importorskip("accelerate")
+    model = AutoModelForCausalLM.from_pretrained(folders / "llama_ragged", trust_remote_code=True)
+    arguments = TrainingArguments(tmp_path / "trainer", label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    ids = padded()["input_ids"]
+    found = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    expected = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
+    assert torch.allclose(found, expected)
 
 
 def test_adapters_are_saved_without_the_model_s_code(tmp_path):
@@ -210,3 +237,14 @@ def test_a_regularised_model_that_then_loses_an_attention_survives_the_disk(tmp_
     assert torch.allclose(hidden(found, **padded()), expected, atol=2e-6)
     assert regularise(found).layers
     assert torch.allclose(hidden(found, **padded()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "falcon_gqa", "mpt", "dbrx"])  # whose configs have own names for the counts
+def test_a_trainer_reads_the_config_of_its_checkpoint_as_one_of_no_family(family, tmp_path, monkeypatch):
+    model = decoder(family)
+    cut(model, {attention_sites(model)[0].name: [0]})
+    PreTrainedConfig.from_json_file(save(model, tmp_path / "there") / "config.json")
+    monkeypatch.setattr(modeling_headprune, "headprune", None)
+    elsewhere = getattr(modeling_headprune, f"HeadPruned{type(model).__name__}").from_pretrained(tmp_path / "there")
+    elsewhere.save_pretrained(tmp_path / "again")
+    assert PreTrainedConfig.from_json_file(tmp_path / "again" / "config.json").num_hidden_layers == 2

@@ -24,7 +24,7 @@ from headprune.models.tokens import IGNORED_LABEL
 class MaskedText(TargetTokens):
     """Masked tokens of your own text, for encoders with their pretraining head: calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .txt or .md file, a folder of such, or rows as of `text`, whose `column` holds documents.
+    calibration: a .txt or .md file, or rows as of `text`, whose `column` holds documents, or a folder of such.
     test: the same, for the perplexity; by default the last tenth of calibration's tokens, which then count for nothing else.
     training: the same, for recovery; by default the text of calibration. Documents are joined and cut into windows of `window`
     tokens that do not overlap, of which a seeded choice is used; `masked` of their tokens (in every window, at least one) are

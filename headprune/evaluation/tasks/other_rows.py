@@ -43,7 +43,7 @@ def parquet_rows(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist (looked for in {Path.cwd()}); expected a file of data.") from None
     except (OSError, ValueError) as error:  # pyarrow's are both
-        raise InvalidInput(f"{path} cannot be read as Parquet: {error}.") from None
+        raise InvalidInput(f"{path} cannot be read as Parquet: {str(error).rstrip('.')}.") from None
     return rows
 
 

@@ -22,14 +22,15 @@ Row = dict[str, Any]
 Item = TypeVar("Item")
 Data = TypeVar("Data")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-ROWS = (".jsonl", ".json", ".parquet", *SEPARATORS)
+ROWS = (".jsonl", ".ndjson", ".json", ".parquet", *SEPARATORS)
 TEXTS = (".txt", ".md")
+PACKED = (".arrow", ".bz2", ".xz", ".zst", ".zip")  # what data comes in and is not read
 TENTH = 10
 
 
 def read_rows(source: str, columns: Sequence[str] | Callable[[Row], Sequence[str]]) -> list[Row]:
-    """The rows of a .jsonl file (an object a line), .json (the same, a list of objects, or an object with one as its `data`), .csv
-    or .tsv (with a header), .parquet, or of a data set on the Hub (owner/name:split).
+    """The rows of a .jsonl or .ndjson file (an object a line), .json (the same, a list of objects, or an object with one as its
+    `data`), .csv or .tsv (with a header), .parquet, or of a data set on the Hub (owner/name:split).
 
     columns: those that are read, or what tells them from the first row.
     Raises InvalidInput where the file is none of these or cannot be read, and for a row without a value in one of `columns`.
@@ -48,7 +49,7 @@ def read_rows(source: str, columns: Sequence[str] | Callable[[Row], Sequence[str
 def file_rows(path: Path) -> list[Any]:
     suffix = kind_of(path)
     if suffix not in ROWS:
-        raise InvalidInput(f"{path}: rows are read from .jsonl, .json, .csv, .tsv and .parquet files; convert it to one of these.")
+        raise InvalidInput(f"{path}: rows are read from .jsonl, .json, .csv, .tsv and .parquet files; {way_out(suffix)}.")
     if suffix == ".parquet":
         return parquet_rows(path)
     text = read_text(path)
@@ -61,6 +62,12 @@ def file_rows(path: Path) -> list[Any]:
 def kind_of(path: Path) -> str:
     """What the file's name ends with, in small letters, before a .gz."""
     return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def way_out(suffix: str) -> str:
+    if suffix == ".arrow":
+        return 'with datasets: load_dataset("arrow", data_files=FILE, split="train").to_parquet("rows.parquet")'
+    return "unpack it first" if suffix in PACKED else "convert it to one of these"
 
 
 def refuse_incomplete(row: Any, columns: Sequence[str], place: str) -> None:
@@ -111,14 +118,15 @@ def table_rows(text: str, separator: str) -> list[Row]:
 
 def read_texts(source: str, column: str) -> list[str]:
     """Documents: a .txt or .md file is one, a row of another file or a data set is one (its `column`), a folder holds those of its
-    .txt and .md files, in the order of their names."""
+    .txt and .md files, in the order of their names, or where it has none, those of its files of rows."""
     path = place_of(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXTS)
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        files = next((found for kinds in (TEXTS, ROWS) if (found := [file for file in inside if kind_of(file) in kinds])), ())
         if not files:
-            raise InvalidInput(f"{path} holds no {' or '.join(TEXTS)} files.")
-        return [read_text(file) for file in files]
-    if kind_of(path) in ROWS or name_on_hub(source) is not None:
+            raise InvalidInput(f"{path} holds no {', '.join((*TEXTS, *ROWS[:-1]))} or {ROWS[-1]} files.")
+        return [text for file in files for text in read_texts(str(file), column)]
+    if kind_of(path) in (*ROWS, *PACKED) or name_on_hub(source) is not None:
         return [str(row[column]) for row in read_rows(source, [column])]
     return [read_text(path)]
 
@@ -134,7 +142,7 @@ def read_text(path: Path) -> str:
             f"{path} does not exist (looked for in {Path.cwd()}); expected a file of data, or owner/name:split of the Hub."
         ) from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8.") from None
+        raise InvalidInput(f"{path} cannot be read as UTF-8 text: {str(error).rstrip('.')}. Save it as UTF-8.") from None
 
 
 def place_of(source: str) -> Path:

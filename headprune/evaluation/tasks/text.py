@@ -17,8 +17,8 @@ from headprune.evaluation.token_stream import token_stream
 class Text(CausalText):
     """Next-token prediction on your own text: calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .txt or .md file, a folder of such, or a .jsonl, .json, .csv, .tsv or .parquet file or a data set on the Hub
-    (owner/name:split), whose `column` holds documents. test: the same, for the perplexity; by default the last tenth of
+    calibration: a .txt or .md file, or a .jsonl, .json, .csv, .tsv or .parquet file, whose `column` holds documents, a folder of
+    such, or a data set on the Hub (owner/name:split). test: the same, for the perplexity; by default the last tenth of
     calibration's tokens, which then count for nothing else. training: the same, for recovery; by default the text of calibration.
     Documents are joined, each behind the tokenizer's end-of-text token where it has one, and cut into windows of `window` tokens
     that do not overlap, of which a seeded choice is used. rows: "documents", or "lines" of one text, to be joined by blank

@@ -24,7 +24,8 @@ def write_vocabulary(writer: GGUFWriter, model: PreTrainedModel, options: dict[s
     Raises UnsupportedModel where the tokenizer is of a kind that is not known here: llama.cpp would split text otherwise.
     """
     tokenizer, source = options.get("tokenizer"), options.get("source")
-    if tokenizer is None and source is not None and (source / "tokenizer_config.json").is_file():
+    written = ("tokenizer_config.json", "tokenizer.json")
+    if tokenizer is None and source is not None and any((source / name).is_file() for name in written):
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     if tokenizer is None:
         writer.add_tokenizer_model("none")

@@ -21,7 +21,7 @@ from headprune.surgery.export.regularise import fill
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, common_counts, in_groups
 from headprune.surgery.export.target import refuse_unknown, target
-from headprune.surgery.modeling_headprune import differs_by_itself
+from headprune.surgery.modeling_headprune import differs_by_itself, forget_counts
 from headprune.surgery.record import SECTION, record_of
 from headprune.surgery.remote_code import stock_class
 
@@ -136,6 +136,7 @@ def original_config(config: PreTrainedConfig) -> PreTrainedConfig:
     found = copy.deepcopy(config)
     if not differs_by_itself(found):
         found.per_layer_config = None
+        forget_counts(found)
     for name in (SECTION, "auto_map", "allow_global_per_layer_attribute_access"):
         found.__dict__.pop(name, None)
     return found
