@@ -12,7 +12,10 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from headprune.errors import InvalidInput
 
 NAME = re.compile(r"(?!.*(--|\.\.))(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
-DESCRIPTIONS = ("*.jinja", "*.json", "*.model", "*.py", "*.spm", "*.txt", "README.md")
+DESCRIPTIONS = (
+    "bpe.codes", "COPYING*", "LICENCE*", "LICENSE*", "NOTICE*", "prophetnet.tokenizer", "README.md", "USE_POLICY*", "*.jinja",
+    "*.json", "*.model", "*.py", "*.spm", "*.tiktoken", "*.txt",
+)  # fmt: skip
 ELSEWHERE = ("consolidated*", "onnx/*", "openvino/*", "original/*")  # the same weights once more, for others
 
 
