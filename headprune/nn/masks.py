@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headprune.errors import InvalidInput
+from headprune.ops.call import has_shape
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _checked(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]], extr
         return None
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise InvalidInput(f"{name} is {mask.dtype}; expected bool (True = do not attend) or a floating type.")
-    if tuple(mask.shape) not in shapes:
+    if not has_shape(mask, shapes):
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise InvalidInput(f"{name} has shape {list(mask.shape)}; expected {wanted}.")
     return F.pad(mask, (0, extra)) if extra else mask

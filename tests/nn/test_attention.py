@@ -240,6 +240,42 @@ def test_it_compiles_whole_and_exports():
     assert torch.allclose(torch.export.export(layer, arguments).module()(*arguments)[0], expected, atol=1e-6)
 
 
+def test_one_compilation_takes_masks_of_fixed_size_beside_free_sizes():
+    """Lengths have become free by the time that a mask is seen for the first time, whose sizes are fixed at that."""
+    layer = ragged_layer().eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for length, masked in ((4, False), (6, False), (6, True), (9, True)):
+        x = torch.randn(length, length + 1, EMBED)
+        padding = torch.arange(length + 1).expand(length, -1) > 2 if masked else None
+        arguments = (x, x, x, padding, False, torch.randn(length + 1, length + 1) if masked else None)
+        assert torch.allclose(compiled(*arguments)[0], layer(*arguments)[0], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_onnx_exporter_takes_it(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = ragged_layer()
+
+        def forward(self, x, padding):
+            return self.layer(x, x, x, padding, need_weights=False)[0]
+
+    def example(batch, length):
+        return torch.randn(batch, length, EMBED), torch.arange(length).expand(batch, -1) > 2
+
+    model, free = Alone().eval(), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.onnx.export(model, example(3, 5), dynamo=True, dynamic_shapes=(free, free), verbose=False)
+    program.save(str(tmp_path / "model.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    arguments = example(2, 7)
+    found = session.run(None, {one.name: value.numpy() for one, value in zip(session.get_inputs(), arguments)})
+    assert torch.allclose(torch.from_numpy(found[0]), model(*arguments), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
