@@ -163,10 +163,32 @@ def test_from_torch_copies_and_keeps_what_is_frozen():
     assert (ours.training, ours.q_proj.weight.dtype) == (False, torch.float64)
     assert ours.q_proj.weight.requires_grad
     assert not ours.out_proj.weight.requires_grad
+    theirs.out_proj.bias.requires_grad_()
+    theirs.in_proj_bias.requires_grad_(False)
+    frozen = {
+        name for name, parameter in VariableHeadAttention.from_torch(theirs).named_parameters() if not parameter.requires_grad
+    }
+    assert frozen == {"out_proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias"}
+    back = VariableHeadAttention.from_torch(theirs).to_torch()
+    assert {name for name, one in back.named_parameters() if not one.requires_grad} == {"out_proj.weight", "in_proj_bias"}
     theirs.in_proj_weight.data.zero_()
     theirs.out_proj.weight.data.zero_()
     assert (ours.v_proj.weight != 0).any()
     assert (ours.out_proj.weight != 0).any()
+
+
+def test_weights_that_something_makes_are_refused():
+    layer = torch_layer()
+    nn.utils.prune.identity(layer, "in_proj_weight")
+    with pytest.raises(InvalidInput, match="the MultiheadAttention holds in_proj_weight_orig beside its weights; undo masks"):
+        VariableHeadAttention.from_torch(layer)
+
+
+def test_a_layer_made_without_memory_is_whole_after_reset_parameters():
+    layer = VariableHeadAttention(EMBED, HEADS, gate=True, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.kv_of_query.tolist() == [0, 1, 2, 3]
+    assert (layer.gate == 1).all()
 
 
 def ragged_layer(**options) -> VariableHeadAttention:
