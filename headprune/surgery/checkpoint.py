@@ -17,14 +17,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from headprune.arguments import check_arguments, check_options
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
-from headprune.files import refuse_replacing, whole_folder
+from headprune.files import read_json, refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.nn.given import plain_module
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.cut import cut
-from headprune.surgery.manifest import check_manifest, write_manifest
+from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
 from headprune.surgery.record import SECTION, kept_heads, record_of
 from headprune.surgery.remote_code import write_remote_code
@@ -200,6 +200,9 @@ def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedMo
 def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
+        if (folder / FILE).is_file():
+            name = read_json(folder / FILE, KIND).get("class_name", "module")
+            raise InvalidInput(f"{folder} holds a {name}, which is not of transformers: hp.load(folder, model=an unpruned {name}).")
         inside = folder / "model"  # where runs and schedules keep theirs
         way_out = inside if (inside / "config.json").is_file() else "a folder that save_pretrained wrote"
         raise InvalidInput(f"{folder} is no model folder: it has no config.json. Give {way_out}.")

@@ -71,6 +71,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path, pruned):
         load(save(llama(), tmp_path / "llama"), model=encoder())
     with pytest.raises(InvalidInput, match=r"no headprune\.json"):
         load(tmp_path, model=encoder())
+    with pytest.raises(InvalidInput, match=r"holds a TransformerEncoder, which is not of transformers: hp.load\(folder, model="):
+        load(folder)
     with pytest.raises(InvalidInput, match="max_shard_size"):
         save(pruned, tmp_path / "sharded", max_shard_size="1GB")
     assert not (tmp_path / "sharded").exists()
