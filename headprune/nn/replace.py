@@ -12,7 +12,7 @@ from torch import nn
 
 from headprune.arguments import check_arguments
 from headprune.nn.attention import VariableHeadAttention
-from headprune.nn.given import out_of_inference_mode, plain_module
+from headprune.nn.given import out_of_inference_mode, plain_module, refuse_wrapped
 from headprune.nn.weights import UNDO, beside_weights, torch_parameter
 
 P = ParamSpec("P")
@@ -46,6 +46,7 @@ def replace_multihead_attention(model: nn.Module) -> nn.Module:
     compute the same through their projections.
     """
     check_arguments(replace_multihead_attention, locals())
+    refuse_wrapped(model)
     if isinstance(model, nn.MultiheadAttention) and not kept_from_swap(model):
         return swapped_in(model, {})
     swap(model)
@@ -87,6 +88,7 @@ def on_own_attention(change: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **options: P.kwargs) -> R:
         given: Any = args[0] if args else options.get("model")
         model = plain_module(given)
+        refuse_wrapped(model)
         rest: Any = (model, *args[1:]) if args else ()
         named: Any = options if args else {**options, "model": model}
         with out_of_inference_mode(), own_attention(model, keep=not options.get("dry_run", False)):

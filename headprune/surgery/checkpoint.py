@@ -20,7 +20,7 @@ from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, 
 from headprune.files import read_json, refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
-from headprune.nn.given import plain_module
+from headprune.nn.given import plain_module, refuse_wrapped
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.cut import cut
@@ -60,6 +60,7 @@ def save(
     than a model, HeadpruneError where the disk refuses.
     """
     model = plain_module(model)
+    refuse_wrapped(model)
     check_arguments(save, locals())
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
