@@ -20,6 +20,7 @@ from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, 
 from headprune.files import read_json, refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
+from headprune.nn import VariableHeadAttention
 from headprune.nn.given import plain_module, refuse_wrapped
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions
@@ -99,14 +100,17 @@ def save(
 
 
 def check_recorded(model: nn.Module) -> None:
-    """InvalidInput where a part of a transformers model was cut by itself, so that its config does not say how."""
+    """InvalidInput where a part of the model was cut by itself, so that the model does not say how. A VariableHeadAttention of a
+    plain module says so itself."""
     recorded = tuple(f"{name}." for name in record_of(model).get("sites", ()))
-    if not isinstance(model, PreTrainedModel) or record_of(model).get("regularised"):
+    if record_of(model).get("regularised"):
         return
     for name, module in model.named_modules():
+        if isinstance(module, VariableHeadAttention) and not isinstance(model, PreTrainedModel):
+            continue
         if isinstance(module.__dict__.get("head_map"), HeadMap) and not f"{name}.".startswith(recorded):
             raise InvalidInput(
-                f"{name} was cut in a part of the model, which the whole model's config knows nothing of. Cut by way of the whole "
+                f"{name} was cut in a part of the model, which the whole model knows nothing of. Cut by way of the whole "
                 f"{type(model).__name__}, or save the part."
             )
 
