@@ -60,8 +60,9 @@ def own_attention(model: nn.Module, keep: bool = False) -> Iterator[nn.Module]:
     Afterwards torch's own layers, which kept their weights, are back; with keep=True only where the block fails.
     """
     with ExitStack() as stack:
-        stack.callback(give_layers(model))
-        undo = swap(model)
+        with out_of_inference_mode():
+            stack.callback(give_layers(model))
+            undo = swap(model)
         try:
             yield model
         except BaseException:

@@ -108,6 +108,18 @@ def refuse_inference_tensors(model: nn.Module) -> None:
         )
 
 
+def refuse_without_weights(model: nn.Module) -> None:
+    """InvalidInput where weights are on the meta device and no hook of accelerate's fetches them."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if name is not None:
+        raise InvalidInput(
+            f"{name} is on the meta device, without a value; load the weights first (load_state_dict(..., assign=True), say), or "
+            "open a folder with hp.open_streamed."
+        )
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient inside the block."""
