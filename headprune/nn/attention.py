@@ -213,6 +213,7 @@ class VariableHeadAttention(nn.Module):
     @classmethod
     def from_torch(cls, layer: nn.MultiheadAttention) -> VariableHeadAttention:
         """A layer with the weights (copied), options and mode of `layer`. Raises InvalidInput where something makes its weights."""
+        check_arguments(VariableHeadAttention.from_torch, {"layer": layer})
         beside = beside_weights(layer)
         if beside is not None:
             raise InvalidInput(f"the {type(layer).__name__} holds {beside} beside its weights; {UNDO}.")
@@ -268,6 +269,9 @@ class VariableHeadAttention(nn.Module):
                 raise InvalidInput(f"{name} has {tensor.shape[-1]} features; expected {width}.")
         if key.shape[:-1] != value.shape[:-1]:
             raise InvalidInput(f"key is {list(key.shape)}, value {list(value.shape)}; all but the features must agree.")
+        if query.dim() == 3 and query.shape[int(not self.batch_first)] != key.shape[int(not self.batch_first)]:
+            order = "batch first" if self.batch_first else "length first"
+            raise InvalidInput(f"query is {list(query.shape)}, key {list(key.shape)}, {order}; both must have the same batch.")
         return query.dim() == 3
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -180,6 +180,8 @@ def test_from_torch_copies_and_keeps_what_is_frozen():
 def test_weights_that_something_makes_are_refused():
     layer = torch_layer()
     nn.utils.prune.identity(layer, "in_proj_weight")
+    with pytest.raises(InvalidInput, match=r"layer is Linear\(.*; expected MultiheadAttention"):
+        VariableHeadAttention.from_torch(nn.Linear(2, 2))
     with pytest.raises(InvalidInput, match="the MultiheadAttention holds in_proj_weight_orig beside its weights; undo masks"):
         VariableHeadAttention.from_torch(layer)
 
@@ -322,6 +324,10 @@ def test_a_layer_that_cannot_be_is_refused(arguments, names):
         ({"query": torch.zeros(LENGTH, EMBED)}, "dimensions"),
         ({"key": torch.zeros(KV_LENGTH, BATCH, 8)}, "key has 8 features"),
         ({"value": torch.zeros(2, BATCH, EMBED)}, "all but the features"),
+        (
+            {name: torch.zeros(KV_LENGTH, 1, EMBED) for name in ("key", "value")},
+            r"query is \[5, 3, 12\], key \[7, 1, 12\], length first; both must have the same batch",
+        ),
     ],
 )
 def test_calls_that_do_not_fit_are_named(call, names):
@@ -329,6 +335,18 @@ def test_calls_that_do_not_fit_are_named(call, names):
     arguments = dict(zip(("query", "key", "value"), inputs(layer)))
     with pytest.raises(InvalidInput, match=names):
         layer(**{**arguments, **call})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_mask_of_another_precision_is_taken(need_weights, dropout):
+    layer = VariableHeadAttention(EMBED, HEADS, dropout=dropout).train()
+    arguments, mask = inputs(layer), torch.randn(LENGTH, KV_LENGTH)
+    outputs = []
+    for kind in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        outputs.append(layer(*arguments, attn_mask=mask.to(kind), need_weights=need_weights)[0])
+    torch.testing.assert_close(*outputs)
 
 
 def test_a_layer_without_torch_form_says_why():
