@@ -40,7 +40,10 @@ def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backw
 
 def differentiate(loss: Tensor) -> None:
     if not loss.requires_grad:
-        raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
+        raise InvalidInput(
+            "the loss does not depend on any attention head; is it computed under torch.no_grad(), or a layer checkpointed with "
+            "use_reentrant=True, through which no gradient goes where weights are frozen?"
+        )
     loss.sum().backward()
 
 

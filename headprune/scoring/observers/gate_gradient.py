@@ -65,7 +65,7 @@ def of_one_sample(site: str, grads: Tensor, samples: int) -> Tensor:
     if samples != 1:
         raise InvalidInput(
             f"{site} runs {len(grads)} sequences where the loss gives {samples} samples; which are whose cannot be told. Give "
-            "batches of one sample."
+            "batches of one sample, or the losses' mean, which counts each sequence as a sample."
         )
     return grads.sum(dim=0, keepdim=True)
 
