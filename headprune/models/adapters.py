@@ -113,8 +113,13 @@ def warn_once(message: str) -> None:
 
 
 def find_site(name: str, module: nn.Module) -> AttentionSite | None:
-    found = (adapter.site(name, module) for adapter in known_first())
-    return next((site for site in found if site is not None), None)
+    found = ((adapter, adapter.site(name, module)) for adapter in known_first())
+    adapter, site = next((pair for pair in found if pair[1] is not None), (None, None))
+    if adapter is not None and not (isinstance(site, AttentionSite) and isinstance(site.head_map, HeadMap)):
+        raise InvalidInput(
+            f"adapter {adapter.name!r} gave {site!r:.80} for {name}; expected an hp.AttentionSite with a HeadMap, or None."
+        )
+    return site
 
 
 def known_first() -> list[Adapter]:
