@@ -103,7 +103,7 @@ def differentiate(
     names: tuple[str, ...],
     needs: tuple[bool, ...],
     grad_output: Tensor,
-    again: bool,
+    again: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients, by autograd, of those arguments `names` of `forward(call)`'s output for which `needs` says yes."""
     inputs = {name: getattr(call, name) for name in names}
