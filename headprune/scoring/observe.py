@@ -100,7 +100,8 @@ def observe(
             observed = observe_streamed(setting, batches, wanted, checkpoint, progress)
             refuse_unreached(observed, unreached)
             return observed
-        refuse_without_weights(model)
+        if wanted:  # shapes alone do for the rest
+            refuse_without_weights(model)
         earlier = taken_up(checkpoint, every, wanted)
         observers = [observer_of(need)(setting) for need in wanted]
         with checkpointed(model) if checkpointing else nullcontext():

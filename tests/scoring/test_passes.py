@@ -41,6 +41,7 @@ def test_so_are_torchs_own_attentions_which_are_swapped_meanwhile():
 def test_weights_without_values_are_refused():
     with pytest.raises(InvalidInput, match="is on the meta device, without a value; load the weights first"):
         hp.score(torch.nn.TransformerEncoderLayer(16, 4, 32).to("meta"), criterion="magnitude_l2")
+    assert list(hp.score(torch.nn.TransformerEncoderLayer(16, 4, 32).to("meta"), criterion="random")) == ["self_attn"]
 
 
 def test_a_model_that_was_made_in_inference_mode_is_refused():
