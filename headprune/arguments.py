@@ -40,7 +40,11 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
         except HeadpruneError:
             raise
         except (AttributeError, TypeError, RuntimeError):
-            check_arguments(function, signature(function).bind(*args, **options).arguments)
+            try:
+                given = signature(function).bind(*args, **options).arguments
+            except TypeError:  # an argument too many or too few, which Python's own message names together with the function
+                given = {}
+            check_arguments(function, given)
             raise
         except ValueError as error:
             raise InvalidInput(str(error)) from error

@@ -23,6 +23,7 @@ from headprune.models.adapters import find_site
 from headprune.models.placement import device_of
 from headprune.models.site import AttentionSite, Foreign
 from headprune.models.uncompiled import uncompiled
+from headprune.nn.replace import own_attention
 from headprune.planning.latency_table import LatencyTable, key_of
 from headprune.processor import processor_name
 from headprune.scoring.passes import in_eval_mode
@@ -55,7 +56,8 @@ def measure_latency_table(
     """Times one forward pass of each kind of attention in `model` with 0, 1, ..., all of its query heads.
 
     Heads go so that groups shrink evenly: no key/value head goes before the last query head of some group. What is timed are cut
-    copies of the attention modules on the very inputs that they receive in `model(**inputs)`, in turn, medians.
+    copies of the attention modules on the very inputs that they receive in `model(**inputs)`, in turn, medians. Each
+    torch.nn.MultiheadAttention is timed as the VariableHeadAttention that takes its place when it is pruned.
 
     Args:
         inputs: for `model(**inputs)`: the batch and length that the latency is wanted for.
@@ -64,6 +66,18 @@ def measure_latency_table(
 
     Raises InvalidInput where an attention is not reached by the inputs.
     """
+    with own_attention(model):
+        return measured(model, inputs, repeats, cache, progress)
+
+
+def measured(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    repeats: int,
+    cache: str | Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> LatencyTable:
+    """See `measure_latency_table`."""
     sites = attention_sites(model)
     shapes = {site.name: SiteShape.of(site) for site in sites}
     first = next(value for value in inputs.values() if isinstance(value, Tensor))

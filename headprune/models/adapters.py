@@ -15,7 +15,11 @@ from headprune.models.site import AttentionSite
 from headprune.nn.given import plain_module
 
 log = logging.getLogger("headprune")
-WAY_OUT = "CONTRIBUTING.md shows how to add one."
+WAY_OUT = "CONTRIBUTING.md shows how to add one (hp.register_adapter)."
+RECOGNISED = (
+    "What is recognised without one: a class whose name ends in Attention, with num_heads and linear layers q_proj, k_proj, v_proj "
+    "and out_proj, or qkv and proj (or other usual names), and no other weights. Or put headprune.nn.VariableHeadAttention there."
+)
 
 
 class Adapter(Protocol):
@@ -97,13 +101,12 @@ def tell_of(unknown: list[str], sites: list[AttentionSite], model: nn.Module) ->
     kinds = {original_class(site.module) for site in sites}
     strange = [name for name in unknown if not sites or original_class(model.get_submodule(name)) in kinds]
     if strange:
-        what = f"no adapter knows {listed(model, strange)}. Known kinds: {', '.join(sorted(_adapters))}"
-        raise UnsupportedModel(f"{type(model).__name__}: {what}. {WAY_OUT}")
+        raise UnsupportedModel(f"{type(model).__name__}: no adapter knows {listed(model, strange)}. {WAY_OUT} {RECOGNISED}")
     if unknown:
         warn_once(f"{type(model).__name__}: all heads stay in {listed(model, unknown)}, which no adapter knows. {WAY_OUT}")
     if not sites:
-        what = f"no attention that headprune knows (kinds: {', '.join(sorted(_adapters))})"
-        raise UnsupportedModel(f"{type(model).__name__} has {what}. {WAY_OUT}")
+        what = f"no attention that one of the {len(_adapters)} adapters knows"
+        raise UnsupportedModel(f"{type(model).__name__} has {what}. {WAY_OUT} {RECOGNISED}")
 
 
 def listed(model: nn.Module, names: list[str]) -> str:
@@ -119,8 +122,13 @@ def warn_once(message: str) -> None:
 
 
 def find_site(name: str, module: nn.Module) -> AttentionSite | None:
-    found = (adapter.site(name, module) for adapter in known_first())
-    return next((site for site in found if site is not None), None)
+    found = ((adapter, adapter.site(name, module)) for adapter in known_first())
+    adapter, site = next((pair for pair in found if pair[1] is not None), (None, None))
+    if adapter is not None and not (isinstance(site, AttentionSite) and isinstance(site.head_map, HeadMap)):
+        raise InvalidInput(
+            f"adapter {adapter.name!r} gave {site!r:.80} for {name}; expected an hp.AttentionSite with a HeadMap, or None."
+        )
+    return site
 
 
 def known_first() -> list[Adapter]:

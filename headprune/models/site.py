@@ -146,7 +146,9 @@ class AttentionSite:
     def projection(self, role: Role) -> ProjectionHeads:
         found = next((projection for projection in self.projections if projection.role == role), None)
         if found is None:
-            raise InvalidInput(f"{self.name} has no {role} projection: its keys and values are those of an earlier attention.")
+            shared = role in ("key", "value") and not self.own_keys
+            why = "its keys and values are those of an earlier attention" if shared else "its adapter must name one of each role"
+            raise InvalidInput(f"{self.name} has no {role} projection: {why}.")
         return found
 
     @property

@@ -21,7 +21,8 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
 
     token_mask(batch) counts for all attentions. By default it is the batch's 2-D "attention_mask"; in the decoder of an
     encoder-decoder its "decoder_attention_mask", else the positions that have a label; in a Q-Former that of its own text behind
-    its queries; in a part of the model that reads pictures or sound there is none.
+    its queries; in a part of the model that reads pictures or sound there is none. In a model of torch's own encoders and decoders
+    it is what "src_key_padding_mask" or "tgt_key_padding_mask" leave, named as their forwards name them.
     """
     if token_mask is not None:
         return lambda site, batch: token_mask(batch)
@@ -35,11 +36,23 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
             return None if site.endswith("crossattention") else query_mask(model, around, batch)
         if not reads_tokens(around):
             return None
+        if around is None and "attention_mask" not in batch:
+            return unpadded(model, site, batch)
         if decoder is not None and f"{site}.".startswith(f"{decoder}."):
             return in_streams(around, plane(batch, "decoder_attention_mask", target_mask(batch)))
         return in_streams(around, plane(batch, "attention_mask"))
 
     return mask
+
+
+def unpadded(model: nn.Module, site: str, batch: Mapping[str, Any]) -> Tensor | None:
+    """What torch's padding masks (True, or -inf, where there is padding) leave of the tokens that run through `site`."""
+    parents = [model.get_submodule(site[:end]) for end, letter in enumerate(site) if letter == "."]
+    decodes = any(isinstance(parent, nn.TransformerDecoderLayer) for parent in (model, *parents))
+    padding = plane(batch, f"{'tgt' if decodes else 'src'}_key_padding_mask")
+    if padding is None:
+        return None
+    return ~padding if padding.dtype == torch.bool else padding != float("-inf")
 
 
 def decoder_of(model: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ from headprune.head_map import HeadMap
 from headprune.models.adapters import register_adapter
 from headprune.models.site import AttentionSite, Foreign, Role, contiguous_heads
 from headprune.nn import VariableHeadAttention
+from headprune.nn.replace import kept_from_swap
 
 
 class VariableHead:
@@ -17,10 +18,11 @@ class VariableHead:
 
     def site(self, name: str, module: nn.Module) -> AttentionSite | None:
         if isinstance(module, nn.MultiheadAttention):
-            raise UnsupportedModel(
-                f"{name} (MultiheadAttention) is torch's own attention, whose heads cannot be cut singly. Call "
-                "headprune.nn.replace_multihead_attention(model) first: same weights, same outputs."
+            reason = kept_from_swap(module) or (
+                "is torch's own attention, whose heads cannot be cut singly. Take what "
+                "headprune.nn.replace_multihead_attention(model) returns: same weights, same outputs"
             )
+            raise UnsupportedModel(f"{name or 'the model'} ({type(module).__name__}) {reason}.")
         if not isinstance(module, VariableHeadAttention):
             return None
         queries, keys = module.num_heads, module.num_kv_heads

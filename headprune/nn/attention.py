@@ -14,7 +14,17 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.head_map import HeadMap
 from headprune.nn.masks import Masks, read_masks
-from headprune.nn.weights import ROLES, draw_like_torch, kept, resized, undrawn_linear, unpack
+from headprune.nn.weights import (
+    ROLES,
+    UNDO,
+    beside_weights,
+    draw_like_torch,
+    kept,
+    resized,
+    torch_parameter,
+    undrawn_linear,
+    unpack,
+)
 from headprune.ops.gate import gate_of
 from headprune.ops.sdpa import repeated_heads
 from headprune.ops.watch import attention_of, is_watched
@@ -87,20 +97,23 @@ class VariableHeadAttention(nn.Module):
         self.v_proj = undrawn_linear(self.vdim, kv_width, bias, **place)
         self.bias_k = nn.Parameter(torch.empty(1, 1, kv_width, **place)) if add_bias_kv else None
         self.bias_v = nn.Parameter(torch.empty(1, 1, kv_width, **place)) if add_bias_kv else None
-        self.gate = nn.Parameter(torch.ones(num_heads, **place)) if gate else None
+        self.gate = nn.Parameter(torch.empty(num_heads, **place)) if gate else None
         # In the state dict, so that a pruned layer's weights say what they are.
-        self.register_buffer("kv_of_query", torch.tensor(self.head_map.kv_of_query, device=device))
+        self.register_buffer("kv_of_query", torch.empty(num_heads, dtype=torch.long, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Weights as torch.nn.MultiheadAttention draws them (there query, key and value are one packed matrix); the output
-        projection keeps those of nn.Linear."""
+        projection keeps those of nn.Linear. Gates are 1 again, and `kv_of_query` the head map (after `to_empty`)."""
         draw_like_torch((self.q_proj, self.k_proj, self.v_proj), packed=self.embed_dim == self.kdim == self.vdim)
         if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
         for extra in (self.bias_k, self.bias_v):
             if extra is not None:
                 nn.init.xavier_normal_(extra)
+        if self.gate is not None:
+            nn.init.ones_(self.gate)
+        self.kv_of_query.copy_(torch.tensor(self.head_map.kv_of_query, device=self.kv_of_query.device))
 
     @property
     def num_heads(self) -> int:
@@ -199,7 +212,11 @@ class VariableHeadAttention(nn.Module):
 
     @classmethod
     def from_torch(cls, layer: nn.MultiheadAttention) -> VariableHeadAttention:
-        """A layer with the weights (copied), options and mode of `layer`."""
+        """A layer with the weights (copied), options and mode of `layer`. Raises InvalidInput where something makes its weights."""
+        check_arguments(VariableHeadAttention.from_torch, {"layer": layer})
+        beside = beside_weights(layer)
+        if beside is not None:
+            raise InvalidInput(f"the {type(layer).__name__} holds {beside} beside its weights; {UNDO}.")
         new = cls(
             layer.embed_dim, layer.num_heads, layer.dropout, layer.in_proj_bias is not None, layer.bias_k is not None,
             layer.add_zero_attn, layer.kdim, layer.vdim, layer.batch_first, "meta", layer.out_proj.weight.dtype,
@@ -207,9 +224,8 @@ class VariableHeadAttention(nn.Module):
         state = layer.state_dict()
         unpack(state, "", new.head_map.kv_of_query, None)
         new.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-        inputs = layer.q_proj_weight if layer.in_proj_weight is None else layer.in_proj_weight
-        new.requires_grad_(inputs.requires_grad)
-        new.out_proj.requires_grad_(layer.out_proj.weight.requires_grad)
+        for name, parameter in new.named_parameters():
+            parameter.requires_grad_(torch_parameter(layer, name).requires_grad)
         return new.train(layer.training)
 
     def to_torch(self) -> nn.MultiheadAttention:
@@ -230,8 +246,10 @@ class VariableHeadAttention(nn.Module):
         if self.in_proj_weight is None:
             state |= {f"{role}_proj_weight": getattr(self, f"{role}_proj").weight for role in ROLES}
         new.load_state_dict({name: tensor for name, tensor in state.items() if tensor is not None})
-        new.requires_grad_(self.q_proj.weight.requires_grad)
-        new.out_proj.requires_grad_(self.out_proj.weight.requires_grad)
+        new.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                torch_parameter(new, name).requires_grad_()
         return new.train(self.training)
 
     def extra_repr(self) -> str:
@@ -251,6 +269,9 @@ class VariableHeadAttention(nn.Module):
                 raise InvalidInput(f"{name} has {tensor.shape[-1]} features; expected {width}.")
         if key.shape[:-1] != value.shape[:-1]:
             raise InvalidInput(f"key is {list(key.shape)}, value {list(value.shape)}; all but the features must agree.")
+        if query.dim() == 3 and query.shape[int(not self.batch_first)] != key.shape[int(not self.batch_first)]:
+            order = "batch first" if self.batch_first else "length first"
+            raise InvalidInput(f"query is {list(query.shape)}, key {list(key.shape)}, {order}; both must have the same batch.")
         return query.dim() == 3
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from headprune.errors import InvalidInput
 
@@ -23,6 +24,13 @@ def plain_module(model: Any) -> nn.Module:
         raise InvalidInput(f"model is {model!r:.80}; expected a torch.nn.Module: {hint}.")
     inside = model._modules.get("_orig_mod") if type(model).__name__ == "OptimizedModule" else None
     return model if inside is None else inside
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """InvalidInput where `model` is wrapped for several ranks by DistributedDataParallel, which holds the weights as they were and
+    would go on adding up the gradients of those."""
+    if isinstance(model, DistributedDataParallel):
+        raise InvalidInput("model is wrapped in DistributedDataParallel; give model.module, and wrap it again to train on.")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headprune.errors import InvalidInput
+from headprune.ops.call import has_shape
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,14 @@ class Masks:
     key_mask: Tensor | None
 
     def merged(self, query: Tensor, kv_len: int) -> Tensor | None:
-        """All of them in one mask for torch's attention; None where nothing is hidden."""
+        """All of them in one mask for torch's attention, bool or of the query's dtype; None where nothing is hidden."""
         causal = torch.ones(query.shape[2], kv_len, dtype=torch.bool, device=query.device).tril() if self.causal else None
         padding = None if self.key_mask is None else self.key_mask[:, None, None]
         visible = causal if padding is None else padding if causal is None else causal & padding
-        if self.bias is None or visible is None:
-            return visible if self.bias is None else self.bias
-        return self.bias & visible if self.bias.dtype == torch.bool else self.bias.masked_fill(~visible, float("-inf"))
+        bias = self.bias if self.bias is None or self.bias.dtype == torch.bool else self.bias.to(query.dtype)
+        if bias is None or visible is None:
+            return visible if bias is None else bias
+        return bias & visible if bias.dtype == torch.bool else bias.masked_fill(~visible, float("-inf"))
 
 
 def read_masks(
@@ -71,7 +73,7 @@ def _checked(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]], extr
         return None
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise InvalidInput(f"{name} is {mask.dtype}; expected bool (True = do not attend) or a floating type.")
-    if tuple(mask.shape) not in shapes:
+    if not has_shape(mask, shapes):
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise InvalidInput(f"{name} has shape {list(mask.shape)}; expected {wanted}.")
     return F.pad(mask, (0, extra)) if extra else mask

@@ -10,6 +10,28 @@ import torch
 from torch import Tensor, nn
 
 ROLES = ("q", "k", "v")
+OF_TORCH = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias"}
+OF_TORCH |= {f"{role}_proj_weight" for role in ROLES}
+
+
+UNDO = (
+    "undo masks, parametrisations and adapters first (torch.nn.utils.prune.remove, "
+    "torch.nn.utils.parametrize.remove_parametrizations, merge_and_unload)"
+)
+
+
+def beside_weights(layer: nn.MultiheadAttention) -> str | None:
+    """A parameter of torch's layer that is none of its class: a mask, parametrisation or adapter makes its weights of it."""
+    return next((name for name, _ in layer.named_parameters() if name not in OF_TORCH), None)
+
+
+def torch_parameter(layer: nn.MultiheadAttention, name: str) -> nn.Parameter:
+    """The parameter of torch's layer that holds what VariableHeadAttention calls `name`."""
+    if name in OF_TORCH:
+        return layer.get_parameter(name)
+    if name.endswith(".bias"):
+        return layer.get_parameter("in_proj_bias")
+    return layer.get_parameter("in_proj_weight" if layer._qkv_same_embed_dim else name.replace(".", "_"))
 
 
 def unpack(state: dict[str, Tensor], prefix: str, kv_of_query: tuple[int, ...], gate: Tensor | None) -> None:

@@ -34,13 +34,18 @@ _ON_A_TENSOR = _bits("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradC
 
 
 def run_operator(name: str, call: Any, operands: Callable[[Any], tuple[Any, ...]]) -> Any:
-    """What the operator headprune::`name` gives for `call`, whose operands are `operands(call)`. Where derivatives run forward
-    (torch.func.jvp, jacfwd), which operators have none of, the reference computes, made of PyTorch's own operators."""
+    """What the operator headprune::`name` gives for `call`, whose operands are `operands(call)`. Where whoever asks knows PyTorch's
+    own operators alone (forward derivatives, torch.func's transforms, an export to ONNX) the reference computes, which is made of
+    them."""
     if not torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
             return reference(name).run(call)
         if _thread_at_rest() and _at_rest(vars(call).values()):
             return choose(name, call).run(call)
+        if _C._are_functorch_transforms_active():
+            return reference(name).run(call)
+    elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return reference(name).run(call)
     return getattr(torch.ops.headprune, name).default(*operands(call))
 
 

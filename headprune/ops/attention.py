@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -14,7 +13,8 @@ from headprune.arguments import explained
 from headprune.head_map import HeadMap
 from headprune.ops.at_once import run_operator
 from headprune.ops.backend import choose
-from headprune.ops.call import AttentionCall, check_call, equal_groups
+from headprune.ops.call import BATCHED, AttentionCall, check_alike, check_call, default_scale, equal_groups
+from headprune.ops.reference import attention_backward
 from headprune.ops.stats import HeadStats
 
 # window and softcap are 0 where they are off; kv_of_query and kv_heads are the head map.
@@ -119,6 +119,7 @@ def attention(
 
     Raises InvalidInput for shapes, dtypes or options that do not fit each other.
     """
+    check_alike({"query": query, "key": key, "value": value}, BATCHED)
     head_map = equal_groups(query.shape[1], key.shape[1]) if head_map is None else head_map
     call = check_call(
         AttentionCall(
@@ -128,7 +129,7 @@ def attention(
             head_map,
             causal,
             window or 0,
-            1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            default_scale(query) if scale is None else scale,
             softcap or 0.0,
             bias,
             alibi_slopes,
@@ -212,26 +213,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _backward(ctx: Any, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple[Any, ...]:
-    query, key, value, bias, alibi_slopes, sinks, key_mask, query_mask, gate, output, lse = ctx.saved_tensors
+    query, key, value, *tensors, output, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    needs = [wanted[index] for index in (0, 1, 2, 8, 10, 13)]
-    grads = torch.ops.headprune.attention_backward(
-        grad_output,
-        output,
-        lse,
-        needs,
-        query,
-        key,
-        value,
-        *ctx.options,
-        bias,
-        alibi_slopes,
-        sinks,
-        key_mask,
-        query_mask,
-        gate,
-        False,
-    )
+    needs = tuple(wanted[index] for index in (0, 1, 2, 8, 10, 13))
+    args = (query, key, value, *ctx.options, *tensors, False)
+    if torch.is_grad_enabled():  # to be differentiated in its turn, which kernels' gradients cannot be
+        grads = attention_backward(as_call(*args), grad_output, needs, again=True)
+    else:
+        grads = torch.ops.headprune.attention_backward(grad_output, output, lse, list(needs), *args)
     dq, dk, dv, dbias, dsinks, dgate = (grad if need else None for grad, need in zip(grads, needs))
     return dq, dk, dv, None, None, None, None, None, dbias, None, dsinks, None, None, dgate, None
 

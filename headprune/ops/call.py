@@ -185,9 +185,9 @@ made_once = lru_cache(maxsize=1024)(HeadMap.uniform)
 
 
 def check_call(call: AttentionCall) -> AttentionCall:
-    """`call` itself, or InvalidInput that names the argument, what it is and what it should be."""
+    """`call` itself, whose query, key and value `check_alike` has passed, or InvalidInput that names the argument, what it is and
+    what it should be."""
     query, key, value, head_map = call.query, call.key, call.value, call.head_map
-    check_alike({"query": query, "key": key, "value": value}, ("batch", "heads", "length", "dim"))
     batch, query_heads, query_len, head_dim = query.shape
     kv_heads, kv_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     expect("key", key, (batch, head_map.kv_heads, kv_len, head_dim))
@@ -211,7 +211,6 @@ def check_call(call: AttentionCall) -> AttentionCall:
 def check_varlen(call: VarlenCall) -> VarlenCall:
     """`call` itself, or InvalidInput; lengths on the device are not read."""
     query, key, value, head_map = call.query, call.key, call.value, call.head_map
-    check_alike({"query": query, "key": key, "value": value}, ("tokens", "heads", "dim"))
     expect("key", key, (key.shape[0], head_map.kv_heads, query.shape[2]))
     expect("value", value, (key.shape[0], head_map.kv_heads, value.shape[2]))
     check_heads(call.query_heads, head_map)
@@ -233,7 +232,6 @@ MOST_NEW_TOKENS = 8
 def check_decode(call: DecodeCall) -> DecodeCall:
     """`call` itself, or InvalidInput; lengths and page numbers on the device are not read."""
     query, key, value, head_map = call.query, call.key_cache, call.value_cache, call.head_map
-    check_alike({"query": query, "key_cache": key, "value_cache": value}, ("batch", "heads", "length", "dim"))
     rows = call.batch if call.page_table is None else key.shape[0]
     expect("key_cache", key, (rows, head_map.kv_heads, key.shape[2], query.shape[3]))
     expect("value_cache", value, (rows, head_map.kv_heads, key.shape[2], value.shape[3]))
@@ -255,11 +253,18 @@ def check_decode(call: DecodeCall) -> DecodeCall:
     return call
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BATCHED, PACKED = ("batch", "heads", "length", "dim"), ("tokens", "heads", "dim")
+
+
 def check_alike(tensors: dict[str, Tensor], dims: tuple[str, ...]) -> None:
-    """All of the same dtype (after autocast, where it is on) and device, with the named dimensions."""
+    """Dense tensors of the named dimensions, all on one device and of one dtype that attention is computed in (after autocast,
+    where it is on). Comes before anything that reads a shape."""
     first, leader = next(iter(tensors.items()))
     dtype, device = leader.dtype, leader.device
     for name, tensor in tensors.items():
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            check_dense(name, tensor)
         if tensor.dim() != len(dims):
             raise InvalidInput(f"{name} has shape {list(tensor.shape)}; expected {len(dims)} dimensions [{', '.join(dims)}].")
         alike = tensor.dtype == dtype or dtype_under_autocast(tensor) == dtype_under_autocast(leader)
@@ -267,6 +272,19 @@ def check_alike(tensors: dict[str, Tensor], dims: tuple[str, ...]) -> None:
             raise InvalidInput(
                 f"{name} is {tensor.dtype} on {tensor.device}, {first} is {leader.dtype} on {leader.device}; they must agree."
             )
+    if dtype not in DTYPES and dtype_under_autocast(leader) not in DTYPES:
+        raise InvalidInput(f"{', '.join(tensors)} are {dtype}; expected {', '.join(str(one) for one in DTYPES)}.")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise InvalidInput(f"{name} is {kind}; expected a dense tensor. attention_varlen takes samples of several lengths.")
+
+
+def default_scale(query: Tensor) -> float:
+    """1 / sqrt(head_dim); without features all scores are 0, whatever it is."""
+    return 1 / math.sqrt(query.shape[-1] or 1)
 
 
 def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
@@ -305,19 +323,24 @@ def check_extras(**extras: tuple[Tensor | None, list[tuple[int, ...]]]) -> None:
 
 
 def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) not in shapes and not any(same_shape(tensor.shape, shape) for shape in shapes):
+    if not has_shape(tensor, shapes):
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise InvalidInput(f"{name} has shape {list(tensor.shape)}; expected {wanted}.")
 
 
-def same_shape(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Number by number: under torch.compile with dynamic shapes two symbols of one value make no equal tuples."""
-    return len(one) == len(other) and all(a == b for a, b in zip(one, other))
+def has_shape(tensor: Tensor, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether it has one of them. Compared one by one, and number by number: under torch.compile with free sizes `in` finds nothing
+    without looking, and two symbols of one value make no equal tuples."""
+    have = tuple(tensor.shape)
+    for shape in shapes:  # noqa: SIM110 - a generator takes longer than all comparisons
+        if have == shape or (len(have) == len(shape) and all(a == b for a, b in zip(have, shape))):
+            return True
+    return False
 
 
-def check_bias(bias: Tensor, full: tuple[int, ...]) -> None:
+def check_bias(bias: Tensor, full: tuple[int, ...], name: str = "bias") -> None:
     padded = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if bias.dim() > 4 or any(have not in (1, want) for have, want in zip(padded, full)):
-        raise InvalidInput(f"bias has shape {list(bias.shape)}; expected one that broadcasts to {list(full)}.")
+    if bias.dim() > 4 or any(have != 1 and have != want for have, want in zip(padded, full)):
+        raise InvalidInput(f"{name} has shape {list(bias.shape)}; expected one that broadcasts to {list(full)}.")
     if bias.dtype != torch.bool and not bias.dtype.is_floating_point:
-        raise InvalidInput(f"bias is {bias.dtype}; expected a floating type (added to the scores) or bool (True = attend).")
+        raise InvalidInput(f"{name} is {bias.dtype}; expected a floating type (added to the scores) or bool (True = attend).")

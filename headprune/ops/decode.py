@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from headprune.head_map import HeadMap
 from headprune.ops.at_once import run_operator
 from headprune.ops.attention import head_map_of, library
 from headprune.ops.backend import choose
-from headprune.ops.call import DecodeCall, check_decode, equal_groups
+from headprune.ops.call import BATCHED, DecodeCall, check_alike, check_decode, default_scale, equal_groups
 
 library.define(
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor? page_table, int[] kv_of_query, "
@@ -56,8 +55,10 @@ def attention_decode(
     Not differentiable. Raises InvalidInput for shapes, dtypes or options that do not fit each other, and for tensors that
     require gradients outside torch.no_grad().
     """
+    check_alike({"query": query, "key_cache": key_cache, "value_cache": value_cache}, BATCHED)
     head_map = equal_groups(query.shape[1], key_cache.shape[1]) if head_map is None else head_map
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key_cache, value_cache)):
+    differentiable = (query, key_cache, value_cache, sinks, gate)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
         raise InvalidInput("attention_decode has no gradient; use attention, or call it under torch.no_grad().")
     call = check_decode(
         DecodeCall(
@@ -68,7 +69,7 @@ def attention_decode(
             page_table,
             head_map,
             window or 0,
-            1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            default_scale(query) if scale is None else scale,
             softcap or 0.0,
             alibi_slopes,
             sinks,

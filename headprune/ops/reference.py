@@ -91,10 +91,12 @@ def attention_stats(call: AttentionCall, scores: Tensor, probs: Tensor, lse: Ten
 
 
 def attention_backward(
-    call: AttentionCall, grad_output: Tensor, needs: tuple[bool, bool, bool, bool, bool, bool]
+    call: AttentionCall, grad_output: Tensor, needs: tuple[bool, ...], again: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, sinks and gate (None where `needs` says no), each in its tensor's dtype."""
-    return differentiate(attention_forward, call, ("query", "key", "value", "bias", "sinks", "gate"), needs, grad_output)
+    """Gradients of query, key, value, bias, sinks and gate (None where `needs` says no), each in its tensor's dtype. again: they
+    are to be differentiated in their turn."""
+    names = ("query", "key", "value", "bias", "sinks", "gate")
+    return differentiate(attention_forward, call, names, needs, grad_output, again)
 
 
 def differentiate(
@@ -103,15 +105,18 @@ def differentiate(
     names: tuple[str, ...],
     needs: tuple[bool, ...],
     grad_output: Tensor,
+    again: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients, by autograd, of those arguments `names` of `forward(call)`'s output for which `needs` says yes."""
     inputs = {name: getattr(call, name) for name in names}
     wanted = [name for name, need in zip(names, needs) if need]
-    leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
+    # Tensors of their own: one tensor may be several arguments.
+    leaves = {name: inputs[name].view_as(inputs[name]) if again else inputs[name].detach().requires_grad_() for name in wanted}
     with torch.enable_grad():
         output, _, _ = forward(replace(call, stats=False, **leaves))
     # A detached output (no head, no key) leaves every gradient zero.
-    grads = torch.autograd.grad(output, list(leaves.values()), grad_output, allow_unused=True) if output.requires_grad else []
+    some = output.requires_grad
+    grads = torch.autograd.grad(output, list(leaves.values()), grad_output, create_graph=again, allow_unused=True) if some else []
     found = {name: grad for name, grad in zip(wanted, grads) if grad is not None}
     return tuple(found.get(name, torch.zeros_like(inputs[name])) if name in leaves else None for name in names)
 
@@ -161,10 +166,11 @@ def check_starts(name: str, starts: Sequence[int], tokens: int) -> None:
 
 
 def attention_varlen_backward(
-    call: VarlenCall, grad_output: Tensor, needs: tuple[bool, bool, bool, bool, bool]
+    call: VarlenCall, grad_output: Tensor, needs: tuple[bool, ...], again: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, sinks and gate (None where `needs` says no), each in its tensor's dtype."""
-    return differentiate(attention_varlen_forward, call, VARLEN_DIFFERENTIABLE, needs, grad_output)
+    """Gradients of query, key, value, sinks and gate (None where `needs` says no), each in its tensor's dtype; again: as in
+    `attention_backward`."""
+    return differentiate(attention_varlen_forward, call, VARLEN_DIFFERENTIABLE, needs, grad_output, again)
 
 
 def attention_decode(call: DecodeCall) -> Tensor:

@@ -12,7 +12,7 @@ from headprune.arguments import explained
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.ops.attention import attention
-from headprune.ops.call import equal_groups
+from headprune.ops.call import check_bias, check_dense, equal_groups
 
 
 @explained
@@ -46,15 +46,20 @@ def scaled_dot_product_attention(
         raise InvalidInput("attn_mask and is_causal exclude each other, as in torch; put the causal part into the mask.")
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise InvalidInput(f"query, key, value have {query.dim()}, {key.dim()}, {value.dim()} dimensions; expected 2 or more.")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_dense(name, tensor)
     flat = max(query.dim(), key.dim(), value.dim()) == 2
     tensors = [tensor[None] if tensor.dim() == 2 else tensor for tensor in (query, key, value)]
     batch = _broadcast("leading dimensions", *(tensor.shape[:-3] for tensor in tensors))
     if not enable_gqa and head_map is None:
-        heads = _broadcast("heads (dimension -3)", *(tensor.shape[-3:-2] for tensor in tensors))
+        way_out = "enable_gqa=True or a head_map lets query heads share key/value heads"
+        heads = _broadcast("heads (dimension -3)", *(tensor.shape[-3:-2] for tensor in tensors), way_out=way_out)
         tensors = [tensor.expand(*tensor.shape[:-3], *heads, *tensor.shape[-2:]) for tensor in tensors]
     query, key, value = (_one_batch_dimension(tensor, batch) for tensor in tensors)
     head_map = head_map or equal_groups(query.shape[1], key.shape[1])
     mask = attn_mask if attn_mask is None or attn_mask.dim() <= 3 else _one_batch_dimension(attn_mask, batch)
+    if mask is not None:
+        check_bias(mask, (*query.shape[:3], key.shape[2]), "attn_mask")
     if dropout_p:
         key, value = (repeated_heads(tensor, head_map) for tensor in (key, value))
         output = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale)
@@ -86,17 +91,17 @@ def _attend(
     return attention(query, key, value, head_map, causal=is_causal, scale=scale, bias=mask, key_mask=key_mask)
 
 
-def _broadcast(name: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+def _broadcast(name: str, *shapes: tuple[int, ...], way_out: str = "give them equal ones, or 1") -> tuple[int, ...]:
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         given = ", ".join(str(list(shape)) for shape in shapes)
-        raise InvalidInput(f"the {name} of query, key and value are {given}; they do not broadcast.") from None
+        raise InvalidInput(f"the {name} of query, key and value are {given}, which do not broadcast: {way_out}.") from None
 
 
 def _one_batch_dimension(tensor: Tensor, batch: tuple[int, ...]) -> Tensor:
     """[..., heads, rows, columns] as [batch, heads, rows, columns], with leading dimensions broadcast to `batch`."""
     lead, rest = tensor.shape[:-3], tensor.shape[-3:]
-    if len(lead) > len(batch) or any(have not in (1, want) for have, want in zip(reversed(lead), reversed(batch))):
+    if len(lead) > len(batch) or any(have != 1 and have != want for have, want in zip(reversed(lead), reversed(batch))):
         raise InvalidInput(f"attn_mask has leading dimensions {list(lead)}; they do not broadcast to {list(batch)}.")
     return tensor.expand(*batch, *rest).reshape(math.prod(batch), *rest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -14,7 +13,8 @@ from headprune.head_map import HeadMap
 from headprune.ops.at_once import run_operator
 from headprune.ops.attention import head_map_of, library, whole_gradient
 from headprune.ops.backend import choose
-from headprune.ops.call import VarlenCall, check_varlen, equal_groups
+from headprune.ops.call import PACKED, VarlenCall, check_alike, check_varlen, default_scale, equal_groups
+from headprune.ops.reference import attention_varlen_backward
 from headprune.ops.stats import HeadStats
 
 _OPTIONS = (
@@ -120,6 +120,7 @@ def attention_varlen(
 
     Raises InvalidInput for shapes, dtypes or options that do not fit each other.
     """
+    check_alike({"query": query, "key": key, "value": value}, PACKED)
     head_map = equal_groups(query.shape[1], key.shape[1]) if head_map is None else head_map
     call = check_varlen(
         VarlenCall(
@@ -133,7 +134,7 @@ def attention_varlen(
             head_map,
             causal,
             window or 0,
-            1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            default_scale(query) if scale is None else scale,
             softcap or 0.0,
             alibi_slopes,
             sinks,
@@ -195,10 +196,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _backward(ctx: Any, grad_output: Tensor, _lse: Tensor, _stats: Tensor) -> tuple[Any, ...]:
     query, key, value, cu_q, cu_k, alibi_slopes, sinks, gate, output, lse = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[index] for index in (0, 1, 2, 13, 14)]
-    grads = torch.ops.headprune.attention_varlen_backward(
-        grad_output, output, lse, needs, query, key, value, cu_q, cu_k, *ctx.options, alibi_slopes, sinks, gate, False
-    )
+    needs = tuple(ctx.needs_input_grad[index] for index in (0, 1, 2, 13, 14))
+    args = (query, key, value, cu_q, cu_k, *ctx.options, alibi_slopes, sinks, gate, False)
+    if torch.is_grad_enabled():  # to be differentiated in its turn, which kernels' gradients cannot be
+        grads = attention_varlen_backward(as_varlen_call(*args), grad_output, needs, again=True)
+    else:
+        grads = torch.ops.headprune.attention_varlen_backward(grad_output, output, lse, list(needs), *args)
     dq, dk, dv, dsinks, dgate = (grad if need else None for grad, need in zip(grads, needs))
     return dq, dk, dv, None, None, None, None, None, None, None, None, None, None, dsinks, dgate, None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.ops.attention import attend, attention
-from headprune.ops.call import AttentionCall, check_call
+from headprune.ops.call import BATCHED, AttentionCall, check_alike, check_call, default_scale
 from headprune.ops.gate import gate_of
 from headprune.ops.stats import HeadStats
 
@@ -73,7 +72,8 @@ def attention_of(
     query_mask = counting.query_mask(query) if counting and counting.query_mask else None
     if counting and key_mask is None and bias is not None:
         key_mask = keys_seen(bias, query.shape[0], key.shape[2])
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    check_alike({"query": query, "key": key, "value": value}, BATCHED)
+    scale = default_scale(query) if scale is None else scale
     call = check_call(
         AttentionCall(
             query, key, value, head_map, causal, 0, scale, softcap or 0.0, bias, None, sinks, key_mask, query_mask, gate,

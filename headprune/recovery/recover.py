@@ -128,7 +128,7 @@ def recover(
     finished = taken_up(model, folder, settings)
     if finished is not None:
         return finished
-    with ExitStack() as stack:
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headprune-")))
         place = next(model.parameters()).device
         session = Session(

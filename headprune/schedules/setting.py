@@ -35,7 +35,7 @@ class Setting:
     """The options that all schedules share.
 
     criterion, normalize: as in `hp.score`. loss_fn: `loss_fn(model, batch)`, per-sample losses or their mean; default the
-        model's own. forward, token_mask: as in `hp.prune`.
+        model's own. forward, token_mask: as in `hp.prune`; batches that are no dicts run by default as loss_fn runs them.
     compensate: re-solve output projections on the batches at every cut; feed_forward: and the ends of the feed-forwards.
     trials: plans to try at every cut, pruned and compensated (`search_plan`); 0: plan by scores alone.
     recover: RecoverySettings, or `recover(model, round)`, which trains `model` in place; None: no recovery.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,11 +89,17 @@ def pruned(setting: Setting, model: nn.Module, chosen: PruningPlan, clock: Clock
             model,
             chosen,
             calibration,
-            forward=setting.forward,
+            forward=running(setting),
             token_mask=setting.token_mask,
             feed_forward=setting.feed_forward,
             progress=progress,
         )
+
+
+def running(setting: Setting) -> Callable[[nn.Module, Any], Any] | None:
+    """How a batch is run where the model's outputs are not looked at: as the loss runs it, where it is no dict for the model."""
+    plain = all(isinstance(batch, Mapping) for batch in setting.batches)
+    return setting.forward or (None if plain else setting.loss_fn)
 
 
 def recovered(setting: Setting, model: nn.Module, number: int, of: int, work: Path | None, clock: Clock) -> Any:

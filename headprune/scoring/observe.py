@@ -26,7 +26,7 @@ from headprune.nn.replace import own_attention
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import LossFunction, Observer, Setting, observer_of
-from headprune.scoring.passes import frozen, pass_of, run_batch, same_keys, snapshot
+from headprune.scoring.passes import frozen, pass_of, refuse_without_weights, run_batch, same_keys, snapshot
 from headprune.scoring.ran_batch import RanBatch
 from headprune.scoring.ranks import Distributed, check_mode, merged, own_part, rank_file, refuse_different_batches, world_size
 from headprune.scoring.site_shape import SiteShape
@@ -100,6 +100,8 @@ def observe(
             observed = observe_streamed(setting, batches, wanted, checkpoint, progress)
             refuse_unreached(observed, unreached)
             return observed
+        if wanted:  # shapes alone do for the rest
+            refuse_without_weights(model)
         earlier = taken_up(checkpoint, every, wanted)
         observers = [observer_of(need)(setting) for need in wanted]
         with checkpointed(model) if checkpointing else nullcontext():

@@ -41,7 +41,10 @@ def run_batch(setting: Setting, batch: Any, observers: Sequence[Observer], backw
 
 def differentiate(loss: Tensor) -> None:
     if not loss.requires_grad:
-        raise InvalidInput("the loss does not depend on any attention head; is it computed under torch.no_grad()?")
+        raise InvalidInput(
+            "the loss does not depend on any attention head; is it computed under torch.no_grad(), or a layer checkpointed with "
+            "use_reentrant=True, through which no gradient goes where weights are frozen?"
+        )
     loss.sum().backward()
 
 
@@ -106,6 +109,18 @@ def refuse_inference_tensors(model: nn.Module) -> None:
         raise InvalidInput(
             f"{type(model).__name__} was made under torch.inference_mode(), so that its weights can neither be changed nor "
             "differentiated; make or load it outside of that."
+        )
+
+
+def refuse_without_weights(model: nn.Module) -> None:
+    """InvalidInput where weights are on the meta device and no hook of accelerate's fetches them."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if name is not None:
+        raise InvalidInput(
+            f"{name} is on the meta device, without a value; load the weights first (load_state_dict(..., assign=True), say), or "
+            "open a folder with hp.open_streamed."
         )
 
 

@@ -17,15 +17,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from headprune.arguments import check_arguments, check_options
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
-from headprune.files import refuse_replacing, whole_folder
+from headprune.files import read_json, refuse_replacing, whole_folder
 from headprune.head_map import HeadMap
 from headprune.hub import local_folder
 from headprune.models import attention_sites
-from headprune.nn.given import plain_module
+from headprune.nn import VariableHeadAttention
+from headprune.nn.given import plain_module, refuse_wrapped
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions, origin_of
 from headprune.surgery.cut import cut
-from headprune.surgery.manifest import check_manifest, write_manifest
+from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
 from headprune.surgery.record import SECTION, kept_heads, record_of
 from headprune.surgery.remote_code import write_remote_code
@@ -61,6 +62,7 @@ def save(
     than a model, HeadpruneError where the disk refuses.
     """
     model = plain_module(model)
+    refuse_wrapped(model)
     check_arguments(save, locals())
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
@@ -99,14 +101,17 @@ def save(
 
 
 def check_recorded(model: nn.Module) -> None:
-    """InvalidInput where a part of a transformers model was cut by itself, so that its config does not say how."""
+    """InvalidInput where a part of the model was cut by itself, so that the model does not say how. A VariableHeadAttention of a
+    plain module says so itself."""
     recorded = tuple(f"{name}." for name in record_of(model).get("sites", ()))
-    if not isinstance(model, PreTrainedModel) or record_of(model).get("regularised"):
+    if record_of(model).get("regularised"):
         return
     for name, module in model.named_modules():
+        if isinstance(module, VariableHeadAttention) and not isinstance(model, PreTrainedModel):
+            continue
         if isinstance(module.__dict__.get("head_map"), HeadMap) and not f"{name}.".startswith(recorded):
             raise InvalidInput(
-                f"{name} was cut in a part of the model, which the whole model's config knows nothing of. Cut by way of the whole "
+                f"{name} was cut in a part of the model, which the whole model knows nothing of. Cut by way of the whole "
                 f"{type(model).__name__}, or save the part."
             )
 
@@ -202,6 +207,9 @@ def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedMo
 def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
+        if (folder / FILE).is_file():
+            name = read_json(folder / FILE, KIND).get("class_name", "module")
+            raise InvalidInput(f"{folder} holds a {name}, which is not of transformers: hp.load(folder, model=an unpruned {name}).")
         inside = folder / "model"  # where runs and schedules keep theirs
         way_out = inside if (inside / "config.json").is_file() else "a folder that save_pretrained wrote, or a name on the Hub"
         reason = "it has no config.json" if folder.is_dir() else "it is a file" if folder.exists() else "it does not exist"

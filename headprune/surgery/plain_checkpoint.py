@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from headprune.errors import CorruptCheckpoint, InvalidInput, InvalidPlan
 from headprune.files import read_json
 from headprune.models import attention_sites
-from headprune.nn.replace import own_attention
+from headprune.nn.replace import own_attention, replace_multihead_attention
 from headprune.surgery.cut import cut
 from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
 from headprune.surgery.record import kept_heads, record_of
 
 WEIGHTS = "model.safetensors"
+GROUPS = "kv_of_query"  # the buffer by which a VariableHeadAttention is known
 
 
 def save_plain(model: nn.Module, folder: Path, **options: Any) -> None:
@@ -26,6 +27,18 @@ def save_plain(model: nn.Module, folder: Path, **options: Any) -> None:
         raise InvalidInput(f"{type(model).__name__} is not of transformers, so save takes no {', '.join(sorted(options))}.")
     save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
     write_manifest(folder, class_name=type(model).__name__, record=dict(record_of(model)))
+
+
+def take_layers(weights: Path, model: nn.Module) -> None:
+    """Swaps torch's attentions of `model` where the file holds such a VariableHeadAttention, which takes its shape from there: one
+    that was swapped, pruned or loaded by hand is in no record."""
+    try:
+        with safe_open(weights, "pt") as file:
+            names = {name.removesuffix(f".{GROUPS}") for name in file.keys() if name.endswith(f".{GROUPS}")}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return  # what is wrong with it is said when it is loaded
+    if any(isinstance(module, nn.MultiheadAttention) for name, module in model.named_modules() if name in names):
+        replace_multihead_attention(model)
 
 
 def load_plain(folder: Path, model: nn.Module, *, verify: bool = True) -> nn.Module:
@@ -52,6 +65,7 @@ def load_plain(folder: Path, model: nn.Module, *, verify: bool = True) -> nn.Mod
             )
     if kept:
         cut(model, kept, proven=True)
+    take_layers(folder / WEIGHTS, model)
     try:
         load_model(model, str(folder / WEIGHTS), device="cpu")
     except (RuntimeError, SafetensorError, OSError, InvalidInput) as error:

@@ -63,9 +63,21 @@ def record_of(model: nn.Module) -> Mapping[str, Any]:
     config = getattr(model, "config", None)
     carrier, name = (config, SECTION) if isinstance(config, PreTrainedConfig) else (model, ATTRIBUTE)
     record = getattr(carrier, name, None) or {}
+    if carrier is model:
+        return with_parts(model, record)
     if not record or not isinstance(model, PreTrainedModel):
         return record
     return {**record, "sites": renamed(model, record["sites"])}
+
+
+def with_parts(model: nn.Module, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record of a plain module and, of sites that it does not name, those of its parts, which were cut by themselves."""
+    sites: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        inside = vars(module).get(ATTRIBUTE, {}).get("sites", {}) if name else {}
+        # The name is empty where the part is the attention itself.
+        sites = {f"{name}.{site}".removesuffix("."): entry for site, entry in inside.items()} | sites
+    return {"version": VERSION, **record, "sites": {**sites, **record.get("sites", {})}} if sites else record
 
 
 def set_record(model: nn.Module, record: dict[str, Any]) -> None:

@@ -31,6 +31,11 @@ from headprune.surgery.stand_in import on_stand_ins, same, widened
 log = logging.getLogger("headprune")
 TOLERANCE = 1e-4  # relative to the largest value: cutting reorders sums. 16 steps of the dtype where fp32 cannot be used
 
+FIXED = (
+    "Its forward must take the size of a head from __init__, not as width / num_heads, and join the heads with flatten or "
+    "reshape(..., -1); or put headprune.nn.VariableHeadAttention in its place."
+)
+
 Run = Callable[[nn.Module], Any]
 Cut = tuple[AttentionSite, tuple[int, ...]]  # a site and its query heads that are kept
 
@@ -92,7 +97,8 @@ def refuse_unreached(sites: Sequence[AttentionSite]) -> None:
         if not site.proven:
             raise UnsupportedModel(
                 f"{name} is not a known attention, and no forward pass reached it to prove that cutting it is safe. "
-                "Give run=, a forward pass that reaches it, or calibration batches, or write an adapter (CONTRIBUTING.md)."
+                "Give hp.cut run=, a forward pass that reaches it, or hp.prune calibration batches, or write an adapter "
+                "(CONTRIBUTING.md)."
             )
         if not is_tested(site):
             raise UnsupportedModel(
@@ -162,7 +168,8 @@ def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable[...
         except UnsupportedModel:
             raise
         except Exception as error:
-            raise UnsupportedModel(f"{described} cannot be cut: without those heads it fails with {error!r}.") from error
+            way_out = "" if site.proven else f" {FIXED}"
+            raise UnsupportedModel(f"{described} cannot be cut: without those heads it fails with {error!r}.{way_out}") from error
     found, expected = first_output(returned), first_output(gated)
     if found is None or expected is None or form(returned) != form(gated):
         raise UnsupportedModel(f"{described} cannot lose these heads: it would return {form(returned)}, not {form(gated)}.")

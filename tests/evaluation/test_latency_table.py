@@ -40,3 +40,10 @@ def test_groups_shrink_evenly_in_the_copies_that_are_timed():
     assert even_order(site) == [0, 2, 4, 6, 1, 3, 5, 7]
     found = attention_sites(torch.nn.ModuleDict({"attention": cut_copy(site, even_order(site)[:5])}))[0]
     assert found.head_map.group_sizes == (2, 1, 1, 1)
+
+
+def test_torchs_own_attention_is_timed_as_what_takes_its_place():
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    table = measure_latency_table(layer, {"src": torch.randn(2, 6, 16)}, repeats=1)
+    assert (table.batch, table.length, [len(times) for times in table.attention.values()]) == (2, 6, [5])
+    assert type(layer.self_attn) is torch.nn.MultiheadAttention

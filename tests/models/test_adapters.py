@@ -133,3 +133,23 @@ def test_projections_in_groups_are_refused_with_the_reason():
     sizes = {"vocab_size": 50, "embedding_size": 32, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
     with pytest.raises(UnsupportedModel, match=r"SqueezeBertSelfAttention\) projects by convolutions in 4 groups"):
         hp.attention_sites(SqueezeBertModel(SqueezeBertConfig(**sizes, num_hidden_layers=1)))
+
+
+def test_what_an_adapter_gives_that_is_no_site_is_named(monkeypatch):
+    class Wrong:
+        name = "wrong"
+        found: object = {"q": 1}
+
+        def site(self, name, module):
+            return self.found if type(module) is nn.Identity else None
+
+        def after_cut(self, site, head_map, kept): ...
+
+    monkeypatch.setattr(models.adapters, "_adapters", {"wrong": Wrong()})
+    model = nn.Sequential(nn.Sequential(nn.Identity()))
+    model[0][0].add_module("inside", nn.Linear(1, 1))
+    with pytest.raises(InvalidInput, match=r"adapter 'wrong' gave \{'q': 1\} for 0\.0; expected an hp\.AttentionSite"):
+        hp.attention_sites(model)
+    site = hp.AttentionSite("0.0", model[0][0], model[0][0], HeadMap.uniform(2), 4, 4, 8, "self", ())
+    with pytest.raises(InvalidInput, match="has no output projection: its adapter must name one of each role"):
+        _ = site.output

@@ -55,6 +55,38 @@ class GatedAttention(OwnAttention):
         self.scale = nn.Parameter(torch.ones(HEADS))
 
 
+class FusedAttention(nn.Module):
+    """All queries, all keys, all values in one layer; a container behind them; the head count under another name."""
+
+    def __init__(self, kv_heads: int = HEADS) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size = HEADS, kv_heads, WIDTH // HEADS
+        self.to_qkv = nn.Linear(WIDTH, (HEADS + 2 * kv_heads) * self.size, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1))
+
+    def forward(self, x) -> torch.Tensor:
+        q, k, v = self.to_qkv(x).split([count * self.size for count in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
+        q, k, v = (part.unflatten(2, (-1, self.size)).transpose(1, 2) for part in (q, k, v))
+        k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) for part in (k, v))
+        return self.to_out(((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class InterleavedAttention(FusedAttention):
+    """Query, key and value of each head stand together."""
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(x).unflatten(2, (self.heads, 3, self.size)).permute(3, 0, 2, 1, 4)
+        return self.to_out(((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class WidthAttention(FusedAttention):
+    """Its forward takes the size of a head from the width of what it receives."""
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, x.shape[2] // self.heads)).permute(2, 0, 3, 1, 4)
+        return self.to_out(((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 def model(attention=OwnAttention, **options) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, WIDTH), attention(**options), attention(**options))
@@ -78,6 +110,18 @@ def test_an_unknown_attention_is_cut_where_a_forward_pass_proves_it(kv_heads, ke
         assert torch.allclose(pruned(X), whole(X), atol=1e-6)
 
 
+@pytest.mark.parametrize(("kv_heads", "keep"), [(HEADS, {"1": [0, 3], "2": []}), (2, {"1": [0, 1], "2": [1, 3]})])
+def test_so_is_one_whose_projections_are_fused(kv_heads, keep, tmp_path):
+    whole = model(FusedAttention, kv_heads=kv_heads).eval()
+    pruned = copy.deepcopy(whole)
+    hp.cut(pruned, keep, run=lambda model: model(X))
+    with hp.gated(whole, keep):
+        assert torch.allclose(pruned(X), whole(X), atol=1e-6)
+    again = hp.load(hp.save(pruned, tmp_path / "fused"), model=model(FusedAttention, kv_heads=kv_heads))
+    assert torch.equal(again(X), pruned(X))
+    assert pruned[1].heads == len(keep["1"])
+
+
 def test_calibration_batches_prove_it_too():
     whole, plan = model(), {"1": [0, 3], "2": [2]}
     hp.prune(whole, hp.PruningPlan.from_keep(whole, plan), [X] * 6, forward=lambda m, x: m(x), token_mask=lambda batch: None)
@@ -91,15 +135,18 @@ def test_calibration_batches_prove_it_too():
         (TalkingAttention, {"1": [0]}, lambda model: model(X), r"1 \(TalkingAttention\) gives something else"),
         (FixedAttention, {"1": [0]}, lambda model: model(X), r"1 \(FixedAttention\) cannot be cut: without those heads"),
         (OwnAttention, {"1": []}, lambda model: model(X), "it would return 2 values, not Tensor"),
+        (InterleavedAttention, {"1": [0]}, lambda model: model(X), r"1 \(InterleavedAttention\) gives something else"),
+        (WidthAttention, {"1": [0]}, lambda model: model(X), r"without those heads it fails .* must take the size of a head from"),
         (GatedAttention, {"1": [0]}, lambda model: model(X), r"no adapter knows 1 \(GatedAttention\)"),
     ],
 )
 @pytest.mark.parametrize("verify", [True, False])
 def test_what_is_not_proved_is_refused_by_name_and_left_alone(attention, keep, run, names, verify):
     whole = model(attention)
+    shapes = [parameter.shape for parameter in whole.parameters()]
     with pytest.raises(UnsupportedModel, match=names):
         hp.cut(whole, keep, run=run, verify=verify)
-    assert whole[1].wq.weight.shape == (WIDTH, WIDTH)
+    assert [parameter.shape for parameter in whole.parameters()] == shapes
 
 
 JOINED = {

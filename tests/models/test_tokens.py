@@ -49,3 +49,14 @@ def test_a_q_former_reads_queries_and_text_of_its_own():
     assert torch.equal(found["qformer.encoder.layer.1.attention"][:, 4:], batch["qformer_attention_mask"])
     assert found["qformer.encoder.layer.1.attention"][:, :4].all()
     assert found["qformer.encoder.layer.0.crossattention"] is None
+
+
+def test_torchs_own_padding_masks_are_read_by_their_names():
+    model = torch.nn.ModuleDict({"whole": torch.nn.Transformer(16, 4, 1, 1, 32, batch_first=True)})
+    source, target = torch.arange(6) >= torch.tensor([[6], [3]]), torch.arange(4) >= torch.tensor([[2], [4]])
+    of_site = token_masks(model)
+    batch = {"src_key_padding_mask": source, "tgt_key_padding_mask": torch.zeros(2, 4).masked_fill(target, float("-inf"))}
+    assert torch.equal(of_site("whole.encoder.layers.0.self_attn", batch), ~source)
+    for name in ("self_attn", "multihead_attn"):
+        assert torch.equal(of_site(f"whole.decoder.layers.0.{name}", batch), ~target)
+    assert of_site("whole.encoder.layers.0.self_attn", {"src": source}) is None

@@ -136,3 +136,15 @@ def test_a_model_may_be_called_an_attention_itself():
     model = PoolingByAttention().eval()
     hp.cut(model, {"inner": [0, 2]})
     assert [site.name for site in hp.attention_sites(model)] == ["inner"]
+
+
+def test_padding_under_torchs_own_name_counts_in_no_statistic():
+    encoder, criteria = Encoder().encoder.eval(), ["entropy", "wanda", "output_norm", "least_squares"]
+    short, longer = ({"src": torch.randn(4, length, 16), "src_key_padding_mask": batch()["padding"]} for length in (5, 8))
+    longer["src"][:, :5] = short["src"]
+    longer["src_key_padding_mask"] = F.pad(short["src_key_padding_mask"], (0, 3), value=True)
+    loss = lambda model, batch: (model(**batch) * ~batch["src_key_padding_mask"][..., None]).square().sum(dim=(1, 2))  # noqa: E731
+    one, other = (hp.score(encoder, [some], criteria, loss_fn=loss) for some in (short, longer))
+    for name in criteria:
+        for site in one[name]:
+            torch.testing.assert_close(other[name][site], one[name][site], rtol=1e-3, atol=1e-5)

@@ -163,10 +163,34 @@ def test_from_torch_copies_and_keeps_what_is_frozen():
     assert (ours.training, ours.q_proj.weight.dtype) == (False, torch.float64)
     assert ours.q_proj.weight.requires_grad
     assert not ours.out_proj.weight.requires_grad
+    theirs.out_proj.bias.requires_grad_()
+    theirs.in_proj_bias.requires_grad_(False)
+    frozen = {
+        name for name, parameter in VariableHeadAttention.from_torch(theirs).named_parameters() if not parameter.requires_grad
+    }
+    assert frozen == {"out_proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias"}
+    back = VariableHeadAttention.from_torch(theirs).to_torch()
+    assert {name for name, one in back.named_parameters() if not one.requires_grad} == {"out_proj.weight", "in_proj_bias"}
     theirs.in_proj_weight.data.zero_()
     theirs.out_proj.weight.data.zero_()
     assert (ours.v_proj.weight != 0).any()
     assert (ours.out_proj.weight != 0).any()
+
+
+def test_weights_that_something_makes_are_refused():
+    layer = torch_layer()
+    nn.utils.prune.identity(layer, "in_proj_weight")
+    with pytest.raises(InvalidInput, match=r"layer is Linear\(.*; expected MultiheadAttention"):
+        VariableHeadAttention.from_torch(nn.Linear(2, 2))
+    with pytest.raises(InvalidInput, match="the MultiheadAttention holds in_proj_weight_orig beside its weights; undo masks"):
+        VariableHeadAttention.from_torch(layer)
+
+
+def test_a_layer_made_without_memory_is_whole_after_reset_parameters():
+    layer = VariableHeadAttention(EMBED, HEADS, gate=True, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.kv_of_query.tolist() == [0, 1, 2, 3]
+    assert (layer.gate == 1).all()
 
 
 def ragged_layer(**options) -> VariableHeadAttention:
@@ -240,6 +264,42 @@ def test_it_compiles_whole_and_exports():
     assert torch.allclose(torch.export.export(layer, arguments).module()(*arguments)[0], expected, atol=1e-6)
 
 
+def test_one_compilation_takes_masks_of_fixed_size_beside_free_sizes():
+    """Lengths have become free by the time that a mask is seen for the first time, whose sizes are fixed at that."""
+    layer = ragged_layer().eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for length, masked in ((4, False), (6, False), (6, True), (9, True)):
+        x = torch.randn(length, length + 1, EMBED)
+        padding = torch.arange(length + 1).expand(length, -1) > 2 if masked else None
+        arguments = (x, x, x, padding, False, torch.randn(length + 1, length + 1) if masked else None)
+        assert torch.allclose(compiled(*arguments)[0], layer(*arguments)[0], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_onnx_exporter_takes_it(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = ragged_layer()
+
+        def forward(self, x, padding):
+            return self.layer(x, x, x, padding, need_weights=False)[0]
+
+    def example(batch, length):
+        return torch.randn(batch, length, EMBED), torch.arange(length).expand(batch, -1) > 2
+
+    model, free = Alone().eval(), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.onnx.export(model, example(3, 5), dynamo=True, dynamic_shapes=(free, free), verbose=False)
+    program.save(str(tmp_path / "model.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    arguments = example(2, 7)
+    found = session.run(None, {one.name: value.numpy() for one, value in zip(session.get_inputs(), arguments)})
+    assert torch.allclose(torch.from_numpy(found[0]), model(*arguments), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -264,6 +324,10 @@ def test_a_layer_that_cannot_be_is_refused(arguments, names):
         ({"query": torch.zeros(LENGTH, EMBED)}, "dimensions"),
         ({"key": torch.zeros(KV_LENGTH, BATCH, 8)}, "key has 8 features"),
         ({"value": torch.zeros(2, BATCH, EMBED)}, "all but the features"),
+        (
+            {name: torch.zeros(KV_LENGTH, 1, EMBED) for name in ("key", "value")},
+            r"query is \[5, 3, 12\], key \[7, 1, 12\], length first; both must have the same batch",
+        ),
     ],
 )
 def test_calls_that_do_not_fit_are_named(call, names):
@@ -271,6 +335,18 @@ def test_calls_that_do_not_fit_are_named(call, names):
     arguments = dict(zip(("query", "key", "value"), inputs(layer)))
     with pytest.raises(InvalidInput, match=names):
         layer(**{**arguments, **call})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_mask_of_another_precision_is_taken(need_weights, dropout):
+    layer = VariableHeadAttention(EMBED, HEADS, dropout=dropout).train()
+    arguments, mask = inputs(layer), torch.randn(LENGTH, KV_LENGTH)
+    outputs = []
+    for kind in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        outputs.append(layer(*arguments, attn_mask=mask.to(kind), need_weights=need_weights)[0])
+    torch.testing.assert_close(*outputs)
 
 
 def test_a_layer_without_torch_form_says_why():

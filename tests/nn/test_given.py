@@ -71,3 +71,20 @@ def test_what_is_no_model_is_named(given):
     for act in (hp.attention_sites, lambda it: hp.score(it, BATCHES), lambda it: hp.cut(it, KEEP), lambda it: hp.save(it, "out")):
         with pytest.raises(hp.InvalidInput, match=r"model is .*; expected a torch\.nn\.Module"):
             act(given)
+
+
+def test_a_model_in_distributed_data_parallel_is_scored_but_neither_cut_nor_saved(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True))
+        assert list(hp.score(model, criterion="magnitude_l2")) == ["module.self_attn"]
+        changes = (
+            lambda: hp.cut(model, {"module.self_attn": [0]}),
+            lambda: hp.save(model, tmp_path / "saved"),
+            lambda: hp.nn.replace_multihead_attention(model),
+        )
+        for change in changes:
+            with pytest.raises(hp.InvalidInput, match=r"wrapped in DistributedDataParallel; give model\.module"):
+                change()
+    finally:
+        torch.distributed.destroy_process_group()

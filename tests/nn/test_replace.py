@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, UnsupportedModel
+from headprune.models import attention_sites
 from headprune.nn import VariableHeadAttention, replace_multihead_attention
 
 
@@ -92,3 +93,87 @@ def test_a_shared_layer_stays_shared_and_a_subclass_stays():
     assert model["a"] is model["b"][0]
     assert type(model["c"]) is Own
     assert type(replace_multihead_attention(shared)) is VariableHeadAttention
+
+
+class Mixer(nn.Module):
+    """Two attentions of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x, x, x, need_weights=False)[0]
+        return self.second(x, x, x, need_weights=False)[0]
+
+
+def test_hooks_of_a_layer_go_on_and_their_handles_remove_them():
+    model, x, seen = Mixer(), torch.randn(2, 5, 16), []
+    handles = [
+        model.first.register_forward_pre_hook(lambda *_: seen.append("before")),
+        model.first.register_forward_hook(lambda _module, _args, found: (2 * found[0], None)),
+        model.first.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+    expected = model(x)
+    replace_multihead_attention(model)
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    model(x).sum().backward()
+    assert seen.count("before") == 3
+    assert "backward" in seen
+    for handle in handles:
+        handle.remove()
+    assert not torch.allclose(model(x), expected, atol=1e-3)
+
+
+def test_weights_that_layers_share_stay_shared():
+    model = Mixer()
+    model.second.in_proj_weight = model.first.in_proj_weight
+    count = sum(parameter.numel() for parameter in model.parameters())
+    replace_multihead_attention(model)
+    assert model.first.q_proj.weight is model.second.q_proj.weight
+    assert model.first.q_proj.bias is not model.second.q_proj.bias
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def masked(layer):
+    nn.utils.prune.l1_unstructured(layer, "in_proj_weight", amount=0.5)
+
+
+def parametrised(layer):
+    nn.utils.parametrizations.weight_norm(layer.out_proj, "weight")
+
+
+def by_hand(layer):
+    layer.forward = lambda *args, **options: (args[0], None)
+
+
+REFUSED = {
+    masked: "holds in_proj_weight_orig beside its weights; undo masks",
+    parametrised: r"holds out_proj.parametrizations.weight.original0 beside its weights; undo masks, .*remove_parametrizations",
+    by_hand: r"has a forward that was set by hand, which may be another; .*VariableHeadAttention.from_torch",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_may_compute_something_else_stays_and_says_why_when_heads_are_asked_for(change):
+    model, x = Mixer(), torch.randn(2, 5, 16)
+    change(model.first)
+    expected = model(x)
+    replace_multihead_attention(model)
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    assert isinstance(model.first, nn.MultiheadAttention)
+    assert type(model.second) is VariableHeadAttention
+    with pytest.raises(UnsupportedModel, match=rf"first \(MultiheadAttention\) {REFUSED[change]}"):
+        attention_sites(model)
+
+
+def test_a_subclass_and_a_model_that_is_torchs_layer_are_told_what_to_do():
+    class Own(nn.MultiheadAttention):
+        pass
+
+    with pytest.raises(UnsupportedModel, match=r"0 \(Own\) is a subclass of .*put .*from_torch\(layer\) in its place"):
+        attention_sites(nn.Sequential(Own(8, 2)))
+    with pytest.raises(UnsupportedModel, match=r"the model \(MultiheadAttention\) is torch's own .* returns"):
+        attention_sites(nn.MultiheadAttention(8, 2))
+    assert type(VariableHeadAttention.from_torch(Own(8, 2))) is VariableHeadAttention

@@ -160,6 +160,21 @@ def test_forward_over_reverse():
     torch.testing.assert_close(torch.func.hessian(loss)(query), direct)
 
 
+@pytest.mark.parametrize("name", ["attention", "attention_varlen"])
+def test_per_sample_gradients_and_ensembles(name):
+    """torch.func's transforms, which look into no operator."""
+    points = inputs(dtype=torch.float64)
+    loss = lambda *tensors: OPERATORS[name](*tensors).square().sum()  # noqa: E731
+    several = [torch.stack([tensor, 2 * tensor]) for tensor in points]
+    outputs, gradients = torch.vmap(OPERATORS[name])(*several), torch.vmap(torch.func.grad(loss))(*several)
+    for index in range(2):
+        leaves = [tensor[index].clone().requires_grad_() for tensor in several]
+        expected = OPERATORS[name](*leaves)
+        torch.testing.assert_close(outputs[index], expected)
+        expected.square().sum().backward()
+        torch.testing.assert_close(gradients[index], leaves[0].grad)
+
+
 def test_negated_views_and_other_devices():
     query, key, value = inputs(dtype=torch.complex64)
     negated = query.conj().imag  # a view whose memory holds the negated values

@@ -83,6 +83,12 @@ def test_masked_nan_reaches_no_gradient(dtype):
         assert all(torch.equal(clean, grad) for grad in poisoned)
 
 
+def test_without_features_every_key_counts_alike():
+    q, k, v = inputs(dim=0)
+    expected = v.mean(dim=2, keepdim=True)[:, list(RAGGED.kv_of_query)].expand(-1, -1, 5, -1)
+    assert torch.allclose(ops.attention(q, k, v, RAGGED), expected)
+
+
 @pytest.mark.parametrize("shape", [{"batch": 0}, {"q_len": 0}, {"kv_len": 0}, {"head_map": HeadMap((), 0)}])
 def test_empty_inputs_give_empty_or_zero_outputs(shape):
     q, k, v = inputs(**shape)
@@ -119,6 +125,11 @@ def test_a_row_of_the_lowest_number_attends_to_all_keys_alike(backend):
     torch.testing.assert_close(found[:, :, 2], v.mean(dim=2)[:, list(RAGGED.kv_of_query)].float())
 
 
+def test_second_derivatives_are_right_where_one_tensor_is_all():
+    x, gate = torch.randn(1, 2, 3, 4).double().requires_grad_(), torch.rand(2).double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x, gate: ops.attention(x, x, x, causal=True, gate=gate), (x, gate))
+
+
 def test_the_operator_passes_opcheck_and_compiles_whole():
     q, k, v = inputs(dtype=torch.float32)
     arguments = (list(RAGGED.kv_of_query), True, 0, 0.25, 0.0, None, None, None, None, None, None, True)
@@ -146,11 +157,25 @@ def test_the_output_is_laid_out_token_by_token():
             r"causal attention needs kv_len >= query_len .*; got 9 < 10",
         ),
         ({"window": -1}, "window=-1"),
+        (
+            {name: torch.ones(1, 1, 1, 1, dtype=torch.int64) for name in ("query", "key", "value")},
+            "are torch.int64; expected torch.f",
+        ),
+        ({name: torch.ones(1, 1, 1, 1, dtype=torch.complex64) for name in ("query", "key", "value")}, "are torch.complex64"),
+        ({"query": torch.ones(7, 5, 16), "head_map": None}, r"query has shape \[7, 5, 16\]; expected 4 dimensions"),
+        ({"query": torch.tensor(1.0)}, r"query has shape \[\]; expected 4 dimensions"),
+        ({"query": torch.zeros(2, 7, 5, 16).to_sparse()}, "query is torch.sparse_coo; expected a dense tensor"),
+        ({"key": torch.nested.nested_tensor([torch.zeros(3, 2, 16)] * 2, layout=torch.jagged)}, "key is nested; expected a dense"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, names):
     with pytest.raises(InvalidInput, match=names):
         ops.attention(**{**dict(zip(("query", "key", "value"), inputs())), "head_map": RAGGED, **change})
+
+
+def test_an_argument_that_it_has_not_is_named_as_python_does():
+    with pytest.raises(TypeError, match=r"attention\(\) got an unexpected keyword argument 'is_causal'"):
+        ops.attention(*inputs(), RAGGED, is_causal=True)
 
 
 def test_an_unknown_backend_is_refused():

@@ -82,6 +82,9 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
         ({"page_table": torch.zeros(2, 4, dtype=torch.int32)}, "page_table has shape"),
         ({"head_map": HeadMap.uniform(7)}, "key_cache has shape"),
         ({"query": torch.zeros(3, 7, 1, 8, requires_grad=True)}, "no gradient"),
+        ({"gate": torch.ones(7, requires_grad=True)}, "no gradient"),
+        ({"sinks": torch.ones(7, requires_grad=True)}, "no gradient"),
+        ({"query": torch.zeros(7, 1, 8), "head_map": None}, r"query has shape \[7, 1, 8\]; expected 4 dimensions"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, names):

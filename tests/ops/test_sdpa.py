@@ -114,7 +114,8 @@ def test_it_compiles_whole_and_exports():
     [
         ({"attn_mask": torch.ones(5, 7).bool(), "is_causal": True}, "exclude each other"),
         ({"attn_mask": torch.ones(3, 1, 5, 7).bool()}, "leading dimensions"),
-        ({"attn_mask": torch.ones(6, 7).bool()}, "bias has shape"),
+        ({"attn_mask": torch.ones(6, 7).bool()}, "attn_mask has shape"),
+        ({"attn_mask": torch.ones(5, 7).int()}, "attn_mask is torch.int32; expected a floating type"),
         ({"head_map": RAGGED}, "key has shape"),
     ],
 )
@@ -129,5 +130,5 @@ def test_vectors_are_named():
 
 
 def test_heads_that_do_not_broadcast_are_named():
-    with pytest.raises(InvalidInput, match="heads"):
+    with pytest.raises(InvalidInput, match=r"heads .* are \[4\], \[2\], \[2\], which do not broadcast: enable_gqa=True"):
         ops.scaled_dot_product_attention(*tensors((2, 4, 5, 8), (2, 2, 7, 8)))

@@ -26,6 +26,11 @@ def packed(dtype=torch.float64, seed=0, lengths_q=LENGTHS_Q, lengths_k=LENGTHS_K
     return q, k, v, starts(lengths_q), starts(lengths_k)
 
 
+def test_second_derivatives_are_right_where_one_tensor_is_all():
+    x, cu = torch.randn(5, 2, 4).double().requires_grad_(), starts((2, 0, 3))
+    assert torch.autograd.gradgradcheck(lambda x: ops.attention_varlen(x, x, x, cu, cu, causal=True), (x,))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_sequences_give_what_each_gives_alone(causal):
     lengths = (3, 0, 1, 6)

@@ -202,3 +202,11 @@ def test_a_recovery_whose_loss_becomes_nan_ends_the_schedule_before_it(tmp_path)
     with pytest.raises(schedules.ScheduleFailed, match=r"step 2 of 2, recover.*NaN.*after step 1") as caught:
         schedules.iterative(tiny(), batches(), hp.Budget(heads=0.75), steps=2, loss_fn=loss_until, recover=settings)
     assert caught.value.last_good.plan.removed_heads == 3
+
+
+def test_pairs_of_a_data_loader_run_as_the_loss_runs_them():
+    model = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    data = torch.utils.data.TensorDataset(torch.randn(24, 6, 16), torch.randn(24, 6, 16))
+    error = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(dim=(1, 2))  # noqa: E731
+    result = hp.one_shot(model, torch.utils.data.DataLoader(data, 6), hp.Budget(heads=0.5), loss_fn=error)
+    assert heads(result.model) == 2

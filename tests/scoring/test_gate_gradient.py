@@ -7,6 +7,7 @@ import pytest
 import torch
 from scoring.test_scores import gate_gradients_by_definition, language_batches, per_sample_loss
 from tiny_models import llama
+from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -15,6 +16,7 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.memory import peak_bytes
 from headprune.models import attention_sites, checkpointing
 from headprune.models.checkpointing import checkpointed
+from headprune.nn import VariableHeadAttention
 from headprune.scoring import Need, Observations, block_fisher
 from headprune.scoring.observers.gate_gradient import sample_count
 
@@ -178,3 +180,30 @@ def test_block_fisher_is_the_mean_of_outer_products():
 def test_a_batch_that_is_one_tensor_has_as_many_samples_as_rows():
     windowed = SimpleNamespace(name="window", windowed=True)
     assert sample_count(torch.zeros(8, 3, 4, 4), torch.tensor(0.0), [windowed], {"window": torch.zeros(32, 2)}) == 8
+
+
+class RowsOfPictures(nn.Module):
+    """Attends along the rows of pictures [samples, rows, columns, features]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.head = VariableHeadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        return self.head(self.attention(rows, rows, rows, need_weights=False)[0].view_as(x).mean(dim=(1, 2)))
+
+
+def test_sequences_that_are_no_samples_are_summed_for_one_sample_and_refused_for_several():
+    model, x = RowsOfPictures().eval(), torch.randn(3, 5, 6, 16)
+    loss = lambda model, x: model(x).square().sum(dim=1)  # noqa: E731
+    with pytest.raises(InvalidInput, match=r"attention runs 15 sequences where the loss gives 3 samples.*batches of one sample"):
+        scoring.observe(model, [x], {"gate_gradient"}, loss_fn=loss)
+    found = scoring.observe(model, x.split(1), {"gate_gradient"}, loss_fn=loss)["attention"].gate_gradient
+    for index, sample in enumerate(x.split(1)):
+        gate = torch.ones(4, requires_grad=True)
+        model.attention.gate = nn.Parameter(gate)
+        loss(model, sample).sum().backward()
+        torch.testing.assert_close(found[index], model.attention.gate.grad)
+        model.attention.gate = None

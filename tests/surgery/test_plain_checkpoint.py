@@ -71,6 +71,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path, pruned):
         load(save(llama(), tmp_path / "llama"), model=encoder())
     with pytest.raises(InvalidInput, match=r"no headprune\.json"):
         load(tmp_path, model=encoder())
+    with pytest.raises(InvalidInput, match=r"holds a TransformerEncoder, which is not of transformers: hp.load\(folder, model="):
+        load(folder)
     with pytest.raises(InvalidInput, match="max_shard_size"):
         save(pruned, tmp_path / "sharded", max_shard_size="1GB")
     assert not (tmp_path / "sharded").exists()
@@ -96,6 +98,37 @@ class OwnAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def by_part(model):
+    cut(model[0], {"layers.0.self_attn": [1, 3]})
+
+
+def by_hand(model):
+    replace_multihead_attention(model)[0].layers[0].self_attn.prune([1, 3])
+
+
+def by_part_and_whole(model):
+    by_part(model)
+    cut(model, {"0.layers.0.self_attn": [0], "0.layers.1.self_attn": [2, 3]})
+
+
+@pytest.mark.parametrize("change", [replace_multihead_attention, by_part, by_hand, by_part_and_whole])
+def test_torchs_attentions_come_back_however_they_were_swapped_and_cut(tmp_path, change):
+    model, x = nn.Sequential(torch_encoder(), nn.Linear(32, 3)).eval(), torch.randn(2, 5, 32)
+    change(model)
+    again = load(save(model, tmp_path / "model"), model=nn.Sequential(torch_encoder(seed=1), nn.Linear(32, 3)))
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_part_that_was_cut_by_itself_is_saved_with_the_whole(tmp_path):
+    fresh = lambda: nn.Sequential(nn.Sequential(OwnAttention()), OwnAttention())  # noqa: E731
+    model, x = fresh(), torch.randn(2, 5, 32)
+    cut(model[0], {"0": [1, 3]}, run=lambda model: model(x))
+    cut(model[1], {"": [0, 2]}, run=lambda model: model(x))
+    assert torch.equal(load(save(model, tmp_path / "parts"), model=fresh())(x), model(x))
+    cut(model, {"0.0": [1], "1": [0]}, run=lambda model: model(x))
+    assert torch.equal(load(save(model, tmp_path / "whole"), model=fresh())(x), model(x))
 
 
 def test_an_attention_that_only_its_structure_tells_comes_back_too(tmp_path):

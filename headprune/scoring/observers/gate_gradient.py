@@ -60,6 +60,16 @@ def sample_count(
     return 0 if first is None else first.shape[0]
 
 
+def of_one_sample(site: str, grads: Tensor, samples: int) -> Tensor:
+    """Where an attention runs a batch in another form (rows of a picture, tokens first) one sample alone tells whose they are."""
+    if samples != 1:
+        raise InvalidInput(
+            f"{site} runs {len(grads)} sequences where the loss gives {samples} samples; which are whose cannot be told. Give "
+            "batches of one sample, or the losses' mean, which counts each sequence as a sample."
+        )
+    return grads.sum(dim=0, keepdim=True)
+
+
 @observes(Need.GATE_GRADIENT)
 class GateGradients(Observer):
     """One row of gate gradients per sample and site. A mean loss (a scalar) is scaled up by the number of its samples."""
@@ -93,6 +103,8 @@ class GateGradients(Observer):
                 grads = (
                     grads.unflatten(0, (-1, samples)).sum(dim=0) if site.in_turn else grads.unflatten(0, (samples, -1)).sum(dim=1)
                 )
+            elif loss.dim() and len(grads) != samples:
+                grads = of_one_sample(site.name, grads, samples)
             self._rows.add(site.name, gate_gradient=grads * samples if loss.dim() == 0 else grads)
         self._forget_batch()
 

@@ -89,7 +89,10 @@ def export(
     if missing:
         raise InvalidInput(f"export to {to} needs {' and '.join(missing)}: pip install 'headprune[export]'.")
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel(f"{type(model).__name__} is not a transformers model; only those can be exported.")
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not a transformers model; only those can be exported. "
+            "torch.onnx.export(model, inputs, dynamo=True) and torch.export.export take a pruned plain module."
+        )
     output = Path(output)
     one_file = found.suffix is not None and output.suffix == found.suffix
     if not one_file:
