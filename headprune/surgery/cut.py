@@ -20,7 +20,7 @@ from headprune.models.site import AttentionSite, Foreign, HeadModules, Projectio
 from headprune.models.specialise import empty_projection
 from headprune.nn.replace import on_own_attention
 from headprune.surgery.gather import gathered, gathered_at_once
-from headprune.surgery.record import record_cut
+from headprune.surgery.record import record_cut, refuse_other_record
 from headprune.surgery.rehearse import rehearse
 from headprune.surgery.saved_with_code import save_with_code
 
@@ -88,6 +88,7 @@ def checked_cut(
     otherwise: another forward pass, made where `run` or its default does not reach every site.
     """
     sites = {site.name: site for site in attention_sites(model)}
+    refuse_other_record(model, sites)
     kept = checked_keep(sites, keep)
     if not any(len(kept.get(name, range(site.head_map.query_heads))) for name, site in sites.items()):
         raise InvalidPlan("every head of every attention would go; keep at least one in the model.")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from headprune.errors import CorruptCheckpoint
+from headprune.errors import CorruptCheckpoint, InvalidInput
 from headprune.head_map import HeadMap
 from headprune.models.adapters import attention_sites
 from headprune.models.site import AttentionSite
@@ -44,6 +44,16 @@ def record_cut(model: nn.Module, sites: Mapping[str, AttentionSite], kept: Mappi
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         set_layer_config(config, now, {name: site.head_dim for name, site in sites.items()})
+
+
+def refuse_other_record(model: nn.Module, sites: Mapping[str, AttentionSite]) -> None:
+    """InvalidInput where the record is of another model: a pruned one whose config object `model` was built from."""
+    for name, entry in record_of(model).get("sites", {}).items():
+        if name in sites and sites[name].head_map.query_heads != len(entry["kept"]):
+            raise InvalidInput(
+                f"{name} has {sites[name].head_map.query_heads} query heads, the model's config says {len(entry['kept'])} of a "
+                "pruned model, from whose config it was built; give it a config of its own (copy.deepcopy(config) before the cut)."
+            )
 
 
 def mark_regularised(model: nn.Module, sites: Mapping[str, AttentionSite]) -> None:

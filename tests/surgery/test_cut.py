@@ -304,3 +304,11 @@ def test_the_cut_needs_no_more_memory_than_one_projection_beside_the_model():
     assert largest == 512 * 512 * 4
     whole = sum(parameter.nbytes for parameter in model.parameters())
     assert peak_bytes(lambda: cut(copy.deepcopy(model), keep, verify=False)) <= whole + largest
+
+
+def test_a_model_built_from_the_config_of_a_pruned_one_is_told_so():
+    pruned = llama()
+    cut(pruned, {"model.layers.0.self_attn": [0, 1, 2]})
+    other = type(pruned)(pruned.config)
+    with pytest.raises(InvalidInput, match=r"layers\.0\.self_attn has 8 query heads, the model's config says 3 of a pruned model"):
+        cut(other, {"model.layers.1.self_attn": [0, 1]})
