@@ -103,7 +103,7 @@ class GateGradients(Observer):
                 grads = (
                     grads.unflatten(0, (-1, samples)).sum(dim=0) if site.in_turn else grads.unflatten(0, (samples, -1)).sum(dim=1)
                 )
-            elif loss.dim() and len(grads) != samples:
+            elif loss.dim() and len(grads) not in (samples, count_samples(batch)):  # texts, of which a loss may read several
                 grads = of_one_sample(site.name, grads, samples)
             self._rows.add(site.name, gate_gradient=grads * samples if loss.dim() == 0 else grads)
         self._forget_batch()
