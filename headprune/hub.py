@@ -36,9 +36,10 @@ def local_folder(name: str | os.PathLike[str], *, weights: bool = True) -> Path:
             folder = snapshot(found, [*DESCRIPTIONS, "pytorch_model*.bin"])
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
+            revision = f" --revision {found['revision']}" if found["revision"] else ""
             raise InvalidInput(
                 f"{name} is no folder, and {constants.HF_HUB_CACHE} does not hold all of a model of that name. `hf download "
-                f"{found['repository']}` fetches it; with HF_HUB_OFFLINE=0 headprune does."
+                f"{found['repository']}{revision}` fetches it; with HF_HUB_OFFLINE=0 headprune does."
             ) from None
         raise unreachable(name, error) from error
     except (OSError, HFValidationError) as error:  # no such model, no access, no network; a name that is none

@@ -32,13 +32,13 @@ class Section(BaseModel):
 class TaskSection(Section):
     """The data: what is scored on, compensated on and evaluated on."""
 
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: str = Field(description="one of those that headprune tasks lists")
+    options: dict[str, Any] = Field(default_factory=dict, description="of that task, by name")
 
 
 class ScoreSection(Section):
-    criterion: str = "fisher"
-    normalize: str = "none"
+    criterion: str = Field(default="fisher", description="one of those that headprune criteria lists")
+    normalize: str = Field(default="none", description="none, layer_l2 or layer_sum: scores over those of their layer")
     batches: int | None = Field(default=None, ge=1, description="score on the first calibration batches alone; by default on all")
     unreached: Literal["error", "keep"] = Field(
         default="error", description="attentions that the data does not run through: keep leaves them all of their heads"
@@ -57,12 +57,16 @@ class ScoreSection(Section):
 
 
 class PlanSection(Section):
-    budget: dict[str, float] = Field(default_factory=lambda: {"heads": 0.5})
-    allocation: str | None = None
-    granularity: str | None = None
-    target: str = "headprune"
-    min_heads: int = Field(default=1, ge=0)
-    protect: dict[str, list[int] | None] = Field(default_factory=dict)
+    budget: dict[str, float] = Field(
+        default_factory=lambda: {"heads": 0.5}, description="the fraction to remove of one: heads, params, kv_cache or flops"
+    )
+    allocation: str | None = Field(default=None, description="global, uniform or optimal; by default global, uniform for stock")
+    granularity: str | None = Field(default=None, description="query_head or kv_group, as in hp.plan")
+    target: str = Field(default="headprune", description="where the model will run: headprune, llama.cpp, vllm or stock")
+    min_heads: int = Field(default=1, ge=0, description="query heads that every attention keeps")
+    protect: dict[str, list[int] | None] = Field(
+        default_factory=dict, description="attention: the heads of it that must stay; null: all of them"
+    )
     trials: int = Field(default=0, ge=0, description="plans to try, pruned and compensated; 0: by scores alone")
     file: Place | None = Field(default=None, description="a plan.json to carry out in place of planning, say one edited by hand")
 
@@ -99,7 +103,7 @@ class PlanSection(Section):
 
 
 class PruneSection(Section):
-    compensate: bool = True
+    compensate: bool = Field(default=True, description="re-solve the output projections on the calibration data")
     feed_forward: bool = Field(default=False, description="re-solve also the ends of the feed-forwards")
 
     @model_validator(mode="after")
@@ -112,8 +116,8 @@ class PruneSection(Section):
 class RecoverSection(Section):
     """Training after the cut, on the task's training data: for so many steps or minutes."""
 
-    steps: int | None = Field(default=None, ge=1)
-    minutes: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1, description="how many steps to train; this or minutes")
+    minutes: float | None = Field(default=None, gt=0, description="how long to train")
     method: str = Field(default="full", description="full, projections or lora")
     lr: float | None = Field(default=None, ge=0, description="peak learning rate; the method's own where none is given")
     distil: bool = Field(default=True, description="learn from the dense model; else by the task's own loss")
@@ -180,7 +184,7 @@ class ReportSection(Section):
 class Recipe(Section):
     """One run: model -> scores -> plan -> cut -> recovery, where asked for -> evaluation, into `output`."""
 
-    model: Place
+    model: Place = Field(description="a folder, owner/name on the Hub, minilm or stdlib-lm")
     task: TaskSection
     score: ScoreSection = ScoreSection()
     plan: PlanSection = PlanSection()
@@ -193,8 +197,8 @@ class Recipe(Section):
         default="auto", description="streamed: read the weights layer by layer; auto: where they do not fit into memory"
     )
     device: str = Field(default="auto", description="auto: a GPU where there is one; cpu, cuda, cuda:1")
-    output: Place
-    seed: int = 0
+    output: Place = Field(description="the folder of the run: scores, plan, model, report")
+    seed: int = Field(default=0, description="of whatever is drawn")
 
     @model_validator(mode="after")
     def one_plan(self) -> Recipe:

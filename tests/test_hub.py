@@ -115,6 +115,8 @@ def test_estimates_fetch_no_weights(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InvalidInput, match=r"cache does not hold all of a model of that name. `hf download owner/a-model`"):
         hp.load(NAME)
+    with pytest.raises(InvalidInput, match=r"`hf download owner/a-model --revision v2`"):
+        hp.load(f"{NAME}@v2")
 
 
 def test_weights_of_the_older_form_are_fetched_where_there_are_no_others(hub, tmp_path):

@@ -37,13 +37,10 @@ def model_card(run: RunFolder) -> str:
         base_model=None if name is None else name["repository"], library_name="transformers",
         tags=["headprune", "pruned", "attention-head-pruning"], **inherited(source),
     )  # fmt: skip
-    known = [run.ranking.criterion] if run.ranking is not None else []
-    made = [f"scored by {criterion}" for criterion in known] + ["cut out of the weights"]
-    made += ["outputs re-solved on calibration data"] if run.recipe.get("prune", {}).get("compensate", True) else []
     parts = [
         f"---\n{head.to_yaml()}\n---\n",
         f"# {Path(source).name or 'A model'} with fewer attention heads\n",
-        f"`{source}` without {gone} of its {before} query heads ({gone / before:.0%}): {', '.join(made)}.",
+        f"`{source}` without {gone} of its {before} query heads ({gone / before:.0%}): {', '.join(steps_of(run))}.",
         f"Made by headprune {__version__}.\n",
         '```python\nimport headprune as hp\n\nmodel = hp.load("FOLDER")\n```',
         "or, also without headprune, `from_pretrained(..., trust_remote_code=True)` of transformers' `AutoModel` classes.\n",
@@ -57,6 +54,20 @@ def model_card(run: RunFolder) -> str:
         counts = (kept.query_heads, shape.head_map.query_heads, kept.kv_heads, shape.head_map.kv_heads)
         parts.append(row_of((site, *map(str, counts))))
     return "\n".join(parts) + "\n"
+
+
+def steps_of(run: RunFolder) -> list[str]:
+    """How the model was made, in order; a run writes the whole recipe, so that what is missing in it was not done."""
+    recipe = run.recipe
+    steps = [f"scored by {run.ranking.criterion}"] if run.ranking is not None else []
+    steps.append("cut out of the weights")
+    if recipe.get("prune", {}).get("compensate", True):
+        steps.append("outputs re-solved on calibration data")
+    if trained := recipe.get("recover"):
+        steps.append("distilled from the dense model" if trained.get("distil", True) else "fine-tuned by the task's loss")
+    if schedule := recipe.get("schedule"):
+        steps.append(f"in the steps of the schedule {schedule['name']}")
+    return steps
 
 
 def about(run: RunFolder) -> str:

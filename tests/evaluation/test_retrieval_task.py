@@ -106,3 +106,9 @@ def test_models_without_states_of_tokens_and_texts_that_are_too_long_are_told(pa
     with pytest.raises(InvalidInput, match="a text has 25 tokens, and BertModel takes at most 9; give max_tokens=9"):
         task.check_model(BertModel(BertConfig(**shape, max_position_embeddings=9)))
     build(pairs, max_tokens=9).check_model(BertModel(BertConfig(**shape, max_position_embeddings=9)))
+
+
+def test_heads_are_scored_on_pairs_each_text_a_sample(pairs):
+    model, task = bert(), build(pairs)
+    found = hp.observe(model, task.calibration, {"gate_gradient"}, loss_fn=task.loss)
+    assert {len(found[site.name].gate_gradient) for site in hp.attention_sites(model)} == {72}

@@ -47,6 +47,21 @@ def test_a_name_on_the_hub_is_the_base_model_whose_license_stays(tmp_path):
     assert not (tmp_path / "other" / "model" / "README.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("recover: {steps: 5}", ", distilled from the dense model."),
+        ("recover: {steps: 5, distil: false}", ", fine-tuned by the task's loss."),
+        (
+            "schedule: {name: iterative}\nrecover: {steps: 5}",
+            ", distilled from the dense model, in the steps of the schedule iterative.",
+        ),
+    ],
+)
+def test_training_after_the_cut_is_told(tmp_path, section, said):
+    assert f"calibration data{said}" in card_of(tmp_path, f"model: llama\ntask: {{name: made-up}}\n{section}\n").text
+
+
 def test_a_card_that_cannot_be_read_gives_nothing(tmp_path):
     write_text(tmp_path / "base" / "README.md", "---\nlicense: [\n---\n")
     assert card_of(tmp_path / "run", f"model: {tmp_path / 'base'}\ntask: {{name: made-up}}\n").data.license is None

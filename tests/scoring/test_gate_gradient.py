@@ -183,6 +183,21 @@ def test_a_batch_that_is_one_tensor_has_as_many_samples_as_rows():
     assert sample_count(torch.zeros(8, 3, 4, 4), torch.tensor(0.0), [windowed], {"window": torch.zeros(32, 2)}) == 8
 
 
+def test_each_text_is_a_sample_where_a_loss_reads_several():
+    """A contrastive loss of pairs: one loss a query, whose batch holds the documents too."""
+    batch = {"input_ids": torch.randint(1, 50, (6, 5), generator=torch.Generator().manual_seed(0))}
+
+    def loss(model, batch):
+        queries, documents = model(**batch).logits.mean(dim=1).chunk(2)
+        return nn.functional.cross_entropy(queries @ documents.T, torch.arange(3), reduction="none")
+
+    apart = scoring.observe(llama(), [batch], {"gate_gradient"}, loss_fn=loss)
+    together = scoring.observe(llama(), [batch], {"gate_gradient"}, loss_fn=lambda *given: loss(*given).sum() / 6)
+    for name, found in apart.items():
+        assert found.gate_gradient.shape[0] == 6
+        torch.testing.assert_close(found.gate_gradient, together[name].gate_gradient)
+
+
 class RowsOfPictures(nn.Module):
     """Attends along the rows of pictures [samples, rows, columns, features]."""
 
