@@ -47,6 +47,12 @@ class LayerSearch:
     def best(self) -> Trial:
         return min(self.trials, key=lambda trial: trial.error)
 
+    def __str__(self) -> str:
+        tried = (
+            f"{len(self.trials)} plans tried, the best with error {self.best.error:.4g}, by scores alone {self.trials[0].error:.4g}"
+        )
+        return f"{self.plan}\n{tried}"
+
 
 def search_layer_weights(
     scores: HeadScores,

@@ -67,3 +67,11 @@ def test_an_allocation_on_which_weights_have_no_effect_is_refused():
 def test_an_error_that_is_no_number_is_refused():
     with pytest.raises(InvalidInput, match="error of a plan is NaN"):
         search_layer_weights(scores_of(3), Budget(heads=0.5), lambda plans: [float("nan") for _ in plans])
+
+
+def test_a_search_prints_its_plan_and_what_the_trials_won():
+    error, _ = far_from([1, 2, 5, 8])
+    found = search_layer_weights(scores_of(4), Budget(heads=0.5), error, trials=12)
+    first, *rest, last = str(found).splitlines()
+    assert "\n".join([first, *rest]) == str(found.plan)
+    assert last.startswith(f"{len(found.trials)} plans tried, the best with error {found.best.error:.4g}, by scores alone ")
