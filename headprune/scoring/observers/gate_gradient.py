@@ -44,12 +44,12 @@ class _Tap(torch.autograd.Function):
 def sample_count(
     batch: Any, loss: Tensor, sites: Sequence[AttentionSite], rows: Mapping[str, Tensor], packed: Set[str] = frozenset()
 ) -> int:
-    """How many samples `batch` has: as many as losses, as rows [samples, heads] at a site (as it says itself, where sites differ),
-    or (all windowed) as rows of its first tensor."""
-    if loss.dim():
-        return loss.shape[0]
+    """How many samples `batch` has: as many as losses (of texts that share losses, as pairs do, as there are texts), as rows
+    [samples, heads] at a site (as it says itself, where sites differ), or (all windowed) as rows of its first tensor."""
     whole = [rows[site.name].shape[0] for site in sites if site.name in rows and not (site.windowed or site.name in packed)]
     said = count_samples(batch)
+    if loss.dim():
+        return said if said is not None and said in whole else loss.shape[0]
     if said is not None and (said in whole or (packed and not whole)):
         return said
     if whole or not rows:
