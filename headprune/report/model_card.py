@@ -49,7 +49,7 @@ def model_card(run: RunFolder, model: Path) -> str:
     parts = [
         f"---\n{head.to_yaml()}\n---\n",
         f"# {Path(source).name or 'A model'} with fewer attention heads\n",
-        f"`{source}` without {gone} of its {before} query heads ({gone / before:.0%}): {', '.join(made_by(run))}.",
+        f"`{source}` without {gone} of its {before} query heads ({gone / before:.0%}): {', '.join(steps_of(run))}.",
         f"Made by headprune {__version__}.\n",
         '```python\nimport headprune as hp\n\nmodel = hp.load("FOLDER")\n```',
         f'or, also without headprune, `{loads}("FOLDER", trust_remote_code=True)`.\n',
@@ -65,18 +65,17 @@ def model_card(run: RunFolder, model: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
-def made_by(run: RunFolder) -> list[str]:
-    """What was done to the model, in words."""
-    steps = [] if run.ranking is None else [f"scored by {run.ranking.criterion}"]
-    schedule, recover = run.recipe.get("schedule"), run.recipe.get("recover")
-    if schedule:
-        return [*steps, f"cut out of the weights by the schedule {schedule['name']}"]
+def steps_of(run: RunFolder) -> list[str]:
+    """How the model was made, in order; a run writes the whole recipe, so that what is missing in it was not done."""
+    recipe = run.recipe
+    steps = [f"scored by {run.ranking.criterion}"] if run.ranking is not None else []
     steps.append("cut out of the weights")
-    if run.recipe.get("prune", {}).get("compensate", True):
+    if recipe.get("prune", {}).get("compensate", True):
         steps.append("outputs re-solved on calibration data")
-    if recover:
-        how = "distilled from the dense model" if recover.get("distil", True) else "trained on the task's data"
-        steps.append(f"then {how} ({recover.get('method', 'full')})")
+    if trained := recipe.get("recover"):
+        steps.append("distilled from the dense model" if trained.get("distil", True) else "fine-tuned by the task's loss")
+    if schedule := recipe.get("schedule"):
+        steps.append(f"in the steps of the schedule {schedule['name']}")
     return steps
 
 

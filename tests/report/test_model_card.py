@@ -51,6 +51,21 @@ def test_a_name_on_the_hub_is_the_base_model_whose_license_stays(tmp_path):
     assert not (tmp_path / "other" / "model" / "README.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("recover: {steps: 5}", ", distilled from the dense model."),
+        ("recover: {steps: 5, distil: false}", ", fine-tuned by the task's loss."),
+        (
+            "schedule: {name: iterative}\nrecover: {steps: 5}",
+            ", distilled from the dense model, in the steps of the schedule iterative.",
+        ),
+    ],
+)
+def test_training_after_the_cut_is_told(tmp_path, section, said):
+    assert f"calibration data{said}" in card_of(tmp_path, f"model: llama\ntask: {{name: made-up}}\n{section}\n").text
+
+
 LOADED_BY = {
     "BertForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "BertModel": ("AutoModel", None),
@@ -78,18 +93,6 @@ def test_the_card_of_an_embedder_is_one_of_sentence_transformers(tmp_path):
     card = card_of(tmp_path)
     assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
     assert '`SentenceTransformer("FOLDER", trust_remote_code=True)`' in card.text
-
-
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [
-        ("recover: {minutes: 1, distil: true, method: lora}", "on calibration data, then distilled from the dense model (lora)."),
-        ("recover: {minutes: 1, distil: false, method: full}", "on calibration data, then trained on the task's data (full)."),
-        ("schedule: {name: iterative}", "scored by fisher, cut out of the weights by the schedule iterative."),
-    ],
-)  # fmt: skip
-def test_a_card_tells_of_training(section, said, tmp_path):
-    assert said in card_of(tmp_path, f"model: llama\ntask: {{name: made-up}}\n{section}\n").text
 
 
 def test_a_card_that_cannot_be_read_gives_nothing(tmp_path):

@@ -15,6 +15,7 @@ from headprune import scoring
 from headprune.errors import InvalidInput
 from headprune.evaluation.memory import peak_bytes
 from headprune.models import attention_sites, checkpointing
+from headprune.models.adapters import warn_once
 from headprune.models.checkpointing import checkpointed
 from headprune.nn import VariableHeadAttention
 from headprune.scoring import Need, Observations, block_fisher
@@ -182,6 +183,21 @@ def test_a_batch_that_is_one_tensor_has_as_many_samples_as_rows():
     assert sample_count(torch.zeros(8, 3, 4, 4), torch.tensor(0.0), [windowed], {"window": torch.zeros(32, 2)}) == 8
 
 
+def test_each_text_is_a_sample_where_a_loss_reads_several():
+    """A contrastive loss of pairs: one loss a query, whose batch holds the documents too."""
+    batch = {"input_ids": torch.randint(1, 50, (6, 5), generator=torch.Generator().manual_seed(0))}
+
+    def loss(model, batch):
+        queries, documents = model(**batch).logits.mean(dim=1).chunk(2)
+        return nn.functional.cross_entropy(queries @ documents.T, torch.arange(3), reduction="none")
+
+    apart = scoring.observe(llama(), [batch], {"gate_gradient"}, loss_fn=loss)
+    together = scoring.observe(llama(), [batch], {"gate_gradient"}, loss_fn=lambda *given: loss(*given).sum() / 6)
+    for name, found in apart.items():
+        assert found.gate_gradient.shape[0] == 6
+        torch.testing.assert_close(found.gate_gradient, together[name].gate_gradient)
+
+
 class RowsOfPictures(nn.Module):
     """Attends along the rows of pictures [samples, rows, columns, features]."""
 
@@ -195,11 +211,13 @@ class RowsOfPictures(nn.Module):
         return self.head(self.attention(rows, rows, rows, need_weights=False)[0].view_as(x).mean(dim=(1, 2)))
 
 
-def test_sequences_that_are_no_samples_are_summed_for_one_sample_and_refused_for_several():
+def test_sequences_that_are_no_samples_are_summed_for_one_sample_and_told_for_several(caplog):
     model, x = RowsOfPictures().eval(), torch.randn(3, 5, 6, 16)
     loss = lambda model, x: model(x).square().sum(dim=1)  # noqa: E731
-    with pytest.raises(InvalidInput, match=r"attention runs 15 sequences where the loss gives 3 samples.*batches of one sample"):
-        scoring.observe(model, [x], {"gate_gradient"}, loss_fn=loss)
+    warn_once.cache_clear()
+    rows = scoring.observe(model, [x], {"gate_gradient"}, loss_fn=loss)["attention"].gate_gradient
+    assert "attention runs 15 sequences where the loss gives 3 samples; each sequence counts as a sample" in caplog.text
+    assert rows.shape == (15, 4)
     found = scoring.observe(model, x.split(1), {"gate_gradient"}, loss_fn=loss)["attention"].gate_gradient
     for index, sample in enumerate(x.split(1)):
         gate = torch.ones(4, requires_grad=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headprune.errors import InvalidInput
+from headprune.models.adapters import warn_once
 from headprune.models.gating import output_input_hooks
 from headprune.models.packed import count_samples, is_packed, picture_lengths, sample_lengths
 from headprune.models.site import AttentionSite
@@ -44,30 +45,36 @@ class _Tap(torch.autograd.Function):
 def sample_count(
     batch: Any, loss: Tensor, sites: Sequence[AttentionSite], rows: Mapping[str, Tensor], packed: Set[str] = frozenset()
 ) -> int:
-    """How many samples `batch` has: as many as losses (of texts that share losses, as pairs do, as there are texts), as rows
-    [samples, heads] at a site (as it says itself, where sites differ), or (all windowed) as rows of its first tensor."""
+    """How many samples `batch` has: as many as losses, as rows [samples, heads] at a site (as it says itself, where sites differ),
+    or (all windowed) as rows of its first tensor."""
+    if loss.dim():
+        return loss.shape[0]
     whole = [rows[site.name].shape[0] for site in sites if site.name in rows and not (site.windowed or site.name in packed)]
     said = count_samples(batch)
-    if loss.dim():
-        return said if said is not None and said in whole else loss.shape[0]
     if said is not None and (said in whole or (packed and not whole)):
         return said
-    if whole or not rows:
-        return max(whole, default=0)
+    return max(whole, default=0) if whole or not rows else rows_of(batch)
+
+
+def rows_of(batch: Any) -> int:
+    """Rows of the batch's first tensor."""
     if isinstance(batch, Tensor):
         return len(batch)
     first = first_tensor(tuple(batch.values()) if isinstance(batch, Mapping) else tuple(batch))
     return 0 if first is None else first.shape[0]
 
 
-def of_one_sample(site: str, grads: Tensor, samples: int) -> Tensor:
-    """Where an attention runs a batch in another form (rows of a picture, tokens first) one sample alone tells whose they are."""
-    if samples != 1:
-        raise InvalidInput(
-            f"{site} runs {len(grads)} sequences where the loss gives {samples} samples; which are whose cannot be told. Give "
-            "batches of one sample, or the losses' mean, which counts each sequence as a sample."
+def of_sequences(site: str, grads: Tensor, samples: int, rows: int) -> Tensor:
+    """Where an attention runs more sequences than the loss gives samples: the batch's own `rows` (texts that are compared with each
+    other), or another form of it (rows of a picture, tokens first), of which one sample alone tells whose they are."""
+    if samples == 1:
+        return grads.sum(dim=0, keepdim=True)
+    if len(grads) != rows:
+        warn_once(
+            f"{site} runs {len(grads)} sequences where the loss gives {samples} samples; each sequence counts as a sample. Batches "
+            "of one sample count it once."
         )
-    return grads.sum(dim=0, keepdim=True)
+    return grads
 
 
 @observes(Need.GATE_GRADIENT)
@@ -104,7 +111,7 @@ class GateGradients(Observer):
                     grads.unflatten(0, (-1, samples)).sum(dim=0) if site.in_turn else grads.unflatten(0, (samples, -1)).sum(dim=1)
                 )
             elif loss.dim() and len(grads) != samples:
-                grads = of_one_sample(site.name, grads, samples)
+                grads = of_sequences(site.name, grads, samples, rows_of(batch))
             self._rows.add(site.name, gate_gradient=grads * samples if loss.dim() == 0 else grads)
         self._forget_batch()
 
