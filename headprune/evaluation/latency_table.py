@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.evaluation.cost import sequence_length
 from headprune.evaluation.data import placed
 from headprune.evaluation.latency import synchronize
 from headprune.models import attention_interface, attention_sites
@@ -53,7 +54,7 @@ def measure_latency_table(
     cache: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
-    """Times one forward pass of each kind of attention in `model` with 0, 1, ..., all of its query heads.
+    """Times a forward pass of each kind of attention in `model`, and of each length that it runs, with 0, 1, ..., all query heads.
 
     Heads go so that groups shrink evenly: no key/value head goes before the last query head of some group. What is timed are cut
     copies of the attention modules on the very inputs that they receive in `model(**inputs)`, in turn, medians. Each
@@ -62,7 +63,7 @@ def measure_latency_table(
     Args:
         inputs: for `model(**inputs)`: the batch and length that the latency is wanted for.
         repeats: timed runs of every head count.
-        cache: a folder of tables; one of the same machine, geometry, batch, length and dtype is read instead of measured again.
+        cache: a folder of tables; one of the same machine, sites, inputs' shapes and dtype is read instead of measured again.
 
     Raises InvalidInput where an attention is not reached by the inputs.
     """
@@ -81,24 +82,42 @@ def measured(
     sites = attention_sites(model)
     shapes = {site.name: SiteShape.of(site) for site in sites}
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
-    setting = (machine_name(device_of(model)), str(next(model.parameters()).dtype), first.shape[0], first.shape[1])
-    kinds = {key_of(shapes[site.name]): site for site in reversed(sites)}
-    file = cached_file(cache, setting, sorted(kinds))
+    setting = (machine_name(device_of(model)), str(next(model.parameters()).dtype))
+    given = [(name, tuple(value.shape)) for name, value in inputs.items() if isinstance(value, Tensor)]
+    file = cached_file(cache, (*setting, given, [(name, key_of(shape)) for name, shape in shapes.items()]))
     if file is not None and file.exists():
         return LatencyTable.load(file)
     with in_eval_mode(model), torch.inference_mode():
-        calls = received(model, list(kinds.values()), inputs)
+        calls = received(model, sites, inputs)
+        keys = keys_of(sites, calls)
+        kinds = {keys[site.name]: site for site in reversed(sites)}
         attention = {}
         for done, (key, site) in enumerate(kinds.items()):
             attention[key] = times_of(model, site, calls[site.name], repeats)
             if progress:
                 progress(done + 1, len(kinds))
         whole = median_ns(lambda: model(**placed(model, inputs)), device_of(model), max(repeats, 5))
-    everything = sum(attention[key_of(shape)][-1] for shape in shapes.values())
-    table = LatencyTable(*setting, attention, max(0, whole - everything))
+    everything = sum(attention[key][-1] for key in keys.values())
+    length = sequence_length(model, sites, inputs) or first.shape[1]
+    own = {name: key for name, key in keys.items() if key != key_of(shapes[name])}
+    table = LatencyTable(*setting, first.shape[0], length, attention, max(0, whole - everything), own)
     if file is not None:
         table.save(file)
     return table
+
+
+def keys_of(sites: list[AttentionSite], calls: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[str, str]:
+    """Site -> the geometry that its time is of; sites that run other lengths than the first of their geometry say which."""
+    keys: dict[str, str] = {}
+    first: dict[str, list[tuple[int, ...]]] = {}
+    for site in sites:
+        args, kwargs = calls[site.name]
+        states = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point())
+        lengths = [tuple(value.shape[:-1]) for value in states if value.dim() == 3 or value.shape[-1:] == (site.hidden_size,)]
+        key = key_of(SiteShape.of(site))
+        same = first.setdefault(key, lengths) == lengths
+        keys[site.name] = key if same else f"{key}, states {' and '.join(str(list(sizes)) for sizes in lengths)}"
+    return keys
 
 
 def times_of(model: nn.Module, site: AttentionSite, call: tuple[tuple[Any, ...], dict[str, Any]], repeats: int) -> tuple[int, ...]:
@@ -170,7 +189,7 @@ def elapsed_ns(run: Callable[[], Any], device: torch.device) -> int:
     return time.perf_counter_ns() - started
 
 
-def cached_file(cache: str | Path | None, setting: tuple[Any, ...], kinds: list[str]) -> Path | None:
+def cached_file(cache: str | Path | None, setting: tuple[Any, ...]) -> Path | None:
     if cache is None:
         return None
-    return Path(cache) / f"latency-{hashlib.sha256(repr((setting, kinds, os.name)).encode()).hexdigest()[:16]}.json"
+    return Path(cache) / f"latency-{hashlib.sha256(repr((setting, os.name)).encode()).hexdigest()[:16]}.json"

@@ -53,14 +53,14 @@ class Selection:
         return self.scores.shapes[site].head_map.keep(self.kept[site])
 
     def cost(self, site: str) -> int:
-        return self.budget.cost(self.scores.shapes[site], self.head_map(site))
+        return self.budget.cost(self.scores.shapes[site], self.head_map(site), site)
 
     def curve(self, site: str) -> Sequence[float] | None:
         return None if self.curves is None else self.curves[site]
 
     def full_cost(self, site: str) -> int:
         shape = self.scores.shapes[site]
-        return self.budget.cost(shape, shape.head_map)
+        return self.budget.cost(shape, shape.head_map, site)
 
 
 Allocation = Callable[[Selection, list[Unit]], None]

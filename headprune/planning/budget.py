@@ -51,8 +51,10 @@ class Budget:
     def fraction(self) -> float:
         return float(getattr(self, self.quantity))
 
-    def cost(self, shape: SiteShape, head_map: HeadMap) -> int:
-        """What `head_map` costs at a site of `shape`, in the budget's quantity (latency: nanoseconds)."""
+    def cost(self, shape: SiteShape, head_map: HeadMap, site: str | None = None) -> int:
+        """What `head_map` costs at a site of `shape` and this name, in the budget's quantity (latency: nanoseconds)."""
+        if self.quantity == "latency":
+            return self.measured().cost(shape, head_map, site)
         return COSTS[self.quantity](self, shape, head_map)
 
     @property

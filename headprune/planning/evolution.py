@@ -94,7 +94,7 @@ class Space:
         for name in plan:
             order[name] = () if name in scores.unreached else removal_order(scores[name].tolist())
             most.append(max(0, len(order[name]) - min_heads))
-        limit = sum(budget.cost(plan.shapes[name], plan.head_map(name)) for name in plan)
+        limit = sum(budget.cost(plan.shapes[name], plan.head_map(name), name) for name in plan)
         return cls(plan, budget, order, tuple(most), limit)
 
     @property
@@ -109,7 +109,9 @@ class Space:
 
     def cost(self, counts: Counts) -> int:
         shapes = self.origin.shapes
-        return sum(self.budget.cost(shapes[name], shapes[name].head_map.keep(kept)) for name, kept in self.keep(counts).items())
+        return sum(
+            self.budget.cost(shapes[name], shapes[name].head_map.keep(kept), name) for name, kept in self.keep(counts).items()
+        )
 
     def plan(self, counts: Counts) -> PruningPlan:
         return replace(self.origin, keep=self.keep(counts))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from headprune.errors import InvalidInput
@@ -16,8 +16,10 @@ from headprune.scoring.site_shape import SiteShape
 class LatencyTable:
     """Median nanoseconds of one forward pass.
 
-    machine: device and software that it was measured on. batch, length: of the inputs. attention: for each geometry of a site
-    (`key_of`), the time with 0, 1, 2, ... query heads, one more than it has. rest: the whole model's time less its attentions'.
+    machine: device and software that it was measured on. batch, length: of the inputs, the latter in tokens of the first attention.
+    attention: for each geometry of a site (`key_of`), the time with 0, 1, 2, ... query heads, one more than it has. rest: the whole
+    model's time less its attentions'. lengths: site -> its key in `attention`, where it runs other lengths than the first site of
+    its geometry (a decoder's beside the encoder's, layers that attend within windows).
     """
 
     machine: str
@@ -26,10 +28,13 @@ class LatencyTable:
     length: int
     attention: dict[str, tuple[int, ...]]
     rest: int
+    lengths: Mapping[str, str] = field(default_factory=dict)
 
-    def cost(self, shape: SiteShape, head_map: HeadMap) -> int:
-        """Nanoseconds of an attention of `shape` that has the heads of `head_map`. Raises InvalidInput for another geometry."""
-        times = self.attention.get(key_of(shape))
+    def cost(self, shape: SiteShape, head_map: HeadMap, site: str | None = None) -> int:
+        """Nanoseconds of an attention of `shape` that has the heads of `head_map`; site: its name, where lengths differ. Raises
+        InvalidInput for another geometry."""
+        own = self.lengths.get(site or "", "")
+        times = self.attention.get(own if own.startswith(key_of(shape)) else key_of(shape))
         if times is None:
             raise InvalidInput(
                 f"the latency table has no attention of {key_of(shape)} (it has {', '.join(self.attention)}); measure this model."
@@ -53,7 +58,7 @@ class LatencyTable:
         """Raises InvalidInput where the file is no latency table."""
         document = read_json(path, "latency_table")
         try:
-            values = {name: document[name] for name in cls.__dataclass_fields__}
+            values = {name: document[name] for name in cls.__dataclass_fields__ if name in document or name != "lengths"}
             return cls(**{**values, "attention": {key: tuple(times) for key, times in values["attention"].items()}})
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(f"{path} is not a complete latency_table file: {error!r}.") from None

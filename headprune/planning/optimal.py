@@ -77,7 +77,7 @@ def options_of(selection: Selection, site: str, units: Sequence[Unit]) -> list[O
             removed |= set(unit.heads)
             error += unit.score
         kept = selection.kept[site] - removed
-        cost = selection.budget.cost(selection.scores.shapes[site], selection.scores.shapes[site].head_map.keep(kept))
+        cost = selection.budget.cost(selection.scores.shapes[site], selection.scores.shapes[site].head_map.keep(kept), site)
         found.append(Option(frozenset(removed), cost, error if curve is None else curve[len(removed)]))
     return found
 

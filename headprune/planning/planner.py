@@ -71,7 +71,7 @@ def plan(
     units = [
         unit
         for name in scores
-        if saves(budget, scores.shapes[name])
+        if saves(budget, scores.shapes[name], name)
         for unit in removable_units(scores, name, engine, granularity, protected[name], multiple_of, selection.least(name))
     ]
     # Equal scores go by position, so that a plan does not depend on the order of a hash: sites as they come, their units in order.
@@ -81,10 +81,10 @@ def plan(
     return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores, scores.made_for)
 
 
-def saves(budget: Budget, shape: SiteShape) -> bool:
+def saves(budget: Budget, shape: SiteShape, site: str) -> bool:
     """Whether anything of what the budget counts goes with the heads of such a site (of the cache nothing, where its keys and
     values are other layers' too)."""
-    return budget.cost(shape, shape.head_map.keep(())) < budget.cost(shape, shape.head_map)
+    return budget.cost(shape, shape.head_map.keep(()), site) < budget.cost(shape, shape.head_map, site)
 
 
 def check_scores_and_budget(scores: Any, budget: Any) -> None:

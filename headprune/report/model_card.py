@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,41 +10,49 @@ from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
 from headprune.errors import InvalidInput
+from headprune.evaluation.embedder import MODULES
 from headprune.files import write_text
 from headprune.hub import NAME, known_folder
 from headprune.report.run_folder import RunFolder, read_run
+from headprune.surgery.modeling_headprune import PREFIX
 from headprune.version import __version__
 
 KEPT = ("language", "license", "license_name", "license_link", "pipeline_tag")  # of the card of the model that it is made from
 CARD = "README.md"
+GENERAL = ("AutoModelForPreTraining", "AutoModelForTextEncoding", "AutoModelForMultimodalLM")  # that others say more exactly
 
 
 def write_card(folder: Path) -> Path:
     """Writes the card of the run in `folder` beside the model that it ended with."""
     model = next(place for place in (folder / "recovered", folder / "model") if place.is_dir())
-    write_text(model / CARD, model_card(read_run(folder)))
+    write_text(model / CARD, model_card(read_run(folder), model))
     return model / CARD
 
 
-def model_card(run: RunFolder) -> str:
-    """In Markdown. The run must have come to a plan."""
+def model_card(run: RunFolder, model: Path) -> str:
+    """In Markdown, of the folder `model` that the run ended with. The run must have come to a plan."""
     if run.plan is None:
         raise InvalidInput(f"{run.folder} holds no plan.json, so that it has not made a model yet; run its recipe again.")
     source = str(run.recipe.get("model", ""))
     name = NAME.fullmatch(source) if not Path(source).is_dir() else None
     before = sum(shape.head_map.query_heads for shape in run.shapes.values())
     gone = run.plan.removed_heads
-    head = ModelCardData(
-        base_model=None if name is None else name["repository"], library_name="transformers",
-        tags=["headprune", "pruned", "attention-head-pruning"], **inherited(source),
-    )  # fmt: skip
+    auto, embeds = auto_class(model), (model / MODULES).is_file()
+    task = "sentence-similarity" if embeds else pipeline_tag(auto)
+    head = ModelCardData(**{
+        "base_model": None if name is None else name["repository"],
+        "library_name": "sentence-transformers" if embeds else "transformers",
+        "tags": ["headprune", "pruned", "attention-head-pruning"],
+        **({} if task is None else {"pipeline_tag": task}), **inherited(source),
+    })  # fmt: skip
+    loads = "SentenceTransformer" if embeds else f"{auto or 'AutoModel'}.from_pretrained"
     parts = [
         f"---\n{head.to_yaml()}\n---\n",
         f"# {Path(source).name or 'A model'} with fewer attention heads\n",
         f"`{source}` without {gone} of its {before} query heads ({gone / before:.0%}): {', '.join(steps_of(run))}.",
         f"Made by headprune {__version__}.\n",
         '```python\nimport headprune as hp\n\nmodel = hp.load("FOLDER")\n```',
-        "or, also without headprune, `from_pretrained(..., trust_remote_code=True)` of transformers' `AutoModel` classes.\n",
+        f'or, also without headprune, `{loads}("FOLDER", trust_remote_code=True)`.\n',
     ]
     if run.comparison is not None:
         table = [run.comparison.columns(), ("---",) * len(run.comparison.columns()), *run.comparison.rows()]
@@ -68,6 +77,24 @@ def steps_of(run: RunFolder) -> list[str]:
     if schedule := recipe.get("schedule"):
         steps.append(f"in the steps of the schedule {schedule['name']}")
     return steps
+
+
+def auto_class(model: Path) -> str | None:
+    """The class of transformers' that loads the folder as what was saved; None where its config.json names none."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8")) if (model / "config.json").is_file() else {}
+    saved = f".{PREFIX}{(config.get('architectures') or [''])[0]}"
+    found = [name for name, target in config.get("auto_map", {}).items() if str(target).endswith(saved)]
+    return min(found, key=lambda name: (name in GENERAL, name), default=None)
+
+
+def pipeline_tag(auto: str | None) -> str | None:
+    """What a model of this class is for, as transformers' pipelines name it."""
+    from transformers.pipelines import SUPPORTED_TASKS  # imports much
+
+    if auto in (None, "AutoModel"):  # states, whatever of
+        return None
+    tasks: dict[str, Any] = SUPPORTED_TASKS
+    return next((task for task, kind in tasks.items() if auto in [one.__name__ for one in kind["pt"]]), None)
 
 
 def about(run: RunFolder) -> str:

@@ -36,7 +36,7 @@ def composed(earlier: Mapping[str, tuple[int, ...]], later: Mapping[str, Iterabl
 
 def relative_budget(budget: Budget, fraction: float, original: Mapping[str, SiteShape], now: Mapping[str, SiteShape]) -> Budget:
     """The budget that takes a model of shapes `now` to where `fraction` of the original's cost has gone."""
-    full, left = (sum(budget.cost(shape, shape.head_map) for shape in shapes.values()) for shapes in (original, now))
+    full, left = (sum(budget.cost(shape, shape.head_map, name) for name, shape in shapes.items()) for shapes in (original, now))
     to_go = int(fraction * (full + budget.fixed_cost) + 1e-9) - (full - left)
     relative = 0.0 if to_go <= 0 else (to_go + SLACK) / max(left + budget.fixed_cost, 1)
     changed: dict[str, Any] = {budget.quantity: min(relative, 1 - 1e-9)}
@@ -45,8 +45,8 @@ def relative_budget(budget: Budget, fraction: float, original: Mapping[str, Site
 
 def removed_fraction(budget: Budget, original: Mapping[str, SiteShape], keep: Mapping[str, tuple[int, ...]]) -> float:
     """Which share of the original's cost has gone."""
-    full = sum(budget.cost(shape, shape.head_map) for shape in original.values())
-    left = sum(budget.cost(shape, shape.head_map.keep(keep[name])) for name, shape in original.items())
+    full = sum(budget.cost(shape, shape.head_map, name) for name, shape in original.items())
+    left = sum(budget.cost(shape, shape.head_map.keep(keep[name]), name) for name, shape in original.items())
     return (full - left) / max(full + budget.fixed_cost, 1)
 
 

@@ -101,6 +101,7 @@ def pruned_class(name: str, stock: Any, module: str) -> type:
         del config.headprune  # what is built first is the whole original
         with whole(config):
             stock.__init__(self, config, *args, **options)
+        section = about_class(self, section)
         if headprune is not None and section.get("sites"):
             kept = {name: site["kept"] for name, site in section["sites"].items()}
             headprune.cut(self, renamed(self, kept), verify=False)
@@ -151,6 +152,20 @@ def forget_counts(config: Any) -> None:
     for name in COUNTS:
         if name in config.attribute_map:
             config.__dict__.pop(name, None)
+
+
+def about_class(model: Any, section: dict[str, Any]) -> dict[str, Any]:
+    """`section` as far as it is about `model`, which may be of a class that has a half alone of what was saved (T5's encoder)."""
+    if type(model).__name__ in (model.config.architectures or ()):
+        return section
+    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+
+    def has(name: str) -> bool:
+        half = name.removeprefix(prefix).split(".")[0]
+        return half in modules or prefix + half in modules
+
+    parts = {part: section[part] for part in ("sites", "layout") if section.get(part)}
+    return section | {part: {name: entry for name, entry in entries.items() if has(name)} for part, entries in parts.items()}
 
 
 def renamed(model: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def write_remote_code(model: PreTrainedModel, folder: Path) -> None:
     config["architectures"] = [stock.__name__]
     if config.get(SECTION):
         config[SECTION]["layout"] = layout_of(model, stock)
-        config["auto_map"] = auto_map(model.config)
+        config["auto_map"] = auto_map(model.config, stock)
         (folder / FILE.name).write_text(one_file(modeling_headprune), encoding="utf-8")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -41,14 +41,16 @@ def stock_class(found: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return found
 
 
-def auto_map(config: PreTrainedConfig) -> dict[str, str]:
-    """Auto class -> the class in modeling_headprune.py, for every task that transformers has for this kind of model."""
+def auto_map(config: PreTrainedConfig, saved: type[PreTrainedModel]) -> dict[str, str]:
+    """Auto class -> the class in modeling_headprune.py, for every task that transformers has for this kind of model; where it has
+    several classes for one task (DeiT's with and without a teacher), the one that is `saved`."""
     found = {}
     for name in sorted(modeling_auto.__all__):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         if not name.startswith("AutoModel") or mapping is None or type(config) not in mapping:
             continue
         classes = mapping[type(config)]
-        first = classes[0] if isinstance(classes, (tuple, list)) else classes
-        found[name] = f"{FILE.stem}.{PREFIX}{first.__name__}"
+        several = list(classes) if isinstance(classes, (tuple, list)) else [classes]
+        chosen = saved if saved in several else several[0]
+        found[name] = f"{FILE.stem}.{PREFIX}{chosen.__name__}"
     return found

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from tiny_models import bert, llama, tokens
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
 from headprune.evaluation import measure_latency_table
 from headprune.evaluation.latency_table import cut_copy, even_order
@@ -47,3 +48,40 @@ def test_torchs_own_attention_is_timed_as_what_takes_its_place():
     table = measure_latency_table(layer, {"src": torch.randn(2, 6, 16)}, repeats=1)
     assert (table.batch, table.length, [len(times) for times in table.attention.values()]) == (2, 6, [5])
     assert type(layer.self_attn) is torch.nn.MultiheadAttention
+
+
+def t5_table(decoder_tokens: int) -> tuple[T5ForConditionalGeneration, LatencyTable]:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    model = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    inputs = {"input_ids": tokens(2, 24), "decoder_input_ids": tokens(2, decoder_tokens)}
+    return model, measure_latency_table(model, inputs, repeats=1)
+
+
+def test_attentions_of_one_geometry_that_run_other_lengths_are_timed_by_themselves(tmp_path):
+    model, table = t5_table(5)
+    sites = attention_sites(model)
+    assert len({key_of(SiteShape.of(site)) for site in sites}) == 1
+    assert len(table.attention) == 3  # the encoder's, the decoder's own, and the decoder's over the encoder
+    assert {name.partition(".")[0] for name in table.lengths} == {"decoder"}
+    table.save(tmp_path / "latency.json")
+    assert LatencyTable.load(tmp_path / "latency.json") == table
+    times = dict.fromkeys(table.attention, (0, 1, 2, 3, 4)) | {key_of(SiteShape.of(sites[0])): (0, 100, 200, 300, 400)}
+    steady = LatencyTable(**{**vars(table), "attention": times, "rest": 0})
+    chosen = plan(score(model, criterion="random"), Budget(latency=0.4, table=steady))
+    encoder = [len(heads) for name, heads in chosen.items() if name.startswith("encoder")]
+    assert sum(encoder) <= 4  # of 8: those of the decoder save next to nothing
+
+
+def test_attentions_that_run_one_length_share_their_time():
+    _, table = t5_table(24)
+    assert len(table.attention) == 2
+
+
+def test_a_table_of_other_inputs_or_another_model_is_measured_anew(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "patch_size": 4}
+    for layers, pixels in ((2, 8), (2, 16), (3, 16)):
+        model = ViTModel(ViTConfig(**sizes, num_hidden_layers=layers, image_size=pixels)).eval()
+        table = measure_latency_table(model, {"pixel_values": torch.randn(2, 3, pixels, pixels)}, repeats=1, cache=tmp_path)
+        assert table.length == (pixels // 4) ** 2 + 1
+    assert len(list(tmp_path.iterdir())) == 3

@@ -49,6 +49,12 @@ def test_pairs_are_calibration_but_for_a_tenth(pairs):
     assert found.__rich__().title == "4 test examples, 36 for calibration"
 
 
+def test_each_text_of_a_pair_is_a_sample_where_heads_are_scored(pairs):
+    task = build(pairs)
+    found = hp.observe(bert(), task.calibration, {"gate_gradient"}, loss_fn=task.loss)
+    assert {observed.gate_gradient.shape for observed in found.values()} == {(72, 4)}
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls", "first", "last"])
 def test_pooling_is_of_each_texts_own_tokens(pairs, pooling):
     states = torch.randn(3, 5, 4, dtype=torch.float64)

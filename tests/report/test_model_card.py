@@ -1,18 +1,22 @@
 """The card of a pruned model."""
 
+import json
+
 import pytest
+import transformers
 from huggingface_hub import ModelCard
 from reported_run import write_run
 
 from headprune.errors import InvalidInput
 from headprune.files import write_text
 from headprune.report.model_card import write_card
+from headprune.surgery.remote_code import auto_map
 
 
 def card_of(folder, recipe: str = "model: llama\ntask: {name: made-up}\n") -> ModelCard:
     write_run(folder)
     write_text(folder / "recipe.yaml", recipe)
-    (folder / "model").mkdir()
+    (folder / "model").mkdir(exist_ok=True)
     return ModelCard.load(write_card(folder))
 
 
@@ -60,6 +64,35 @@ def test_a_name_on_the_hub_is_the_base_model_whose_license_stays(tmp_path):
 )
 def test_training_after_the_cut_is_told(tmp_path, section, said):
     assert f"calibration data{said}" in card_of(tmp_path, f"model: llama\ntask: {{name: made-up}}\n{section}\n").text
+
+
+LOADED_BY = {
+    "BertForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "BertModel": ("AutoModel", None),
+    "RobertaForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ViTForImageClassification": ("AutoModelForImageClassification", "image-classification"),
+    "T5ForConditionalGeneration": ("AutoModelForSeq2SeqLM", None),
+    "WhisperForConditionalGeneration": ("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
+    "Qwen2VLForConditionalGeneration": ("AutoModelForImageTextToText", "image-text-to-text"),
+}
+
+
+@pytest.mark.parametrize("saved", LOADED_BY)
+def test_a_card_names_the_class_that_loads_the_model_and_what_it_is_for(saved, tmp_path):
+    stock = getattr(transformers, saved)
+    config = {"architectures": [saved], "auto_map": auto_map(stock.config_class(), stock)}
+    write_text(tmp_path / "model" / "config.json", json.dumps(config))
+    card = card_of(tmp_path)
+    auto, task = LOADED_BY[saved]
+    assert f'or, also without headprune, `{auto}.from_pretrained("FOLDER", trust_remote_code=True)`.' in card.text.splitlines()
+    assert card.data.pipeline_tag == task
+
+
+def test_the_card_of_an_embedder_is_one_of_sentence_transformers(tmp_path):
+    write_text(tmp_path / "model" / "modules.json", "[]")
+    card = card_of(tmp_path)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert '`SentenceTransformer("FOLDER", trust_remote_code=True)`' in card.text
 
 
 def test_a_card_that_cannot_be_read_gives_nothing(tmp_path):

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,13 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_decoders import decoder
+from tiny_encoders import SEQ2SEQ
 from tiny_models import bert, hidden, llama, padded
 from transformers import (
     AttentionInterface,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     PreTrainedConfig,
     Trainer,
     TrainingArguments,
@@ -190,6 +196,38 @@ def test_a_pruned_encoder_becomes_a_classifier(folders):
     assert [str(site.head_map) for site in attention_sites(model)] == ["1q/1kv", "3q/3kv"]
     assert torch.equal(hidden(model.bert, **padded()), hidden(pruned("bert"), **padded()))
     assert model(**padded()).logits.shape == (3, 3)
+
+
+def test_of_several_classes_for_a_task_the_one_that_was_saved_is_loaded(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)).eval()
+    cut(model, {"deit.layers.0.attention": [1]})
+    save(model, tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    pixels = torch.randn(2, 3, 8, 8)
+    assert torch.equal(loaded(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+
+
+@pytest.mark.parametrize(("name", "auto"), [("t5", "AutoModelForTextEncoding"), ("whisper", "AutoModelForAudioClassification")])
+def test_a_class_of_the_encoder_alone_takes_the_encoder_of_a_pruned_encoder_decoder(name, auto, tmp_path):
+    model, batch = SEQ2SEQ[name].make(), SEQ2SEQ[name].batch("right")
+    cut(model, {site.name: [0, 2, 3] for site in attention_sites(model)})
+    save(model, tmp_path)
+    half = getattr(transformers, auto).from_pretrained(tmp_path, trust_remote_code=True)
+    assert {str(site.head_map) for site in attention_sites(half)} == {"3q/3kv"}
+    inputs = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "input_features")}
+    torch.testing.assert_close(half.get_encoder()(**inputs)[0], model.get_encoder()(**inputs)[0])
+
+
+def test_a_module_that_is_missing_is_named(folders, tmp_path):
+    shutil.copytree(folders / "bert", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["headprune"]["sites"]["encoder.layer.7.attention"] = config["headprune"]["sites"]["encoder.layer.0.attention"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for auto in (AutoModel, AutoModelForSequenceClassification):
+        with pytest.raises(ValueError, match=r"has no module encoder\.layer\.7"):
+            auto.from_pretrained(tmp_path, trust_remote_code=True)
 
 
 def test_the_stock_class_refuses_the_folder_instead_of_filling_it_with_noise(folders):

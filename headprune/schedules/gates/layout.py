@@ -40,7 +40,7 @@ class GateLayout:
     @cached_property
     def costs(self) -> Tensor:
         """[units], fp32: the share of all heads' cost that falls to each; a site's cost is spread over its heads alike."""
-        full = {name: self.budget.cost(shape, shape.head_map) for name, shape in self.shapes.items()}
+        full = {name: self.budget.cost(shape, shape.head_map, name) for name, shape in self.shapes.items()}
         heads = {name: shape.head_map.query_heads for name, shape in self.shapes.items()}
         costs = torch.tensor([full[unit.site] * len(unit.heads) / heads[unit.site] for unit in self.units])
         return costs / costs.sum()
@@ -48,7 +48,7 @@ class GateLayout:
     @property
     def goal(self) -> float:
         """The share of the heads' cost that stays in the end."""
-        full = sum(self.budget.cost(shape, shape.head_map) for shape in self.shapes.values())
+        full = sum(self.budget.cost(shape, shape.head_map, name) for name, shape in self.shapes.items())
         return 1 - int(self.budget.fraction * (full + self.budget.fixed_cost) + 1e-9) / max(full, 1)
 
     @cached_property
