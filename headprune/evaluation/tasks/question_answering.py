@@ -52,12 +52,13 @@ class Window:
 class QuestionAnswering(Task):
     """Answers that stand in your own texts, as in SQuAD: calibration=FILE, and test=FILE or a tenth of it.
 
-    For models that point at where an answer begins and ends (...ForQuestionAnswering). calibration: a .jsonl or .json file with the
-    columns `question`, `context` and `answers`: {"text": [...], "answer_start": [...]}, empty lists where the context does not tell
-    (SQuAD 2); or a file as SQuAD's own, {"data": [{"paragraphs": [...]}, ...]}. test: the same; by default about a tenth of
-    calibration's questions, all those of a context together, which then count for nothing else. training: the same, for recovery;
-    by default the questions of calibration. Contexts of more than `max_tokens` (with the question) are read in windows that share
-    `stride` tokens; a sample of scoring is a window. seed: which questions are drawn.
+    For models that point at where an answer begins and ends (...ForQuestionAnswering). calibration: a .jsonl, .json or .parquet
+    file, or rows on the Hub (owner/name:split), with the columns `question`, `context` and `answers`: {"text": [...],
+    "answer_start": [...]}, empty lists where the context does not tell (SQuAD 2); or a file as SQuAD's own, {"data":
+    [{"paragraphs": [...]}, ...]}. test: the same; by default about a tenth of calibration's questions, all those of a context
+    together, which then count for nothing else. training: the same, for recovery; by default the questions of calibration. Contexts
+    of more than `max_tokens` (with the question) are read in windows that share `stride` tokens; a sample of scoring is a window.
+    seed: which questions are drawn.
 
     f1 (the headline) and exact match, of SQuAD (Rajpurkar et al. 2016): words without case, articles and punctuation, the best of
     all answers. Of a question without an answer both say whether the model tells that there is none: that its first token scores

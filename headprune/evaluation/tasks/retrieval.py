@@ -13,9 +13,10 @@ from headprune.evaluation.tasks.text_pairs import Pair, TextPairs
 class RetrievalOfPairs(TextPairs):
     """Retrieval over your own pairs of texts: calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .jsonl, .json, .csv or .tsv file whose columns `query` and `document` hold texts that belong together; a
-    document belongs to one query alone, and the others of its batch are wrong ones. test: the same; by default a tenth of
-    calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows of calibration.
+    calibration: a .jsonl, .json, .csv, .tsv or .parquet file, or rows on the Hub (owner/name:split), whose columns `query` and
+    `document` hold texts that belong together; a document belongs to one query alone, and the others of its batch are wrong ones.
+    test: the same; by default a tenth of calibration's rows, which then count for nothing else. training: the same, for recovery;
+    by default the rows of calibration.
     pooling: mean (of a text's tokens), cls (the first one) or last; prompt, document_prompt: put before each query, each document.
     By default what sentence-transformers wrote beside the model, else mean, of causal decoders last, and no prompts. seed: which
     rows are drawn for calibration.

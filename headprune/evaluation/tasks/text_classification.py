@@ -18,9 +18,9 @@ from headprune.evaluation.tasks.task import register_task
 class TextClassification(Labelled):
     """Classification of your own texts: calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .jsonl, .json, .csv or .tsv file with the columns `text`, `label` and, for pairs of texts, `pair`. test: the
-    same; by default a tenth of calibration's rows, which then count for nothing else. training: the same, for recovery; by default
-    the rows of calibration. seed: which rows are drawn for calibration.
+    calibration: a .jsonl, .json, .csv, .tsv or .parquet file, or rows on the Hub (owner/name:split), with the columns `text`,
+    `label` and, for pairs of texts, `pair`. test: the same; by default a tenth of calibration's rows, which then count for nothing
+    else. training: the same, for recovery; by default the rows of calibration. seed: which rows are drawn for calibration.
     """
 
     name = "text-classification"

@@ -24,12 +24,12 @@ TRANSLATION = "translation"
 class TextToText(TargetTokens):
     """Your own sources and targets for encoder-decoders (T5, BART, Marian): calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .jsonl, .json, .csv or .tsv file with the columns `source` and `target`; or, as the Hub has translations, a
-    .jsonl or .json file with the column `translation`, {"de": text, "en": text}, with source=LANGUAGE and target=LANGUAGE (of two,
-    one tells the other). test: the same; by default a tenth of calibration's rows, which then count for nothing else. training:
-    the same, for recovery; by default the rows of calibration.
-    prefix: is put before each source ("translate English to German: "). seed: which rows are drawn for calibration. Every token of
-    a target is asked for with the true ones before it.
+    calibration: a .jsonl, .json, .csv, .tsv or .parquet file, or rows on the Hub (owner/name:split), with the columns `source` and
+    `target`; or, as the Hub has translations, with the column `translation`, {"de": text, "en": text}, with source=LANGUAGE and
+    target=LANGUAGE (of two, one tells the other). test: the same; by default a tenth of calibration's rows, which then count for
+    nothing else. training: the same, for recovery; by default the rows of calibration. prefix: is put before each source
+    ("translate English to German: "). seed: which rows are drawn for calibration. Every token of a target is asked for with the
+    true ones before it.
     """
 
     name = "text-to-text"

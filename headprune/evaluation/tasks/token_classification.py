@@ -28,10 +28,11 @@ OUTSIDE = "O"
 class TokenClassification(TargetTokens, OfClasses):
     """Classification of the words of your own texts: calibration=FILE, and test=FILE or a tenth of it.
 
-    calibration: a .jsonl or .json file with the columns `tokens`, a list of words (words=COLUMN for another), and `tags`, as many
-    tags: names in the model's `config.label2id`, or numbers. A word's first token has its tag, the others have none; words behind
-    `max_tokens` are cut off. test: the same; by default a tenth of calibration's rows, which then count for nothing else. training:
-    the same, for recovery; by default the rows of calibration. seed: which rows are drawn for calibration.
+    calibration: a .jsonl, .json or .parquet file, or rows on the Hub, with the columns `tokens`, a list of words (words=COLUMN for
+    another), and `tags`, as many tags: names in the model's `config.label2id`, or numbers. A word's first token has its tag, the
+    others have none; words behind `max_tokens` are cut off. test: the same; by default a tenth of calibration's rows, which then
+    count for nothing else. training: the same, for recovery; by default the rows of calibration. seed: which rows are drawn for
+    calibration.
 
     f1 (the headline) is of spans, as conlleval counts them (Tjong Kim Sang and De Meulder 2003): B-X begins one, I-X goes on with
     it; a tag of another form is a span of one word, O none. accuracy is of words. The loss of a sample is the mean over its words.
