@@ -49,8 +49,10 @@ def local_folder(name: str | os.PathLike[str], *, weights: bool = True) -> Path:
 
 def known_folder(name: str | os.PathLike[str] | None) -> Path | None:
     """The folder that `name` means, as `local_folder` finds it without fetching anything; None where it means none."""
-    if not name or Path(name).is_dir():
-        return Path(name) if name else None
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
     found = NAME.fullmatch(os.fspath(name))
     try:
         return None if found is None else snapshot(found, [], offline=True)

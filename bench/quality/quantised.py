@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from quality.rows import told
 
 import headprune as hp
 from headprune.evaluation.tasks import build_task
@@ -55,12 +57,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="where to write the rows as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
-    for row in rows(arguments.model, arguments.draws, arguments.heads):
-        found.append(row)
-        print(json.dumps(row), flush=True)
-        if arguments.output:
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    told(rows(arguments.model, arguments.draws, arguments.heads), arguments.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import random
 import sys
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from quality.all_pairs import AllPairs
+from quality.rows import told
 from torch import nn
 
 import headprune as hp
@@ -241,13 +241,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.lr:
         RATES[arguments.model] = dict.fromkeys(WAYS, arguments.lr)
-    found = []
-    for seed in arguments.seeds:
-        for row in rows(arguments.model, arguments.heads, arguments.ways, arguments.minutes, seed, arguments.validation):
-            found.append(row)
-            print(json.dumps(row), flush=True)
-            if arguments.output:
-                arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    every = (
+        row
+        for seed in arguments.seeds
+        for row in rows(arguments.model, arguments.heads, arguments.ways, arguments.minutes, seed, arguments.validation)
+    )
+    told(every, arguments.output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,16 @@ class Rows:
             file.write(json.dumps({"machine": self.machine, "rows": list(self)}, indent=1) + "\n")
         os.chmod(draft, 0o644)
         os.replace(draft, self.path)
+
+
+def told(rows: Iterable[dict[str, Any]], output: Path | None) -> None:
+    """Prints each row as it is measured, and writes all so far to `output`."""
+    found = []
+    for row in rows:
+        found.append(row)
+        print(json.dumps(row), flush=True)
+        if output:
+            output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def key_of(row: dict[str, Any]) -> tuple:

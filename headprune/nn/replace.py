@@ -18,6 +18,12 @@ from headprune.nn.weights import UNDO, beside_weights, torch_parameter
 P = ParamSpec("P")
 R = TypeVar("R")
 OwnForward = Callable[[nn.Module], Callable[[], None] | None]
+BY_HAND = "where it computes the same, put headprune.nn.VariableHeadAttention.from_torch(layer) in its place"
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+Shared = dict[tuple[int, str], nn.Parameter]  # a parameter of torch's layers by its id, and the part of it -> ours
 _own_forwards: list[OwnForward] = []
 _own_layers: list[OwnForward] = []
 
@@ -143,14 +149,6 @@ def kept_from_swap(layer: nn.MultiheadAttention) -> str | None:
     if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):  # accelerate's computes the same
         return f"has a forward that was set by hand, which may be another; {BY_HAND}"
     return None
-
-
-BY_HAND = "where it computes the same, put headprune.nn.VariableHeadAttention.from_torch(layer) in its place"
-HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
-)  # fmt: skip
-Shared = dict[tuple[int, str], nn.Parameter]  # a parameter of torch's layers by its id, and the part of it -> ours
 
 
 def swapped_in(layer: nn.MultiheadAttention, shared: Shared) -> VariableHeadAttention:

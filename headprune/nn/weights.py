@@ -12,8 +12,6 @@ from torch import Tensor, nn
 ROLES = ("q", "k", "v")
 OF_TORCH = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias"}
 OF_TORCH |= {f"{role}_proj_weight" for role in ROLES}
-
-
 UNDO = (
     "undo masks, parametrisations and adapters first (torch.nn.utils.prune.remove, "
     "torch.nn.utils.parametrize.remove_parametrizations, merge_and_unload)"
