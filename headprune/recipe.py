@@ -18,6 +18,7 @@ from headprune.planning.budget import Budget
 from headprune.planning.engine import get_engine
 from headprune.planning.units import GRANULARITIES
 from headprune.recovery.methods import get_method
+from headprune.recovery.rounded_weights import refuse_untrainable
 from headprune.schedules import recipe_options
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.score import NORMALIZATIONS
@@ -121,6 +122,7 @@ class RecoverSection(Section):
     method: str = Field(default="full", description="full, projections or lora")
     lr: float | None = Field(default=None, ge=0, description="peak learning rate; the method's own where none is given")
     distil: bool = Field(default=True, description="learn from the dense model; else by the task's own loss")
+    quantise: str | None = Field(default=None, description="int8 or int4: trains for weights that are rounded so afterwards")
     last: float = Field(default=1.0, gt=0, description="of a schedule: so many times as long after its last cut")
 
     @field_validator("method")
@@ -128,6 +130,12 @@ class RecoverSection(Section):
     def known_method(cls, name: str) -> str:
         get_method(name)
         return name
+
+    @model_validator(mode="after")
+    def weights_that_are_rounded(self) -> RecoverSection:
+        if self.quantise is not None:
+            refuse_untrainable(self.quantise, self.method)
+        return self
 
     @model_validator(mode="after")
     def one_budget(self) -> RecoverSection:

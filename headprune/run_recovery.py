@@ -34,8 +34,8 @@ def recovered_model(
     with stages.stage("recover from the dense model" if section.distil else "recover") as progress:
         result = recover(
             pruned, task.training(), loss_fn=task.loss, teacher=dense if section.distil else None, method=section.method,
-            steps=section.steps, minutes=section.minutes, lr=section.lr, seed=recipe.seed, output_dir=folder / "recovery",
-            progress=progress, **as_asked(recipe.device),
+            steps=section.steps, minutes=section.minutes, lr=section.lr, quantise=section.quantise, seed=recipe.seed,
+            output_dir=folder / "recovery", progress=progress, **as_asked(recipe.device),
         )  # fmt: skip
     result.refuse_diverged(section.lr)
     log.info("recovery: %s", result)

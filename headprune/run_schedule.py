@@ -80,7 +80,7 @@ def calibration(task: Task, limited: bool) -> tuple[list[Any], list[Any]]:
 def recovery_settings(section: RecoverSection | None, device: str) -> RecoverySettings | None:
     if section is None:
         return None
-    options = as_asked(device)
+    options = as_asked(device) | ({} if section.quantise is None else {"quantise": section.quantise})
     return RecoverySettings(section.steps, section.minutes, section.lr, section.method, section.distil, options, section.last)
 
 

@@ -13,6 +13,7 @@ from headprune import run_values
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.planning import PruningPlan
 from headprune.recipe import RecoverSection, ReportSection, load_recipe, parse_recipe
+from headprune.recovery import rounded_weights
 from headprune.report.progress import Stages
 from headprune.report.run_folder import read_run
 from headprune.run_recovery import as_asked
@@ -80,6 +81,24 @@ def test_a_recovery_needs_one_budget():
         parse_recipe({**content, "recover": {"steps": 2, "method": "lore"}}, "test")
     with pytest.raises(InvalidInput, match="Did you mean 'minutes'"):
         parse_recipe({**content, "recover": {"minuts": 2}}, "test")
+
+
+def test_a_run_may_train_for_rounded_weights(recipe):
+    """The same training, apart from what its passes see; the model that is saved is not rounded."""
+    pytest.importorskip("torchao")
+    models = []
+    for form in (None, "int4"):
+        section = RecoverSection(steps=8, lr=1e-3, quantise=form)
+        output = f"{recipe.output}-{form}"
+        carried_out(recipe.model_copy(update={"output": output, "recover": section}))
+        models.append(load(f"{output}/recovered"))
+        assert len(models[-1].encoder.layer[0].intermediate.dense.weight.unique()) > 1000
+    with rounded_weights(models[0], "int4"), rounded_weights(models[1], "int4"):
+        losses = [sum(SmallStates().loss(model, batch).mean().item() for batch in SmallStates().training()) for model in models]
+    assert losses[1] < losses[0]
+    for wrong, message in (("int3", "unknown form of weights 'int3'"), ("int4", "give 'full' or 'projections'")):
+        with pytest.raises(InvalidInput, match=message):
+            parse_recipe(recipe.model_dump() | {"recover": {"steps": 2, "method": "lora", "quantise": wrong}}, "test")
 
 
 @pytest.mark.parametrize(

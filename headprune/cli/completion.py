@@ -86,6 +86,12 @@ def recovery_methods() -> Iterable[str]:
     return recovery_methods()
 
 
+def forms() -> Iterable[str]:
+    from headprune.recovery.quantise import FORMS
+
+    return FORMS
+
+
 def compared_methods() -> Iterable[str]:
     from headprune.comparison import comparison_methods
 

@@ -51,6 +51,13 @@ def evaluate_command(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of each task of --lm-eval; by default all.")] = None,
     against: Annotated[str | None, typer.Option(help="The dense model, measured in the same run.")] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(
+            help="int8 or int4: of the model with its weights rounded so, by torchao.",
+            autocompletion=completion.one_of(completion.forms),
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed forward passes of each model.")] = 30,
     trace: Annotated[
         Path | None, typer.Option(help="Also write a Chrome trace of forward passes to this file.", callback=writable_file)
@@ -60,10 +67,16 @@ def evaluate_command(
 ) -> None:
     """Quality and cost of a model, alone or beside its dense original (in turn, with intervals of the differences)."""
     from headprune.evaluation import compare, evaluate, write_trace
+    from headprune.recovery.quantise import quantise as quantise_weights
+    from headprune.recovery.quantise import refuse_unknown_form
 
+    if quantise is not None:
+        refuse_unknown_form(quantise)
     refuse_unread("--text", text is not None, window=window, stride=stride)
     refuse_unread("--lm-eval", lm_eval is not None, limit=limit)
     found, data = opened_for_evaluation(model, task, text, lm_eval, device, window=window, stride=stride, limit=limit)
+    if quantise is not None:
+        terminal.progress_console.print(str(quantise_weights(found, quantise)), markup=False, soft_wrap=True)
     models: dict[str, nn.Module] = {"model": found}
     result: Evaluation | Comparison
     if against is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated
 
@@ -41,6 +42,13 @@ def recover_command(
     steps: Annotated[int | None, typer.Option(help="How many steps to train; by default three passes over the data.")] = None,
     minutes: Annotated[float | None, typer.Option(help="How long to train, in place of steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the method's own.")] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(
+            help="int8 or int4: trains for weights that are rounded so afterwards, and tells the quality of those.",
+            autocompletion=completion.one_of(completion.forms),
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -52,9 +60,12 @@ def recover_command(
     from headprune.recovery import recover
     from headprune.recovery.budget import TrainingBudget
     from headprune.recovery.methods import get_method
+    from headprune.recovery.rounded_weights import refuse_untrainable, rounded_weights
     from headprune.surgery import save
 
     TrainingBudget.of(steps, minutes, None, get_method(method).lr if lr is None else lr, 1)  # refused before the data are read
+    if quantise is not None:
+        refuse_untrainable(quantise, method)
     for source in filter(None, (model, teacher)):
         refuse_replacing_source(source, output)
     place = {} if device == "auto" else trainer_options(chosen_device(device))
@@ -63,17 +74,23 @@ def recover_command(
     dense = None if teacher is None else opened_model(teacher, device=device, base=data.base)[0]
     if dense is not None:
         data.check_model(dense)
-    before = with_bar("evaluate the pruned model", lambda progress: quality_of(pruned, data, progress))
+
+    def quality(title: str) -> dict[str, float]:
+        with nullcontext() if quantise is None else rounded_weights(pruned, quantise):
+            return with_bar(title, lambda progress: quality_of(pruned, data, progress))
+
+    before = quality("evaluate the pruned model")
     result = with_bar("recover", lambda progress: recover(
-        pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr, seed=seed,
-        output_dir=work, progress=progress, **place,
+        pruned, data.training(), loss_fn=data.loss, teacher=dense, method=method, steps=steps, minutes=minutes, lr=lr,
+        quantise=quantise, seed=seed, output_dir=work, progress=progress, **place,
     ))  # fmt: skip
     result.refuse_diverged(lr)
-    after = with_bar("evaluate the recovered model", lambda progress: quality_of(pruned, data, progress))
+    after = quality("evaluate the recovered model")
     with_bar("save", lambda progress: save(pruned, output))
     shutil.rmtree(work)
     better = "higher" if data.higher_is_better else "lower"
-    told = f"{data.headline} ({better} is better): {before[data.headline]:.4f} → {after[data.headline]:.4f}"
+    weights = "" if quantise is None else f", weights in {quantise}"
+    told = f"{data.headline} ({better} is better{weights}): {before[data.headline]:.4f} → {after[data.headline]:.4f}"
     ends = dict(zip(("first_loss", "last_loss"), result.loss_ends))
-    document = {"model": str(output), **asdict(result), **ends, "quality_before": before, "quality": after}
+    document = {"model": str(output), **asdict(result), **ends, "quantise": quantise, "quality_before": before, "quality": after}
     terminal.show(json, document, str(result), told, f"written to {output}")

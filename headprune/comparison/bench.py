@@ -24,7 +24,7 @@ from headprune.evaluation.latency import measure_latency
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.tasks import Task
 from headprune.models.placement import device_of, trainer_options
-from headprune.recovery import recover
+from headprune.recovery import quantise, recover
 from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.savings import count_parameters
 
@@ -78,7 +78,7 @@ class Bench:
         except (Refused, UnsupportedModel, InvalidInput) as reason:
             return replace(row, refused=str(reason))
         row = self.as_compressed(row, found)
-        if self.steps and found.trainable:
+        if self.steps:
             row = self.tuned(row, found, progress)
             if row.tuned_steps is None:
                 return row  # not kept, to be tried again: what went wrong may be put right
@@ -96,21 +96,22 @@ class Bench:
         )  # fmt: skip
 
     def tuned(self, row: MethodRow, found: Compressed, progress: Progress | None) -> MethodRow:
-        """After the fine-tune, which keeps the pattern of zeros; the sizes are those of before. The note says where it
-        diverged."""
+        """After the fine-tune, which keeps the pattern of zeros and knows of rounded weights; the sizes are those of before. The
+        note says where it diverged."""
+        model = found.model if found.form is None else self.subject.copy()
         options: dict[str, Any] = {} if found.teaches is None else {"teacher": self.subject.model, "distil": found.teaches}
         options |= trainer_options(device_of(self.subject.model))
-        with held(found.model, found.masks):
+        with held(model, found.masks):
             done = recover(
-                found.model, self.texts.train, loss_fn=self.task.loss, steps=self.steps, lr=self.lr, seed=self.seed, dropout=False,
-                output_dir=self.kept.tuning(row.method), progress=progress, **options,
+                model, self.texts.train, loss_fn=self.task.loss, steps=self.steps, lr=self.lr, seed=self.seed, dropout=False,
+                quantise=found.form, output_dir=self.kept.tuning(row.method), progress=progress, **options,
             )  # fmt: skip
         if done.diverged:
             return replace(row, note="; ".join(filter(None, (row.note, f"the fine-tune failed: {done.stopped_because}"))))
-        quality, difference = self.quality(found.model)
-        return replace(
-            row, tuned_quality=quality, tuned_difference=difference, tuned_loss=self.loss(found.model), tuned_steps=done.steps
-        )
+        if found.form is not None:
+            quantise(model, found.form)
+        quality, difference = self.quality(model)
+        return replace(row, tuned_quality=quality, tuned_difference=difference, tuned_loss=self.loss(model), tuned_steps=done.steps)
 
     def quality(self, model: nn.Module) -> tuple[dict[str, float], Interval | None]:
         """(the task's metrics, the headline's difference from the dense model's where there are examples)."""

@@ -47,7 +47,8 @@ class Compressed:
     masks: name of a linear layer -> which of its weights stay [as the weight], bool; they stay so while it is fine-tuned.
     stored_bits: bits that a sparse file holds for such a weight, from its mask. compact: the smallest form to store, in words.
     compact_bytes: of the whole model in that form, where no file of it can be written. teaches: what a distilled one learns from
-    the dense model; None: the task's loss counts, as for all others. trainable: whether it can be fine-tuned.
+    the dense model; None: the task's loss counts, as for all others. form: that all weights were rounded to, as in
+    `hp.recovery.quantise`; then a dense copy is fine-tuned for weights that are rounded so, and rounded at the end.
     """
 
     model: nn.Module
@@ -57,7 +58,7 @@ class Compressed:
     compact: str = ""
     compact_bytes: int | None = None
     teaches: Distillation | None = None
-    trainable: bool = True
+    form: str | None = None
 
 
 Compress = Callable[[Subject], Compressed]

@@ -7,6 +7,7 @@ from headprune.recovery.quantise import Quantised, QuantisedQuality, compare_qua
 from headprune.recovery.recover import recover
 from headprune.recovery.result import Recovery
 from headprune.recovery.rewind import RateRewind, rewind_weights
+from headprune.recovery.rounded_weights import rounded_weights
 from headprune.recovery.stored_logits import store_logits
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "recover",
     "recovery_method",
     "rewind_weights",
+    "rounded_weights",
     "store_logits",
 ]

@@ -19,7 +19,8 @@ from headprune.evaluation.tasks import Task
 from headprune.recovery.methods import linear_layers
 from headprune.scoring.passes import in_eval_mode
 
-BITS = {"int8": 8, "int4": 4}
+FORMS = ("int8", "int4")
+GROUP = 32  # inputs that share a scale in int4
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Quantised:
         return f"{self.form} weights in {len(self.layers)} linear layers{why}"
 
 
-def quantise(model: nn.Module, form: str = "int8", *, group: int = 32) -> Quantised:
+def quantise(model: nn.Module, form: str = "int8", *, group: int = GROUP) -> Quantised:
     """Rounds the weights of `model`'s linear layers to `form` ("int8": one scale a row; "int4": one scale for each `group`
     inputs of a row), in place; activations stay floating point. The output head and tied weights stay as they are.
 
@@ -46,28 +47,40 @@ def quantise(model: nn.Module, form: str = "int8", *, group: int = 32) -> Quanti
     Raises InvalidInput for an unknown form, and where torchao is missing.
     """
     check_arguments(quantise, locals())
+    chosen, left = rounded_layers(model, form, group)
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+    types: Any = torch  # whose own types leave int4 out
+    in_groups = form == "int4"
+    settings = IntxWeightOnlyConfig(types.int4, PerGroup(group)) if in_groups else Int8WeightOnlyConfig()
+    modules = set(chosen.values())
+    quantize_(model, settings, filter_fn=lambda module, name: module in modules)
+    return Quantised(form, tuple(chosen), left)
+
+
+def refuse_unknown_form(form: str) -> None:
+    if form not in FORMS:
+        raise unknown_name("form of weights", form, FORMS)
+
+
+def rounded_layers(model: nn.Module, form: str, group: int) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """(the linear layers whose weights are rounded, by name; those that stay, with the reason). Raises as `quantise`."""
     whole_number("group", group)
-    if form not in BITS:
-        raise unknown_name("form of weights", form, BITS)
+    refuse_unknown_form(form)
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+        import torchao.quantization  # noqa: F401
     except ImportError:
-        raise InvalidInput('quantise needs torchao: pip install "headprune[quantise]".') from None
-    names = linear_layers(model)
-    modules = {name: model.get_submodule(name) for name in names}
-    left = {name: f"it is a {type(module).__name__}" for name, module in modules.items() if not isinstance(module, nn.Linear)}
-    settings: Any = Int8WeightOnlyConfig()
-    if form == "int4":
-        types: Any = torch  # whose own types leave int4 out
-        settings = IntxWeightOnlyConfig(weight_dtype=types.int4, granularity=PerGroup(group))
-        left |= {
-            name: f"its {module.in_features} inputs are no multiple of {group}"
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear) and module.in_features % group
-        }
-    chosen = {module for name, module in modules.items() if name not in left}
-    quantize_(model, settings, filter_fn=lambda module, name: module in chosen)
-    return Quantised(form, tuple(name for name in names if name not in left), left)
+        raise InvalidInput('weights in few bits need torchao: pip install "headprune[quantise]".') from None
+    chosen, left = {}, {}
+    for name in linear_layers(model):
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            left[name] = f"it is a {type(module).__name__}"
+        elif form == "int4" and module.in_features % group:
+            left[name] = f"its {module.in_features} inputs are no multiple of {group}"
+        else:
+            chosen[name] = module
+    return chosen, left
 
 
 @dataclass(frozen=True)

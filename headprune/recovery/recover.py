@@ -24,8 +24,10 @@ from headprune.recovery.distillation import Distillation
 from headprune.recovery.master_weights import master_weights, mixed_precision
 from headprune.recovery.methods import get_method
 from headprune.recovery.objective import Objective
+from headprune.recovery.quantise import GROUP, rounded_layers
 from headprune.recovery.result import WHAT, Recovery, first_rank, keep_result, taken_up, told_apart
 from headprune.recovery.rewind import RateRewind, Source, rewind_weights
+from headprune.recovery.rounded_weights import refuse_untrainable, rounded_weights
 from headprune.recovery.session import Session, as_it_was, own_random_state, trained
 from headprune.recovery.sharding import sharded, wants_sharding
 from headprune.scoring.batch_identity import data_identity
@@ -47,6 +49,7 @@ def recover(
     warmup: int | None = None,
     distil: Distillation | None = None,
     rewind: Source | RateRewind | None = None,
+    quantise: str | None = None,
     output_dir: str | Path | None = None,
     metric: Callable[[nn.Module], float] | None = None,
     patience: int = 3,
@@ -77,6 +80,8 @@ def recover(
             embedding and hidden states.
         rewind: an earlier checkpoint (folder, state_dict or the unpruned module), whose weights are sliced into the model before
             training; or RateRewind, which keeps the weights and repeats the learning rates.
+        quantise: "int8" or "int4": trains for weights that are rounded so afterwards (quantisation-aware training): every pass,
+            evaluations too, sees them rounded as `hp.recovery.quantise` does, while the model's own stay in floating point.
         output_dir: keeps checkpoints and the result; where a killed recovery with the same arguments left some it goes on, and a
             finished one is read back.
         metric: `metric(model)`, higher is better, in place of the loss on `eval`.
@@ -102,6 +107,9 @@ def recover(
     refuse_quantised(model, "recovery does not train")
     chosen = get_method(method)
     chosen.refuse_unknown(method_options or {})
+    if quantise is not None:
+        refuse_untrainable(quantise, method)
+        rounded_layers(model, quantise, GROUP)
     if training_arguments:
         check_options("recover", training_arguments, recover_options())
     shards, mixed = wants_sharding(training_arguments), mixed_precision(model, training_arguments)
@@ -122,7 +130,7 @@ def recover(
         "teacher": told_apart(teacher) if isinstance(teacher, nn.Module) else None if teacher is None else str(teacher),
         "functions": [described(one) for one in (loss_fn, metric, token_mask, data_collator)],
         "distil": None if distil is None else distil.to_json(), "patience": patience, "dropout": dropout,
-        "method_options": repr(sorted((method_options or {}).items())),
+        **({} if quantise is None else {"quantise": quantise}), "method_options": repr(sorted((method_options or {}).items())),
         "training_arguments": repr(sorted(training_arguments.items())), **told_apart(model),
     }  # fmt: skip
     finished = taken_up(model, folder, settings)
@@ -147,6 +155,7 @@ def recover(
         spread = sharded(model, device) if shards else nullcontext()
         with ExitStack() as inside:
             inside.enter_context(chosen.prepare(model, **(method_options or {})))
+            inside.enter_context(nullcontext() if quantise is None else rounded_weights(model, quantise))
             inside.enter_context(master_weights(model, bool(mixed)))
             inside.enter_context(objective.sharing())
             inside.enter_context(spread)

@@ -73,7 +73,9 @@ def steps_of(run: RunFolder) -> list[str]:
     if recipe.get("prune", {}).get("compensate", True):
         steps.append("outputs re-solved on calibration data")
     if trained := recipe.get("recover"):
-        steps.append("distilled from the dense model" if trained.get("distil", True) else "fine-tuned by the task's loss")
+        how = "distilled from the dense model" if trained.get("distil", True) else "fine-tuned by the task's loss"
+        form = trained.get("quantise")
+        steps.append(f"{how}, for weights that are rounded to {form} afterwards" if form else how)
     if schedule := recipe.get("schedule"):
         steps.append(f"in the steps of the schedule {schedule['name']}")
     return steps

@@ -38,6 +38,18 @@ def test_evaluate_compares_on_any_text_and_writes_a_trace(call, folders, tmp_pat
     assert "generation, ms/token" in out
 
 
+def test_evaluate_rounds_the_weights_where_that_is_asked_for(call, folders, tmp_path):
+    pytest.importorskip("torchao")
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ("./pruned", "--text", "text.txt", "--window", "32", "--repeats", "1", "--json")
+    plain, rounded = (json.loads(call("evaluate", *arguments, *more)[1]) for more in ((), ("--quantise", "int8")))
+    assert rounded["weight_bytes"] < plain["weight_bytes"]
+    assert 0 < abs(rounded["quality"]["perplexity"] / plain["quality"]["perplexity"] - 1) < 0.1
+    code, _, err = call("evaluate", *arguments[:-1], "--quantise", "int3")
+    assert code == 2
+    assert "unknown form of weights 'int3'" in only_error(err)
+
+
 def test_evaluate_refuses_several_kinds_of_data_and_windows_that_do_not_fit(call, folders, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     for arguments, names in [

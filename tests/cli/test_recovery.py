@@ -10,6 +10,7 @@ from pruned_pairs import pruned_bert
 from small_states import SmallStates
 from tiny_models import hidden, tokens
 
+from headprune.recovery import quantise
 from headprune.surgery import load, save
 
 
@@ -75,6 +76,23 @@ def test_the_document_tells_loss_and_quality_before_and_after(call, folders):
     assert found["last_loss"] == found["losses"][-1][1] != found["first_loss"]
     assert set(found["quality_before"]) == set(found["quality"])
     assert found["quality_before"] != found["quality"]
+
+
+def test_recover_for_rounded_weights_tells_their_quality(call, folders, tmp_path):
+    pytest.importorskip("torchao")
+    learnt = ("--teacher", "./dense", "--steps", "6", "--lr", "1e-3")
+    code, out, err = call("recover", "./pruned", "-o", "better", *learnt, "--quantise", "int4", "--json")
+    assert code == 0, err
+    told, task = json.loads(out), SmallStates(None)
+    assert told["quantise"] == "int4"
+    for name, folder in (("quality_before", "pruned"), ("quality", "better")):
+        model = load(tmp_path / folder)
+        quantise(model, "int4")
+        assert told[name][task.headline] == pytest.approx(task.evaluate(model)[task.headline], rel=1e-4)
+        assert told[name] != task.evaluate(load(tmp_path / folder))
+    code, _, err = call("recover", "./pruned", "-o", "other", *learnt, "--quantise", "int4", "--method", "lora")
+    assert code == 2
+    assert "method='lora' adds to them; give 'full' or 'projections'" in only_error(err)
 
 
 def test_two_budgets_and_unknown_methods_are_refused(call, folders):

@@ -120,6 +120,21 @@ def test_a_killed_fine_tune_goes_on_with_the_same_zeros(tmp_path, monkeypatch):
     assert not (tmp_path / "unstructured").exists()
 
 
+def test_rounded_weights_are_fine_tuned_as_rounded():
+    """The row after the fine-tune is of a model that is rounded, whose training knew of it; the sizes stay."""
+    pytest.importorskip("torchao")
+    row = compare(methods=["int4"], steps=12, repeats=0).row("int4")
+    assert row.tuned_steps == 12
+    assert row.tuned_loss < row.loss
+    model = bert(layers=4)
+    task, texts = SmallRows(), bench.Texts.of(SmallRows())
+    hp.recover(model, texts.train, loss_fn=task.loss, steps=12, lr=1e-2, quantise="int4", dropout=False)
+    hp.recovery.quantise(model, "int4")
+    with torch.no_grad():
+        expected = sum(float(task.loss(model, batch).mean()) for batch in texts.held_out) / len(texts.held_out)
+    assert row.tuned_loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_refused_method_has_a_row_and_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(method, "_methods", dict(method._methods))
 

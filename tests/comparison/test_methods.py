@@ -75,8 +75,9 @@ def test_unstructured_zeros_are_as_many_as_asked_for_the_smallest_and_stay(subje
     assert "weight_mask" not in str(list(found.model.state_dict()))
 
 
-def test_two_of_every_four_weights_are_zero_before_and_after_the_fine_tune(subject):
-    found = compressed("semi-structured", subject)
+@pytest.mark.parametrize(("name", "block"), [("semi-structured", 4), ("four-of-eight", 8)])
+def test_half_of_every_block_of_weights_is_zero_before_and_after_the_fine_tune(subject, name, block):
+    found = compressed(name, subject)
     chosen = {name: found.model.get_submodule(name) for name in found.masks}
     smallest = min(module.weight.numel() for module in chosen.values()) // 2
     zeroed = sum(int((~mask).sum()) for mask in found.masks.values())
@@ -84,9 +85,9 @@ def test_two_of_every_four_weights_are_zero_before_and_after_the_fine_tune(subje
     tuned(found, subject)
     for module in chosen.values():
         assert type(module) is torch.nn.Linear
-        assert ((module.weight.view(-1, 4) != 0).sum(dim=1) == 2).all()
-    dense = subject.model.get_submodule(next(iter(chosen))).weight.view(-1, 4)
-    mask = found.masks[next(iter(chosen))].view(-1, 4)
+        assert ((module.weight.view(-1, block) != 0).sum(dim=1) == block // 2).all()
+    dense = subject.model.get_submodule(next(iter(chosen))).weight.view(-1, block)
+    mask = found.masks[next(iter(chosen))].view(-1, block)
     assert (dense.abs().masked_fill(mask, 0).amax(dim=1) <= dense.abs().masked_fill(~mask, torch.inf).amin(dim=1)).all()
 
 
@@ -138,7 +139,7 @@ def test_quantised_rows_say_what_is_missing_or_quantise(subject, form):
             compressed(form, subject)
         return
     found = compressed(form, subject)
-    assert not found.trainable
+    assert found.form == form
     assert nonzero_parameters(found.model) is None
     assert found.compact_bytes < file_bytes(subject.model)
 
@@ -149,6 +150,7 @@ def test_quantised_rows_say_what_is_missing_or_quantise(subject, form):
         ("unstructured", 10**6, "the linear layers have"),
         ("semi-structured", 10**6, "2:4 can take"),
         ("semi-structured", 3, "at least"),
+        ("four-of-eight", 10**6, "4:8 can take"),
         ("layers", 10, "of its 2 layers"),
         ("layers", 10**6, "of its 2 layers"),
         pytest.param("channels", 10**6, "can spare", marks=needs_torch_pruning),

@@ -55,6 +55,10 @@ def test_a_name_on_the_hub_is_the_base_model_whose_license_stays(tmp_path):
     ("section", "said"),
     [
         ("recover: {steps: 5}", ", distilled from the dense model."),
+        (
+            "recover: {steps: 5, quantise: int4}",
+            ", distilled from the dense model, for weights that are rounded to int4 afterwards.",
+        ),
         ("recover: {steps: 5, distil: false}", ", fine-tuned by the task's loss."),
         (
             "schedule: {name: iterative}\nrecover: {steps: 5}",

@@ -38,5 +38,5 @@ def quantised(subject: Subject, form: str) -> Compressed:
         note,
         compact="as torchao holds it in memory (on a CPU int4 takes a byte)",
         compact_bytes=weight_bytes(model),
-        trainable=False,
+        form=form,
     )
