@@ -9,7 +9,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 DATE = re.compile(r"\d{4}-\d\d-\d\d")
-OF_QUALITY = ("all-pairs-", "quality-", "quantised-", "recovery-", "schedules-")  # rows of a form of their own
+OF_QUALITY = ("all-pairs-", "quality-", "quantised-", "recovery-", "rounded-", "schedules-")  # rows of a form of their own
 
 
 def newest(pattern: str) -> Path:
