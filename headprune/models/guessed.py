@@ -14,7 +14,7 @@ from headprune.models.fused_layout import blocks
 from headprune.models.head_counts import QUERY_HEADS, follow_width, set_head_counts
 from headprune.models.layer_config import follow_groups
 from headprune.models.quantised import weight_shape
-from headprune.models.site import AttentionSite, Foreign, ProjectionHeads, Role, at, contiguous_heads
+from headprune.models.site import AttentionSite, Foreign, Kind, ProjectionHeads, Role, at, contiguous_heads
 
 NAMES: dict[str, tuple[str, ...]] = {
     "query": ("q_proj", "query", "q", "wq", "w_q", "q_lin", "query_proj", "to_q"),
@@ -54,8 +54,8 @@ class Guessed:
             *inputs(name, module, parts, head_map, head_dim),
             contiguous_heads("output", f"{name}.{parts['output']}", out, head_map.query_heads, head_dim),
         )
-        hidden = out.out_features
-        return AttentionSite(name, module, module, head_map, head_dim, head_dim, hidden, "self", projections, proven=False)
+        kind: Kind = "cross" if getattr(module, "is_cross_attention", False) else "self"  # as in diffusers
+        return AttentionSite(name, module, module, head_map, head_dim, head_dim, out.out_features, kind, projections, proven=False)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
         module: Foreign = site.module
