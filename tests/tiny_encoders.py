@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import page_backbone  # noqa: F401  # LayoutLMv2 can be made
 import torch
 import transformers
 from tiny_models import VOCABULARY, padded, tokens
@@ -149,6 +150,44 @@ ENCODERS["longformer"] = Family(
     "LongformerForTokenClassification", "LongformerConfig", {**TEXT, **QUIET, "attention_window": [4, 4]}, longformer_batch,
     ("eager",),
 )  # fmt: skip
+
+
+def page_batch(side: str) -> dict[str, Tensor]:
+    """Words and where they stand on a page."""
+    batch, generator = text_batch(side), torch.Generator().manual_seed(4 if side == "left" else 5)
+    corner = torch.randint(0, 40, (*batch["input_ids"].shape, 2), generator=generator)
+    return {**batch, "bbox": torch.cat([corner, corner + torch.randint(1, 20, corner.shape, generator=generator)], dim=-1)}
+
+
+def seen_page_batch(side: str) -> dict[str, Tensor]:
+    """And a picture of the page."""
+    generator = torch.Generator().manual_seed(6)
+    return {**page_batch(side), "pixel_values": torch.rand(3, 3, 16, 16, generator=generator)}
+
+
+def page_with_image_batch(side: str) -> dict[str, Tensor]:
+    batch = seen_page_batch(side)
+    return {**batch, "image": batch.pop("pixel_values")}
+
+
+PAGE = {
+    "coordinate_size": 4, "shape_size": 8, "max_2d_position_embeddings": 64, "rel_pos_bins": 8, "max_rel_pos": 8,
+    "rel_2d_pos_bins": 16, "max_rel_2d_pos": 32, "bos_token_id": 1, "eos_token_id": 2, **QUIET,
+}  # fmt: skip
+PAGE_V2 = {**PAGE, "coordinate_size": 5, "shape_size": 6, "image_feature_pool_shape": [2, 2, 8], "max_2d_position_embeddings": 1024}
+
+
+def page_reader(version: str, batch: Callable[[str], dict[str, Tensor]], **options) -> Family:
+    name, options = f"LayoutLM{version}", {**TEXT, **options}
+    return Family(f"{name}ForTokenClassification", f"{name}Config", options, batch, ("eager",))
+
+
+ENCODERS |= {
+    "layoutlmv2": page_reader("v2", page_with_image_batch, fast_qkv=True, **PAGE_V2),
+    "layoutlmv2_separate": page_reader("v2", page_with_image_batch, fast_qkv=False, **PAGE_V2),
+    "layoutlmv3": page_reader("v3", page_batch, **PAGE),
+    "layoutlmv3_seen": page_reader("v3", seen_page_batch, **PAGE, input_size=16, patch_size=8),
+}
 
 
 def blocks_batch(side: str) -> dict[str, Tensor]:

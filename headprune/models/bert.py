@@ -1,6 +1,6 @@
 """Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, I-BERT, ConvBERT, BigBird and their like), the
-vision transformers built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver,
-conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
+vision transformers built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), LayoutLM, DeBERTa, DistilBERT, ALBERT, LXMERT,
+Perceiver, conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Named:
             set_head_counts(module, head_map, site.head_dim)
         if self.head_dim != "head_size" and hasattr(module, "head_size"):  # LXMERT's name for the width of all heads
             module.head_size = head_map.query_heads * site.head_dim
-        if getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False):
+        if has_shared_positions(module):
             remember_positions(site.module, site.head_map.query_heads, kept)
             specialise(site.module, OwnPositions)
         if hasattr(site.module, "set_attention_type"):
@@ -181,6 +181,12 @@ class Vits(OfEmbedDim):
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         return super().site(name, module) if hasattr(module, "window_size") and hasattr(module, "embed_dim") else None
+
+
+def has_shared_positions(module: Foreign) -> bool:
+    """Whether the model makes biases of positions for all layers at once: of pictures (data2vec), of pages (LayoutLM)."""
+    on_pages = any(getattr(module, own, False) for own in ("has_relative_attention_bias", "has_spatial_attention_bias"))
+    return on_pages or getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False)
 
 
 def share_of_width(module: Foreign) -> int:

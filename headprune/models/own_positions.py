@@ -1,6 +1,6 @@
 """Position biases that a model makes for all heads at once and hands to every layer (ALiBi in BLOOM, Falcon and MPT, tables of
-relative positions in BEiT): a pruned layer picks those of its own heads. They stay those of the original heads, whatever was
-cut."""
+relative positions in BEiT, of words on a page in LayoutLM v2 and v3): a pruned layer picks those of its own heads. They stay those
+of the original heads, whatever was cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from headprune.models.behaviour import Behaviour
 from headprune.models.selection import select_heads
 
-BIASES = ("alibi", "position_bias", "attention_mask", "relative_position_bias")
+BIASES = ("alibi", "position_bias", "attention_mask", "relative_position_bias", "rel_pos", "rel_2d_pos")
 
 
 class OwnPositions(Behaviour):

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from headprune.models.site import Foreign, HeadTensor
 
-# Biases that an attention adds itself: one after another (DeBERTa) or [heads, head_dim] (Transformer-XL's positions in conformers).
+# Biases that an attention adds itself: one after another (DeBERTa; [1, 1, heads * head_dim] in LayoutLMv2) or [heads, head_dim]
+# (Transformer-XL's positions in conformers).
 BIASES = ("q_bias", "v_bias", "pos_bias_u", "pos_bias_v")
 TABLE = "relative_position_bias_table"  # [distances, heads], in a part of the attention (BEiT and its relatives)
 
@@ -17,7 +18,9 @@ def own_tensors(name: str, attention: Foreign, head_dim: int) -> tuple[HeadTenso
     tables = [part for part, child in attention.named_children() if isinstance(getattr(child, TABLE, None), Tensor)]
     return (
         *(
-            HeadTensor(f"{name}.{bias}", attention, bias, width=head_dim if tensor.dim() == 1 else 1)
+            HeadTensor(f"{name}.{bias}", attention, bias)
+            if tensor.dim() == 2
+            else HeadTensor(f"{name}.{bias}", attention, bias, dim=tensor.dim() - 1, width=head_dim)
             for bias, tensor in biases.items()
         ),
         *(HeadTensor(f"{name}.{part}", getattr(attention, part), TABLE, dim=1) for part in tables),

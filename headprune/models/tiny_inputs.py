@@ -32,6 +32,8 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
         inputs |= pixels(getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs))
         inputs |= with_places(config, inputs)
         inputs |= prompt_beside(taken, inputs)
+    if "bbox" in taken and "input_ids" in inputs:
+        inputs |= page(config, taken, inputs["input_ids"])
     if "qformer_input_ids" in taken:
         inputs["qformer_input_ids"] = tokens(config.qformer_config.vocab_size)["input_ids"][:1]
     if "visual_feats" in taken and hasattr(config, "visual_feat_dim"):  # of what LXMERT's detector found
@@ -93,6 +95,18 @@ def pixels(config: Any, rows: int) -> dict[str, Tensor]:
     if isinstance(frames, int):  # a film
         shape = (frames, *shape)
     return {"pixel_values": torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).repeat(rows, *[1] * len(shape))}
+
+
+def page(config: Any, taken: Mapping[str, Any], ids: Tensor) -> dict[str, Tensor]:
+    """Where each word stands on its page (left, top, right, bottom), and the page's picture as LayoutLMv2 takes it."""
+    words = torch.arange(ids.numel()).view(ids.shape)
+    end = min(1000, int(getattr(config, "max_2d_position_embeddings", 1000)) - 1)
+    left, top = words * 7919 % (end // 2), words * 104729 % (end // 2)
+    boxes = {"bbox": torch.stack([left, top, left + end // 8, top + end // 4], dim=-1)}
+    if "image" not in taken:
+        return boxes
+    generator = torch.Generator().manual_seed(0)
+    return boxes | {"image": torch.rand(1, 3, 224, 224, generator=generator).repeat(len(ids), 1, 1, 1)}
 
 
 def prompt_beside(taken: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
