@@ -1,4 +1,4 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, I-BERT, ConvBERT, BigBird and their like), the
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, I-BERT, ConvBERT, BigBird and their like), MPNet, the
 vision transformers built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), LayoutLM, DeBERTa, DistilBERT, ALBERT, LXMERT,
 Perceiver, conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
@@ -18,7 +18,7 @@ from headprune.models.emptied import Emptied, EmptiedAlbert, EmptiedAlone
 from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
 from headprune.models.ibert_forward import EmptiedIBert
-from headprune.models.own_positions import OwnPositions, remember_positions
+from headprune.models.own_positions import OwnPositions, PositionsThird, remember_positions
 from headprune.models.own_tensors import own_tensors
 from headprune.models.quantised import weight_shape
 from headprune.models.reduced_forward import OwnReduced
@@ -166,6 +166,19 @@ class Reduced(Named):
         super().after_cut(site, head_map, kept)
 
 
+class MPNet(Named):
+    """MPNet, which makes its biases of positions once for all layers."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        taken = [*inspect.signature(forward_of(module)).parameters]
+        return super().site(name, module) if taken[1:4] == ["hidden_states", "attention_mask", "position_bias"] else None
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        remember_positions(site.module, site.head_map.query_heads, kept)
+        specialise(site.module, PositionsThird)
+        super().after_cut(site, head_map, kept)
+
+
 class OfEmbedDim(Named):
     """Its forward takes the width of all heads from `embed_dim` (CvT)."""
 
@@ -221,6 +234,7 @@ register_adapter(
         (("key", "self.pos_key_proj"), ("query", "self.pos_query_proj")),
     )
 )  # fmt: skip
+register_adapter(MPNet("mpnet", ("q", "k", "v", "o")))
 register_adapter(BigBirdPegasus("bigbird_pegasus", ("self.query", "self.key", "self.value", "output"), "self"))
 register_adapter(Named("lxmert", ("att.query", "att.key", "att.value", "output.dense"), "att"))
 register_adapter(

@@ -27,6 +27,13 @@ class OwnPositions(Behaviour):
         return super().forward(*args, **kwargs)
 
 
+class PositionsThird(OwnPositions):
+    """MPNet hands them over as its third argument."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, position_bias: Any = None, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, attention_mask, position_bias=position_bias, **kwargs)
+
+
 class GroupedFalcon(OwnPositions):
     """Falcon with groups, equal or ragged. The stock module too hands the cache one key/value head per query head.
 
