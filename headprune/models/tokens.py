@@ -39,7 +39,7 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
             return None
         if around is None and "attention_mask" not in batch:
             return unpadded(model, site, batch)
-        if decoder is not None and f"{site}.".startswith(f"{decoder}."):
+        if is_inside(site, decoder):
             return in_streams(around, plane(batch, "decoder_attention_mask", target_mask(batch)))
         return in_streams(around, before_picture(around, batch, plane(batch, "attention_mask")))
 
@@ -63,6 +63,20 @@ def decoder_of(model: nn.Module) -> str | None:
         return None
     decoder = decoder_in()
     return next((name for name, module in model.named_modules() if module is decoder and name), None)
+
+
+def encoder_of(model: nn.Module) -> str | None:
+    """The path of the encoder in an encoder-decoder; None in every other model."""
+    encoder_in = getattr(model, "get_encoder", None)
+    if decoder_of(model) is None or encoder_in is None:
+        return None
+    encoder = encoder_in()
+    return next((name for name, module in model.named_modules() if module is encoder and name), None)
+
+
+def is_inside(name: str, path: str | None) -> bool:
+    """Whether the module at `name` is the one at `path` or in it."""
+    return path is not None and f"{name}.".startswith(f"{path}.")
 
 
 def model_around(model: nn.Module, site: str) -> nn.Module | None:
