@@ -387,6 +387,8 @@ VISION = {
     "vit": classifier("ViT", **SIZES),
     "deit": classifier("DeiT", layer_norm_eps=1e-3, **SIZES),
     "swin": classifier("Swin", **SWIN),
+    "swin_v2": classifier("Swinv2", ("eager",), **SWIN),
+    "donut": classifier("DonutSwin", ("eager",), **SWIN),
     "hiera": Family("HieraForImageClassification", "HieraConfig", {**PICTURE, **HIERA}, picture_batch, ("eager",)),
     "clip": Family("CLIPModel", "CLIPConfig", CLIP, caption_batch),
 }

@@ -19,7 +19,7 @@ from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
 from headprune.models.ibert_forward import EmptiedIBert
 from headprune.models.own_positions import OwnPositions, PositionsThird, remember_positions
-from headprune.models.own_tensors import own_tensors
+from headprune.models.own_tensors import in_windows, own_tensors
 from headprune.models.quantised import weight_shape
 from headprune.models.reduced_forward import OwnReduced
 from headprune.models.site import (
@@ -81,7 +81,7 @@ class Named:
         return AttentionSite(
             name, module, dispatcher, head_map, head_dim, value_dim, weight_shape(output)[0], "cross" if crossing else "self",
             projections, own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim),
-            windowed=self.windowed or sees_parts(module, dispatcher),
+            windowed=self.windowed or sees_parts(module, dispatcher) or in_windows(dispatcher),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
