@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headprune.models.site import AttentionSite
 from headprune.models.uncompiled import uncompiled
@@ -42,11 +42,11 @@ def counting(site: AttentionSite, count: TokenCount) -> Iterator[None]:
     """Inside the block `count` grows with every call of `site`."""
     read: list[torch.Size] = []  # by this call; DeBERTa projects positions behind the states
 
-    def keys_of(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        read.append(args[0].shape[:-1])
+    def keys_of(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read.append(places_of(args, kwargs))
 
-    def queries_of(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        given = args[0].shape[:-1]
+    def queries_of(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = places_of(args, kwargs)
         keys = read[0] if read else given  # of an earlier attention
         read.clear()
         count.queries += given.numel()
@@ -55,6 +55,12 @@ def counting(site: AttentionSite, count: TokenCount) -> Iterator[None]:
 
     with ExitStack() as stack:
         if site.own_keys:
-            stack.callback(site.projection("key").module.register_forward_pre_hook(keys_of).remove)
-        stack.callback(site.output.module.register_forward_pre_hook(queries_of).remove)
+            stack.callback(site.projection("key").module.register_forward_pre_hook(keys_of, with_kwargs=True).remove)
+        stack.callback(site.output.module.register_forward_pre_hook(queries_of, with_kwargs=True).remove)
         yield
+
+
+def places_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size:
+    """The shape of what a layer is called with, without the features."""
+    states: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return states.shape[:-1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 TOKENS = 6
 FRAMES = 64
+SIDE = 64  # of a picture, for models that take any size (SegFormer, RT-DETR)
 
 
 def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
@@ -29,7 +30,10 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     if "grid_thw" in taken or "image_grid_thw" in taken:
         inputs |= packed_picture(model, taken, inputs.get("input_ids"))
     elif "pixel_values" in taken:
-        inputs |= pixels(getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs))
+        alone = main == "pixel_values" and not inputs
+        inputs |= pixels(
+            getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs), SIDE if alone else None
+        )
         inputs |= with_places(config, inputs)
         inputs |= prompt_beside(taken, inputs)
     if "bbox" in taken and "input_ids" in inputs:
@@ -85,8 +89,9 @@ def tokens(vocabulary: int, length: int = TOKENS) -> dict[str, Tensor]:
     return {"input_ids": ids.clamp(max=vocabulary - 1), "attention_mask": mask}
 
 
-def pixels(config: Any, rows: int) -> dict[str, Tensor]:
-    size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None)
+def pixels(config: Any, rows: int, otherwise: int | None) -> dict[str, Tensor]:
+    """otherwise: the side of a picture where `config` does not say."""
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None) or otherwise
     if size is None:
         return {}
     height, width = (size, size) if isinstance(size, int) else size

@@ -191,6 +191,20 @@ def test_the_check_has_an_input_for_models_that_listen(name, caplog):
     assert not of_headprune(caplog)
 
 
+PYRAMID = {
+    "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "num_attention_heads": [4, 4],
+    "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Segformer", "GLPN"])
+def test_the_check_has_an_input_for_models_that_take_pictures_of_any_size(name, caplog):
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**PYRAMID)).eval()
+    with caplog.at_level(logging.WARNING, "headprune"):
+        hp.cut(model, {site.name: [0, 2] for site in hp.attention_sites(model)})
+    assert not of_headprune(caplog)
+
+
 def test_a_model_that_would_break_at_the_next_forward_pass_is_refused():
     """BitNet's norm over what all heads give is as wide as all of them."""
     options = {**SMALL, "num_key_value_heads": 4, "vocab_size": 61}
