@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import page_backbone  # noqa: F401  # LayoutLMv2 can be made
 import torch
 import transformers
 from tiny_models import VOCABULARY, padded, tokens
@@ -67,6 +68,7 @@ def encoder(name: str, implementations: tuple[str, ...] = EVERY, **options) -> F
 ENCODERS = {
     "bert": encoder("Bert", **QUIET),
     "roberta": encoder("Roberta", **QUIET),
+    "mpnet": encoder("MPNet", ("eager",), relative_attention_num_buckets=32, bos_token_id=1, eos_token_id=2, **QUIET),
     "electra": encoder("Electra", embedding_size=16, **QUIET),
     "albert": encoder(
         "Albert", embedding_size=16, num_hidden_groups=2, classifier_dropout_prob=0.0, num_hidden_layers=4, **QUIET
@@ -151,6 +153,44 @@ ENCODERS["longformer"] = Family(
 )  # fmt: skip
 
 
+def page_batch(side: str) -> dict[str, Tensor]:
+    """Words and where they stand on a page."""
+    batch, generator = text_batch(side), torch.Generator().manual_seed(4 if side == "left" else 5)
+    corner = torch.randint(0, 40, (*batch["input_ids"].shape, 2), generator=generator)
+    return {**batch, "bbox": torch.cat([corner, corner + torch.randint(1, 20, corner.shape, generator=generator)], dim=-1)}
+
+
+def seen_page_batch(side: str) -> dict[str, Tensor]:
+    """And a picture of the page."""
+    generator = torch.Generator().manual_seed(6)
+    return {**page_batch(side), "pixel_values": torch.rand(3, 3, 16, 16, generator=generator)}
+
+
+def page_with_image_batch(side: str) -> dict[str, Tensor]:
+    batch = seen_page_batch(side)
+    return {**batch, "image": batch.pop("pixel_values")}
+
+
+PAGE = {
+    "coordinate_size": 4, "shape_size": 8, "max_2d_position_embeddings": 64, "rel_pos_bins": 8, "max_rel_pos": 8,
+    "rel_2d_pos_bins": 16, "max_rel_2d_pos": 32, "bos_token_id": 1, "eos_token_id": 2, **QUIET,
+}  # fmt: skip
+PAGE_V2 = {**PAGE, "coordinate_size": 5, "shape_size": 6, "image_feature_pool_shape": [2, 2, 8], "max_2d_position_embeddings": 1024}
+
+
+def page_reader(version: str, batch: Callable[[str], dict[str, Tensor]], **options) -> Family:
+    name, options = f"LayoutLM{version}", {**TEXT, **options}
+    return Family(f"{name}ForTokenClassification", f"{name}Config", options, batch, ("eager",))
+
+
+ENCODERS |= {
+    "layoutlmv2": page_reader("v2", page_with_image_batch, fast_qkv=True, **PAGE_V2),
+    "layoutlmv2_separate": page_reader("v2", page_with_image_batch, fast_qkv=False, **PAGE_V2),
+    "layoutlmv3": page_reader("v3", page_batch, **PAGE),
+    "layoutlmv3_seen": page_reader("v3", seen_page_batch, **PAGE, input_size=16, patch_size=8),
+}
+
+
 def blocks_batch(side: str) -> dict[str, Tensor]:
     """Longer than all that its sparse attention looks at."""
     batch = padded(length=18, side=side)
@@ -190,6 +230,14 @@ def blocks_target_batch(side: str) -> dict[str, Tensor]:
     return {**target_batch(side), **padded(length=18, side=side)}
 
 
+def spoken_batch(side: str) -> dict[str, Tensor]:
+    """As many samples as make some frames; the mask says which are sound."""
+    values = torch.randn(3, 2400, generator=torch.Generator().manual_seed(4))
+    mask = torch.ones(3, 2400, dtype=torch.long)
+    mask[1, 1600:] = 0
+    return {"input_values": values * mask, "attention_mask": mask, "labels": target_batch(side)["labels"]}
+
+
 def spectrogram_batch(side: str) -> dict[str, Tensor]:
     """The mask says which frames are sound; Whisper's encoder has half as many positions and looks at all of them."""
     features = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(4))
@@ -208,6 +256,13 @@ T5 = {
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0,
 }  # fmt: skip
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None}
+MOONSHINE = {
+    "hidden_size": 32, "intermediate_size": 48, "vocab_size": VOCABULARY, "initializer_range": 0.2, "attention_bias": True,
+    "decoder_start_token_id": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 32,
+    **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in {
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    }.items()},
+}  # fmt: skip
 PROPHETNET = {
     "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
     "num_decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY, "init_std": 0.2,
@@ -237,6 +292,7 @@ SEQ2SEQ = {
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
+    "moonshine": Family("MoonshineForConditionalGeneration", "MoonshineConfig", MOONSHINE, spoken_batch),
     "prophetnet": Family("ProphetNetForConditionalGeneration", "ProphetNetConfig", PROPHETNET, target_batch, ("eager",)),
     "t5": Family("T5ForConditionalGeneration", "T5Config", T5, target_batch),
     "umt5": Family("UMT5ForConditionalGeneration", "UMT5Config", T5, target_batch),
@@ -331,6 +387,8 @@ VISION = {
     "vit": classifier("ViT", **SIZES),
     "deit": classifier("DeiT", layer_norm_eps=1e-3, **SIZES),
     "swin": classifier("Swin", **SWIN),
+    "swin_v2": classifier("Swinv2", ("eager",), **SWIN),
+    "donut": classifier("DonutSwin", ("eager",), **SWIN),
     "hiera": Family("HieraForImageClassification", "HieraConfig", {**PICTURE, **HIERA}, picture_batch, ("eager",)),
     "clip": Family("CLIPModel", "CLIPConfig", CLIP, caption_batch),
 }

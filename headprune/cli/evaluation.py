@@ -147,6 +147,9 @@ def estimate_command(
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a sequence; default 2048, or as many as the model takes.")
     ] = None,
+    decoder_length: Annotated[
+        int | None, typer.Option(min=1, help="Of an encoder-decoder: tokens of its decoder; default as many, or as it takes.")
+    ] = None,
     granularity: Annotated[
         str, typer.Option(help="query_head or kv_group.", autocompletion=completion.one_of(completion.granularities))
     ] = "query_head",
@@ -161,6 +164,6 @@ def estimate_command(
     budget = Budget(heads, params, kv_cache, flops, sequence_length=length or Budget.sequence_length)
     found = with_bar(f"estimate for {device}", lambda progress: estimate(
         model_folder(model, progress, weights=False), budget, device=device, tokens=tokens, batch=batch, length=length,
-        granularity=granularity,
+        decoder_length=decoder_length, granularity=granularity,
     ))  # fmt: skip
     terminal.show(json, found.to_json(), found, found.scoring())

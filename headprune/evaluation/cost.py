@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from headprune.evaluation.data import placed
+from headprune.evaluation.token_counts import TokenCount
+from headprune.models.caching import caching_sites
 from headprune.models.quantised import parts_of
 from headprune.models.site import AttentionSite
 from headprune.models.uncompiled import uncompiled
@@ -34,14 +37,20 @@ def stored_bytes(tensor: Tensor) -> int:
     return int(tensor.numel() * tensor.element_size() + beside)
 
 
-def attention_flops(sites: Sequence[AttentionSite], tokens: int) -> int:
-    """FLOPs (2 per multiply-add) of all self-attentions on one sequence of `tokens`: the four projections, and QK^T and PV
-    without a causal discount; softmax and biases are not counted. Keys and values of an earlier attention are projected there."""
+def attention_flops(sites: Sequence[AttentionSite], tokens: int | Mapping[str, TokenCount]) -> int:
+    """FLOPs (2 per multiply-add) of all attentions: the four projections, and QK^T and PV without a causal discount; softmax and
+    biases are not counted. Keys and values of an earlier attention are projected there.
+
+    tokens: of one sequence that each of them runs once, or what each runs (`headprune.evaluation.token_counts`).
+    """
     total = 0
     for site in sites:
+        count = TokenCount(tokens, tokens, tokens * tokens) if isinstance(tokens, int) else tokens[site.name]
         queries, kv = site.head_map.query_heads, site.own_keys * site.head_map.kv_heads
-        projected = queries * (site.head_dim + site.gate_width + site.value_dim) + kv * (site.head_dim + site.value_dim)
-        total += 2 * tokens * site.hidden_size * projected + 2 * tokens * tokens * queries * (site.head_dim + site.value_dim)
+        of_query = queries * (site.head_dim + site.gate_width + site.value_dim)
+        of_key = kv * (site.head_dim + site.value_dim)
+        projected = count.queries * of_query + count.keys * of_key
+        total += 2 * site.hidden_size * projected + 2 * count.pairs * queries * (site.head_dim + site.value_dim)
     return total
 
 
@@ -51,11 +60,30 @@ def model_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     without a causal discount; nothing else."""
     operators = (found_operator(name) for name in ATTENTION_OPERATORS)
     mapping = {operator: attention_operator_flops for operator in operators if operator is not None}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    # The counter follows modules by the gradients of what they are given, and a view of a parameter has none here (DeBERTa).
+    with frozen(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model(**placed(model, inputs))
-    rows: int = next(iter(inputs.values())).shape[0]
     total: int = counter.get_total_flops()
-    return total // rows
+    return total // rows_of(inputs)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside the block no parameter asks for a gradient."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def rows_of(inputs: Mapping[str, Tensor]) -> int:
+    """Sequences in a batch."""
+    rows: int = next(iter(inputs.values())).shape[0]
+    return rows
 
 
 def attention_operator_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -90,5 +118,11 @@ def sequence_length(model: nn.Module, sites: Sequence[AttentionSite], inputs: Ma
 
 
 def kv_cache_bytes_per_token(sites: Sequence[AttentionSite], bytes_per_value: int = 4) -> int:
-    """Bytes that one token adds to the key/value cache, as the model itself fills it."""
+    """Bytes that one token adds to the key/value cache of `sites`, as the model itself fills it."""
     return sum(site.cache.of(site.head_map) for site in sites) * bytes_per_value
+
+
+def cached_bytes_per_token(model: nn.Module, sites: Sequence[AttentionSite], bytes_per_value: int) -> int | None:
+    """`kv_cache_bytes_per_token` of those of the model's `sites` that fill a cache; None where none does (BERT, ViT)."""
+    found = caching_sites(model, sites)
+    return kv_cache_bytes_per_token(found, bytes_per_value) if found else None

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name, whole_number
-from headprune.evaluation.cost import kv_cache_bytes_per_token
+from headprune.evaluation.cost import cached_bytes_per_token
 from headprune.evaluation.positions import position_limit
+from headprune.evaluation.sequence_flops import Lengths, runs_of, sequence_flops
 from headprune.hub import local_folder
 from headprune.models import attention_sites
+from headprune.models.tokens import decoder_of, is_inside
 from headprune.models.trunk import outermost_layers, trunk_of
 from headprune.nn.replace import own_attention
 from headprune.planning import Budget, plan
@@ -50,19 +52,21 @@ DEVICES = {
 }
 UTILISATION = 0.4  # of the peak rate, where nobody says better: an assumption, not a measurement
 LENGTH = 2048
+NOTHING = "–"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One model. parameters: distinct ones. weight_bytes, cache_bytes_per_token: in the dtype asked for. flops_per_token: of a
-    forward pass over a sequence of `length` tokens (2 per multiply-add; of experts only those that a token goes through)."""
+    """One model. parameters: distinct ones. weight_bytes, cache_bytes_per_token: in the dtype asked for; the latter None where
+    there is no cache. flops_per_token: of a forward pass over a sequence of `length` tokens, shared out among them (2 per
+    multiply-add; of experts only those that a token goes through; what several layers share counts for each)."""
 
     query_heads: int
     kv_heads: int
     parameters: int
     weight_bytes: int
     flops_per_token: int
-    cache_bytes_per_token: int
+    cache_bytes_per_token: int | None
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Estimate:
 
     seconds: at `utilisation` of the device's peak rate. resident_bytes: peak memory with the whole model on the device;
     streamed_bytes: with `hp.open_streamed`, which reads `read_bytes` from disk and keeps `state_bytes` of states beside it; all
-    three None where the attentions lie in several stacks, which are not streamed. Of such a model (encoder and decoder, pictures
-    and text) a token is one of each.
+    three None where the attentions lie in several stacks or run several times, which is not streamed. Of a model of pictures and
+    text a token is one of each. decoder_length: of an encoder-decoder, whose `length` and tokens are its encoder's; else None.
     """
 
     model: str
@@ -92,6 +96,7 @@ class Estimate:
     streamed_bytes: int | None
     state_bytes: int | None
     read_bytes: int | None
+    decoder_length: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -107,13 +112,20 @@ class Estimate:
             "key/value heads": "kv_heads",
             "parameters": "parameters",
             "bytes of weights": "weight_bytes",
-            f"FLOPs per token (of {self.length})": "flops_per_token",
+            f"FLOPs per token (of {self.lengths})": "flops_per_token",
             "cache bytes per token": "cache_bytes_per_token",
         }
         for label, field in rows.items():
             before, after = getattr(self.dense, field), getattr(self.pruned, field)
+            if before is None or after is None:
+                table.add_row(label, NOTHING, NOTHING, "")
+                continue
             table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.3f}" if before else "")
         return table
+
+    @property
+    def lengths(self) -> str:
+        return str(self.length) if self.decoder_length is None else f"{self.length}, {self.decoder_length} in the decoder"
 
     def scoring(self) -> Table:
         """What scoring takes."""
@@ -124,7 +136,7 @@ class Estimate:
         verdict = f"{'fits' if self.fits else 'does not fit'} into {self.device_memory / GIB:.0f} GiB"
         table.add_row("memory, all of it resident", f"{self.resident_bytes / GIB:.1f} GiB: {verdict}")
         if self.streamed_bytes is None or self.state_bytes is None or self.read_bytes is None:
-            table.add_row("streamed", "not at all: its attentions lie in several stacks of layers")
+            table.add_row("streamed", "not at all: its attentions lie in several stacks of layers, or layers share one")
             return table
         table.add_row("memory, streamed", f"{self.streamed_bytes / GIB:.1f} GiB")
         table.add_row("read from disk, streamed", f"{self.read_bytes / GIB:.1f} GiB")
@@ -140,6 +152,7 @@ def estimate(
     tokens: int = 65536,
     batch: int = 4,
     length: int | None = None,
+    decoder_length: int | None = None,
     dtype: torch.dtype | None = None,
     granularity: str = "query_head",
     utilisation: float = UTILISATION,
@@ -151,7 +164,8 @@ def estimate(
     Args:
         device: a name in DEVICES, or "cpu": this machine, whose rate is measured in a second.
         tokens: of calibration. batch, length: sequences at a time, and their length; default 2048 tokens, or as many as the model
-            takes: positions of text, patches of a picture.
+            takes: positions of text, patches of a picture. In an encoder-decoder it is that of the encoder.
+        decoder_length: tokens of the decoder; default as many, or as it takes. For encoder-decoders alone.
         dtype: of the weights; default as the config says.
         granularity: as in `hp.plan`.
         utilisation: the share of the device's peak rate that the time assumes; not measured.
@@ -160,14 +174,22 @@ def estimate(
     UnsupportedModel where heads cannot be found.
     """
     check_arguments(estimate, locals())
-    for name, value in (("tokens", tokens), ("batch", batch), ("length", 1 if length is None else length)):
-        whole_number(name, value)
+    given = {"tokens": tokens, "batch": batch, "length": length, "decoder_length": decoder_length}
+    for name, value in given.items():
+        whole_number(name, 1 if value is None else value)
     if not 0 < utilisation <= 1:
         raise InvalidInput(f"utilisation is {utilisation}; expected the share of the peak rate that is reached, above 0, up to 1.")
     folder = local_folder(folder, weights=False)
     model = skeleton(folder)
     config: Any = model.config
     length = usual_length(model) if length is None else length
+    decodes = decoder_of(model) is not None
+    if decoder_length is not None and not decodes:
+        raise InvalidInput(
+            f"decoder_length is {decoder_length}, and {type(model).__name__} has no decoder of its own; give length."
+        )
+    decoder_length = usual_decoder_length(model, length) if decoder_length is None else decoder_length
+    lengths = Lengths(length, decoder_length)
     weights: torch.dtype = dtype or config.dtype or torch.float32
     kind = str(weights).removeprefix("torch.")
     found = this_cpu(weights) if device == "cpu" else DEVICES.get(device)
@@ -177,11 +199,15 @@ def estimate(
         raise InvalidInput(f"nothing is known of the rate of {device} in {kind}; take dtype= out of {', '.join(found.flops)}.")
     chosen = plan(score(model, (), "random"), budget, allocation="uniform", granularity=granularity)
     with own_attention(model):
-        dense, memory = cost_of(model, length, weights), Memory.of(model, batch * length, weights)
+        runs = runs_of(model)
+        dense, memory = (
+            cost_of(model, lengths, weights, runs),
+            Memory.of(model, batch * length, weights, batch * decoder_length, runs),
+        )
     pruned = skeleton(folder)
     cut(pruned, chosen, verify=False)
     with own_attention(pruned):
-        left = cost_of(pruned, length, weights)
+        left = cost_of(pruned, lengths, weights, runs)
     flops = 3 * tokens * dense.flops_per_token  # forward, the same again in the backward pass, gradients of activations alone
     return Estimate(
         model=type(model).__name__,
@@ -200,42 +226,34 @@ def estimate(
         streamed_bytes=memory.streamed,
         state_bytes=None if memory.streamed is None else memory.state * -(-tokens // (batch * length)),
         read_bytes=None if memory.streamed is None else 2 * dense.weight_bytes,
+        decoder_length=decoder_length if decodes else None,
     )
 
 
 def usual_length(model: PreTrainedModel) -> int:
     """LENGTH, or where `model` takes no more, its positions, or the patches of a picture and the token before them."""
-    size, patch = (getattr(model.config, name, None) for name in ("image_size", "patch_size"))
+    config: Any = model.config
+    size, patch = (getattr(getattr(config, "encoder", config), name, None) for name in ("image_size", "patch_size"))
     if model.main_input_name == "pixel_values" and isinstance(size, int) and isinstance(patch, int):
         return (size // patch) ** 2 + 1
-    return min(LENGTH, position_limit(model) or LENGTH)
+    own = (getattr(config, name, None) for name in ("max_source_positions", "max_encoder_position_embeddings"))
+    return min(LENGTH, next(filter(None, own), None) or position_limit(model) or LENGTH)
 
 
-def cost_of(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Cost:
+def usual_decoder_length(model: PreTrainedModel, length: int) -> int:
+    """`length`, or where the decoder of `model` takes no more, its positions."""
+    names = ("max_target_positions", "max_decoder_position_embeddings")
+    return min(length, next(filter(None, (getattr(model.config, name, None) for name in names)), length))
+
+
+def cost_of(model: PreTrainedModel, lengths: Lengths, dtype: torch.dtype, runs: Mapping[str, int]) -> Cost:
     sites, parameters = attention_sites(model), count_parameters(model)
     maps = [site.head_map for site in sites]
-    # What a token does with the others: its scores and their sum over values.
-    inside = sum(2 * length * site.head_map.query_heads * (site.head_dim + site.value_dim) for site in sites)
+    flops = sequence_flops(model, sites, lengths, runs) // lengths.tokens
     return Cost(
         sum(head_map.query_heads for head_map in maps), sum(site.head_map.kv_heads for site in sites if site.own_keys), parameters,
-        parameters * dtype.itemsize, 2 * active_weights(model) + inside, kv_cache_bytes_per_token(sites, dtype.itemsize),
+        parameters * dtype.itemsize, flops, cached_bytes_per_token(model, sites, dtype.itemsize),
     )  # fmt: skip
-
-
-def active_weights(model: PreTrainedModel) -> int:
-    """Weights that one token is multiplied with: of all linear layers, and its share of the experts."""
-    total = 0
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dim() == 3 and "expert" in name:
-                total += parameter.numel() * chosen_experts(model.config) // parameter.shape[0]
-            elif parameter is not None and parameter.dim() == 2 and not isinstance(module, nn.Embedding):
-                total += parameter.numel()
-    return total
-
-
-def chosen_experts(config: Any) -> int:
-    return getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None) or 1
 
 
 @dataclass(frozen=True)
@@ -248,18 +266,27 @@ class Memory:
     state: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> Memory:
-        """For batches of `tokens` tokens."""
-        found, size = outermost_layers(model), dtype.itemsize
+    def of(
+        cls, model: PreTrainedModel, tokens: int, dtype: torch.dtype, decoder_tokens: int | None = None,
+        runs: Mapping[str, int] | None = None,
+    ) -> Memory:  # fmt: skip
+        """For batches of `tokens` tokens, `decoder_tokens` in the decoder of an encoder-decoder; runs: as in `sequence_flops`."""
+        found, size, decoder = outermost_layers(model), dtype.itemsize, decoder_of(model)
+        names = {module: name for name, module in model.named_modules()}
         layers = [sum(parameter.numel() for parameter in layer.parameters()) * size for layer, _ in found]
         whole = count_parameters(model) * size
-        states, last = tokens * size * sum(hidden for _, hidden in found), tokens * size * max(hidden for _, hidden in found)
-        working = max(2 * tokens * size * activations(layer, hidden) for layer, hidden in found)
+        decoded = tokens if decoder_tokens is None else decoder_tokens
+        tokens_in = [decoded if is_inside(names[layer], decoder) else tokens for layer, _ in found]
+        several = [(runs or {}).get(names[layer], 1) for layer, _ in found]
+        entering = [many * size * hidden for many, (_, hidden) in zip(tokens_in, found)]
+        states, last = sum(one * times for one, times in zip(entering, several)), max(entering)
+        working = max(2 * many * size * activations(layer, hidden) for many, (layer, hidden) in zip(tokens_in, found))
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
-        head = min(tokens, TOKENS) * vocabulary * (size + 8)  # logits, and their loss and gradient in fp32
+        head = min(decoded, TOKENS) * vocabulary * (size + 8)  # logits, and their loss and gradient in fp32
         running = last + max(working, head)
         held = max(2 * max(layers), whole - sum(layers))
-        return cls(whole + states + running, held + running if in_one_stack(model) else None, states + last)
+        streams = in_one_stack(model) and max(several) == 1
+        return cls(whole + states + running, held + running if streams else None, states + last)
 
 
 def in_one_stack(model: PreTrainedModel) -> bool:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,12 +18,13 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.evaluation.bootstrap import Interval, paired_bootstrap
 from headprune.evaluation.callable_metric import CallableMetric
-from headprune.evaluation.cost import attention_flops, kv_cache_bytes_per_token, model_flops, sequence_length, weight_bytes
-from headprune.evaluation.data import EvaluationData, Progress
+from headprune.evaluation.cost import attention_flops, cached_bytes_per_token, model_flops, rows_of, sequence_length, weight_bytes
+from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.energy import measure_energy
 from headprune.evaluation.latency import measure_generation, measure_latency
 from headprune.evaluation.memory import peak_activation_bytes
 from headprune.evaluation.metric import Metric
+from headprune.evaluation.token_counts import count_tokens_of_sites
 from headprune.models import attention_sites
 from headprune.nn.replace import own_attention
 from headprune.scoring.passes import in_eval_mode
@@ -33,18 +35,20 @@ from headprune.surgery.savings import count_parameters
 class Evaluation:
     """One model on one set of data. Latency, peak memory and energy are of forward passes of the data's latency inputs.
 
-    quality: metric -> value. attention_flops, model_flops: of one sequence of `sequence_length` tokens; the latter of all matrix
-    products and convolutions. throughput: sequences a second. weight_bytes: of parameters and buffers. generation_ms_per_token:
-    with a cache, prompt and all; None for models that do not generate. energy_joules: of the GPU, per sequence; None where it
-    has no counter. test_examples: those that quality is measured on, None where there are only totals; calibration_examples: those
-    that the task has for scoring heads, None for other data.
+    quality: metric -> value. attention_flops, model_flops: of one sequence of the latency inputs, each attention with the tokens
+    that it runs there (`sequence_length` in the first; a decoder has its own, and reads those of the encoder too); the latter of
+    all matrix products and convolutions. throughput: sequences a second. weight_bytes: of parameters and buffers.
+    kv_cache_bytes_per_token: None for models that keep no cache (encoders).
+    generation_ms_per_token: with a cache, prompt and all; None for models that do not generate. energy_joules: of the GPU, per
+    sequence; None where it has no counter. test_examples: those that quality is measured on, None where there are only totals;
+    calibration_examples: those that the task has for scoring heads, None for other data.
     """
 
     quality: dict[str, float]
     parameters: int
     attention_flops: int
     sequence_length: int
-    kv_cache_bytes_per_token: int
+    kv_cache_bytes_per_token: int | None
     latency_p50_ms: float
     latency_p95_ms: float
     throughput: float
@@ -228,13 +232,14 @@ def evaluations_in_eval_mode(
         with own_attention(model):
             sites = attention_sites(model, quantised=True)
             length = sequence_length(model, sites, inputs)
+            counts = count_tokens_of_sites(model, sites, partial(model, **placed(model, inputs)))
         examples[name] = metrics = data.examples(model, progress)
         found[name] = Evaluation(
             quality=data.evaluate(model, progress) if metrics is None else values_of(metrics),
             parameters=count_parameters(model),
-            attention_flops=attention_flops(sites, length),
+            attention_flops=attention_flops(sites, counts) // rows_of(inputs),
             sequence_length=length,
-            kv_cache_bytes_per_token=kv_cache_bytes_per_token(sites, next(model.parameters()).element_size()),
+            kv_cache_bytes_per_token=cached_bytes_per_token(model, sites, next(model.parameters()).element_size()),
             latency_p50_ms=latency[name].p50_ms,
             latency_p95_ms=latency[name].p95_ms,
             throughput=latency[name].throughput,

@@ -1,6 +1,6 @@
-"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, I-BERT, ConvBERT, BigBird and their like), the
-vision transformers built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), DeBERTa, DistilBERT, ALBERT, LXMERT, Perceiver,
-conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
+"""Encoders whose projections have names of their own: BERT (RoBERTa, ELECTRA, I-BERT, ConvBERT, BigBird and their like), MPNet, the
+vision transformers built like it (YOLOS, ViLT, VideoMAE, data2vec, CvT, PVT v2), LayoutLM, DeBERTa, DistilBERT, ALBERT, LXMERT,
+Perceiver, conformers (wav2vec 2.0, SeamlessM4T, FastSpeech 2), VITS, the Q-Former of BLIP-2."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from headprune.models.emptied import Emptied, EmptiedAlbert, EmptiedAlone
 from headprune.models.emptied_form import empty_alike, forward_of, returns_alone
 from headprune.models.head_counts import set_head_counts
 from headprune.models.ibert_forward import EmptiedIBert
-from headprune.models.own_positions import OwnPositions, remember_positions
-from headprune.models.own_tensors import own_tensors
+from headprune.models.own_positions import OwnPositions, PositionsThird, remember_positions
+from headprune.models.own_tensors import in_windows, own_tensors
 from headprune.models.quantised import weight_shape
 from headprune.models.reduced_forward import OwnReduced
 from headprune.models.site import (
@@ -81,7 +81,7 @@ class Named:
         return AttentionSite(
             name, module, dispatcher, head_map, head_dim, value_dim, weight_shape(output)[0], "cross" if crossing else "self",
             projections, own_tensors(f"{name}.{self.inner}".strip("."), dispatcher, head_dim),
-            windowed=self.windowed or sees_parts(module, dispatcher),
+            windowed=self.windowed or sees_parts(module, dispatcher) or in_windows(dispatcher),
         )  # fmt: skip
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
@@ -91,7 +91,7 @@ class Named:
             set_head_counts(module, head_map, site.head_dim)
         if self.head_dim != "head_size" and hasattr(module, "head_size"):  # LXMERT's name for the width of all heads
             module.head_size = head_map.query_heads * site.head_dim
-        if getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False):
+        if has_shared_positions(module):
             remember_positions(site.module, site.head_map.query_heads, kept)
             specialise(site.module, OwnPositions)
         if hasattr(site.module, "set_attention_type"):
@@ -166,6 +166,19 @@ class Reduced(Named):
         super().after_cut(site, head_map, kept)
 
 
+class MPNet(Named):
+    """MPNet, which makes its biases of positions once for all layers."""
+
+    def site(self, name: str, module: Foreign) -> AttentionSite | None:
+        taken = [*inspect.signature(forward_of(module)).parameters]
+        return super().site(name, module) if taken[1:4] == ["hidden_states", "attention_mask", "position_bias"] else None
+
+    def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
+        remember_positions(site.module, site.head_map.query_heads, kept)
+        specialise(site.module, PositionsThird)
+        super().after_cut(site, head_map, kept)
+
+
 class OfEmbedDim(Named):
     """Its forward takes the width of all heads from `embed_dim` (CvT)."""
 
@@ -181,6 +194,12 @@ class Vits(OfEmbedDim):
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
         return super().site(name, module) if hasattr(module, "window_size") and hasattr(module, "embed_dim") else None
+
+
+def has_shared_positions(module: Foreign) -> bool:
+    """Whether the model makes biases of positions for all layers at once: of pictures (data2vec), of pages (LayoutLM)."""
+    on_pages = any(getattr(module, own, False) for own in ("has_relative_attention_bias", "has_spatial_attention_bias"))
+    return on_pages or getattr(getattr(module, "config", None), "use_shared_relative_position_bias", False)
 
 
 def share_of_width(module: Foreign) -> int:
@@ -215,6 +234,7 @@ register_adapter(
         (("key", "self.pos_key_proj"), ("query", "self.pos_query_proj")),
     )
 )  # fmt: skip
+register_adapter(MPNet("mpnet", ("q", "k", "v", "o")))
 register_adapter(BigBirdPegasus("bigbird_pegasus", ("self.query", "self.key", "self.value", "output"), "self"))
 register_adapter(Named("lxmert", ("att.query", "att.key", "att.value", "output.dense"), "att"))
 register_adapter(

@@ -1,6 +1,6 @@
-"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT, ModernBERT (blocks), GPT-NeoX, BLOOM, DeBERTa v1
-(interleaved per head), Falcon (any of them), StarCoder (one key/value head behind all queries, or interleaved), and others like
-them. Those of vision models: fused_vision.py."""
+"""Attention whose query, key and value share one linear layer: GPT-2, Phi-3, MPT, ModernBERT, LayoutLMv2 (blocks), GPT-NeoX, BLOOM,
+DeBERTa v1 (interleaved per head), Falcon (any of them), StarCoder (one key/value head behind all queries, or interleaved), and
+others like them. Those of vision models: fused_vision.py."""
 
 from __future__ import annotations
 
@@ -281,6 +281,13 @@ register_adapter(
 register_adapter(
     Fused("deberta_v1", "self.in_proj", "output.dense", "self.attention_head_size", is_deberta, deberta_layout, inner="self")
 )
+register_adapter(
+    Fused(
+        "layoutlm_v2", "self.qkv_linear", "output.dense", "self.attention_head_size",
+        lambda module: hasattr(module.self, "has_spatial_attention_bias"), lambda module: blocks, after=positions_after,
+        emptied=None, inner="self",
+    )
+)  # fmt: skip
 register_adapter(
     Fused(
         "granite_speech", "to_kv", "to_out", "dim_head", lambda module: hasattr(module, "to_q") and hasattr(module, "rel_pos_emb"),

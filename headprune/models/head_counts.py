@@ -32,3 +32,11 @@ def follow_width(module: Foreign, site: AttentionSite, head_map: HeadMap) -> Non
     read = "embed_dim" in inspect.unwrap(original.forward).__code__.co_names
     if read and module.__dict__.get("embed_dim") == site.head_map.query_heads * site.value_dim:
         module.embed_dim = head_map.query_heads * site.value_dim
+
+
+def counts_read(module: Foreign, head_map: HeadMap) -> dict[str, int]:
+    """Head counts that the forward of `module` reads from its config at each call (Moonshine, Parakeet)."""
+    original: Foreign = original_class(module)
+    read = inspect.unwrap(original.forward).__code__.co_names
+    counts = {"num_attention_heads": head_map.query_heads, "num_key_value_heads": head_map.kv_heads}
+    return {name: count for name, count in counts.items() if name in read and name not in module.__dict__}

@@ -1,6 +1,6 @@
 """Position biases that a model makes for all heads at once and hands to every layer (ALiBi in BLOOM, Falcon and MPT, tables of
-relative positions in BEiT): a pruned layer picks those of its own heads. They stay those of the original heads, whatever was
-cut."""
+relative positions in BEiT, of words on a page in LayoutLM v2 and v3): a pruned layer picks those of its own heads. They stay those
+of the original heads, whatever was cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from headprune.models.behaviour import Behaviour
 from headprune.models.selection import select_heads
 
-BIASES = ("alibi", "position_bias", "attention_mask", "relative_position_bias")
+BIASES = ("alibi", "position_bias", "attention_mask", "relative_position_bias", "rel_pos", "rel_2d_pos")
 
 
 class OwnPositions(Behaviour):
@@ -25,6 +25,13 @@ class OwnPositions(Behaviour):
             if isinstance(kwargs.get(name), Tensor):
                 kwargs[name] = own_part(kwargs[name], self.position_heads, self.all_position_heads)
         return super().forward(*args, **kwargs)
+
+
+class PositionsThird(OwnPositions):
+    """MPNet hands them over as its third argument."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, position_bias: Any = None, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, attention_mask, position_bias=position_bias, **kwargs)
 
 
 class GroupedFalcon(OwnPositions):

@@ -13,7 +13,7 @@ from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.emptied import Emptied
-from headprune.models.head_counts import follow_width, set_head_counts
+from headprune.models.head_counts import counts_read, follow_width, set_head_counts
 from headprune.models.kv_sharing import gives_keys, reads_keys
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import OwnPositions, remember_positions
@@ -61,7 +61,8 @@ class Separate:
     emptied: type = Emptied
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
-        return None if gives_keys(module) or reads_keys(module) else self.laid_out(name, module)
+        others = gives_keys(module) or reads_keys(module) or hasattr(module, "relative_k_proj")
+        return None if others else self.laid_out(name, module)
 
     def laid_out(self, name: str, module: Foreign) -> AttentionSite | None:
         output = next((output for output in OUTPUTS if hasattr(module, output)), None)
@@ -119,7 +120,7 @@ class Separate:
         module: Foreign = site.module
         set_head_counts(module, head_map, site.head_dim)
         follow_width(module, site, head_map)
-        follow_groups(module, head_map)
+        follow_groups(module, head_map, **counts_read(module, head_map))
         if any(getattr(module.config, bias, False) for bias in POSITIONS):
             remember_positions(module, site.head_map.query_heads, kept)
             specialise(module, OwnPositions)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 TOKENS = 6
 FRAMES = 64
+SIDE = 64  # of a picture, for models that take any size (SegFormer, RT-DETR)
 
 
 def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
@@ -29,9 +30,14 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
     if "grid_thw" in taken or "image_grid_thw" in taken:
         inputs |= packed_picture(model, taken, inputs.get("input_ids"))
     elif "pixel_values" in taken:
-        inputs |= pixels(getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs))
+        alone = main == "pixel_values" and not inputs
+        inputs |= pixels(
+            getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs), SIDE if alone else None
+        )
         inputs |= with_places(config, inputs)
         inputs |= prompt_beside(taken, inputs)
+    if "bbox" in taken and "input_ids" in inputs:
+        inputs |= page(config, taken, inputs["input_ids"])
     if "qformer_input_ids" in taken:
         inputs["qformer_input_ids"] = tokens(config.qformer_config.vocab_size)["input_ids"][:1]
     if "visual_feats" in taken and hasattr(config, "visual_feat_dim"):  # of what LXMERT's detector found
@@ -83,8 +89,9 @@ def tokens(vocabulary: int, length: int = TOKENS) -> dict[str, Tensor]:
     return {"input_ids": ids.clamp(max=vocabulary - 1), "attention_mask": mask}
 
 
-def pixels(config: Any, rows: int) -> dict[str, Tensor]:
-    size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None)
+def pixels(config: Any, rows: int, otherwise: int | None) -> dict[str, Tensor]:
+    """otherwise: the side of a picture where `config` does not say."""
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None) or otherwise
     if size is None:
         return {}
     height, width = (size, size) if isinstance(size, int) else size
@@ -93,6 +100,18 @@ def pixels(config: Any, rows: int) -> dict[str, Tensor]:
     if isinstance(frames, int):  # a film
         shape = (frames, *shape)
     return {"pixel_values": torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).repeat(rows, *[1] * len(shape))}
+
+
+def page(config: Any, taken: Mapping[str, Any], ids: Tensor) -> dict[str, Tensor]:
+    """Where each word stands on its page (left, top, right, bottom), and the page's picture as LayoutLMv2 takes it."""
+    words = torch.arange(ids.numel()).view(ids.shape)
+    end = min(1000, int(getattr(config, "max_2d_position_embeddings", 1000)) - 1)
+    left, top = words * 7919 % (end // 2), words * 104729 % (end // 2)
+    boxes = {"bbox": torch.stack([left, top, left + end // 8, top + end // 4], dim=-1)}
+    if "image" not in taken:
+        return boxes
+    generator = torch.Generator().manual_seed(0)
+    return boxes | {"image": torch.rand(1, 3, 224, 224, generator=generator).repeat(len(ids), 1, 1, 1)}
 
 
 def prompt_beside(taken: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

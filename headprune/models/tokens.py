@@ -21,7 +21,8 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
 
     token_mask(batch) counts for all attentions. By default it is the batch's 2-D "attention_mask"; in the decoder of an
     encoder-decoder its "decoder_attention_mask", else the positions that have a label; in a Q-Former that of its own text behind
-    its queries; in a part of the model that reads pictures or sound there is none. In a model of torch's own encoders and decoders
+    its queries; in a part of the model that reads pictures or sound there is none; behind the words of a page the places of its
+    picture count too. In a model of torch's own encoders and decoders
     it is what "src_key_padding_mask" or "tgt_key_padding_mask" leave, named as their forwards name them.
     """
     if token_mask is not None:
@@ -38,9 +39,9 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
             return None
         if around is None and "attention_mask" not in batch:
             return unpadded(model, site, batch)
-        if decoder is not None and f"{site}.".startswith(f"{decoder}."):
+        if is_inside(site, decoder):
             return in_streams(around, plane(batch, "decoder_attention_mask", target_mask(batch)))
-        return in_streams(around, plane(batch, "attention_mask"))
+        return in_streams(around, before_picture(around, batch, plane(batch, "attention_mask")))
 
     return mask
 
@@ -62,6 +63,20 @@ def decoder_of(model: nn.Module) -> str | None:
         return None
     decoder = decoder_in()
     return next((name for name, module in model.named_modules() if module is decoder and name), None)
+
+
+def encoder_of(model: nn.Module) -> str | None:
+    """The path of the encoder in an encoder-decoder; None in every other model."""
+    encoder_in = getattr(model, "get_encoder", None)
+    if decoder_of(model) is None or encoder_in is None:
+        return None
+    encoder = encoder_in()
+    return next((name for name, module in model.named_modules() if module is encoder and name), None)
+
+
+def is_inside(name: str, path: str | None) -> bool:
+    """Whether the module at `name` is the one at `path` or in it."""
+    return path is not None and f"{name}.".startswith(f"{path}.")
 
 
 def model_around(model: nn.Module, site: str) -> nn.Module | None:
@@ -100,6 +115,17 @@ def in_streams(around: nn.Module | None, mask: Tensor | None) -> Tensor | None:
     """ProphetNet's decoder runs its tokens in several streams, one behind the other."""
     ngram: Any = getattr(around, "ngram", None)
     return mask.repeat(1, 1 + ngram) if mask is not None and isinstance(ngram, int) else mask
+
+
+def before_picture(around: Any, batch: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
+    """LayoutLM v2 and v3 put the places of a page's picture behind its words; all of them count."""
+    config: Any = getattr(around, "config", None)
+    places = 0
+    if "image" in batch and hasattr(config, "image_feature_pool_shape"):
+        places = config.image_feature_pool_shape[0] * config.image_feature_pool_shape[1]
+    elif "pixel_values" in batch and getattr(config, "visual_embed", False):
+        places = around.pos_embed.shape[1]
+    return mask if mask is None or not places else torch.cat([mask, mask.new_ones(len(mask), places)], dim=1)
 
 
 def target_mask(batch: Mapping[str, Any]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     better = "higher" if found.higher_is_better else "lower"
     quality = (f"{one.quality[found.headline]:.4g}" for one in (found.dense, found.pruned))
     fields = {"parameters": "parameters", "latency_p50_ms": "latency p50", "kv_cache_bytes_per_token": "key/value cache"}
-    shares = [(label, f"{100 * found.ratio(field):.1f} %", "of dense") for field, label in fields.items()]
+    shares = [
+        (label, f"{100 * found.ratio(field):.1f} %", "of dense") for field, label in fields.items() if not isnan(found.ratio(field))
+    ]
     note = f"{better} is better; {found.dense.data()}" if found.dense.data() else f"{better} is better"
     return [(found.headline, " → ".join(quality), note), *shares]
 

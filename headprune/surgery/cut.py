@@ -149,6 +149,9 @@ def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
         set_sizes(module, *module.weight.shape)
         if not module.weight.numel():
             empty_projection(module)
+    for extra in site.extras:
+        if isinstance(extra.module, nn.Linear) and extra.attribute == "weight":
+            set_sizes(extra.module, *extra.module.weight.shape)
     for part in site.head_modules:
         keep_modules(part, kept_kv if part.per_kv_head else kept)
     dispatcher: Foreign = site.dispatcher

@@ -45,7 +45,7 @@ from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
 from headprune.models.levit_forward import EmptiedSmaller
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.own_head_dim import OwnHeadDim
-from headprune.models.own_positions import GroupedFalcon, OwnPositions
+from headprune.models.own_positions import GroupedFalcon, OwnPositions, PositionsThird
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
 from headprune.models.prophetnet_forward import EmptiedNgram, EmptiedProphetNet, OwnNgram, OwnProphetNet
 from headprune.models.quarters import QuarteredHeads
@@ -71,7 +71,7 @@ BEHAVIOURS = {
         EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
         EmptiedReader, EmptiedSmaller, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon,
         OwnConvBert, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM,
-        OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, QuarteredHeads, SharedPositions, SwitchesAttention,
+        OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, PositionsThird, QuarteredHeads, SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.

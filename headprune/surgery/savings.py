@@ -9,31 +9,31 @@ from rich.table import Table
 from torch import nn
 
 from headprune.head_map import HeadMap
+from headprune.models.caching import caching_sites
 from headprune.models.site import AttentionSite
 
 
 @dataclass(frozen=True)
 class Savings:
     """Each number before and after: distinct parameters of the whole model; FLOPs (2 per multiply-add) of the attention
-    projections and bytes of key/value cache (in the dtype of the weights), both per token."""
+    projections and bytes of key/value cache (in the dtype of the weights), both per token; cache_bytes is None where nothing is
+    cached (encoders)."""
 
     head_maps: dict[str, tuple[HeadMap, HeadMap]]
     parameters: tuple[int, int]
     projection_flops: tuple[int, int]
-    cache_bytes: tuple[int, int]
+    cache_bytes: tuple[int, int] | None
 
     @classmethod
     def of(cls, model: nn.Module, sites: Mapping[str, AttentionSite], kept: Mapping[str, tuple[int, ...]]) -> Savings:
         """For `sites` of `model` of which those in `kept` keep these query heads alone."""
         maps = {name: (site.head_map, site.head_map) for name, site in sites.items()}
         maps |= {name: (sites[name].head_map, sites[name].head_map.keep(heads)) for name, heads in kept.items()}
-        owned, cached = [0, 0], [0, 0]
-        for name, site in sites.items():
-            for index, head_map in enumerate(maps[name]):
-                owned[index] += site.parameters(head_map)
-                cached[index] += cached_bytes(site, head_map)
-        whole = count_parameters(model)
-        return cls(maps, (whole, whole - owned[0] + owned[1]), (2 * owned[0], 2 * owned[1]), (cached[0], cached[1]))
+        owned = [sum(site.parameters(maps[name][index]) for name, site in sites.items()) for index in (0, 1)]
+        whole, caching = count_parameters(model), caching_sites(model, sites.values())
+        cached = [sum(cached_bytes(site, maps[site.name][index]) for site in caching) for index in (0, 1)]
+        held = (cached[0], cached[1]) if caching else None
+        return cls(maps, (whole, whole - owned[0] + owned[1]), (2 * owned[0], 2 * owned[1]), held)
 
     @classmethod
     def between(cls, before: nn.Module, after: nn.Module, sites: Mapping[str, tuple[AttentionSite, AttentionSite]]) -> Savings:
@@ -41,8 +41,10 @@ class Savings:
         maps = {name: (first.head_map, second.head_map) for name, (first, second) in sites.items()}
         old, new = [first for first, _ in sites.values()], [second for _, second in sites.values()]
         flops = (2 * sum(site.parameters() for site in old), 2 * sum(site.parameters() for site in new))
-        cached = (sum(cached_bytes(site, site.head_map) for site in old), sum(cached_bytes(site, site.head_map) for site in new))
-        return cls(maps, (count_parameters(before), count_parameters(after)), flops, cached)
+        caching = [sites[site.name] for site in caching_sites(before, old)]
+        cached = [sum(cached_bytes(pair[index], pair[index].head_map) for pair in caching) for index in (0, 1)]
+        held = (cached[0], cached[1]) if caching else None
+        return cls(maps, (count_parameters(before), count_parameters(after)), flops, held)
 
     @property
     def query_heads(self) -> tuple[int, int]:
@@ -50,16 +52,20 @@ class Savings:
         return before, after
 
     def rows(self) -> dict[str, tuple[int, int]]:
-        return {
+        rows = {
             "query heads": self.query_heads,
             "parameters of the model": self.parameters,
             "FLOPs per token in the attention projections": self.projection_flops,
             "bytes of key/value cache per token": self.cache_bytes,
         }
+        return {name: pair for name, pair in rows.items() if pair is not None}
 
-    def to_json(self) -> dict[str, dict[str, int]]:
-        names = ("query_heads", "parameters", "projection_flops_per_token", "cache_bytes_per_token")
-        return {name: {"before": before, "after": after} for name, (before, after) in zip(names, self.rows().values())}
+    def to_json(self) -> dict[str, dict[str, int] | None]:
+        pairs = {
+            "query_heads": self.query_heads, "parameters": self.parameters, "projection_flops_per_token": self.projection_flops,
+            "cache_bytes_per_token": self.cache_bytes,
+        }  # fmt: skip
+        return {name: None if pair is None else {"before": pair[0], "after": pair[1]} for name, pair in pairs.items()}
 
     def totals(self) -> list[str]:
         return [f"{name}: {before:,} -> {after:,}" for name, (before, after) in self.rows().items()]

@@ -102,6 +102,108 @@ def test_flops_count_every_product_of_a_dense_model(folder):
     assert found.dense.flops_per_token == pytest.approx(counted.get_total_flops() / length, rel=0.02)
 
 
+SMALL = {"vocab_size": 99, "max_position_embeddings": 64}
+ALBERT = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "embedding_size": 32, **SMALL}
+BART = {
+    "d_model": 64, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, **SMALL,
+}  # fmt: skip
+SHARED = {
+    "one": transformers.AlbertConfig(num_hidden_layers=6, **ALBERT),
+    "two groups of two": transformers.AlbertConfig(num_hidden_layers=8, num_hidden_groups=2, inner_group_num=2, **ALBERT),
+}
+
+
+def saved(config, name: str, folder):
+    config.architectures = [name]
+    config.save_pretrained(folder)
+    return folder
+
+
+def counted(config, name: str, **inputs) -> int:
+    config._attn_implementation = "eager"
+    model = getattr(transformers, name)(config).eval()
+    with FlopCounterMode(display=False) as found, torch.no_grad():
+        model(**{key: torch.ones(1, length, dtype=torch.long) for key, length in inputs.items()})
+    return found.get_total_flops()
+
+
+@pytest.mark.parametrize("config", SHARED.values(), ids=SHARED)
+def test_what_layers_share_costs_flops_and_states_in_each_and_parameters_once(config, tmp_path):
+    found = hp.estimate(saved(config, "AlbertForMaskedLM", tmp_path), hp.Budget(heads=0.5), device="h100", length=16)
+    model = transformers.AlbertForMaskedLM(config)
+    assert found.dense.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.dense.flops_per_token * 16 == pytest.approx(counted(config, "AlbertForMaskedLM", input_ids=16), rel=1e-3)
+    assert found.flops == 3 * found.tokens * found.dense.flops_per_token
+    assert found.streamed_bytes is None
+    once = transformers.AlbertConfig(**{**config.to_dict(), "num_hidden_layers": config.num_hidden_groups})
+    once = hp.estimate(saved(once, "AlbertForMaskedLM", tmp_path), hp.Budget(heads=0.5), device="h100", length=16)
+    assert found.dense.parameters == once.dense.parameters
+    times = config.num_hidden_layers // config.num_hidden_groups
+    assert found.resident_bytes - once.resident_bytes == (times - 1) * config.num_hidden_groups * 4 * 16 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("BartForConditionalGeneration", transformers.BartConfig(**BART)),
+        (
+            "T5ForConditionalGeneration",
+            transformers.T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=99),
+        ),
+    ],
+)
+def test_an_encoder_decoder_runs_two_lengths_and_cross_attention_both(name, config, tmp_path):
+    folder = saved(config, name, tmp_path)
+    found = hp.estimate(folder, hp.Budget(heads=0.5), device="h100", length=40, decoder_length=8)
+    expected = counted(config, name, input_ids=40, decoder_input_ids=8)
+    assert found.dense.flops_per_token * 40 == pytest.approx(expected, rel=1e-4)
+    assert found.decoder_length == 8
+    assert "FLOPs per token (of 40, 8 in the decoder)" in printed(found)
+    alike = hp.estimate(folder, hp.Budget(heads=0.5), device="h100", length=40)
+    assert alike.decoder_length == 40
+    assert alike.resident_bytes > found.resident_bytes
+
+
+def test_an_encoder_decoder_takes_as_many_frames_and_words_as_it_has_positions_for(tmp_path):
+    config = transformers.WhisperConfig(
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_target_positions=100,
+    )
+    found = hp.estimate(saved(config, "WhisperForConditionalGeneration", tmp_path), hp.Budget(heads=0.5), device="h100")
+    assert (found.length, found.decoder_length) == (1500, 100)
+
+
+def test_a_decoder_length_is_for_encoder_decoders(folder):
+    with pytest.raises(InvalidInput, match="decoder_length is 8, and LlamaForCausalLM has no decoder of its own"):
+        hp.estimate(folder("llama"), hp.Budget(heads=0.5), decoder_length=8)
+
+
+def test_an_encoder_has_no_cache(tmp_path):
+    config = transformers.BertConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, intermediate_size=96, **SMALL)
+    found = hp.estimate(saved(config, "BertForMaskedLM", tmp_path), hp.Budget(heads=0.5), device="h100")
+    assert found.dense.cache_bytes_per_token is found.to_json()["pruned"]["cache_bytes_per_token"] is None
+    row = next(line for line in printed(found).splitlines() if "cache bytes per token" in line)
+    assert row.count("–") == 2
+
+
+def test_only_the_decoder_of_an_encoder_decoder_fills_the_cache(tmp_path):
+    found = hp.estimate(
+        saved(transformers.BartConfig(**BART), "BartForConditionalGeneration", tmp_path), hp.Budget(heads=0.5), device="h100"
+    )
+    assert found.dense.cache_bytes_per_token == 2 * 2 * 64 * 4  # its own attention and that to the encoder
+
+
+def printed(found) -> str:
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(found)
+    return shown.getvalue()
+
+
 @pytest.mark.parametrize("options", [MIDDLE, {**MIDDLE, "num_hidden_layers": 2, "vocab_size": 32000}])
 def test_memory_is_not_underestimated_by_much_nor_overestimated_by_half(options, tmp_path):
     model = decoder("llama", **options)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
 from tiny_models import bert, llama, tokens
 
 import headprune as hp
@@ -38,6 +39,40 @@ def test_model_flops_are_those_of_the_matrix_products(implementation):
     assert model_flops(model, INPUTS) == attention_flops(attention_sites(model), 10) + dense_layers
     ragged = pruned()
     assert model_flops(ragged, INPUTS) == attention_flops(attention_sites(ragged), 10) + dense_layers
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper", "albert", "vit", "swin"])
+def test_attention_flops_are_those_of_the_tokens_that_each_attention_runs(family):
+    """What torch counts of the whole pass falls by as much when heads go."""
+    made = {**ENCODERS, **SEQ2SEQ, **VISION}[family]
+    model, batch = made.make("eager"), made.batch("left")
+
+    def flops():
+        return evaluate(model, lambda model: 0.0, inputs=batch, repeats=1).attention_flops, model_flops(model, batch)
+
+    attention, whole = flops()
+    cut(model, {site.name: [0] for site in attention_sites(model)})
+    left, whole_left = flops()
+    assert attention == 4 * left
+    assert attention - left == whole - whole_left
+
+
+def test_positions_that_go_through_the_key_projection_too_are_no_keys():
+    """And torch's counter has no gradient of a view of them."""
+    made = ENCODERS["deberta_v3_shared_keys"]
+    model = made.make()
+    found = evaluate(model, lambda model: 0.0, inputs=made.batch("left"), repeats=1)
+    assert found.attention_flops == attention_flops(attention_sites(model), 9)
+    assert found.model_flops > found.attention_flops
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_keeps_no_cache_has_no_bytes_of_it():
+    found = compare(bert(), bert(), lambda model: 1.0, inputs=INPUTS, repeats=1)
+    assert found.dense.kv_cache_bytes_per_token is None
+    assert found.shown_ratio("kv_cache_bytes_per_token") == "–"
+    assert not any("key/value" in row[0] for row in found.rows())
+    assert Comparison.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_a_text_gives_quality_intervals_and_all_costs():

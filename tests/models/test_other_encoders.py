@@ -150,6 +150,11 @@ MODELS = {
     "GraniteSpeechCTCEncoder": Model(
         "GraniteSpeechEncoder", GRANITE, lambda: {"hidden_states": frames()["input_features"]}, ("eager",), alone=True
     ),
+    "ParakeetEncoder": Model(
+        "ParakeetEncoder",
+        {**SIZES, "num_key_value_heads": 4, "num_mel_bins": 10, "subsampling_conv_channels": 8, "subsampling_factor": 2},
+        lambda: {"input_features": frames()["input_features"], "attention_mask": frames()["attention_mask"]},
+    ),
     "PerceiverForMaskedLM": Model("Perceiver", PERCEIVER, padded, ("eager",), "logits"),
     "LxmertModel": Model("Lxmert", LXMERT, seen, ("eager",), "language_output"),
     "MgpstrModel": Model("Mgpstr", MGPSTR, picture, ("eager",)),

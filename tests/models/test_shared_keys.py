@@ -14,6 +14,7 @@ from transformers import StaticCache
 import headprune as hp
 from headprune.evaluation.cost import attention_flops, kv_cache_bytes_per_token
 from headprune.evaluation.estimate import cost_of
+from headprune.evaluation.sequence_flops import Lengths
 from headprune.models import attention_sites, gated
 from headprune.models.site import AttentionSite
 from headprune.planning.latency_table import key_of
@@ -178,7 +179,7 @@ def test_key_value_heads_that_others_read_are_paid_for_until_the_end(family):
         budget = hp.Budget(flops=0.5, sequence_length=16)
         planned = sum(budget.cost(shape, chosen.head_map(name)) for name, shape in chosen.shapes.items())
         assert planned == attention_flops(sites, 16)
-        assert cost_of(pruned, 16, torch.float32).kv_heads == sum(site.head_map.kv_heads for site in sites[:4])
+        assert cost_of(pruned, Lengths(16, 16), torch.float32, {}).kv_heads == sum(site.head_map.kv_heads for site in sites[:4])
 
 
 @pytest.mark.parametrize("family", SHARING)

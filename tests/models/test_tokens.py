@@ -1,3 +1,4 @@
+import pytest
 import torch
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
 from tiny_vision_language import VISION_LANGUAGE
@@ -33,6 +34,15 @@ def test_sound_and_pictures_have_no_token_mask():
     assert found["model.decoder.layers.0.encoder_attn"].shape == (3, 6)
     found = masks(VISION["clip"])
     assert all((mask is None) == name.startswith("vision_model.") for name, mask in found.items())
+
+
+@pytest.mark.parametrize("name", ["layoutlmv2", "layoutlmv3_seen"])
+def test_the_places_of_a_pages_picture_count_behind_its_words(name):
+    batch = ENCODERS[name].batch("right")
+    for mask in masks(ENCODERS[name], batch).values():
+        assert torch.equal(mask[:, :9], batch["attention_mask"])
+        assert mask[:, 9:].all()
+        assert mask.shape[1] == 9 + {"layoutlmv2": 2 * 2, "layoutlmv3_seen": 2 * 2 + 1}[name]
 
 
 def test_a_given_mask_counts_everywhere():

@@ -95,6 +95,16 @@ def test_costs_are_those_of_the_cut_model(page, written):
         assert found["cacheShare"] == pytest.approx(share)
 
 
+def test_a_model_without_a_cache_has_no_share_of_it(page):
+    shares = page.evaluate("""() => {
+        const data = JSON.parse(document.getElementById("data").textContent);
+        const keep = Logic.allKept(data.sites);
+        const without = { ...data, counted: { ...data.counted, kv_cache_bytes_per_token: null } };
+        return [data, without].map(found => Logic.cost(found, keep).cacheShare);
+    }""")
+    assert shares == [1, None]
+
+
 def test_predictions_pass_through_what_was_measured(page):
     assert "12" in page.locator("#readout").inner_text()  # the run's own plan: perplexity 12, measured and predicted
     found = page.evaluate("""() => {

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -75,6 +76,21 @@ def test_the_page_carries_the_scores_and_the_plan(written):
     assert [one["chosen"] for one in data["measured"]] == [False, True, False, False]
     assert data["counted"]["parameters"] == evaluation(llama(), 0.0, 1.0).parameters
     assert data["measured"][1]["parameters"] == evaluation(pruned(plan), 0.0, 1.0).parameters
+
+
+def test_a_model_without_a_cache_has_no_tile_of_it(written, tmp_path):
+    def text(folder):
+        return hp.report(folder).read_text(encoding="utf-8")
+
+    assert "key/value cache<strong>" in text(written[0])
+    shutil.copytree(written[0], tmp_path / "run")
+    for name in ("result.json", "sweep.json"):
+        found = (tmp_path / "run" / name).read_text()
+        (tmp_path / "run" / name).write_text(re.sub(r'("kv_cache_bytes_per_token": )\d+', r"\1null", found))
+    page = text(tmp_path / "run")
+    assert "key/value cache<strong>" not in page
+    assert "key/value bytes per token" not in page
+    assert json.loads(Page(page).scripts["data"])["counted"]["kv_cache_bytes_per_token"] is None
 
 
 def test_scores_alone_make_a_page(written, tmp_path):

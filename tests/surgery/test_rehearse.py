@@ -63,6 +63,8 @@ def test_a_layout_that_is_wrong_is_seen_in_every_dtype(dtype):
         "gpt_oss",
         "deepseek_v3",
         "bert",
+        "layoutlmv2",
+        "layoutlmv3",
         "wavlm",
         "xlnet",
         "levit",
@@ -159,7 +161,6 @@ SOUND = {
     "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2,
 }
-COUNTS = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 LISTENERS = {
     "Wav2Vec2Model": ("Wav2Vec2Config", {**SMALL, **SOUND}),
@@ -190,17 +191,26 @@ def test_the_check_has_an_input_for_models_that_listen(name, caplog):
     assert not of_headprune(caplog)
 
 
-@pytest.mark.parametrize("name", ["MoonshineForConditionalGeneration", "ParakeetEncoder"])
-def test_models_that_would_break_at_the_next_forward_pass_are_refused(name):
-    """Both read head counts from their config; Parakeet's biases of relative positions belong to heads."""
-    options = {"ParakeetEncoder": {**SMALL, "num_mel_bins": 16, "subsampling_conv_channels": 8}}.get(name)
-    if options is None:
-        stacks = {f"{part}_{count}": value for part in ("encoder", "decoder") for count, value in COUNTS.items()}
-        options = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 61, **stacks}
-    config = {"ParakeetEncoder": "ParakeetEncoderConfig"}.get(name, "MoonshineConfig")
-    model = getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
+PYRAMID = {
+    "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "num_attention_heads": [4, 4],
+    "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Segformer", "GLPN"])
+def test_the_check_has_an_input_for_models_that_take_pictures_of_any_size(name, caplog):
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**PYRAMID)).eval()
+    with caplog.at_level(logging.WARNING, "headprune"):
+        hp.cut(model, {site.name: [0, 2] for site in hp.attention_sites(model)})
+    assert not of_headprune(caplog)
+
+
+def test_a_model_that_would_break_at_the_next_forward_pass_is_refused():
+    """BitNet's norm over what all heads give is as wide as all of them."""
+    options = {**SMALL, "num_key_value_heads": 4, "vocab_size": 61}
+    model = transformers.BitNetForCausalLM(transformers.BitNetConfig(**options)).eval()
     first = hp.attention_sites(model)[0]
-    assert first.proven == (name != "ParakeetEncoder")
+    assert not first.proven
     with pytest.raises(UnsupportedModel, match=rf"{first.name} .* cannot be cut: without those heads it fails"):
         hp.cut(model, {first.name: [0, 1]})
 

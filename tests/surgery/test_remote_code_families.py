@@ -22,6 +22,7 @@ SCRIPT = """
 import json, sys
 sys.modules["headprune"] = None  # any import of it now fails
 import torch, transformers
+import page_backbone
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 found = {}

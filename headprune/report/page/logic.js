@@ -48,11 +48,13 @@ const Logic = {
   },
 
   // Costs of a selection beside those of the dense model; parameters are of the whole model where that was counted, else of heads.
+  // cacheShare: null where the model keeps no cache.
   cost(data, selection) {
     const length = data.counted ? data.counted.sequence_length : 512;
     const dense = Logic.attentionCost(data.sites, Logic.allKept(data.sites), length);
     const found = Logic.attentionCost(data.sites, selection, length);
     const whole = data.counted ? data.counted.parameters : dense.parameters;
+    const uncached = data.counted && data.counted.kv_cache_bytes_per_token === null;
     return {
       length,
       wholeModel: Boolean(data.counted),
@@ -60,7 +62,7 @@ const Logic = {
       denseParameters: whole,
       flops: found.flops,
       flopsShare: found.flops / dense.flops,
-      cacheShare: dense.cache ? found.cache / dense.cache : 1,
+      cacheShare: uncached ? null : dense.cache ? found.cache / dense.cache : 1,
     };
   },
 

@@ -94,8 +94,8 @@ function readout(data, state) {
   const lines = [
     entry(cost.wholeModel ? "parameters" : "parameters of heads", `${cost.parameters.toLocaleString("en")} (${share})`),
     entry("attention FLOPs", Logic.percent(cost.flopsShare), `of dense, ${cost.length} tokens`),
-    entry("key/value cache", Logic.percent(cost.cacheShare), "of dense"),
   ];
+  if (cost.cacheShare !== null) lines.push(entry("key/value cache", Logic.percent(cost.cacheShare), "of dense"));
   if (predicted) {
     const from = `between ${predicted.models} measured models`;
     const outside = "beyond what was measured";

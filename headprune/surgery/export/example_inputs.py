@@ -46,7 +46,8 @@ def resized(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
         mask = value.new_ones(rows, length)
         mask[-1, -1] = 0
         return mask
-    return value.flatten()[torch.arange(rows * length, device=value.device) % value.numel()].view(rows, length)
+    each = value.flatten(0, 1)  # of a page, where each word stands
+    return each[torch.arange(rows * length, device=value.device) % len(each)].view(rows, length, *value.shape[2:])
 
 
 def without_padding(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:

@@ -114,8 +114,9 @@ def quiet_exporter() -> Iterator[None]:
 
 
 def free_axes(value: Tensor) -> dict[int, Any]:
-    """Batch and, for tokens, length."""
-    return dict.fromkeys(range(2 if value.dim() == 2 else 1), torch.export.Dim.AUTO)
+    """Batch and, for tokens and where they stand on a page, length."""
+    of_tokens = value.dim() == 2 or not value.is_floating_point()
+    return dict.fromkeys(range(2 if of_tokens else 1), torch.export.Dim.AUTO)
 
 
 def refuse_two_files(model: PreTrainedModel, path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from tiny_decoders import decoder
-from tiny_encoders import CLIP, SEQ2SEQ, TEXT, VISION, Family
+from tiny_encoders import CLIP, ENCODERS, SEQ2SEQ, TEXT, VISION, Family
 from tiny_models import bert, llama, tokens
 
 from headprune.errors import InvalidInput, UnsupportedModel
@@ -56,7 +56,13 @@ def pair(rows: int, length: int) -> dict[str, torch.Tensor]:
     return {**text(rows, length), "token_type_ids": (torch.arange(length) >= length // 2).long().expand(rows, length)}
 
 
+def page(rows: int, length: int) -> dict[str, torch.Tensor]:
+    corner = torch.randint(0, 40, (rows, length, 2), generator=torch.Generator().manual_seed(rows))
+    return {**pair(rows, length), "bbox": torch.cat([corner, corner + 9], dim=-1)}
+
+
 CASES = {
+    "layoutlmv3": (small(ENCODERS["layoutlmv3"], num_hidden_layers=1), page, ["logits"]),
     "llama": (llama, text, ["logits"]),
     "classifier": (classifier, pair, ["logits"]),
     "swin": (small(VISION["swin"], depths=[2], num_heads=[4]), lambda rows, _: {"pixel_values": pictures(rows)}, ["logits"]),

@@ -1,0 +1,88 @@
+"""FLOPs of one sequence through a model, from its modules alone: no weight is read and no number computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from headprune.models import AttentionSite
+from headprune.models.tiny_inputs import tiny_inputs
+from headprune.models.tokens import decoder_of, encoder_of, is_inside
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a sequence, and of its decoder in an encoder-decoder (elsewhere the same)."""
+
+    tokens: int
+    decoder: int
+
+
+def sequence_flops(model: PreTrainedModel, sites: list[AttentionSite], lengths: Lengths, runs: Mapping[str, int]) -> int:
+    """FLOPs (2 per multiply-add) of a forward pass of `model` over one sequence: all linear layers (of experts those that a token
+    goes through), QK^T and PV without a causal discount.
+
+    Cross-attention has the decoder's queries and the encoder's keys; what stands behind both, as a head does, runs the decoder's
+    tokens. runs: module name -> how often it runs in a pass, once where that is not said (`runs_of`).
+    """
+    encoder, decoder = encoder_of(model), decoder_of(model)
+    crossing = {site.name for site in sites if site.kind == "cross" and is_inside(site.name, decoder)}
+    sources = {id(part.module) for site in sites if site.name in crossing for part in site.projections if part.per_kv_head}
+
+    def read_by(name: str, module: nn.Module | None = None) -> int:
+        aside = decoder is None or id(module) in sources or is_inside(name, encoder)
+        return lengths.tokens if aside else lengths.decoder
+
+    total = 0
+    for name, module in model.named_modules():
+        total += 2 * active_weights(name, module, model.config) * read_by(name, module) * runs.get(name, 1)
+    for site in sites:
+        queries, keys = read_by(site.name), lengths.tokens if site.name in crossing else read_by(site.name)
+        features = site.head_map.query_heads * (site.head_dim + site.value_dim)
+        total += 2 * queries * keys * features * runs.get(site.name, 1)
+    return total
+
+
+def active_weights(name: str, module: nn.Module, config: Any) -> int:
+    """Weights that one token is multiplied with in `module` itself: of a linear layer, and its share of the experts."""
+    total = 0
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.dim() == 3 and "expert" in name:
+            total += parameter.numel() * chosen_experts(config) // parameter.shape[0]
+        elif parameter is not None and parameter.dim() == 2 and not isinstance(module, nn.Embedding):
+            total += parameter.numel()
+    return total
+
+
+def chosen_experts(config: Any) -> int:
+    return getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None) or 1
+
+
+@torch.no_grad()
+def runs_of(model: nn.Module) -> dict[str, int]:
+    """Module name -> how often it runs in one pass, for those that run more than once: layers may share one (ALBERT, Perceiver).
+
+    `model` is on the meta device, where nothing is computed. Some passes ask for values and end there; what runs only behind that
+    counts once.
+    """
+    counts: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, _args: Any) -> None:
+        counts[module] = counts.get(module, 0) + 1
+
+    hooks = [module.register_forward_pre_hook(count) for module in model.modules()]
+    try:
+        # A mask of padding is asked whether it hides anything.
+        inputs = {name: value for name, value in (tiny_inputs(model) or {}).items() if name != "attention_mask"}
+        model(**{name: value.to("meta") for name, value in inputs.items()})
+    except Exception:  # whatever a model raises where there are no values
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: counts[module] for name, module in model.named_modules() if counts.get(module, 0) > 1}
