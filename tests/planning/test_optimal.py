@@ -62,13 +62,23 @@ def test_costs_without_a_common_divisor_are_rounded_against_the_choice_never_for
     """Rounding up takes less than one step from each site, so the choice is at least as good as the best with that much less."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
-    sites = [[Option(frozenset(range(k)), draw(500_000, 900_000) * (5 - k), 0.7**-k) for k in range(5)] for _ in range(5)]
-    target = draw(6_000_000, 9_000_000)
+    sites = [
+        [Option(frozenset(range(k)), draw(500_000, 900_000) * (5 - k), 0.7**-k + draw(0, 99) / 999) for k in range(5)]
+        for _ in range(7)
+    ]
+    target = draw(9_000_000, 12_000_000)
     step = -(-target // 10_000)
     found = cheapest(sites, target)
     less = [choice for choice in product(*sites) if sum(option.cost for option in choice) <= target - len(sites) * step]
     assert sum(option.cost for option in found) <= target
     assert sum(option.error for option in found) <= min(sum(option.error for option in choice) for choice in less) + 1e-9
+
+
+def test_a_choice_above_the_target_by_less_than_a_step_is_not_taken():
+    """Steps of 3: the target is 6669 of them and a rest, and so is 20 009, which is one too many."""
+    site = [Option(frozenset(), 20_009, 0.0), Option(frozenset({0}), 10_007, 1.0)]
+    assert cheapest([site], 20_008) == [site[1]]
+    assert cheapest([site], 20_010) == [site[0]]
 
 
 def test_where_only_rounding_forbids_the_smallest_choice_it_is_taken():
