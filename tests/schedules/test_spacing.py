@@ -23,7 +23,7 @@ def test_steps_are_spread_by_the_formula_and_the_last_is_the_target(spacing, exp
 @pytest.mark.parametrize(
     ("target", "per_step", "expected"),
     [
-        (0.28, 0.07, [0.07, 0.14, 0.21, 0.28]),
+        (0.14, 0.02, [0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14]),
         (0.6, 0.2, [0.2, 0.4, 0.6]),
         (0.5, 0.2, [0.2, 0.4, 0.5]),
         (0.1, 0.3, [0.1]),
@@ -31,7 +31,7 @@ def test_steps_are_spread_by_the_formula_and_the_last_is_the_target(spacing, exp
     ],
 )
 def test_equal_steps_end_at_the_target_without_one_too_many(target, per_step, expected):
-    """0.28 / 0.07 is 4.000000000000001 in floating point."""
+    """0.14 / 0.02 is 7.000000000000001 in floating point."""
     assert targets(target, None, per_step, "linear") == pytest.approx(expected)
 
 
