@@ -120,8 +120,10 @@ engines-vllm: venv
 	$(BIN)/python bench/engines/compare.py vllm --python .venv-vllm/bin/python
 
 # Takes the Python that has torch with CUDA (PYTHON=...), installs nothing and needs no network: the kernels are found through a
-# link, the extension is built in place. A build or tests that fail do not keep the benchmarks from running, rows are kept as they are
-# measured, all is cut off so that it fits nine minutes (interrupted, so that failures are still shown), and the table comes last.
+# link, the CUDA extension is built in place (those for the CPU take longer than all tests). A build or tests that fail, files that
+# cannot be imported among them, do not keep the benchmarks from running, rows are kept as they are measured, all is cut off so that it
+# fits nine minutes (interrupted, so that failures are still shown; killed ten seconds later, as a hanging GPU hears no interrupt), the
+# benchmarks have what is left of these, and the table comes last.
 # The tests of the Gluon kernel come first, each a process of its own, all at once: what it may do unasked hangs on them.
 # Before they are measured, the benchmarks of single kernels run once on all processors: compilation takes longer than measuring. Rows
 # that were not measured yet, or changed, come first.
@@ -129,12 +131,16 @@ GPU_FIRST := tests/ops/test_gluon.py
 GPU_TESTS := tests/ops tests/kernels tests/scoring/test_ran_batch.py tests/models/test_streamed.py tests/models/test_cuda_graphs.py tests/surgery/test_gather.py tests/evaluation/test_text_task.py
 GPU_BENCH := forward hopper scoring masks whole_model backward decode weight_stats
 LARGE_MODELS := bench/bench_gpu_scoring.py bench/bench_gpu_whole_model.py bench/bench_gpu_masks.py
+GPU_PYTEST := $(PYTHON) -m pytest -q --tb=short -m gpu --continue-on-collection-errors
+CUT_OFF := timeout -s INT -k 10
 gpu: export PYTHONPATH := $(CURDIR)
+gpu: STARTED := $(shell date +%s)
 gpu:
 	ln -sfn ../kernels/triton headprune/kernels
-	-$(PYTHON) setup.py --quiet build_ext --inplace
-	-timeout -s INT 70 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16 $(GPU_FIRST)
-	-timeout -s INT 110 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 $(GPU_TESTS) $(GPU_FIRST:%=--ignore=%)
-	-timeout -s INT 50 $(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 14 bench --warm $(LARGE_MODELS:%=--ignore=%)
-	-timeout -s INT 250 $(PYTHON) -m pytest -q -m gpu --benchmark-quiet $(GPU_BENCH:%=bench/bench_gpu_%.py)
-	$(PYTHON) bench/table.py
+	-HEADPRUNE_NO_CPU=1 $(CUT_OFF) 120 $(PYTHON) setup.py --quiet build_ext --inplace
+	-$(CUT_OFF) 70 $(GPU_PYTEST) -n auto --maxprocesses 16 $(GPU_FIRST)
+	-$(CUT_OFF) 110 $(GPU_PYTEST) -n auto --maxprocesses 14 $(GPU_TESTS) $(GPU_FIRST:%=--ignore=%)
+	-$(CUT_OFF) 50 $(GPU_PYTEST) -n auto --maxprocesses 14 bench --warm $(LARGE_MODELS:%=--ignore=%)
+	-$(CUT_OFF) $$(($(STARTED) + 525 - $$(date +%s))) $(GPU_PYTEST) --benchmark-quiet $(GPU_BENCH:%=bench/bench_gpu_%.py)
+	@rows=$$(find bench/results -name '*.json' -newermt @$(STARTED)); \
+	if test "$$rows"; then $(PYTHON) bench/table.py $$rows; else echo "no row was measured"; fi

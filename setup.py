@@ -2,7 +2,8 @@
 
 The CPU kernels are built once per instruction set, each into its own library; at import the best one that this
 processor runs is loaded (headprune/ops/extension.py), so that a wheel is portable and never needs -march=native.
-HEADPRUNE_NO_EXT=1 skips all compilation; HEADPRUNE_CPU_FLAGS are further flags for compiling and linking the CPU kernels.
+HEADPRUNE_NO_EXT=1 skips all compilation, HEADPRUNE_NO_CPU=1 that for the CPU; HEADPRUNE_CPU_FLAGS are more flags for compiling and
+linking the CPU kernels.
 """
 
 import os
@@ -53,7 +54,8 @@ def extensions() -> tuple[list, dict]:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     cpu = sources("cpu", ".cpp") + sources("cpu/fp64", ".cpp")
-    names = {} if not cpu else INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": []}
+    no_cpu = not cpu or os.environ.get("HEADPRUNE_NO_CPU") == "1"
+    names = {} if no_cpu else INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": []}
     more = os.environ.get("HEADPRUNE_CPU_FLAGS", "").split()
     built = [
         CppExtension(f"headprune._cpu_{name}", cpu, extra_compile_args=CPU_FLAGS + flags + more, extra_link_args=more)

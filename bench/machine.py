@@ -22,6 +22,7 @@ def machine(device: str) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
+        "transformers": version("transformers"),
         "cuda": torch.version.cuda,
     }
     found["slug"] = slug(gpu or str(found["processor"]))

@@ -29,6 +29,8 @@ def main(arguments: list[str]) -> int:
             f"{row['name']:{width}} {row['ours_us']:>10.1f} {row['peer_us']:>10.1f} {row['ratio']:>6.2f} {floor:>9}  "
             f"{row['goal'] or row['peer']} {verdict}"
         )
+        if row.get("launched"):
+            print(f"{'':{width}} launched from Python, not from a CUDA graph: {', '.join(row['launched'])}")
         for name, peak in (row.get("peak_mb") or {}).items():
             print(f"{'':{width}} peak memory, {name}: {peak:.0f} MB")
     missed = sum(row["met"] is False for row in document["rows"])

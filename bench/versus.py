@@ -38,6 +38,7 @@ class Row:
     floor_us: float | None = None
     floor: str = ""  # what the floor counts
     others: dict[str, str] = field(default_factory=dict)  # other peers: microseconds, or why they did not run
+    launched: list[str] = field(default_factory=list)  # whose time has launches from Python in it: no CUDA graph could capture them
     peak_mb: dict[str, float] | None = None  # of ours and each peer: tensors alive at once, above those before the call
 
 
@@ -55,23 +56,30 @@ def measure(
     rounds: int | None,
     graphs: bool = True,
     before: Callable[[], object] = lambda: None,
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """(seconds per call of every round, why a peer did not run). The first of `run` is ours and must run."""
-    prepared, failed = {}, {}
+) -> tuple[dict[str, list[float]], dict[str, str], list[str]]:
+    """(seconds per call of every round, why a peer did not run, what no CUDA graph could capture though `graphs` asks for it).
+
+    The first of `run` is ours and must run. Every other round goes the other way round: none always runs behind the same one.
+    """
+    prepared, failed, launched = {}, {}, []
     for name, function in run.items():
         try:
-            prepared[name] = prepare(function, device, graphs)
+            timed, calls, in_a_graph = prepare(function, device, graphs)
         except Exception as error:
             if not prepared:
                 raise
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            continue
+        prepared[name] = timed, calls
+        if graphs and not in_a_graph:
+            launched.append(name)
     times: dict[str, list[float]] = {name: [] for name in prepared}
     gc.collect()
     until = time.perf_counter() + (CPU_SECONDS if rounds is None and device.type == "cpu" else 0.0)
     done = 0
     while done < (rounds or ROUNDS) or time.perf_counter() < until:
         done += 1
-        for name, (timed, calls) in prepared.items():
+        for name, (timed, calls) in [*prepared.items()][:: 1 if done % 2 else -1]:
             before()
             start = time.perf_counter()
             timed()
@@ -79,15 +87,16 @@ def measure(
     prepared.clear()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return times, failed
+    return times, failed, launched
 
 
-def prepare(function: Callable[[], object], device: torch.device, graphs: bool) -> tuple[Callable[[], None], int]:
-    """(what one round runs, how many calls of `function` that is), warmed up; what takes long is run fewer times for that."""
+def prepare(function: Callable[[], object], device: torch.device, graphs: bool) -> tuple[Callable[[], object], int, bool]:
+    """(what one round runs, how many calls of `function` that is, whether launches from Python count for nothing), warmed up; what
+    takes long is run fewer times for that."""
     function()
     if device.type != "cuda":
         function()
-        return function, 1
+        return function, 1, True
 
     def seconds() -> float:
         torch.cuda.synchronize()
@@ -98,16 +107,17 @@ def prepare(function: Callable[[], object], device: torch.device, graphs: bool) 
 
     took = seconds()
     if took > SLOW_SECONDS:
-        return (lambda: (function(), torch.cuda.synchronize())), 1
+        return (lambda: (function(), torch.cuda.synchronize())), 1, True
     calls = max(1, min(MOST_CALLS, math.ceil(GPU_ROUND_SECONDS / seconds())))
-    replay = (captured(function, calls) if graphs else None) or (lambda: [function() for _ in range(calls)])
+    graph = captured(function, calls) if graphs else None
+    replay = graph or (lambda: [function() for _ in range(calls)])
 
     def timed() -> None:
         replay()
         torch.cuda.synchronize()
 
     timed()
-    return timed, calls
+    return timed, calls, graph is not None
 
 
 def captured(function: Callable[[], object], calls: int) -> Callable[[], None] | None:
@@ -160,7 +170,7 @@ def compare(
         before: called, untimed, before each round of each: what both need to start from.
     """
     floor_run = {"reads": reads} if reads else {}
-    times, failed = measure({"ours": ours, **peers, **floor_run}, torch.device(device), rounds, graphs, before)
+    times, failed, launched = measure({"ours": ours, **peers, **floor_run}, torch.device(device), rounds, graphs, before)
     ran = {name: function for name, function in {"ours": ours, **peers}.items() if name in times}
     peaks = {name: peak_bytes(function, device) / 1e6 for name, function in ran.items()} if memory else None
     medians = {peer: statistics.median(values) * 1e6 for peer, values in times.items()}
@@ -186,5 +196,5 @@ def compare(
     others = {other: f"{value:.1f}" for other, value in medians.items() if other != peer} | failed
     return Row(
         name, ours_us, (high - low) * 1e6 / ours_us, peer, peer_us, peer_us / ours_us, ", ".join(goal for goal, _ in goals),
-        all(met for _, met in goals) if goals else None, floors.get(floor), floor, others, peaks,
+        all(met for _, met in goals) if goals else None, floors.get(floor), floor, others, launched, peaks,
     )  # fmt: skip

@@ -65,7 +65,7 @@ print(f"replaced: outputs differ by {(model(test[0][0]) - expected).abs().max():
 plan = hp.plan(hp.score(model, train[:8], criterion="fisher", loss_fn=loss), hp.Budget(heads=0.5))
 print(plan)
 cut = copy.deepcopy(model)
-hp.prune(cut, plan)
+hp.cut(cut, plan, run=lambda model: model(test[0][0]))  # run: a pass on which each cut is compared with gating before it is made
 hp.prune(model, plan, calibration=train[:8], forward=lambda model, batch: model(batch[0]))
 print(f"accuracy: dense {dense:.3f}, cut {accuracy(cut):.3f}, re-solved {accuracy(model):.3f}")
 

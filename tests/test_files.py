@@ -7,7 +7,7 @@ import pytest
 from tiny_models import bert
 
 from headprune.errors import HeadpruneError, InvalidInput
-from headprune.files import finite, refuse_replacing, refuse_unwritable, whole_folder
+from headprune.files import finite, refuse_replacing, refuse_unwritable, whole_file, whole_folder
 from headprune.planning import Sensitivity
 from headprune.planning.latency_table import LatencyTable
 from headprune.scoring import HeadScores, Portraits
@@ -35,6 +35,28 @@ def test_a_replacement_that_breaks_off_leaves_the_old_folder(tmp_path, monkeypat
         (draft / "weights").write_text("new")
     assert (target / "weights").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_file_is_on_the_disk_before_it_takes_its_place_unless_that_is_not_asked(tmp_path, monkeypatch, sync):
+    done = []
+    monkeypatch.setattr("headprune.files.os.fsync", lambda handle: done.append(("synced", os.readlink(f"/proc/self/fd/{handle}"))))
+    own = os.replace
+    monkeypatch.setattr(
+        "headprune.files.os.replace", lambda draft, target: (done.append(("renamed", str(draft))), own(draft, target))
+    )
+    with whole_file(tmp_path / "plan.json", sync=sync) as draft:
+        draft.write_text("{}")
+    assert done == [("synced", str(draft))] * sync + [("renamed", str(draft))]
+
+
+def test_files_and_folders_can_be_read_by_others(tmp_path):
+    """mkstemp and mkdtemp, which drafts come from, let nobody else read."""
+    with whole_file(tmp_path / "plan.json") as draft:
+        draft.write_text("{}")
+    with whole_folder(tmp_path / "model"):
+        pass
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("plan.json", "model")] == [0o644, 0o755]
 
 
 def test_a_model_takes_the_place_of_a_model_and_of_nothing_else(tmp_path, monkeypatch):

@@ -46,3 +46,20 @@ def test_the_floor_is_the_larger_of_arithmetic_and_bytes(taking):
 def test_ours_must_run():
     with pytest.raises(ZeroDivisionError):
         measure({"ours": lambda: 1 / 0}, torch.device("cpu"), 3)
+
+
+def test_every_other_round_goes_the_other_way_round():
+    ran = []
+    measure({name: lambda name=name: ran.append(name) for name in ("ours", "peer", "other")}, torch.device("cpu"), 3)
+    forth, back = ["ours", "peer", "other"], ["other", "peer", "ours"]
+    assert ran[6:] == [*forth, *back, *forth]  # behind two calls of each to warm up
+    assert ran[:6] == [name for name in forth for _ in range(2)]
+
+
+def test_what_no_cuda_graph_could_capture_is_told(monkeypatch):
+    monkeypatch.setattr(versus.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(versus.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(versus, "captured", lambda function, calls: None if function is torch.seed else lambda: None)
+    functions = {"ours": lambda: None, "peer": torch.seed}
+    assert measure(functions, torch.device("cuda"), 2)[1:] == ({}, ["peer"])
+    assert measure(functions, torch.device("cuda"), 2, graphs=False)[1:] == ({}, [])

@@ -1,6 +1,7 @@
 """Quality and cost of one model and of two, on whatever data."""
 
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_models import bert, llama, tokens
 
 import headprune as hp
 from headprune.errors import InvalidInput
-from headprune.evaluation import Comparison, Perplexity, compare, evaluate
+from headprune.evaluation import Comparison, Evaluation, Perplexity, compare, evaluate
 from headprune.evaluation.cost import attention_flops, model_flops
 from headprune.evaluation.data import EvaluationData
 from headprune.evaluation.metric import Metric, mean
@@ -135,6 +136,15 @@ def test_a_model_is_left_in_the_mode_it_came_in():
     model = llama().train()
     evaluate(model, lambda model: 1.0, inputs=INPUTS, repeats=1)
     assert model.training
+
+
+def test_ratios_are_pruned_over_dense():
+    dense = Evaluation({"accuracy": 0.8}, 1000, 50, 10, 64, 20.0, 21.0, 4.0, 512, energy_joules=2.0)
+    pruned = Evaluation({"accuracy": 0.6}, 750, 20, 10, 16, 5.0, 6.0, 16.0, 256)
+    found = Comparison("task", "accuracy", dense, pruned)
+    names = ("accuracy", "parameters", "attention_flops", "kv_cache_bytes_per_token", "latency_p50_ms", "throughput")
+    assert [found.ratio(name) for name in names] == pytest.approx([0.75, 0.75, 0.4, 0.25, 0.25, 4.0])
+    assert all(math.isnan(found.ratio(name)) for name in ("energy_joules", "model_flops", "f1"))  # not measured, of one or of both
 
 
 def test_a_quality_of_0_has_no_ratio():

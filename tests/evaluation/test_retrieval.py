@@ -4,6 +4,7 @@ from tiny_models import bert
 
 from headprune.errors import InvalidInput
 from headprune.evaluation import Retrieval
+from headprune.evaluation.retrieval import pooled, ranks
 
 
 class Words:
@@ -51,3 +52,16 @@ def test_a_query_without_a_document_is_refused():
             Retrieval(["a", "b"], DOCUMENTS, Words(), relevant=relevant)
     with pytest.raises(InvalidInput, match="0 queries"):
         Retrieval([], DOCUMENTS, Words())
+
+
+def test_tokens_are_pooled_as_asked_whatever_side_is_padded():
+    states = torch.arange(10.0).view(2, 5, 1)  # of each text the states are its first number and those after it
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 1, 1]])
+    found = {pooling: pooled(states, mask, pooling).flatten().tolist() for pooling in ("mean", "cls", "first", "last")}
+    assert found == {"mean": [1.0, 8.5], "cls": [0.0, 8.0], "first": [0.0, 8.0], "last": [2.0, 9.0]}
+
+
+def test_a_query_that_gives_nan_ranks_its_document_last_and_one_of_equal_documents_does_not_lose_a_place():
+    documents = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    queries = torch.tensor([[0.0, 1.0], [1.0, 0.5], [float("nan"), 0.0]])
+    assert ranks(queries, documents, torch.tensor([1, 2, 0])).tolist() == [1, 2, 3]

@@ -103,7 +103,7 @@ def test_looking_leaves_torchs_layers_where_they_are():
     plan.check_fits(model)
     with hp.gated(model, KEEP):
         assert type(model.encoder.layers[0].self_attn) is VariableHeadAttention
-    with pytest.raises(hp.InvalidPlan):
+    with pytest.raises(hp.InvalidPlan, match=r"layers\.7"):
         hp.cut(model, {"encoder.layers.7.self_attn": [0]})
     assert type(model.encoder.layers[0].self_attn) is nn.MultiheadAttention
     assert model.encoder.use_nested_tensor

@@ -63,7 +63,8 @@ def test_torch_layers_swapped_in_inference_mode_can_be_trained():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1, enable_nested_tensor=False).eval()
     with torch.inference_mode():
         hp.cut(model, {"layers.0.self_attn": [0, 2]})
-    model(torch.randn(2, 5, 16)).sum().backward()
+    model(torch.randn(2, 5, 16)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("given", [None, "minilm", {"model": 1}])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from headprune import ops
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
+from headprune.ops.backend import forced
 
 RAGGED = HeadMap((0, 0, 0, 1, 2, 2, 2), 3)
 
@@ -32,26 +33,33 @@ def test_attention_equals_sdpa_on_expanded_heads(head_map, causal):
     assert torch.allclose(ops.attention(q, k, v, head_map, causal=causal), expected, atol=1e-12)
 
 
-def test_every_option_follows_its_definition():
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_every_option_follows_its_definition(backend):
     q, k, v = inputs()
     slopes, sinks, bias = torch.rand(7).double(), torch.randn(7).double(), torch.randn(1, 7, 5, 9).double()
     key_mask = torch.rand(2, 9) > 0.4
+    key_mask[1, :3] = False
+    gate = torch.rand(2, 7).double()
+    gate[0, 2] = 0.0
     keys, values = expanded(RAGGED, k, v)
     scores = 6.0 * torch.tanh(q @ keys.transpose(2, 3) * 0.3 / 6.0)
     ahead = torch.arange(9)[None] - (torch.arange(5)[:, None] + 4)
     scores = scores - slopes[:, None, None] * ahead.abs() + bias
     scores = scores.masked_fill(~((ahead <= 0) & (ahead > -3) & key_mask[:, None, None]), -math.inf)
     probs = torch.cat([scores, sinks[:, None, None].expand(2, 7, 5, 1)], dim=3).softmax(dim=3)[..., :-1]
-    found, stats = ops.attention(
-        q, k, v, RAGGED, causal=True, window=3, scale=0.3, softcap=6.0, bias=bias, alibi_slopes=slopes, sinks=sinks,
-        key_mask=key_mask, stats=True,
-    )  # fmt: skip
-    assert torch.allclose(found, probs @ values, atol=1e-12)
-    rows = (probs.sum(3) > 0).double()
+    with ops.backend(backend):
+        found, stats = ops.attention(
+            q, k, v, RAGGED, causal=True, window=3, scale=0.3, softcap=6.0, bias=bias, alibi_slopes=slopes, sinks=sinks,
+            key_mask=key_mask, gate=gate, stats=True,
+        )  # fmt: skip
+    assert torch.allclose(found, probs @ values * gate[..., None, None], atol=1e-12)
+    rows = (probs.sum(3) > 0).double() * (gate != 0)[..., None]  # a head that is switched off has no statistics
+    first = key_mask.int().argmax(dim=1)  # where padding is on the left, the first token behind it
     mean = lambda values: ((values * rows).sum(2) / rows.sum(2).clamp(min=1)).float()  # noqa: E731
     assert torch.allclose(stats.entropy, mean(-torch.xlogy(probs, probs).sum(3)), atol=1e-6)
     assert torch.allclose(stats.max_prob, mean(probs.amax(3)), atol=1e-6)
-    assert torch.allclose(stats.max_logit, scores.amax((2, 3)).float(), atol=1e-6)
+    assert torch.allclose(stats.max_logit, scores.amax((2, 3)).masked_fill(gate == 0, -math.inf).float(), atol=1e-6)
+    assert torch.allclose(stats.first_mass, mean(torch.stack([probs[n, :, :, key] for n, key in enumerate(first)])), atol=1e-6)
     assert torch.allclose(stats.distance, mean((probs * ahead.abs()).sum(3)), atol=1e-5)
     assert torch.allclose(stats.output_norm, mean(found.norm(dim=3)), atol=1e-6)
 
@@ -181,3 +189,15 @@ def test_an_argument_that_it_has_not_is_named_as_python_does():
 def test_an_unknown_backend_is_refused():
     with pytest.raises(InvalidInput, match="Did you mean 'triton'"), ops.backend("trition"):
         pass
+
+
+def test_a_backend_is_forced_inside_its_block_alone():
+    assert forced() is None
+    with ops.backend("reference"):
+        with ops.backend("cpp"):
+            assert forced() == "cpp"
+        assert forced() == "reference"
+        with pytest.raises(KeyError), ops.backend("cpp"):
+            raise KeyError
+        assert forced() == "reference"
+    assert forced() is None

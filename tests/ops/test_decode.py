@@ -33,11 +33,13 @@ def as_pages(tensor: torch.Tensor, size: int, seed: int = 0) -> tuple[torch.Tens
     return pages, order.reshape(batch, count).int()
 
 
-def test_each_sample_gives_what_attention_gives_on_its_own_cache():
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_each_sample_gives_what_attention_gives_on_its_own_cache(backend):
     q, k, v, lengths = cache()
     options = {"window": 4, "softcap": 3.0, "alibi_slopes": torch.rand(7).double(), "sinks": torch.randn(7).double()}
     gate = torch.rand(3, 7).double()
-    found = ops.attention_decode(q, k, v, lengths, RAGGED, gate=gate, **options)
+    with ops.backend(backend):
+        found = ops.attention_decode(q, k, v, lengths, RAGGED, gate=gate, **options)
     for sample, length in enumerate(lengths):
         new = min(2, int(length))
         one = slice(sample, sample + 1)
@@ -47,13 +49,15 @@ def test_each_sample_gives_what_attention_gives_on_its_own_cache():
     assert (found[2, :, 0] == 0).all(), "the first of 2 new tokens stands before the only key"
 
 
-def test_a_paged_cache_gives_what_a_contiguous_one_gives():
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_paged_cache_gives_what_a_contiguous_one_gives(backend):
     q, k, v, lengths = cache()
     keys, table = as_pages(k, 4)
     values, _ = as_pages(v, 4)
     table[1, 2:] = 10**6
-    expected = ops.attention_decode(q, k, v, lengths, RAGGED)
-    assert torch.equal(ops.attention_decode(q, keys, values, lengths, RAGGED, page_table=table), expected)
+    with ops.backend(backend):
+        expected = ops.attention_decode(q, k, v, lengths, RAGGED)
+        assert torch.equal(ops.attention_decode(q, keys, values, lengths, RAGGED, page_table=table), expected)
 
 
 def test_a_left_padded_sample_does_not_see_its_padding():

@@ -80,13 +80,14 @@ def test_equal_groups_and_ragged_ones(lead):
     assert torch.allclose(ops.scaled_dot_product_attention(q, k, v, is_causal=True, head_map=RAGGED), expected, atol=1e-12)
 
 
-def test_dropout_drops_what_torch_drops():
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_dropout_drops_what_torch_drops(scale):
     q, k, v = tensors((2, 4, 5, 8), (2, 2, 7, 8))
     groups = list(RAGGED.kv_of_query)
     torch.manual_seed(3)
-    expected = F.scaled_dot_product_attention(q, k[:, groups], v[:, groups], dropout_p=0.5)
+    expected = F.scaled_dot_product_attention(q, k[:, groups], v[:, groups], dropout_p=0.5, scale=scale)
     torch.manual_seed(3)
-    assert torch.equal(ops.scaled_dot_product_attention(q, k, v, dropout_p=0.5, head_map=RAGGED), expected)
+    assert torch.equal(ops.scaled_dot_product_attention(q, k, v, dropout_p=0.5, head_map=RAGGED, scale=scale), expected)
 
 
 def test_gradients_reach_the_mask_too():

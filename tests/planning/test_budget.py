@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -17,7 +18,9 @@ from headprune.surgery import prune
 
 
 @pytest.mark.parametrize(
-    "make", [llama, partial(decoder, "qwen3_next"), partial(decoder, "laguna")], ids=["llama", "gated", "gates"]
+    "make",
+    [llama, *(partial(decoder, family) for family in ("qwen3_next", "laguna", "gemma3n_shared"))],
+    ids=["llama", "gated", "gates", "shared keys"],
 )
 def test_flops_are_those_of_the_model_before_and_after(make):
     model, budget = make(), Budget(flops=0.5, sequence_length=37)
@@ -49,6 +52,27 @@ def test_a_cache_budget_counts_what_the_model_caches(family, per_head, tmp_path)
         with pytest.raises(InfeasibleBudget, match="The nearest budget that can be met is kv_cache=0"):
             plan(scores, budget)
         assert sorted(len(heads) for heads in plan(scores, budget, min_heads=0, allocation="optimal").values()) == [0, 4]
+
+
+@pytest.mark.parametrize("fraction", [1, 1.0, 1.5, -0.1, math.nan, True, "0.5"])
+def test_a_fraction_outside_of_0_to_1_is_refused(fraction):
+    with pytest.raises(InvalidInput, match="expected the fraction to remove, at least 0 and below 1"):
+        Budget(heads=fraction)
+
+
+@pytest.mark.parametrize("budget", [{}, {"heads": 0.5, "params": 0.5}])
+def test_a_budget_is_of_one_quantity(budget):
+    with pytest.raises(InvalidInput, match="a budget names exactly one of"):
+        Budget(**budget)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "heads", "gone"), [(0.29, 100, 29), (0.57, 100, 57), (0.58, 50, 29), (0.5, 7, 3), (0.99, 100, 99)]
+)
+def test_a_whole_number_of_heads_is_met_whatever_the_float_says(fraction, heads, gone):
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    scores = HeadScores("test", {"a": torch.arange(float(heads))}, {"a": SiteShape(HeadMap.uniform(heads), 8, 8, 32, 100, 0)})
+    assert plan(scores, Budget(heads=fraction)).removed_heads == gone
 
 
 def table(rest: int = 1000) -> tuple[HeadScores, LatencyTable]:

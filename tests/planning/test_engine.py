@@ -142,3 +142,17 @@ def test_a_recipe_plans_for_its_engine():
     options = planning_options(parse_recipe(content, "of a test"))
     chosen = plan(score(llama(), criterion="magnitude_l1"), Budget(heads=0.5), **options)
     assert [str(found) for found in head_maps(chosen)] == ["4q/4kv", "4q/4kv"]
+
+
+def test_stock_classes_take_head_counts_that_divide_the_hidden_size_where_the_whole_model_did():
+    asks, does_not = (SiteShape(HeadMap.uniform(12), 8, 8, hidden, 100, 70) for hidden in (48, 40))
+    allowed = lambda shape: [n for n in range(1, 13) if get_engine("stock").allows(shape, HeadMap.uniform(n), 1)]  # noqa: E731
+    assert allowed(asks) == [1, 2, 3, 4, 6, 8, 12]
+    assert allowed(does_not) == list(range(1, 13))
+
+
+def test_key_value_heads_can_be_spread_over_the_devices_of_vllm():
+    """Over 4 devices: a multiple of 4 of them, or 1 or 2, which are copied."""
+    shape = SiteShape(HeadMap.uniform(24, 12), 8, 8, 48, 100, 70)
+    uniform = (HeadMap.uniform(4 * kv_heads, kv_heads) for kv_heads in range(1, 13))
+    assert [left.kv_heads for left in uniform if get_engine("vllm").allows(shape, left, 4)] == [1, 2, 4, 8, 12]

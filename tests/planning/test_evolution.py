@@ -3,9 +3,10 @@ import torch
 from tiny_models import llama, tokens
 
 from headprune.errors import InvalidInput
+from headprune.head_map import HeadMap
 from headprune.models import gated
 from headprune.planning import Budget, PruningPlan, evolve, masked_fitness, plan
-from headprune.scoring import score
+from headprune.scoring import HeadScores, SiteShape, score
 
 BATCHES = [{"input_ids": tokens(3, 8, seed), "labels": tokens(3, 8, seed)} for seed in range(2)]
 
@@ -39,6 +40,26 @@ def test_the_search_finds_planted_counts_and_never_costs_more(quantity):
     assert list(found.history) == sorted(found.history, reverse=True)
     for name, heads in found.plan.items():  # within a site the scores decide
         assert set(heads) == set(scores[name].topk(len(heads)).indices.tolist())
+
+
+def unlike() -> HeadScores:
+    """A layer of small heads and one whose heads cost three times as much."""
+    shapes = {name: SiteShape(HeadMap.uniform(6), 8, 8, 32, size, 0) for name, size in (("small", 100), ("large", 300))}
+    return HeadScores("test", {name: torch.arange(6.0) for name in shapes}, shapes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_fitter_but_costs_more_is_not_taken(seed):
+    origin = plan(unlike(), Budget(params=0.5), allocation="uniform")  # 3 * 100 + 3 * 300
+    found = evolve(origin, lambda plans: [-len(one["large"]) for one in plans], generations=10, seed=seed).plan
+    assert found.keep == origin.keep  # a small head for a large one is 200 too much
+
+
+@pytest.mark.parametrize("min_heads", [0, 1, 2])
+def test_a_site_keeps_as_many_heads_as_are_asked_for(min_heads):
+    origin = plan(unlike(), Budget(params=0.5), allocation="uniform")
+    found = evolve(origin, lambda plans: [len(one["large"]) for one in plans], generations=10, min_heads=min_heads)
+    assert len(found.plan["large"]) == min_heads
 
 
 def test_a_search_on_the_loss_does_not_end_worse_than_it_began():

@@ -57,6 +57,44 @@ def test_a_quantity_of_large_numbers_is_never_exceeded():
     assert target - 123_457_891 < sum(option.cost for option in found) <= target
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_costs_without_a_common_divisor_are_rounded_against_the_choice_never_for_it(seed):
+    """Rounding up takes less than one step from each site, so the choice is at least as good as the best with that much less."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    sites = [
+        [Option(frozenset(range(k)), draw(500_000, 900_000) * (5 - k), 0.7**-k + draw(0, 99) / 999) for k in range(5)]
+        for _ in range(7)
+    ]
+    target = draw(9_000_000, 12_000_000)
+    step = -(-target // 10_000)
+    found = cheapest(sites, target)
+    less = [choice for choice in product(*sites) if sum(option.cost for option in choice) <= target - len(sites) * step]
+    assert sum(option.cost for option in found) <= target
+    assert sum(option.error for option in found) <= min(sum(option.error for option in choice) for choice in less) + 1e-9
+
+
+def test_a_choice_above_the_target_by_less_than_a_step_is_not_taken():
+    """Steps of 3: the target is 6669 of them and a rest, and so is 20 009, which is one too many."""
+    site = [Option(frozenset(), 20_009, 0.0), Option(frozenset({0}), 10_007, 1.0)]
+    assert cheapest([site], 20_008) == [site[1]]
+    assert cheapest([site], 20_010) == [site[0]]
+
+
+def test_where_only_rounding_forbids_the_smallest_choice_it_is_taken():
+    """Steps of 3: 10 007 is 3336 of them, twice that is more than the 6671 of the target, which the costs themselves just meet."""
+    sites = [[Option(frozenset(), 20_011, 0.0), Option(frozenset({0}), 10_007, 1.0)]] * 2
+    assert [option.cost for option in cheapest(sites, 2 * 10_007)] == [10_007, 10_007]
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform", "optimal"])
+@pytest.mark.parametrize("granularity", ["query_head", "kv_group"])
+def test_a_budget_that_a_site_can_meet_to_the_head_takes_no_head_more(allocation, granularity):
+    scores = scores_of([4.0, 1.0, 3.0, 2.0, 8.0, 5.0, 7.0, 6.0], kv_heads=4)
+    found = plan(scores, Budget(heads=0.5), allocation=allocation, granularity=granularity)
+    assert found["layer0"] == (4, 5, 6, 7)
+
+
 def test_an_infeasible_budget_names_the_nearest_that_is_met():
     scores = scores_of([1.0, 2.0], [1.0, 2.0])
     for allocation in ("global", "optimal"):

@@ -139,9 +139,16 @@ def test_a_plan_for_another_model_is_refused_with_the_difference():
     chosen.check_fits(llama(seed=5))
 
 
-@pytest.mark.parametrize("keep", [{"nowhere": [0]}, {"model.layers.0.self_attn": [8]}, {"model.layers.0.self_attn": [1, 1]}])
-def test_plans_by_hand_are_checked(keep):
-    with pytest.raises(InvalidPlan):
+@pytest.mark.parametrize(
+    ("keep", "told"),
+    [
+        ({"nowhere": [0]}, "'nowhere'"),
+        ({"model.layers.0.self_attn": [8]}, "query head 8 does not exist"),
+        ({"model.layers.0.self_attn": [1, 1]}, "named more than once"),
+    ],
+)
+def test_plans_by_hand_are_checked(keep, told):
+    with pytest.raises(InvalidPlan, match=told):
         PruningPlan.from_keep(llama(), keep)
 
 

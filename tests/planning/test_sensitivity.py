@@ -66,6 +66,18 @@ def test_a_plan_by_curves_takes_the_heads_of_the_layer_that_tolerates_it():
         plan(scores, Budget(heads=0.25), sensitivity=curves)
 
 
+def test_groups_of_heads_cost_what_the_curve_says_of_all_their_heads():
+    """Of two layers one costs nothing up to two heads and much with four; a group is two heads, so one of each layer goes."""
+    scores = score(llama(), criterion="random")
+    scores = replace(scores, scores={name: torch.arange(8.0) for name in scores})
+    order = dict.fromkeys(scores, tuple(range(8)))
+    curve = (1.0, 1.0, 1.0, 3.0, 9.0, 9.0, 9.0, 9.0, 9.0)
+    curves = Sensitivity("random", 4, 1.0, order, dict.fromkeys(order, curve))
+    assert {shape.head_map.group_sizes for shape in scores.shapes.values()} == {(2, 2, 2, 2)}
+    found = plan(scores, Budget(heads=0.25), allocation="optimal", granularity="kv_group", sensitivity=curves)
+    assert [len(heads) for heads in found.values()] == [6, 6]
+
+
 def test_dips_of_a_curve_do_not_draw_heads():
     scores = score(llama(), criterion="random")
     order = {name: tuple(found.argsort().tolist()) for name, found in scores.items()}

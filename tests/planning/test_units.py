@@ -34,6 +34,14 @@ def test_every_step_leaves_groups_of_one_size(values, kv_heads, protected):
         assert left == set()
 
 
+def test_groups_of_different_sizes_go_by_their_mean():
+    """Three heads of 1 are worth less a head than one of 2, though they sum to more."""
+    head_map = HeadMap((0, 0, 0, 1), 2)
+    scores = HeadScores("by hand", {"a": torch.tensor([1.0, 1.0, 1.0, 2.0])}, {"a": SiteShape(head_map, 8, 8, 32, 100, 70)})
+    units = removable_units(scores, "a", get_engine("headprune"), "kv_group", set(), 1, 0)
+    assert [(unit.heads, unit.score) for unit in units] == [((0, 1, 2), 3.0), ((3,), 2.0)]
+
+
 def test_where_all_key_value_heads_stay_each_step_takes_a_head_of_every_group():
     head_map = HeadMap((0, 0, 1, 1), 2, kv_stay=True)
     scores = HeadScores("by hand", {"a": torch.tensor([1.0, 2.0, 4.0, 3.0])}, {"a": SiteShape(head_map, 8, 8, 32, 100, 0)})

@@ -10,7 +10,7 @@ from tiny_decoders import decoder
 import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
-from headprune.recovery.divergence import common_heads, top_divergence
+from headprune.recovery.divergence import common_heads, squared_difference, top_divergence
 from headprune.recovery.features import catching
 
 
@@ -277,3 +277,8 @@ def test_weights_that_say_nothing_are_refused():
         hp.Distillation(logits=1.0, temperature=0)
     with pytest.raises(InvalidInput, match="unknown distillation term"):
         hp.Distillation(more={"logit": 1.0})
+
+
+def test_a_relative_difference_is_over_the_teachers_mean_square():
+    teacher, valid = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3, dtype=torch.bool)
+    assert float(squared_difference(3 * teacher, teacher, valid, relative=True)) == pytest.approx(4.0)

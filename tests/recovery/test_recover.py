@@ -267,10 +267,12 @@ def test_a_recovery_by_another_teacher_or_other_data_is_another(other, named, tm
         hp.recover(pruned_llama()[1], **options | other)
 
 
-@pytest.mark.parametrize("wrong", [{"max_grad_nrm": 1.0}, {"method_options": {"rnk": 2}, "method": "lora"}])
-def test_a_refused_argument_can_be_put_right_in_the_same_folder(wrong, tmp_path):
+@pytest.mark.parametrize(
+    ("wrong", "told"), [({"max_grad_nrm": 1.0}, "max_grad_nrm"), ({"method_options": {"rnk": 2}, "method": "lora"}, "rnk")]
+)
+def test_a_refused_argument_can_be_put_right_in_the_same_folder(wrong, told, tmp_path):
     options = {"steps": 2, "output_dir": tmp_path / "run"}
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match=told):
         hp.recover(pruned_llama()[1], text_batches(), **options, **wrong)
     assert hp.recover(pruned_llama()[1], text_batches(), **options).steps == 2
 

@@ -124,6 +124,12 @@ def test_rate_rewinding_repeats_the_last_rates_from_the_present_weights():
     assert rates == [original(step) for step in range(40, 45)]
 
 
+def test_the_last_rate_goes_on_behind_the_end():
+    rewind = hp.recovery.RateRewind(float, first=3, last=6)
+    assert rewind.steps == 3
+    assert [rewind(step) for step in range(5)] == [3.0, 4.0, 5.0, 5.0, 5.0]
+
+
 def wrong_file(folder):
     save_file({"weight": torch.zeros(2)}, folder / "other.safetensors")
     return folder / "other.safetensors"

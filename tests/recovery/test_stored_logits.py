@@ -47,6 +47,17 @@ def test_a_killed_pass_goes_on(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 
+def test_a_pass_that_was_killed_before_it_had_said_what_it_stores_goes_on(tmp_path):
+    """Between the first batch's file and teacher.json there is a moment."""
+    dense, pruned = pruned_llama()
+    batches = text_batches(2)
+    hp.recovery.store_logits(dense, batches, tmp_path)
+    expected = hp.recovery.loss(pruned, batches[0], tmp_path, hp.Distillation(logits=1.0))
+    (tmp_path / "teacher.json").unlink()
+    hp.recovery.store_logits(dense, batches, tmp_path)
+    assert torch.equal(hp.recovery.loss(pruned, batches[0], tmp_path, hp.Distillation(logits=1.0)), expected)
+
+
 def test_logits_of_a_plain_module_are_stored_through_its_loss(tmp_path):
     dense, pruned, batches, loss_fn = pruned_classifier()
     folder = hp.recovery.store_logits(dense, batches, tmp_path, top=5, temperature=1.0, loss_fn=loss_fn)

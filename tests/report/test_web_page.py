@@ -111,7 +111,7 @@ def test_a_name_in_the_recipe_cannot_end_the_script(written, tmp_path):
 
 
 def test_a_folder_without_scores_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="scores"):
         hp.report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -71,8 +71,14 @@ def test_steps_end_at_the_given_targets():
     assert targets(0.5, None, 0.2, "linear") == [0.2, 0.4, 0.5]
     assert targets(0.5, 2, None, "cubic") == [pytest.approx(0.5 * (1 - 0.5**3)), 0.5]
     assert targets(0.75, 2, None, "geometric") == [pytest.approx(0.5), 0.75]
-    for wrong in ({"steps": 0}, {"steps": 2, "per_step": 0.1}, {"per_step": 1.5}, {"spacing": "cubical", "steps": 2}):
-        with pytest.raises(InvalidInput):
+    wrongs = {
+        "steps is 0": {"steps": 0},
+        "give one of them": {"steps": 2, "per_step": 0.1},
+        "per_step is 1.5; expected a fraction": {"per_step": 1.5},
+        "Did you mean 'cubic'": {"spacing": "cubical", "steps": 2},
+    }
+    for told, wrong in wrongs.items():
+        with pytest.raises(InvalidInput, match=told):
             schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), loss_fn=loss, **wrong)
 
 

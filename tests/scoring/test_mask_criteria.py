@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,28 @@ def test_truncated_orders_share_what_is_left_evenly():
     assert (marginals != 0).sum(dim=1).tolist() == [3, 3, 3]
 
 
+def test_heads_behind_the_cut_of_an_order_share_the_rest_of_the_loss():
+    """40 heads, of which the first three cost 1 and each one 0.001 besides: what is left after a block of 5 is 35 times that."""
+    nearly_saturating = lambda masks: torch.tensor([min(3, int((row == 0).sum())) + 1e-3 * int((row == 0).sum()) for row in masks])  # noqa: E731
+    marginals = permutation_marginals(nearly_saturating, 0.0, 40, 3, torch.Generator().manual_seed(0), stop=0.02)
+    expected = torch.tensor([1e-3] * 37 + [1.001] * 3, dtype=torch.float64)
+    for order in marginals:
+        assert torch.allclose(order.sort().values, expected, atol=1e-6)
+
+
+def test_the_interval_of_equal_orders_is_that_of_a_mean():
+    """mean +- z s / sqrt(n), s the sample deviation; z of 95 % is 1.959964."""
+    model, loss_fn, batch = on_states(Layers(1))
+    observed = next(iter(scoring.observe(model, [batch], {"shapley"}, loss_fn=loss_fn).values()))
+    rows = torch.randn(7, observed.shape.head_map.query_heads, generator=torch.Generator().manual_seed(0))
+    low, high = shapley_interval(replace(observed, shapley=rows, shapley_samples=torch.full((7,), 3.0)))
+    half = 1.959964 * rows.std(dim=0, correction=1) / math.sqrt(7)
+    assert torch.allclose(low, rows.mean(dim=0) - half, atol=1e-5)
+    assert torch.allclose(high, rows.mean(dim=0) + half, atol=1e-5)
+    alone = shapley_interval(replace(observed, shapley=rows[:1], shapley_samples=torch.ones(1)))
+    assert all(bound.isnan().all() for bound in alone)
+
+
 def test_shapley_scores_of_a_model_are_exact_over_all_orders(monkeypatch):
     """Enough random orders come near the enumeration of all, and the interval says how near."""
     torch.manual_seed(0)
@@ -123,6 +146,28 @@ def test_regression_recovers_a_linear_loss():
     assert torch.allclose(ridge(removed, removed @ planted + 7, weights), planted, atol=1e-4)
     noisy = removed @ planted + 0.1 * torch.randn(60, generator=generator, dtype=torch.float64)
     assert (ridge(removed, noisy, weights) - planted).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_ridge_is_the_one_of_least_generalised_cross_validation(seed):
+    """Brute force: each ridge solved with an intercept that is not shrunk, its degrees of freedom the trace of its hat matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    count, features = 14, 9
+    x = (torch.rand(count, features, generator=generator, dtype=torch.float64) < 0.4).double()
+    y = x @ torch.randn(features, generator=generator, dtype=torch.float64) + 3
+    y = y + torch.randn(count, generator=generator, dtype=torch.float64)
+    weights = torch.rand(count, generator=generator, dtype=torch.float64) * 4 + 0.1
+    w = torch.diag(count * weights / weights.sum())
+    mean = (w @ x).sum(dim=0) / count
+    size = torch.trace((x - mean).T @ w @ (x - mean)) / features
+    padded = torch.cat([x, torch.ones(count, 1, dtype=torch.float64)], dim=1)
+    found = []
+    for ridge_of_mean in torch.logspace(-6, 2, 25, dtype=torch.float64):
+        penalty = torch.diag(torch.cat([torch.full((features,), float(ridge_of_mean * size)), torch.zeros(1)])).double()
+        solving = torch.linalg.solve(padded.T @ w @ padded + penalty, padded.T @ w)
+        residual, freedom = y - padded @ (solving @ y), torch.trace(padded @ solving)  # the intercept is one degree of freedom
+        found.append((float(residual @ w @ residual / (count - freedom) ** 2), (solving @ y)[:features]))
+    assert torch.allclose(ridge(x, y, weights), min(found, key=lambda one: one[0])[1], atol=1e-8)
 
 
 def test_regression_of_a_model_is_the_ridge_of_its_own_trials():

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from headprune import scoring
 from headprune.errors import InvalidInput
 from headprune.planning import Budget, plan
 from headprune.scoring import HeadScores, Observations, observe
+from headprune.scoring.observations import SiteObservations
 
 NEEDS = {"gate_gradient", "gram", "weights"}
 
@@ -34,6 +36,26 @@ def same(first: Observations, second: Observations) -> None:
                 assert torch.allclose(value, getattr(second[name], field), rtol=1e-12, atol=0), field
             else:
                 assert value == getattr(second[name], field)
+
+
+SUMS = {"input_gram", "input_sum", "tokens", "movement", "distance_sum", "distance_rows"}  # as SiteObservations describes them
+OF_THE_MODEL = {"weight_l1", "weight_l2", "weight_max", "weight_count", "output_gram", "output_l1"}
+
+
+def test_two_sets_of_data_merge_by_what_each_value_is():
+    """Sums are added, values of the model alone and of generated tokens stay, all others are rows of samples or trials."""
+    site = next(iter(observe(llama(), batches_for(1), {"weights"}).values()))
+    names = [entry.name for entry in fields(SiteObservations) if "need" in entry.metadata]
+    first, second = ({name: torch.full((2, 3), value) for name in names} for value in (1.0, 5.0))
+    merged = replace(site, **first).merged(replace(site, **second))
+    for name in names:
+        if name in SUMS:
+            expected = first[name] + second[name]
+        elif name in OF_THE_MODEL or name.startswith("probe_"):
+            expected = first[name]
+        else:
+            expected = torch.cat([first[name], second[name]])
+        assert torch.equal(getattr(merged, name), expected), name
 
 
 def test_a_killed_pass_goes_on_behind_the_batches_that_it_had_saved(tmp_path, monkeypatch):

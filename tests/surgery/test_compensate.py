@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +128,47 @@ def test_the_normal_equations_give_the_ridge_solution():
     error = (residual.double() - padded @ found).square().sum()
     assert equations.error(found) == pytest.approx(float(error), rel=1e-4)
     assert equations.solve(ridge, bias=False)[-1].abs().max() == 0
+
+
+def drawn(tokens: int, inputs: int = 6, outputs: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inputs [tokens, inputs], residual [tokens, outputs]) that a linear layer explains in part."""
+    x = torch.randn(tokens, inputs)
+    return x, x @ torch.randn(inputs, outputs) + torch.randn(tokens, outputs)
+
+
+def test_the_equations_of_some_columns_are_those_of_their_inputs_and_of_what_their_weights_leave():
+    torch.manual_seed(0)
+    x, residual = drawn(50)
+    columns, weight, counts = torch.tensor([0, 2, 5]), torch.randn(4, 3), torch.rand(50)
+    whole, part = NormalEquations.empty(6, 4), NormalEquations.empty(3, 4)
+    whole.add(x, residual, counts)
+    part.add(x[:, columns], residual - x[:, columns] @ weight.T, counts)
+    found = whole.about(columns, weight)
+    for name in ("gram", "cross", "squares"):
+        torch.testing.assert_close(getattr(found, name), getattr(part, name), rtol=1e-4, atol=1e-4)
+    assert found.tokens == 50
+
+
+def test_what_the_held_out_tokens_have_chosen_is_solved_once_more_with_them():
+    torch.manual_seed(0)
+    x, residual = drawn(70)
+    train, held_out = NormalEquations.empty(6, 4), NormalEquations.empty(6, 4)
+    train.add(x[:40], residual[:40])
+    held_out.add(x[40:], residual[40:])
+    old, part = (torch.zeros(4, 6, dtype=torch.float64), None), SimpleNamespace(name="feed-forward")
+    for join, used in ((False, 40), (True, 70)):
+        report, (weight, _) = compensate.resolve(part, None, old, train, held_out, get_solver("least_squares"), join)
+        gram, cross = (x[:used].T @ x[:used]).double(), (x[:used].T @ residual[:used]).double()
+        damped = gram + report.ridge * gram.diagonal().mean() * torch.eye(6)
+        torch.testing.assert_close(weight.T, torch.linalg.solve(damped, cross), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(2, 7), (64, 1), (5, 5)])
+def test_every_sample_counts_alike_however_long_it_is(lengths):
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    of_samples = compensate.sample_weights(valid).split(lengths)
+    assert [float(weights.sum()) for weights in of_samples] == pytest.approx([64.0, 64.0])
+    assert all((weights == weights[0]).all() for weights in of_samples)
 
 
 def test_a_redundant_head_is_replaced_without_loss():

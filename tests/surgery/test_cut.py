@@ -294,6 +294,8 @@ def test_a_dry_run_tells_what_pruning_saves_and_changes_nothing():
     # fp32; keys and values of 8 features for each of 2 x 4 key/value heads, of which 2 stay.
     assert done.savings.cache_bytes == (512, 128)
     assert done.savings.query_heads == (16, 3)
+    # 2 a weight: of 32 inputs and outputs, with 64 + 2 * 32 + 64 features in each of two layers, then 24 + 2 * 16 + 24 in one.
+    assert done.savings.projection_flops == (2 * 2 * 32 * 192, 2 * 32 * 80)
 
 
 def test_the_cut_needs_no_more_memory_than_one_projection_beside_the_model():

@@ -46,6 +46,7 @@ def test_models_and_folders_tell_the_same(tmp_path):
     told = hp.diff(dense, small)
     assert told.removed == {"model.layers.0.self_attn": (2, 4, 5, 6, 7), "model.layers.1.self_attn": (0, 1, 2, 3, 4, 5)}
     assert told.savings.cache_bytes == (2 * 4 * 16 * 2, 3 * 16 * 2)
+    assert told.savings.projection_flops == (2 * 2 * 32 * 192, 2 * 32 * (80 + 48))
     assert told.savings.parameters == (dense.num_parameters(), small.num_parameters())
     for before, after in ((dense, tmp_path / "small"), (tmp_path / "dense", small), (tmp_path / "dense", str(tmp_path / "small"))):
         assert hp.diff(before, after) == told

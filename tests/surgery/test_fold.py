@@ -64,9 +64,9 @@ def test_gates_that_do_not_fit_are_refused_and_nothing_is_changed():
     model = bert()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     good = {attention_sites(model)[0].name: torch.zeros(4)}
-    for wrong in ({"encoder.layer.9.attention": torch.ones(4)}, {"encoder.layer.1.attention": torch.ones(3)}):
-        with pytest.raises(InvalidInput):
-            fold_gates(model, {**good, **wrong})
+    for name, heads, told in (("encoder.layer.9.attention", 4, "layer.9"), ("encoder.layer.1.attention", 3, "expected 4 finite")):
+        with pytest.raises(InvalidInput, match=told):
+            fold_gates(model, {**good, name: torch.ones(heads)})
     with pytest.raises(InvalidInput, match="finite"):
         fold_gates(model, {**good, "encoder.layer.1.attention": torch.tensor([1.0, float("nan"), 1.0, 1.0])})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
