@@ -70,13 +70,13 @@ class HeadScores(Mapping[str, Tensor]):
         return agreement({name: self[name] for name in reached}, {name: other[name] for name in reached}, keep)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """Site name -> its scores (null: unreached), spread and shape."""
+        """Site name -> its scores and spread (null: unreached) and shape."""
         sites = {}
         for name in self:
-            scores = None if name in self.unreached else self[name].tolist()
-            sites[name] = {"scores": scores, "shape": self.shapes[name].to_json()}
+            reached = name not in self.unreached
+            sites[name] = {"scores": self[name].tolist() if reached else None, "shape": self.shapes[name].to_json()}
             if self.spread is not None:
-                sites[name]["spread"] = self.spread[name].tolist()
+                sites[name]["spread"] = self.spread[name].tolist() if reached else None
         return sites
 
     @classmethod
@@ -88,7 +88,7 @@ class HeadScores(Mapping[str, Tensor]):
         scores = {name: torch.tensor(nothing.get(name, site["scores"]), dtype=torch.float32) for name, site in sites.items()}
         spread = None
         if sites and all("spread" in site for site in sites.values()):
-            spread = {name: torch.tensor(site["spread"], dtype=torch.float32) for name, site in sites.items()}
+            spread = {name: torch.tensor(nothing.get(name, site["spread"]), dtype=torch.float32) for name, site in sites.items()}
         return cls(criterion, scores, shapes, spread, unreached)
 
     def save(self, path: str | Path) -> None:

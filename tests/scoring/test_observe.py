@@ -109,11 +109,14 @@ def test_attentions_that_no_data_reach_are_an_error_or_stay_whole_but_are_never_
     scores.save(tmp_path / "scores.json")
     again = HeadScores.load(tmp_path / "scores.json")
     assert again.unreached == scores.unreached
+    assert (again.spread is None) == (scores.spread is None)
     chosen = plan(again, Budget(heads=0.25))
     assert len(chosen[UNREACHED]) == 8
     assert chosen.removed_heads == 4
     chosen.save(tmp_path / "plan.json")
     assert type(chosen).load(tmp_path / "plan.json").scores.unreached == scores.unreached
+    for name in ("scores.json", "plan.json"):  # JSON knows no NaN: what is not there is null
+        assert "NaN" not in (tmp_path / name).read_text()
 
 
 def test_a_batch_that_leaves_a_site_out_counts_as_samples_without_gradient():
