@@ -113,6 +113,8 @@ def test_fresh_weights_of_any_module_or_a_clear_refusal():
     new = with_fresh_weights(layer, 1)
     assert not torch.equal(new.self_attn.in_proj_weight, layer.self_attn.in_proj_weight)
     assert same(new.state_dict(), with_fresh_weights(layer, 1).state_dict())
+    # As the constructor leaves it: an attention draws the weights of its parts after they have drawn them by themselves.
+    assert not new.self_attn.out_proj.bias.any()
 
     class Own(nn.Module):
         def __init__(self) -> None:
