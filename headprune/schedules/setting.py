@@ -84,7 +84,7 @@ class Setting:
             several(found.train, "train")
         if isinstance(found.train, Sequence) and not found.train:
             raise InvalidInput("the training data is empty; give at least one batch, or leave train out.")
-        found.refuse_infeasible(shapes_of(dense))
+        found.refuse_infeasible(shapes_of(found.dense))
         return found
 
     def with_recovery(self, recover: Recover | None) -> Setting:

@@ -91,6 +91,12 @@ def test_learning_rate_rewinding_keeps_the_weights():
     assert same(training.begun[1], sliced(trained, found.plan))
 
 
+def test_a_compiled_model_is_pruned_as_the_model_inside():
+    options = {"recover": short_training, "steps": 1, "loss_fn": loss}
+    plain, compiled = (schedules.lottery_ticket(one, batches(), HALF, **options) for one in (tiny(), torch.compile(tiny())))
+    assert same(compiled.model.state_dict(), plain.model.state_dict())
+
+
 def test_the_control_has_the_heads_and_fresh_weights(tmp_path):
     training = Noting()
     options = {"recover": training, "steps": 1, "control": True, "loss_fn": loss, "folder": tmp_path / "run"}
