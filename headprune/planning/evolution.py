@@ -17,6 +17,7 @@ from torch import nn
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.models import attention_sites
+from headprune.models.batches import several
 from headprune.planning.budget import Budget
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.planning.sensitivity import removal_order
@@ -154,8 +155,9 @@ def masked_fitness(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFun
 
     batches, loss_fn: as for `hp.observe`. rows: how many samples a forward pass may hold.
     """
+    check_arguments(masked_fitness, locals())
     masked = MaskedLosses(model, attention_sites(model), loss_fn, rows)
-    runs = [masked.on(batch) for batch in batches]
+    runs = [masked.on(batch) for batch in several(batches)]
     if not runs:
         raise InvalidInput("the calibration set is empty; a search needs at least one batch.")
     if not any(run.reached for run in runs):

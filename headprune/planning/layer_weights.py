@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.planning.budget import Budget
 from headprune.planning.engine import get_engine
@@ -76,6 +77,7 @@ def search_layer_weights(
 
     Raises what `hp.plan` raises, InvalidInput where trials is below 1, the allocation is "uniform" or an error is NaN.
     """
+    check_arguments(search_layer_weights, locals())
     whole_number("trials", trials)
     if (options.get("allocation") or get_engine(options.get("target", "headprune")).allocation) == "uniform":
         raise InvalidInput("weights of layers change nothing where every layer loses the same share; take another allocation.")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
 from headprune.models.gating import gate_columns, output_input_hook
@@ -53,6 +54,7 @@ def masked_losses(
     Raises InvalidInput for masks of an unknown site or another shape, of a site that the batch does not run through, for a
     loss that is missing, unknown or not finite.
     """
+    check_arguments(masked_losses, locals())
     with own_attention(model):
         return MaskedLosses(model, attention_sites(model, quantised=True), loss_fn, rows).on(batch).losses(masks)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.files import read_json, write_json
 from headprune.models.identity import ModelIdentity
@@ -64,6 +65,7 @@ class HeadScores(Mapping[str, Tensor]):
 
         Raises InvalidInput where the sites or head counts differ.
         """
+        check_arguments(HeadScores.compare, locals())
         if self.shapes != other.shapes:
             raise InvalidInput(f"{self.criterion} and {other.criterion} score different models: their sites differ.")
         reached = [name for name in self if name not in self.unreached | other.unreached]
