@@ -46,7 +46,8 @@ class HeadScores(Mapping[str, Tensor]):
             if name not in self.unreached and torch.isnan(scores).any():
                 heads_with_nan = torch.isnan(scores).nonzero().flatten().tolist()
                 raise InvalidInput(
-                    f"{self.criterion} scores of {name} are NaN for heads {heads_with_nan}; check the data and the loss."
+                    f"{self.criterion} scores of {name} are NaN for heads {heads_with_nan}; check the data and the loss, and "
+                    "look for NaN in the weights or overflow in low precision."
                 )
 
     def __getitem__(self, name: str) -> Tensor:
