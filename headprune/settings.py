@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from headprune.errors import InvalidInput
@@ -49,13 +49,17 @@ def same_setting(one: Any, other: Any) -> bool:
 
 
 def described(value: Any) -> Any:
-    """`value` as JSON: functions and other objects by their names."""
+    """`value` as JSON, the same in every process, whose sets of names have each another order: functions and other objects by their
+    names."""
     if is_dataclass(value) and not isinstance(value, type):
         return {"kind": type(value).__name__, **described(asdict(value))}
     if isinstance(value, Mapping):
         return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset, range)):
-        return [described(item) for item in value]
+        ordered = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+        return [described(item) for item in ordered]
+    if isinstance(value, PurePath):
+        return str(value)
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     return getattr(value, "__qualname__", type(value).__qualname__)

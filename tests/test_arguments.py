@@ -13,12 +13,14 @@ import headprune as hp
 from headprune.arguments import check_arguments, fits, hints_of
 from headprune.evaluation import compare
 from headprune.planning import sensitivity
+from headprune.scoring.masked_losses import masked_losses
 
 BATCHES = [{"input_ids": rows, "labels": rows} for rows in tokens(8, 12).split(4)]
 HALF = hp.Budget(heads=0.5)
 MODEL = llama()
 SCORES = hp.score(MODEL, BATCHES)
 PLAN = hp.plan(SCORES, HALF)
+SITE = next(iter(SCORES))
 OBSERVED = hp.observe(MODEL, BATCHES, {"gate_gradient"})
 QUERY, KEY = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
 STARTS = torch.tensor([0, 3, 5], dtype=torch.int32)
@@ -48,6 +50,20 @@ A_MODULE = r"model is .*; expected a torch\.nn\.Module"
         (lambda: hp.score_observations(None, "fisher"), r"observed is None; expected Observations \(hp\.observe gives them\)"),
         (lambda: hp.portraits(None), r"observed is None; expected Observations \(hp\.observe gives them\)"),
         (lambda: hp.ranking_stability(OBSERVED, "fisher", keep=50), "keep is 50; expected the fraction of the heads that stay"),
+        (lambda: SCORES.compare(None), r"other is None; expected HeadScores \(hp\.score gives them\)"),
+        (lambda: SCORES.compare(SCORES, keep="half"), "keep is 'half'; expected a number"),
+        (lambda: hp.scoring.block_fisher(SCORES), r"observed is HeadScores.*; expected Observations \(hp\.observe gives them\)"),
+        (lambda: masked_losses(MODEL, BATCHES[0], None), "masks is None; expected a dict"),
+        (lambda: masked_losses(MODEL, BATCHES[0], {}, rows=0.5), r"rows is 0\.5; expected a whole number or None"),
+        (lambda: hp.planning.diverse(None, OBSERVED), r"scores is None; expected HeadScores \(hp\.score gives them\)"),
+        (lambda: hp.planning.diverse(SCORES, OBSERVED, "much"), "strength is 'much'; expected a number"),
+        (lambda: hp.planning.fisher_mask_search(SCORES, HALF), r"observed is HeadScores.*; expected Observations"),
+        (lambda: hp.planning.search_layer_weights(SCORES, HALF, 0.5), r"error is 0\.5; expected a function"),
+        (lambda: hp.planning.masked_fitness(MODEL, BATCHES[0]), "batches is one dict; expected a list of batches: put it into one"),
+        (lambda: sensitivity(MODEL, BATCHES[0], SCORES), "batches is one dict; expected a list of batches: put it into one"),
+        (lambda: hp.surgery.fold_gates(MODEL, None), "gates is None; expected a dict"),
+        (lambda: hp.surgery.fold_gates(MODEL, {SITE: [1] * 8}), r"gates of .*: \[1, 1.*; expected a tensor of 8 finite numbers"),
+        (lambda: hp.evaluation.paired_bootstrap(None, None), "first is None; expected Metric"),
         (lambda: hp.causal_losses(MODEL, None), "batch is None; expected a dict"),
         (lambda: hp.causal_losses(MODEL, BATCHES[0], tokens=-1), "tokens is -1; expected a whole number, 1 or more"),
         (lambda: hp.criterion("mine", needs=None, source="", cost=""), "needs is None; expected a list"),

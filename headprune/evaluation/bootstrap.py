@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headprune.errors import InvalidInput
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, whole_number
 from headprune.evaluation.metric import Metric
 
 RESAMPLES = 1000
@@ -37,6 +38,8 @@ def paired_bootstrap(first: Metric, second: Metric, level: float = 0.95, resampl
     Examples that depend on one another (overlapping windows of one text) make it too narrow. Raises InvalidInput where the metrics
     have different numbers of examples, or the level is not in (0, 1).
     """
+    check_arguments(paired_bootstrap, locals())
+    whole_number("resamples", resamples)
     count = len(first.rows)
     if count != len(second.rows):
         raise InvalidInput(f"the models were measured on {count} and {len(second.rows)} examples; a pair needs the same ones.")

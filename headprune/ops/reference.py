@@ -56,7 +56,7 @@ def probabilities(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     nothing = (denominators == float("-inf")).all(dim=3)  # also where there is no key; logsumexp's gradient would be NaN
     denominators = denominators.masked_fill(nothing[..., None], 0.0)
     lse = torch.logsumexp(denominators, dim=3).masked_fill(nothing, float("-inf"))
-    attends = allowed.any(dim=3) & lse.isfinite()
+    attends = allowed.any(dim=3) & (lse != float("-inf"))  # a row of NaN or infinite scores gives NaN, not 0
     probs = torch.softmax(denominators, dim=3)[..., : call.kv_len]  # not from the lse, which has lost digits of large scores
     probs = probs.masked_fill(~(allowed & attends[..., None]), 0.0)
     return scores, allowed, lse, attends, probs
@@ -83,7 +83,7 @@ def attention_stats(call: AttentionCall, scores: Tensor, probs: Tensor, lse: Ten
         first = probs.gather(3, first_valid_key(call)[:, None, None, None].expand(*probs.shape[:3], 1)).squeeze(3)
         max_prob, max_logit = probs.amax(dim=3), scores.amax(dim=3)
     max_logit = max_logit.masked_fill(~counted, float("-inf"))
-    entropy = -torch.where(probs > 0, probs * (scores - lse[..., None]), 0.0).sum(dim=3)
+    entropy = -torch.where(probs != 0, probs * (scores - lse[..., None]), 0.0).sum(dim=3)
     distance = (probs * distances(call).to(probs.dtype)).sum(dim=3)
     top = max_logit.amax(dim=2) if call.query_len else max_logit.new_full(max_logit.shape[:2], float("-inf"))
     fields = [row_mean(entropy), row_mean(max_prob), top, row_mean(first), row_mean(distance), row_mean(output.norm(dim=3))]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
 from headprune.scoring.activations import head_similarity
 from headprune.scoring.observations import Need, Observations
@@ -28,6 +29,7 @@ def diverse(scores: HeadScores, observed: Observations, strength: float = 1.0) -
 
     Raises InvalidInput for negative scores, a strength outside [0, 1], or where the Gram matrices were not observed.
     """
+    check_arguments(diverse, locals())
     if not 0 <= strength <= 1:
         raise InvalidInput(f"strength is {strength}; expected 0 (scores alone) to 1 (a perfect copy goes for nothing).")
     found = {}

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from headprune.errors import InvalidInput
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, whole_number
 from headprune.models import attention_sites
+from headprune.models.batches import several
 from headprune.planning.budget import Budget
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.planning.sensitivity import removal_order
@@ -47,24 +49,28 @@ def evolve(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evolution:
-    """Improves `plan`, which must have scores and a budget: within each layer its scores say which heads go.
+    """Improves `plan`, which must have scores and a budget: within each layer its scores alone say which heads go.
 
     Args:
         fitness: plans -> one number each, lower is better; `masked_fitness` is the calibration loss, without compensation.
         children: plans tried in each generation, each once in the whole search.
         switches: how many heads a child moves from one layer to another at most. No child costs more than `plan`.
 
-    Raises InvalidInput for a plan without scores or budget.
+    Raises InvalidInput for a plan without scores or budget, for one whose heads do not go by its scores (some are protected, or go
+    by groups), and for a fitness that is NaN.
     """
-    space = Space.of(plan, min_heads)
+    check_arguments(evolve, locals())
+    for name, value, least in (("generations", generations, 0), ("children", children, 1), ("switches", switches, 1)):
+        whole_number(name, value, least)
+    space = Space.of(plan, whole_number("min_heads", min_heads, least=0))
     source, best = random.Random(seed), space.start
-    (start,) = fitness([space.plan(best)])
+    (start,) = measured(fitness, [space.plan(best)])
     level, history, seen = start, [], {best}
     for done in range(generations):
         tried = {space.mutated(best, source, switches) for _ in range(4 * children)} - seen
         offspring = sorted(tried)[:children] if len(tried) <= children else source.sample(sorted(tried), children)
         seen |= set(offspring)
-        found = list(fitness([space.plan(child) for child in offspring])) if offspring else []
+        found = measured(fitness, [space.plan(child) for child in offspring])
         if found and min(found) < level:
             level = min(found)
             best = offspring[found.index(level)]
@@ -72,6 +78,14 @@ def evolve(
         if progress:
             progress(done + 1, generations)
     return Evolution(space.plan(best), start, level, tuple(history))
+
+
+def measured(fitness: Fitness, plans: Sequence[PruningPlan]) -> list[float]:
+    """One number for each plan. Raises InvalidInput where one is NaN: no plan beside it would be found better."""
+    found = [float(value) for value in fitness(plans)] if plans else []
+    if len(found) != len(plans) or any(value != value for value in found):
+        raise InvalidInput(f"the fitness of {len(plans)} plans is {found!r:.80}; expected as many numbers, none of them NaN.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,14 @@ class Space:
             order[name] = () if name in scores.unreached else removal_order(scores[name].tolist())
             most.append(max(0, len(order[name]) - min_heads))
         limit = sum(budget.cost(plan.shapes[name], plan.head_map(name), name) for name in plan)
-        return cls(plan, budget, order, tuple(most), limit)
+        found = cls(plan, budget, order, tuple(most), limit)
+        for name, heads in found.keep(found.start).items():
+            if heads != plan[name]:
+                raise InvalidInput(
+                    f"at {name} the plan keeps heads {list(plan[name])}, by its scores {list(heads)} would stay, which is what "
+                    "evolution goes by. Give a plan of hp.plan without protect or groups, or use hp.search_plan, which takes them."
+                )
+        return found
 
     @property
     def start(self) -> Counts:
@@ -134,8 +155,9 @@ def masked_fitness(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFun
 
     batches, loss_fn: as for `hp.observe`. rows: how many samples a forward pass may hold.
     """
+    check_arguments(masked_fitness, locals())
     masked = MaskedLosses(model, attention_sites(model), loss_fn, rows)
-    runs = [masked.on(batch) for batch in batches]
+    runs = [masked.on(batch) for batch in several(batches)]
     if not runs:
         raise InvalidInput("the calibration set is empty; a search needs at least one batch.")
     if not any(run.reached for run in runs):

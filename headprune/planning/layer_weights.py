@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.planning.budget import Budget
 from headprune.planning.engine import get_engine
@@ -76,6 +77,7 @@ def search_layer_weights(
 
     Raises what `hp.plan` raises, InvalidInput where trials is below 1, the allocation is "uniform" or an error is NaN.
     """
+    check_arguments(search_layer_weights, locals())
     whole_number("trials", trials)
     if (options.get("allocation") or get_engine(options.get("target", "headprune")).allocation) == "uniform":
         raise InvalidInput("weights of layers change nothing where every layer loses the same share; take another allocation.")
@@ -107,7 +109,7 @@ class Space:
         self.scores, self.budget, self.options, self.error, self.most = scores, budget, options, error, most
         self.progress = progress
         # Weights multiply what a head is above a number below the least, so that negative scores are weighed the right way round.
-        reached = [found.min() for name, found in scores.items() if name not in scores.unreached]
+        reached = [found.min() for name, found in scores.items() if len(found) and name not in scores.unreached]
         self.least = 1.1 * min(0.0, *(float(found) for found in reached)) if reached else 0.0
         self.trials: list[Trial] = []
         self.plans: dict[tuple[float, ...], PruningPlan] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name, whole_number
-from headprune.planning.allocation import Selection, get_allocation
+from headprune.planning.allocation import Selection, Unit, get_allocation
 from headprune.planning.budget import Budget
 from headprune.planning.engine import Engine, get_engine, refuse_conflicts
 from headprune.planning.pruning_plan import PruningPlan
@@ -44,7 +44,8 @@ def plan(
         min_heads: query heads that every site keeps at least; with 0 whole attentions may go, though never all of them.
         protect: sites that lose nothing, or a mapping of site -> heads that must stay (None: all of them).
         multiple_of: every site that loses heads keeps a multiple of this many.
-        sensitivity: measured loss curves (`headprune.planning.sensitivity`) that "optimal" reads in place of sums of scores.
+        sensitivity: measured loss curves (`headprune.planning.sensitivity`) that "optimal" reads in place of sums of scores, where
+            heads go one by one in the order of the scores.
         target: where the model will run, which constrains the plan: "headprune" (anything goes), "llama.cpp" (equal groups, a head
             in layer 0), "vllm" (equal groups, a head in every layer; multiple_of holds for key/value heads too, for tensor
             parallelism), "stock" (all layers alike, so allocation is "uniform"). With equal groups "query_head" takes one head of
@@ -74,11 +75,27 @@ def plan(
         if saves(budget, scores.shapes[name], name)
         for unit in removable_units(scores, name, engine, granularity, protected[name], multiple_of, selection.least(name))
     ]
+    if sensitivity is not None:
+        refuse_other_steps(sensitivity, units)
     # Equal scores go by position, so that a plan does not depend on the order of a hash: sites as they come, their units in order.
     get_allocation(allocation)(selection, sorted(units, key=lambda unit: unit.mean_score))
     keep = {name: tuple(sorted(heads)) for name, heads in selection.kept.items()}
     warn_of_unsettled(scores, keep)
     return PruningPlan(keep, dict(scores.shapes), budget, scores.criterion, scores, scores.made_for)
+
+
+def refuse_other_steps(sensitivity: Sensitivity, units: Iterable[Unit]) -> None:
+    """InvalidInput where other heads would go than those whose loss was measured."""
+    gone: dict[str, set[int]] = {}
+    for unit in units:
+        heads = gone.setdefault(unit.site, set())
+        heads |= set(unit.heads)
+        if heads != set(sensitivity.order[unit.site][: len(heads)]):
+            raise InvalidInput(
+                f"at {unit.site} heads {sorted(heads)} would be the first to go, and the sensitivity has measured heads "
+                f"{sorted(sensitivity.order[unit.site][: len(heads)])}: its curves are of heads one by one in the order of scores. "
+                "Leave out protect, granularity or target, or the sensitivity."
+            )
 
 
 def saves(budget: Budget, shape: SiteShape, site: str) -> bool:

@@ -18,6 +18,7 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json, write_text
 from headprune.models import attention_sites
+from headprune.models.batches import several
 from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.scoring.masked_losses import MaskedLosses
@@ -129,7 +130,7 @@ def sensitivity(
         order = {site.name: removal_order(scores[site.name].tolist()) for site in sites}
         masked, samples = MaskedLosses(model, sites, loss_fn), 0
         dense, totals = 0.0, {site.name: torch.zeros(2 * site.head_map.query_heads, dtype=torch.float64) for site in sites}
-        for done, batch in enumerate(batches, 1):
+        for done, batch in enumerate(several(batches), 1):
             found = masked.on(batch)
             samples, dense = samples + len(found.dense), dense + float(found.dense.sum())
             for name, heads in order.items():

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from headprune.errors import InvalidInput, unknown_name
+from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.models.adapters import attention_sites
 from headprune.models.site import PLAIN_LINEAR, is_conv1d
 
@@ -88,9 +89,13 @@ def lora(
 ) -> Iterator[None]:
     """Low-rank adapters (Hu et al. 2022) through peft, merged into the weights at the end.
 
-    rank, alpha (default 2 rank), dropout: as in peft.LoraConfig. targets: names of linear layers; default all but the output
-    head. Raises InvalidInput where peft is missing or there is nothing to adapt.
+    rank, alpha (default 2 rank), dropout: as in peft.LoraConfig. targets: whole names of linear layers; default all but the output
+    head. Raises InvalidInput where peft is missing, there is nothing to adapt, or an option is none that it can be done with.
     """
+    check_arguments(lora, locals())
+    whole_number("rank", rank)
+    if not 0 <= dropout < 1:
+        raise InvalidInput(f"dropout is {dropout}; expected the share to drop, at least 0 and below 1.")
     try:
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
@@ -99,6 +104,7 @@ def lora(
     names = linear_layers(model) if targets is None else list(targets)
     if not names:
         raise InvalidInput(f"{type(model).__name__} has no linear layer to adapt.")
+    refuse_unadaptable(model, names)
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     settings = LoraConfig(
         r=rank, lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # a fraction works too
@@ -117,6 +123,16 @@ def lora(
             del model.peft_config
         for parameter, was in before.items():
             parameter.requires_grad_(was)
+
+
+def refuse_unadaptable(model: nn.Module, names: Sequence[str]) -> None:
+    """InvalidInput where peft would stop halfway, and leave the adapters that it has put in already."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise unknown_name("linear layer in targets", name, linear_layers(model))
+        if not (isinstance(modules[name], (nn.Linear, nn.Embedding)) or is_conv1d(modules[name])):
+            raise InvalidInput(f"targets has {name}, a {type(modules[name]).__name__}; expected linear layers.")
 
 
 def linear_layers(model: nn.Module) -> list[str]:

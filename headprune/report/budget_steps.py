@@ -30,7 +30,7 @@ def budget_steps(run: RunFolder) -> BudgetSteps:
     """Plans for 0, 1, 2, ... heads (or parts of another quantity) away, by the run's scores and planning options.
 
     The run's own plan stands at its own budget, however it was found. Where the run's options cannot be repeated from the folder
-    (a latency budget, curves that are not there), the steps are of heads in one ranking, and `note` says so.
+    (a latency budget), the steps are of heads in one ranking, and `note` says so.
     """
     if run.ranking is None:
         return BudgetSteps("heads", "none", own_step(run, "heads"), "The plan holds no scores, so there is no order of heads.")
@@ -83,8 +83,5 @@ def own_step(run: RunFolder, quantity: str) -> dict[float, Keep]:
 def planning_options(run: RunFolder) -> dict[str, Any]:
     """What the recipe says about planning, as far as `hp.plan` takes it."""
     section = run.recipe.get("plan") or {}
-    known = set(signature(plan).parameters) - {"scores", "budget", "sensitivity"}
-    options = {name: value for name, value in section.items() if name in known}
-    if run.sensitivity is not None and options.get("allocation") == "optimal":
-        options["sensitivity"] = run.sensitivity
-    return options
+    known = set(signature(plan).parameters) - {"scores", "budget", "sensitivity"}  # a run's curves are for its report alone
+    return {name: value for name, value in section.items() if name in known}

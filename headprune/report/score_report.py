@@ -41,8 +41,7 @@ class ScoreReport:
         """made_for: the model that was observed, which the scores and their plans then name."""
         scores = {name: replace(score_observations(observed, name, normalize), made_for=made_for) for name in names}
         agreements = {(one, other): scores[one].compare(scores[other]) for one, other in combinations(names, 2)}
-        reached = Observations({name: site for name, site in observed.items() if site.reached}, observed.seen)
-        stable = {name: ranking_stability(reached, name) for name in names if can_resample(get_criterion(name))}
+        stable = {name: ranking_stability(observed, name) for name in names if can_resample(get_criterion(name))}
         return cls(scores, agreements, stable, portraits(observed) if portray else None)
 
     def save(self, path: Path) -> list[Path]:

@@ -43,7 +43,7 @@ def by_transformers(model: PreTrainedModel) -> None:
 
 
 def by_module(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+    for name, module in reversed(list(model.named_modules())):  # parts first, as they are made before what holds them
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if reset is not None:
             reset()

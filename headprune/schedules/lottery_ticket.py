@@ -72,7 +72,7 @@ def lottery_ticket(
     check_rewind(recover, rewind, rewind_step, early)
     goals = targets(budget.fraction, 4 if steps is None and per_step is None else steps, per_step, spacing)
     own = {"targets": goals, "rewind": rewind, "rewind_step": rewind_step, "early": named(early), "control": control}
-    record = Record(model, folder, NAME, {**setting.to_json(), **own})
+    record = Record(setting.dense, folder, NAME, {**setting.to_json(), **own})
     first = first_weights(setting, record, rewind_step, early)
     again = setting.with_recovery(repeated_from(recover, rewind_step))
     trained = record.restore()

@@ -76,13 +76,13 @@ def pruning_aware(
     training = GateTraining(steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout, setting.seed)
     check_training(training, method)
     own = {"method": method, "training": asdict(training), "teacher": teacher, "distil": described(distil)}
-    record = Record(model, folder, NAME, {**setting.to_json(), **own})
+    record = Record(setting.dense, folder, NAME, {**setting.to_json(), **own})
     measure_dense(setting, record, NAME)
     if record.present.number:
         return finished(setting, record, NAME, record.restore())
     clock = Clock("step 1 of 1", setting.progress)
     with failing(setting, record, NAME, clock):
-        objective = {"loss_fn": setting.loss_fn, "teacher": model if teacher else None, "distil": distil}
+        objective = {"loss_fn": setting.loss_fn, "teacher": setting.dense if teacher else None, "distil": distil}
         trained = record.restore()
         state = None if record.folder is None else record.folder / "training.pt"
         with own_attention(trained, keep=True):

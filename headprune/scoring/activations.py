@@ -7,11 +7,15 @@ from torch import Tensor
 
 from headprune.scoring.observations import SiteObservations
 
+CONSTANT = 1e-12  # of its mean square: a smaller variance is fp32's rounding of a feature that does not vary
+
 
 def input_covariance(observed: SiteObservations) -> Tensor:
-    """[features, features], fp64: covariance of the projection's inputs over valid tokens."""
-    mean = observed.input_sum / observed.tokens
-    return observed.input_gram / observed.tokens - torch.outer(mean, mean)
+    """[features, features], fp64: covariance of the projection's inputs over valid tokens; 0 for a constant feature."""
+    mean, gram = observed.input_sum / observed.tokens, observed.input_gram / observed.tokens
+    found = gram - torch.outer(mean, mean)
+    constant = found.diagonal() <= CONSTANT * gram.diagonal()
+    return found.masked_fill(constant[:, None] | constant, 0.0)
 
 
 def by_head(features: Tensor, observed: SiteObservations) -> Tensor:

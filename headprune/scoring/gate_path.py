@@ -15,7 +15,7 @@ def gate_gradients(found: MaskedBatch, masks: Masks) -> dict[str, Tensor]:
     Samples are the rows of the model's call. The gradients of a mean loss are scaled up by their number; where masks cannot
     be folded into the batch a sample's gradient is not known by itself, and each sample has their mean.
     """
-    folds = found.owner.structure is not None
+    folds = found.structure is not None
     parts = found.parts(found.checked(masks), rows=None if folds else 1)
     with found.owner.still(grad=True):
         pieces = [by_sample(found, part) if folds else of_all_samples(found, part) for part in parts]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
 from headprune.models.gating import gate_columns, output_input_hook
@@ -53,6 +54,7 @@ def masked_losses(
     Raises InvalidInput for masks of an unknown site or another shape, of a site that the batch does not run through, for a
     loss that is missing, unknown or not finite.
     """
+    check_arguments(masked_losses, locals())
     with own_attention(model):
         return MaskedLosses(model, attention_sites(model, quantised=True), loss_fn, rows).on(batch).losses(masks)
 
@@ -94,7 +96,7 @@ class MaskedLosses:
             if self.folds and not self.fits(found):
                 self.learn(batch, found)
                 found = self.dense_pass(batch)
-        return MaskedBatch(self, batch, found)
+        return MaskedBatch(self, batch, found, self.structure)
 
     def dense_pass(self, batch: Any) -> DensePass:
         found = DensePass()
@@ -189,20 +191,20 @@ class MaskedLosses:
 
 
 class MaskedBatch:
-    """One batch of MaskedLosses. dense: its losses with all heads, [samples], fp32, on the CPU. reached: names of the sites
-    that it runs through, in order."""
+    """One batch of MaskedLosses. structure: of its own pass, since a later batch may run otherwise; None where each mask is run by
+    itself. dense: its losses with all heads, [samples], fp32, on the CPU. reached: names of the sites that it runs through, in
+    order."""
 
-    def __init__(self, owner: MaskedLosses, batch: Any, dense: DensePass) -> None:
-        self.owner, self.batch, self._pass = owner, batch, dense
+    def __init__(self, owner: MaskedLosses, batch: Any, dense: DensePass, structure: RunStructure | None) -> None:
+        self.owner, self.batch, self._pass, self.structure = owner, batch, dense, structure
         self.reached = tuple(dense.reached)
         self.dense = self.by_sample(dense.losses).cpu()
 
     @property
     def samples(self) -> int:
         """How many samples the model's call holds."""
-        structure = self.owner.structure
-        if structure is not None:
-            return batch_size(self._pass.calls[0], structure.arguments)
+        if self.structure is not None:
+            return batch_size(self._pass.calls[0], self.structure.arguments)
         tensors = [leaf for leaf in tree_flatten(self._pass.calls)[0] if isinstance(leaf, Tensor) and leaf.dim()]
         return tensors[0].shape[0] if tensors else 1
 
@@ -257,10 +259,10 @@ class MaskedBatch:
     def starting_at(self, name: str, gates: dict[str, Tensor]) -> Tensor:
         """[masks, samples] of masks that change nothing before site `name`."""
         owner = self.owner
-        if owner.structure is None:
+        if self.structure is None:
             singly = [{other: rows[0] for other, rows in part.items()} for part in self.parts(gates, rows=1)]
             return torch.stack([self.by_sample(owner.alone(self.batch, row)) for row in singly]).cpu()
-        start = name if owner.structure.replays(name) else None
+        start = name if self.structure.replays(name) else None
         if start is None:
             owner.say("a pass cannot start again at every attention: some are run as a whole")
         return torch.cat([self.run(part, start) for part in self.parts(gates)])
@@ -274,7 +276,7 @@ class MaskedBatch:
 
     def folded_pass(self, gates: dict[str, Tensor], times: int, start: str | None = None) -> list[Any]:
         """The output for each mask, from one pass."""
-        owner, found, structure = self.owner, self._pass, self.owner.structure
+        owner, found, structure = self.owner, self._pass, self.structure
         assert structure is not None  # else each mask is run by itself
         gates = {name: rows.to(owner.place) for name, rows in gates.items()}
         output = folded_pass(owner.model, owner.sites, structure, found.calls[0], gates, times, start, found.stored)

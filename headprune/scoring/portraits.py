@@ -117,6 +117,8 @@ def portraits(observed: Observations) -> Portraits:
     check_arguments(portraits, locals())
     found = {}
     for name, site in observed.items():
+        if not site.shape.head_map.query_heads:  # nothing is observed there
+            continue
         for need in (Need.ATTENTION, Need.ATTENTION_PATTERN):
             if not site.has(need):
                 raise InvalidInput(f"portraits need {need.value}, which was not observed at {name}; observe with needs={{{need}}}.")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.files import read_json, write_json
 from headprune.models.identity import ModelIdentity
@@ -45,7 +46,8 @@ class HeadScores(Mapping[str, Tensor]):
             if name not in self.unreached and torch.isnan(scores).any():
                 heads_with_nan = torch.isnan(scores).nonzero().flatten().tolist()
                 raise InvalidInput(
-                    f"{self.criterion} scores of {name} are NaN for heads {heads_with_nan}; check the data and the loss."
+                    f"{self.criterion} scores of {name} are NaN for heads {heads_with_nan}; check the data and the loss, and "
+                    "look for NaN in the weights or overflow in low precision."
                 )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -64,19 +66,20 @@ class HeadScores(Mapping[str, Tensor]):
 
         Raises InvalidInput where the sites or head counts differ.
         """
+        check_arguments(HeadScores.compare, locals())
         if self.shapes != other.shapes:
             raise InvalidInput(f"{self.criterion} and {other.criterion} score different models: their sites differ.")
         reached = [name for name in self if name not in self.unreached | other.unreached]
         return agreement({name: self[name] for name in reached}, {name: other[name] for name in reached}, keep)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """Site name -> its scores (null: unreached), spread and shape."""
+        """Site name -> its scores and spread (null: unreached) and shape."""
         sites = {}
         for name in self:
-            scores = None if name in self.unreached else self[name].tolist()
-            sites[name] = {"scores": scores, "shape": self.shapes[name].to_json()}
+            reached = name not in self.unreached
+            sites[name] = {"scores": self[name].tolist() if reached else None, "shape": self.shapes[name].to_json()}
             if self.spread is not None:
-                sites[name]["spread"] = self.spread[name].tolist()
+                sites[name]["spread"] = self.spread[name].tolist() if reached else None
         return sites
 
     @classmethod
@@ -88,7 +91,7 @@ class HeadScores(Mapping[str, Tensor]):
         scores = {name: torch.tensor(nothing.get(name, site["scores"]), dtype=torch.float32) for name, site in sites.items()}
         spread = None
         if sites and all("spread" in site for site in sites.values()):
-            spread = {name: torch.tensor(site["spread"], dtype=torch.float32) for name, site in sites.items()}
+            spread = {name: torch.tensor(nothing.get(name, site["spread"]), dtype=torch.float32) for name, site in sites.items()}
         return cls(criterion, scores, shapes, spread, unreached)
 
     def save(self, path: str | Path) -> None:

@@ -45,7 +45,7 @@ def ranking_stability(
     """How stable a criterion's ranking is across calibration data.
 
     observed: observations of several disjoint draws of data (data seeds), or one set, whose samples are then drawn again
-    with replacement `resamples` times (bootstrap, Efron 1979).
+    with replacement `resamples` times (bootstrap, Efron 1979). Attentions that no data ran through are left out.
     Raises InvalidInput where one set is given and the criterion reads sums over samples, which cannot be drawn again.
     """
     check_arguments(ranking_stability, locals())
@@ -54,6 +54,7 @@ def ranking_stability(
     if not 0 < keep <= 1:
         raise InvalidInput(f"keep is {keep}; expected the fraction of the heads that stay, above 0 and up to 1.")
     if isinstance(observed, Observations):
+        (observed,) = of_reached([observed])
         chosen.check_observed(observed)
         if not can_resample(chosen):
             raise InvalidInput(
@@ -62,11 +63,17 @@ def ranking_stability(
             )
         rankings = bootstrap(observed, chosen, resamples)
     else:
-        rankings = [chosen.scores(part) for part in observed]
+        rankings = [chosen.scores(part) for part in of_reached(observed)]
     if len(rankings) < 2:
         raise InvalidInput("stability compares rankings; give at least two draws of data.")
     pairs = [agreement(rankings[i], rankings[j], keep) for i, j in combinations(range(min(len(rankings), 20)), 2)]
     return Stability(fmean(pair.spearman for pair in pairs), fmean(pair.overlap for pair in pairs), keep, between(rankings, keep))
+
+
+def of_reached(draws: Sequence[Observations]) -> list[Observations]:
+    """Each draw without the sites that one of them did not run through, or that have no heads left: they have no ranking."""
+    left_out = {name for draw in draws for name, site in draw.items() if not site.reached}
+    return [Observations({name: site for name, site in draw.items() if name not in left_out}, draw.seen) for draw in draws]
 
 
 def between(rankings: Sequence[Mapping[str, Tensor]], keep: float) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models.gating import sites_by_name
 from headprune.nn.replace import on_own_attention
@@ -20,12 +21,15 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
     The columns of head h in the output projection are multiplied by its gate; exact but for rounding, and where all gates of a
     site are 1 nothing is touched. Raises InvalidInput for an unknown site, another number of heads or a gate that is not finite.
     """
+    check_arguments(fold_gates, {"gates": gates})
     sites = sites_by_name(model)
     for name, gate in gates.items():
         if name not in sites:
             raise unknown_name("attention site", name, sites)
-        if tuple(gate.shape) != (sites[name].head_map.query_heads,) or not gate.isfinite().all():
-            raise InvalidInput(f"gates of {name}: {gate.tolist()}; expected {sites[name].head_map.query_heads} finite numbers.")
+        heads = sites[name].head_map.query_heads
+        if not isinstance(gate, Tensor) or tuple(gate.shape) != (heads,) or not gate.isfinite().all():
+            shown = gate.tolist() if isinstance(gate, Tensor) else gate
+            raise InvalidInput(f"gates of {name}: {shown!r:.80}; expected a tensor of {heads} finite numbers.")
     for name, gate in gates.items():
         site = sites[name]
         if bool((gate == 1).all()):

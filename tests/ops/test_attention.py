@@ -76,6 +76,25 @@ def test_a_row_with_nothing_to_attend_to_gives_zero_and_masked_nan_does_no_harm(
     assert torch.allclose(found[1:], ops.attention(q[1:], k[1:, :, :4], v[1:, :, :4], RAGGED), atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_and_infinity_that_a_query_sees_are_not_made_to_nothing(backend, poison):
+    q, k, v = (tensor.float() for tensor in inputs())
+    q[1, 2, 3, 0] = poison
+    with ops.backend(backend):
+        found = ops.attention(q, k, v, RAGGED)
+    assert found.isnan().any(dim=3).nonzero().tolist() == [[1, 2, 3]]
+
+
+def test_the_statistics_of_a_head_with_nan_are_nan():
+    q, k, v = inputs()
+    k[1, 0, 3] = float("nan")
+    with ops.backend("reference"):
+        _, stats = ops.attention(q, k, v, RAGGED, stats=True)
+    for values in vars(stats).values():
+        assert values.isnan().tolist() == [[False] * 7, [True] * 3 + [False] * 4]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_masked_nan_reaches_no_gradient(dtype):
     q, k, v = inputs(dtype=dtype)

@@ -76,3 +76,29 @@ def test_a_plan_by_hand_cannot_evolve():
         evolve(PruningPlan.from_keep(llama(), {}), lambda plans: [0.0] * len(plans))
     with pytest.raises(InvalidInput, match="empty"):
         masked_fitness(llama(), [])
+
+
+def test_a_plan_whose_heads_do_not_go_by_its_scores_is_refused_and_not_changed_without_a_word():
+    scores = score(llama(), criterion="random")
+    name = next(iter(scores))
+    lowest = int(scores[name].argmin())
+    protected = plan(scores, Budget(heads=0.5), protect={name: [lowest]})
+    with pytest.raises(InvalidInput, match=rf"at {name} the plan keeps heads \[.*{lowest}.*, by its scores .* hp\.search_plan"):
+        evolve(protected, lambda plans: [0.0] * len(plans))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"switches": 0}, "switches is 0; expected a whole number, 1 or more"),
+        ({"generations": 1.5}, r"generations is 1\.5; expected a whole number"),
+        ({"children": 0}, "children is 0; expected a whole number, 1 or more"),
+        ({"min_heads": -1}, "min_heads is -1; expected a whole number, 0 or more"),
+        ({"fitness": lambda plans: [float("nan")] * len(plans)}, r"the fitness of 1 plans is \[nan\]; expected as many numbers"),
+        ({"fitness": lambda plans: []}, r"the fitness of 1 plans is \[\]; expected as many numbers"),
+        ({"plan": None}, r"plan is None; expected PruningPlan \(hp\.plan gives one\)"),
+    ],
+)
+def test_what_no_search_can_be_made_with_is_named(options, message):
+    with pytest.raises(InvalidInput, match=message):
+        evolve(**{"plan": start(), "fitness": lambda plans: [0.0] * len(plans), **options})

@@ -78,6 +78,18 @@ def test_groups_of_heads_cost_what_the_curve_says_of_all_their_heads():
     assert [len(heads) for heads in found.values()] == [6, 6]
 
 
+@pytest.mark.parametrize("options", [{"granularity": "kv_group"}, {"protect": True}, {"target": "vllm"}])
+def test_curves_are_not_read_where_other_heads_go_than_those_that_were_measured(options):
+    scores = score(llama(), criterion="random")
+    order = {name: tuple(found.argsort().tolist()) for name, found in scores.items()}
+    curves = Sensitivity("random", 4, 1.0, order, dict.fromkeys(order, (1.0,) * 9))
+    if "protect" in options:
+        options = {"protect": {name: heads[:1] for name, heads in order.items()}}
+    with pytest.raises(InvalidInput, match=r"would be the first to go, and the sensitivity has measured heads"):
+        plan(scores, Budget(heads=0.25), allocation="optimal", sensitivity=curves, **options)
+    assert plan(scores, Budget(heads=0.25), allocation="optimal", sensitivity=curves, multiple_of=2).removed_heads == 4
+
+
 def test_dips_of_a_curve_do_not_draw_heads():
     scores = score(llama(), criterion="random")
     order = {name: tuple(found.argsort().tolist()) for name, found in scores.items()}

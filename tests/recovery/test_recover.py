@@ -104,6 +104,27 @@ def test_adapters_of_a_rank_change_weights_by_that_rank():
     assert torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank is 0; expected a whole number, 1 or more"),
+        ({"rank": "8"}, "rank is '8'; expected a whole number"),
+        ({"dropout": 2.0}, r"dropout is 2\.0; expected the share to drop"),
+        ({"alpha": "x"}, "alpha is 'x'; expected a number or None"),
+        ({"targets": "q_proj"}, "targets is 'q_proj'; expected a list or None"),
+        ({"targets": ["model.layers.0.self_attn.qproj"]}, "unknown linear layer .* Did you mean 'model.layers.0.self_attn.q_proj'"),
+        ({"targets": ["model.layers.0.self_attn.q_proj", "model.norm"]}, "targets has model.norm, a LlamaRMSNorm; expected"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_before_the_model_is_touched(options, message):
+    _, model = pruned_llama()
+    modules = [name for name, _ in model.named_modules()]
+    with pytest.raises(InvalidInput, match=message):
+        hp.recover(model, text_batches(), method="lora", steps=1, method_options=options)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("pair", [pruned_llama, pruned_bert])
 def test_distillation_brings_the_outputs_nearer(pair):
     dense, model = pair()

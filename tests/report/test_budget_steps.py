@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from reported_run import write_run
 
-from headprune.planning import Budget, PruningPlan, plan
+from headprune.planning import Budget, PruningPlan, Sensitivity, plan
 from headprune.report.budget_steps import budget_steps
 from headprune.report.run_folder import read_run
 
@@ -33,6 +33,17 @@ def test_the_recipes_options_are_kept_to(run):
     assert all(0 in keep[first] for keep in steps.steps.values())
     by_planner = [keep for fraction, keep in steps.steps.items() if fraction != 0.5]  # there the run's own plan stands
     assert all(len(heads) % 2 == 0 for keep in by_planner for heads in keep.values())
+
+
+def test_curves_that_the_run_did_not_plan_by_move_no_step(run):
+    """A run measures them for its report alone."""
+    order = {name: tuple(found.argsort().tolist()) for name, found in run.ranking.items()}
+    steep, flat = (tuple(1 + slope * gone for gone in range(9)) for slope in (1.0, 0.0))
+    curves = Sensitivity(run.ranking.criterion, 4, 1.0, order, dict(zip(order, (flat, steep))))
+    steps = budget_steps(replace(run, recipe={"plan": {"allocation": "optimal"}}, sensitivity=curves))
+    for fraction, keep in steps.steps.items():
+        if fraction != run.plan.budget.fraction:
+            assert keep == plan(run.ranking, Budget(heads=fraction), allocation="optimal").keep
 
 
 def test_a_plan_by_hand_stands_at_its_share_of_heads(run):

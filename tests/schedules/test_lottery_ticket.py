@@ -91,6 +91,12 @@ def test_learning_rate_rewinding_keeps_the_weights():
     assert same(training.begun[1], sliced(trained, found.plan))
 
 
+def test_a_compiled_model_is_pruned_as_the_model_inside():
+    options = {"recover": short_training, "steps": 1, "loss_fn": loss}
+    plain, compiled = (schedules.lottery_ticket(one, batches(), HALF, **options) for one in (tiny(), torch.compile(tiny())))
+    assert same(compiled.model.state_dict(), plain.model.state_dict())
+
+
 def test_the_control_has_the_heads_and_fresh_weights(tmp_path):
     training = Noting()
     options = {"recover": training, "steps": 1, "control": True, "loss_fn": loss, "folder": tmp_path / "run"}
@@ -113,6 +119,8 @@ def test_fresh_weights_of_any_module_or_a_clear_refusal():
     new = with_fresh_weights(layer, 1)
     assert not torch.equal(new.self_attn.in_proj_weight, layer.self_attn.in_proj_weight)
     assert same(new.state_dict(), with_fresh_weights(layer, 1).state_dict())
+    # As the constructor leaves it: an attention draws the weights of its parts after they have drawn them by themselves.
+    assert not new.self_attn.out_proj.bias.any()
 
     class Own(nn.Module):
         def __init__(self) -> None:

@@ -41,6 +41,15 @@ def test_the_target_is_met_exactly_however_short_the_training(method, budget):
     assert sum(site.head_map.query_heads for site in attention_sites(found.model)) == 8 - once.plan.removed_heads
 
 
+def test_a_compiled_model_is_pruned_as_the_model_inside():
+    options = {"steps": 3, "loss_fn": loss, "compensate": False, "teacher": True}
+    plain, compiled = (
+        schedules.pruning_aware(one, batches(), hp.Budget(heads=0.5), **options) for one in (tiny(), torch.compile(tiny()))
+    )
+    assert compiled.plan.keep == plain.plan.keep
+    assert type(compiled.model) is type(plain.model)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_surgery_makes_the_gates_real(method):
     """The cut model gives what the trained one gives with its last gates, the heads that the plan lets go closed."""

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from tiny_models import llama
+from tiny_models import bert, llama, tokens
 
 from headprune import scoring
+from headprune.errors import InvalidInput
 
 registry = sys.modules["headprune.scoring.criterion"]  # the package gives the name to the decorator
 
@@ -61,3 +62,17 @@ def test_every_criterion_names_its_needs_cost_and_source_and_says_what_it_is(nam
     assert found.source
     assert found.summary.endswith((".", ":"))
     assert all(isinstance(need, scoring.Need) for need in found.needs)
+
+
+OF_WEIGHTS = {"magnitude_output", "random"}  # which never meet the value projection that is spoilt below
+NOT_ON_ENCODERS = {"movement", "confidence_ordinary", "induction", "previous_token", "retrieval"}
+
+
+@pytest.mark.parametrize("name", sorted(scoring.criteria().keys() - OF_WEIGHTS - NOT_ON_ENCODERS))
+def test_no_criterion_scores_heads_behind_nan(name):
+    """A head that nothing is told of would pass for one of attention as focused as can be."""
+    model = bert()
+    model.encoder.layer[0].attention.self.value.weight.data[0, 0] = float("nan")
+    loss_fn = lambda model, batch: model(**batch).last_hidden_state.square().mean(dim=(1, 2))  # noqa: E731
+    with pytest.raises(InvalidInput, match="NaN"):
+        scoring.score(model, [{"input_ids": tokens(4, 9)}], name, loss_fn=loss_fn)

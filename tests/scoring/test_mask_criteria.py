@@ -233,6 +233,21 @@ def test_merging_parts_equals_one_pass(need, tmp_path):
                 assert torch.allclose(getattr(site, field), getattr(again[name], field), rtol=1e-4, atol=1e-6)
 
 
+def test_trials_of_a_batch_that_leaves_a_site_out_draw_its_heads_all_the_same():
+    """As if all of them had gone, they would carry what such batches differ by from the others."""
+    model, loss_fn, states = on_states(Layers(2))
+    both = model.forward
+
+    def some(model, batch):
+        first = lambda states: states + model.layers[0](states, states, states, need_weights=False)[0]  # noqa: E731
+        model.forward = both if batch["both"] else first
+        return loss_fn(model, batch["states"])
+
+    observed = scoring.observe(model, [{"states": states, "both": both} for both in (True, False)], {"mask_trials"}, loss_fn=some)
+    for masks in observed["layers.1"].trial_masks.split(6):
+        assert 0 < masks.mean() < 1
+
+
 @pytest.mark.parametrize("need", NEEDS)
 def test_sites_that_are_not_reached_are_told(need):
     model, loss_fn, batch = on_states(Layers(2))

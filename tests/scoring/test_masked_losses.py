@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 from masked_models import CASES, Layers, on_states
-from tiny_models import llama, tokens
+from tiny_models import llama, padded, tokens
 
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
@@ -77,6 +77,17 @@ def test_batches_of_other_sizes_use_what_the_first_one_showed():
         structures.append(masked.structure)
         assert torch.allclose(found, one_by_one(model, loss_fn, part, masks), rtol=1e-4, atol=1e-6)
     assert structures[0] is structures[1]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_batches_that_run_otherwise_can_be_held_at_once(order):
+    """As a search holds them: each goes on by what its own pass looked like."""
+    model, masks = llama(), {"model.layers.1.self_attn": torch.eye(8)}
+    batches = [{"input_ids": tokens(), "labels": tokens()}, padded() | {"labels": tokens()}][::order]
+    masked = MaskedLosses(model, attention_sites(model))
+    held = [masked.on(batch) for batch in batches]
+    for found, batch in zip(held, batches):
+        assert torch.allclose(found.losses(masks), masked_losses(model, batch, masks), rtol=1e-4, atol=1e-6)
 
 
 def test_a_replay_computes_only_what_comes_behind_the_heads():

@@ -131,11 +131,14 @@ def test_attentions_that_no_data_reach_are_an_error_or_stay_whole_but_are_never_
     scores.save(tmp_path / "scores.json")
     again = HeadScores.load(tmp_path / "scores.json")
     assert again.unreached == scores.unreached
+    assert (again.spread is None) == (scores.spread is None)
     chosen = plan(again, Budget(heads=0.25))
     assert len(chosen[UNREACHED]) == 8
     assert chosen.removed_heads == 4
     chosen.save(tmp_path / "plan.json")
     assert type(chosen).load(tmp_path / "plan.json").scores.unreached == scores.unreached
+    for name in ("scores.json", "plan.json"):  # JSON knows no NaN: what is not there is null
+        assert "NaN" not in (tmp_path / name).read_text()
 
 
 def test_a_batch_that_leaves_a_site_out_counts_as_samples_without_gradient():
@@ -156,6 +159,18 @@ def test_the_value_of_unreached_is_checked():
         observe(llama(), batches_for(1), {"gram"}, unreached="ignore")
 
 
+def test_a_pass_over_a_model_with_an_attention_without_heads_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["headprune.scoring.observe"], "CHECKPOINT_SECONDS", 0.0)
+    file, model, batches = tmp_path / "observed.safetensors", llama(), batches_for()
+    hp.cut(model, {"model.layers.0.self_attn": []})
+    with pytest.raises(KeyboardInterrupt):
+        observe(model, killed_after(batches, 3), NEEDS, checkpoint=file)
+    found = observe(model, batches, NEEDS, checkpoint=file)
+    same(found, observe(model, batches, NEEDS))
+    same(observe(model, batches, NEEDS, checkpoint=file), found)
+    assert list(found) == [site.name for site in hp.attention_sites(model)]
+
+
 def test_an_attention_without_heads_is_passed_over():
     model = llama()
     hp.cut(model, {"model.layers.0.self_attn": []})
@@ -165,6 +180,7 @@ def test_an_attention_without_heads_is_passed_over():
         assert (scores["model.layers.0.self_attn"].numel(), scores["model.layers.1.self_attn"].isfinite().all()) == (0, True)
         chosen = hp.plan(scores, hp.Budget(heads=0.5))
         assert (chosen["model.layers.0.self_attn"], len(chosen["model.layers.1.self_attn"])) == ((), 4)
+        assert list(scores) == list(chosen) == [site.name for site in hp.attention_sites(model)]  # engines ask for the first layer
     hp.prune(model, chosen)
     assert str(hp.attention_sites(model)[1].head_map).startswith("4q")
 

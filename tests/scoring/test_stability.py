@@ -8,9 +8,10 @@ from tiny_models import llama, tokens
 
 from headprune import scoring
 from headprune.errors import InvalidInput
-from headprune.planning import Budget, plan
+from headprune.planning import Budget, PruningPlan, plan
 from headprune.scoring import HeadScores, Need, Observations, ranking_stability, stability, unsettled_heads
 from headprune.scoring.stability import bootstrap, spread_of
+from headprune.surgery import prune
 
 
 def observed(samples: int, seed: int = 0, noise: float = 1.0) -> Observations:
@@ -107,3 +108,23 @@ def test_sums_cannot_be_drawn_again_but_parts_of_the_data_compare():
     assert -1 <= ranking_stability(parts, "wanda").spearman <= 1
     with pytest.raises(InvalidInput, match="at least two"):
         ranking_stability(parts[:1], "wanda")
+
+
+def test_an_attention_without_heads_has_no_ranking_and_stops_nothing():
+    model = llama(layers=3)
+    prune(model, PruningPlan.from_keep(model, {"model.layers.1.self_attn": []}))
+    batches = [{"input_ids": tokens(4, 9, seed), "labels": tokens(4, 9, seed)} for seed in range(2)]
+    needs = {"gate_gradient", "attention", "attention_pattern"}
+    draws = [scoring.observe(model, [batch], needs) for batch in batches]
+    assert ranking_stability(draws[0], "fisher").spearman <= 1
+    assert ranking_stability(draws, "fisher").spearman <= 1
+    assert scoring.block_fisher(draws[0])["model.layers.1.self_attn"].shape == (0, 0)
+    assert list(scoring.portraits(draws[0])) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+
+
+def test_an_attention_that_some_draw_does_not_reach_is_left_out():
+    draws = [observed(20, seed) for seed in range(2)]
+    name = "model.layers.0.self_attn"
+    lacking = Observations({**draws[1], name: replace(draws[1][name], reached=False, gate_gradient=torch.zeros(0, 8))})
+    found = ranking_stability([draws[0], lacking], "fisher")
+    assert found == ranking_stability([Observations({k: v for k, v in one.items() if k != name}) for one in draws], "fisher")

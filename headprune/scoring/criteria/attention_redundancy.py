@@ -25,7 +25,9 @@ def attention_redundancy(observed: SiteObservations) -> Tensor:
 
 
 def removal_scores(distances: Tensor) -> Tensor:
-    """fp32 [heads], from symmetric distances [heads, heads]."""
+    """fp32 [heads], from symmetric distances [heads, heads]; NaN where one of them is."""
+    if distances.isnan().any():
+        return torch.full((len(distances),), torch.nan)
     left = list(range(len(distances)))
     scores = torch.full((len(distances),), float(torch.tensor(2.0).log()))
     last = 0.0

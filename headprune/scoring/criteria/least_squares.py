@@ -28,8 +28,10 @@ def least_squares(observed: SiteObservations) -> Tensor:
     The shares of a layer sum to 1 unless a later head is cheaper than one before it: scores never fall along the order,
     so that a ranking takes the heads in it.
     """
-    heads = observed.shape.head_map.query_heads
-    order, costs = removal_costs(regression_gram(observed), observed.output_gram, heads)
+    heads, gram = observed.shape.head_map.query_heads, regression_gram(observed)
+    if not gram.isfinite().all():  # which no factorisation goes through
+        return torch.full((heads,), torch.nan)
+    order, costs = removal_costs(gram, observed.output_gram, heads)
     shares = torch.zeros(heads, dtype=torch.float64)
     total, last = max(sum(costs), torch.finfo(torch.float32).tiny), 0.0
     for head, cost in zip(order, costs):
@@ -62,6 +64,8 @@ def fisher_least_squares(observed: SiteObservations) -> Tensor:
 def least_squares_by_head(observed: SiteObservations) -> Tensor:
     """Squared error of the layer's output, per token, when this head alone goes and the others are re-solved."""
     gram, width = regression_gram(observed), observed.shape.value_dim
+    if not gram.isfinite().all():
+        return torch.full((observed.shape.head_map.query_heads,), torch.nan)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     found = torch.linalg.solve(diagonal_blocks(inverse, width), diagonal_blocks(observed.output_gram, width))
     errors: Tensor = found.diagonal(dim1=1, dim2=2).sum(dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from headprune.models.site import AttentionSite
@@ -28,7 +29,15 @@ class AttentionStatistics(WatchedAttention):
         self._rows = SampleRows(setting, FIELDS)
 
     def see(self, site: AttentionSite, batch: Any, call: AttentionCall, stats: HeadStats | None) -> None:
-        self._rows.add(site.name, **{field: getattr(stats, field) for field in FIELDS})
+        spoilt = nan_where_not_finite(call)
+        self._rows.add(site.name, **{field: getattr(stats, field) + spoilt for field in FIELDS})
 
     def found(self) -> dict[str, dict[str, Tensor]]:
         return self._rows.found()
+
+
+def nan_where_not_finite(call: AttentionCall) -> Tensor:
+    """fp32 [batch, query_heads]: 0, or NaN where a query that counts has NaN or infinity in it (overflow in low precision). Kernels
+    may leave such rows out, and a head that nothing is told of would pass for a focused one."""
+    rows = 0 * call.query.sum(dim=3, dtype=torch.float32)
+    return (rows if call.query_mask is None else rows.masked_fill(~call.query_mask[:, None], 0.0)).sum(dim=2)

@@ -38,14 +38,14 @@ class MaskObserver(Observer):
         self._reached |= set(found.reached)
         reached = {name: count for name, count in self.counts.items() if name in found.reached}
         rows = self.measure(found, reached, torch.Generator().manual_seed(checksum(batch)))
-        for name in self.counts.keys() - reached.keys():  # what does not run through a site does not depend on its heads
+        for name in self.counts.keys() - rows.keys():  # what does not run through a site does not depend on its heads
             rows[name] = {field: torch.zeros_like(next(iter(rows.values()))[field]) for field in self.per_row}
             number = len(next(iter(next(iter(rows.values())).values())))
             rows[name] |= {field: torch.zeros(number, self.counts[name]) for field in self.per_head}
         self._rows.append(rows)
 
     def measure(self, found: MaskedBatch, counts: dict[str, int], generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
-        """Reached site -> field -> rows. counts: heads of each reached site."""
+        """Reached site -> field -> rows. counts: heads of each reached site. Rows of another site are 0 unless they are given."""
         raise NotImplementedError
 
     def found(self) -> dict[str, dict[str, Tensor]]:
@@ -98,8 +98,9 @@ class MaskTrials(MaskObserver):
     trials, keep = 64, 0.8
 
     def measure(self, found: MaskedBatch, counts: dict[str, int], generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
-        masks = by_site(random_masks(counts, self.trials, self.keep, generator), counts)
-        changes = (found.losses(masks) - found.dense).mean(dim=1)
+        # Of all sites: one that this batch leaves out makes no difference, whichever of its heads are gone.
+        masks = by_site(random_masks(self.counts, self.trials, self.keep, generator), self.counts)
+        changes = (found.losses({name: masks[name] for name in counts}) - found.dense).mean(dim=1)
         samples = torch.full((self.trials,), float(len(found.dense)))
         rows = {"trial_changes": changes, "trial_samples": samples}
         return {name: {"trial_masks": own, **rows} for name, own in masks.items()}
