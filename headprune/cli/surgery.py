@@ -48,8 +48,9 @@ def prune_command(
     json: JsonOption = False,
 ) -> None:
     """Cut the heads that a plan lets go and save the smaller model."""
+    from headprune.embedded import EMBEDDED
     from headprune.planning import PruningPlan
-    from headprune.sources import EMBEDDED, model_folder
+    from headprune.sources import model_folder
     from headprune.surgery import prune, save
     from headprune.surgery.checkpoint import names_base
 
