@@ -15,12 +15,14 @@ from headprune.cli.inputs import (
     JsonOption,
     ModelArgument,
     ModelOutputOption,
+    OverwriteOption,
     TaskOption,
     opened,
     opened_model,
     refuse_replacing_source,
 )
 from headprune.cli.terminal import with_bar
+from headprune.model_folder import refuse_replacing
 
 
 @app.command("recover", epilog="Example: headprune recover ./pruned --teacher minilm --minutes 5 -o recovered")
@@ -42,6 +44,7 @@ def recover_command(
     minutes: Annotated[float | None, typer.Option(help="How long to train, in place of steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the method's own.")] = None,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
@@ -57,6 +60,7 @@ def recover_command(
     TrainingBudget.of(steps, minutes, None, get_method(method).lr if lr is None else lr, 1)  # refused before the data are read
     for source in filter(None, (model, teacher)):
         refuse_replacing_source(source, output)
+    refuse_replacing(output, overwrite)
     place = {} if device == "auto" else trainer_options(chosen_device(device))
     work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
     pruned, data = opened(model, task, device=device)
@@ -70,7 +74,7 @@ def recover_command(
     ))  # fmt: skip
     result.refuse_diverged(lr)
     after = with_bar("evaluate the recovered model", lambda progress: quality_of(pruned, data, progress))
-    with_bar("save", lambda progress: save(pruned, output))
+    with_bar("save", lambda progress: save(pruned, output, overwrite=overwrite))
     shutil.rmtree(work)
     better = "higher" if data.higher_is_better else "lower"
     told = f"{data.headline} ({better} is better): {before[data.headline]:.4f} → {after[data.headline]:.4f}"
