@@ -24,7 +24,7 @@ from headprune.when_imported import when_imported
 when_imported("transformers.modeling_utils", lambda: importlib.import_module("headprune.attention_interface").register())
 # The package is imported here, so that no later import of it takes the place of the function that bears its name.
 importlib.import_module("headprune.report")
-del globals()["report"]
+globals().pop("report", None)
 
 if TYPE_CHECKING:
     from headprune.api import *  # noqa: F403

@@ -64,7 +64,7 @@ def replace_folder(draft: Path, target: Path, parts: Sequence[str] | None = None
         if not any(aside.iterdir()):
             aside.rmdir()
         raise
-    if parts is not None:
+    if parts is not None and not (aside / "old").is_symlink():  # where a link led to, all stays
         take_along(aside / "old", target, parts)
     shutil.rmtree(aside, ignore_errors=True)
 

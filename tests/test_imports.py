@@ -115,6 +115,7 @@ assert hp.report is report
 assert isinstance(plan, types.FunctionType), plan
 assert all(isinstance(module, types.ModuleType) for module in (compat, nn, ops, recovery, schedules))
 assert hp.surgery.prune is hp.prune
+assert importlib.reload(hp).report is report
 """
     modules_after(script)
 

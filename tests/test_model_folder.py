@@ -119,6 +119,16 @@ def test_an_export_for_another_engine_is_not_loaded_and_its_name_is_told(tmp_pat
         hp.load(tmp_path / "out")
 
 
+def test_a_link_is_replaced_and_where_it_led_to_all_stays(tmp_path):
+    folder = save(bert(), tmp_path / "first")
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    (tmp_path / "link").symlink_to(folder)
+    save(llama(), tmp_path / "link")
+    assert contents(folder) == before
+    assert not (tmp_path / "link").is_symlink()
+
+
 def test_a_file_that_cannot_be_moved_back_is_named_with_its_place(tmp_path, monkeypatch):
     target = tmp_path / "model"
     target.mkdir()
