@@ -8,90 +8,37 @@
     hp.save(model, "pruned")
     model = hp.load("pruned")
 
-Importing headprune also registers attn_implementation="headprune" with transformers.
+Importing headprune also registers the operators of headprune.ops with torch and attn_implementation="headprune" with transformers.
+
+What needs transformers, which takes seconds to import, is imported when one of the names is first asked for (PEP 562).
 """
 
-from headprune import compat, nn, ops, recovery, schedules
-from headprune.comparison import MethodComparison, compare_methods
-from headprune.errors import CorruptCheckpoint, HeadpruneError, InfeasibleBudget, InvalidInput, InvalidPlan, UnsupportedModel
-from headprune.evaluation import Estimate, Evaluation, estimate, evaluate
-from headprune.head_map import HeadMap
-from headprune.models import AttentionSite, attention_sites, gated, register_adapter
-from headprune.planning import Budget, PruningPlan, plan
-from headprune.recovery import Distillation, Recovery, recover
-from headprune.report.web_page import report
-from headprune.schedules import RecoverySettings, ScheduleFailed, ScheduleResult, iterative, lottery_ticket, one_shot, pruning_aware
-from headprune.scoring import (
-    HeadScores,
-    Need,
-    Observations,
-    causal_losses,
-    criteria,
-    criterion,
-    observe,
-    portraits,
-    ranking_stability,
-    score,
-    score_observations,
-)
-from headprune.surgery import cut, diff, load, open_streamed, prune, prune_folder, save, search_plan
-from headprune.version import __version__
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AttentionSite",
-    "Budget",
-    "CorruptCheckpoint",
-    "Distillation",
-    "Estimate",
-    "Evaluation",
-    "HeadMap",
-    "HeadScores",
-    "HeadpruneError",
-    "InfeasibleBudget",
-    "InvalidInput",
-    "InvalidPlan",
-    "MethodComparison",
-    "Need",
-    "Observations",
-    "PruningPlan",
-    "Recovery",
-    "RecoverySettings",
-    "ScheduleFailed",
-    "ScheduleResult",
-    "UnsupportedModel",
-    "__version__",
-    "attention_sites",
-    "causal_losses",
-    "compare_methods",
-    "compat",
-    "criteria",
-    "criterion",
-    "cut",
-    "diff",
-    "estimate",
-    "evaluate",
-    "gated",
-    "iterative",
-    "load",
-    "lottery_ticket",
-    "nn",
-    "observe",
-    "one_shot",
-    "open_streamed",
-    "ops",
-    "plan",
-    "portraits",
-    "prune",
-    "prune_folder",
-    "pruning_aware",
-    "ranking_stability",
-    "recover",
-    "recovery",
-    "register_adapter",
-    "report",
-    "save",
-    "schedules",
-    "score",
-    "score_observations",
-    "search_plan",
-]
+from headprune import nn as nn
+from headprune import ops as ops
+from headprune.version import __version__ as __version__
+from headprune.when_imported import when_imported
+
+when_imported("transformers.modeling_utils", lambda: importlib.import_module("headprune.attention_interface").register())
+# The package is imported here, so that no later import of it takes the place of the function that bears its name.
+importlib.import_module("headprune.report")
+globals().pop("report", None)
+
+if TYPE_CHECKING:
+    from headprune.api import *  # noqa: F403
+    from headprune.api import __all__ as __all__
+else:  # where there is a __getattr__, type checkers take every name for one that exists
+
+    def __getattr__(name: str) -> Any:
+        """The public name, or one of the subpackages that the public names have brought along."""
+        if name == "__all__" or not name.startswith("_"):
+            api = vars(importlib.import_module("headprune.api"))
+            for known in (api, globals()):
+                if name in known:
+                    return known[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

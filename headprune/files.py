@@ -8,8 +8,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from headprune.arguments import is_path
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
 
 SCHEMA_VERSION = 1
-OF_A_MODEL = ("config.json", "headprune.json", "*.safetensors", "*.gguf", "*.onnx")
 _DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file would be too large"}
 
 
@@ -29,8 +29,9 @@ def path_of(given: Any) -> Path:
 
 
 @contextmanager
-def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder beside `target` to write into, which takes `target`'s place when the block ends well.
+def whole_folder(target: str | os.PathLike[str], parts: Sequence[str] | None = None) -> Iterator[Path]:
+    """A new folder beside `target` to write into, which takes `target`'s place when the block ends well. parts: patterns of what
+    belongs to it; then all else that was in `target` stays there.
 
     A failure (a full disk too) leaves `target` as it was and nothing else behind; HeadpruneError says what happened.
     """
@@ -44,12 +45,12 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         with clear_disk_errors(target):
             yield draft
             draft.chmod(0o755)
-            replace_folder(draft, target)
+            replace_folder(draft, target, parts)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def replace_folder(draft: Path, target: Path) -> None:
+def replace_folder(draft: Path, target: Path, parts: Sequence[str] | None = None) -> None:
     if not target.exists():
         os.replace(draft, target)
         return
@@ -63,7 +64,22 @@ def replace_folder(draft: Path, target: Path) -> None:
         if not any(aside.iterdir()):
             aside.rmdir()
         raise
+    if parts is not None and not (aside / "old").is_symlink():  # where a link led to, all stays
+        take_along(aside / "old", target, parts)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def take_along(old: Path, target: Path, parts: Sequence[str]) -> None:
+    """Moves what is in `old` to `target`, unless it is there already or one of `parts`."""
+    for path in sorted(old.iterdir()):
+        if not any(fnmatchcase(path.name, part) for part in parts) and not os.path.lexists(target / path.name):
+            try:
+                os.replace(path, target / path.name)
+            except OSError as error:
+                raise HeadpruneError(
+                    f"{target} is written, but {path.name}, which was there before, could not be moved back: {error.strerror}. "
+                    f"It is in {old}."
+                ) from error
 
 
 @contextmanager
@@ -100,22 +116,6 @@ def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = Non
         raise InvalidInput(f"cannot write {target}: {place} is a file, not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InvalidInput(f"cannot write {target}: you may not write into {place}.")
-
-
-def refuse_replacing(target: str | os.PathLike[str]) -> Path:
-    """InvalidInput where no model folder could be written as `target`, or it would take the place of something else: a file, the
-    folder that we are in, a repository, a folder that holds other things than a model."""
-    target = Path(target)
-    refuse_unwritable(target, file=False)
-    if target.exists() and target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise InvalidInput(f"{target} is, or holds, the folder that this runs in, which would be replaced; give a folder in it.")
-    if (target / ".git").exists():
-        raise InvalidInput(f"{target} is a git repository, which would be replaced; write beside it and copy the files there.")
-    if target.exists() and any(target.iterdir()) and not any(any(target.glob(mark)) for mark in OF_A_MODEL):
-        raise InvalidInput(
-            f"{target} holds no model ({', '.join(OF_A_MODEL)}) but other things, which would be replaced; give a new folder."
-        )
-    return target
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:

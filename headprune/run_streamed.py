@@ -11,6 +11,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from headprune.embedded import EMBEDDED
 from headprune.errors import InvalidInput
 from headprune.evaluation import estimate
 from headprune.evaluation.estimate import DEVICES
@@ -21,7 +22,7 @@ from headprune.models.shards import open_shards
 from headprune.planning import Budget, PruningPlan
 from headprune.recipe import Recipe
 from headprune.report.progress import Stages
-from headprune.sources import EMBEDDED, model_folder
+from headprune.sources import model_folder
 from headprune.surgery import open_streamed, prune_folder
 
 log = logging.getLogger("headprune")

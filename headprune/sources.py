@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,42 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from headprune import demo
+from headprune.embedded import EMBEDDED, Progress
 from headprune.errors import CorruptCheckpoint, InvalidInput, unknown_name
 from headprune.hub import local_folder
 from headprune.surgery import load, open_streamed
 from headprune.surgery.checkpoint import class_of, load_config
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A model that needs no folder: what gives one (training it first, where need be), its task, the demo's criterion and on how
-    many calibration batches it scores (None: all), and whether it re-solves feed-forwards."""
-
-    folder: Callable[[Progress | None], Path]
-    task: str
-    criterion: str
-    opening: Callable[[], str]  # what to tell someone who waits for it
-    batches: int | None = None
-    feed_forward: bool = False
-
-
-def stdlib_lm_opening() -> str:
-    folder = demo.cached_folder()
-    return "load stdlib-lm" if folder.exists() else f"train stdlib-lm, once, for a few minutes (kept in {folder.parent})"
-
-
 SOUND = ("input_features", "input_values")  # what models of sound read
 TRIALS = 10  # plans that a demo tries
-
-EMBEDDED = {
-    "minilm": Embedded(
-        lambda progress: demo.minilm_path(), "docstring-retrieval", "fisher_least_squares", lambda: "load minilm", 6
-    ),
-    "stdlib-lm": Embedded(demo.stdlib_lm_path, "standard-library-text", "fisher", stdlib_lm_opening, feed_forward=True),
-}
 
 
 def model_folder(name: str, progress: Progress | None = None, *, weights: bool = True) -> Path:

@@ -4,14 +4,12 @@ import json
 import os
 
 import pytest
-from tiny_models import bert
 
 from headprune.errors import HeadpruneError, InvalidInput
-from headprune.files import finite, refuse_replacing, refuse_unwritable, whole_file, whole_folder
+from headprune.files import finite, refuse_unwritable, whole_file, whole_folder
 from headprune.planning import Sensitivity
 from headprune.planning.latency_table import LatencyTable
 from headprune.scoring import HeadScores, Portraits
-from headprune.surgery import save
 from headprune.sweep import Sweep
 
 
@@ -57,28 +55,6 @@ def test_files_and_folders_can_be_read_by_others(tmp_path):
     with whole_folder(tmp_path / "model"):
         pass
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("plan.json", "model")] == [0o644, 0o755]
-
-
-def test_a_model_takes_the_place_of_a_model_and_of_nothing_else(tmp_path, monkeypatch):
-    folder = save(bert(), tmp_path / "models" / "one")
-    assert refuse_replacing(folder) == folder
-    (tmp_path / "empty").mkdir()
-    assert refuse_replacing(tmp_path / "empty") == tmp_path / "empty"
-    with pytest.raises(InvalidInput, match="holds no model"):
-        save(bert(), tmp_path / "models")
-    (tmp_path / "letter.txt").write_text("")
-    with pytest.raises(InvalidInput, match="is a file; give a folder"):
-        save(bert(), tmp_path / "letter.txt")
-    (folder / ".git").mkdir()
-    with pytest.raises(InvalidInput, match="git repository"):
-        save(bert(), folder)
-    (folder / ".git").rmdir()
-    monkeypatch.chdir(folder)
-    with pytest.raises(InvalidInput, match="the folder that this runs in"):
-        save(bert(), ".")
-    with pytest.raises(InvalidInput, match="the folder that this runs in"):
-        save(bert(), "..")
-    assert (folder / "config.json").exists()
 
 
 def test_places_are_refused_before_the_work(tmp_path):

@@ -10,7 +10,8 @@ PACKAGE = Path(headprune.__file__).parent
 LAYERS = [
     {"__init__", "__main__"},
     {"cli"},
-    {"run", "run_inputs", "run_recovery", "run_schedule", "run_streamed", "run_values", "sources", "demo", "sweep"},
+    {"api"},
+    {"run", "run_inputs", "run_recovery", "run_schedule", "run_streamed", "run_values", "sources", "embedded", "demo", "sweep"},
     {"report"},
     {"recipe"},
     {"comparison"},
@@ -21,11 +22,12 @@ LAYERS = [
     {"planning"},
     {"scoring"},
     {"models"},
+    {"attention_interface"},
     {"nn"},
     {"ops"},
     {"kernels"},
     {"head_map", "settings"},
-    {"files", "version", "arguments", "processor", "hub"},
+    {"files", "version", "arguments", "processor", "hub", "kv_sharing", "model_folder", "when_imported"},
     {"errors"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -198,6 +198,10 @@ def test_a_folder_of_another_run_is_refused(recipe, tmp_path):
     with pytest.raises(InvalidInput, match="holds no run"):
         carried_out(recipe.model_copy(update={"output": str(tmp_path / "mine")}))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    bert().save_pretrained(tmp_path / "model")
+    with pytest.raises(InvalidInput, match="holds no run"):
+        carried_out(recipe.model_copy(update={"output": str(tmp_path / "model")}))
+    assert not (tmp_path / "model" / "recipe.yaml").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from rich.markup import escape
 from headprune.cli import terminal
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.version import __version__
+from headprune.when_imported import when_imported
 
 # Nothing is ever fetched unless asked for. Said twice: huggingface_hub has read the variable already, later processes will.
 if os.environ.setdefault("HF_HUB_OFFLINE", "1") == "1":
@@ -63,7 +64,7 @@ def main() -> None:
     """Runs the command line: what the user can put right is one line on stderr and exit code 2."""
     with terminal.log_shown() as shown:
         try:
-            quiet_transformers()
+            when_imported("transformers.utils.logging", quiet_transformers)
             code = app(prog_name="headprune", standalone_mode=False, obj=shown) or 0
         except HeadpruneError as error:
             log.info("where the error comes from:", exc_info=error)
@@ -104,7 +105,7 @@ def one_line(error: object) -> str:
 
 
 def quiet_transformers() -> None:
-    import transformers
+    from transformers.utils import logging
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -52,9 +52,9 @@ def compare_command(
     """Head pruning against other pruning, sparsity, distillation and quantisation, measured on the model. A killed one goes on."""
     from headprune.comparison import compare_methods
     from headprune.comparison.method import chosen_methods
+    from headprune.embedded import EMBEDDED
     from headprune.files import write_text
     from headprune.planning import PruningPlan
-    from headprune.sources import EMBEDDED
 
     rows = folder or output.with_name(f"{output.stem}.rows")
     names = None if methods is None else [name.strip() for name in methods.split(",")]

@@ -33,7 +33,7 @@ def some_of(names: Names) -> Complete:
 
 def models() -> dict[str, str]:
     """Those that need no folder; where nothing of theirs fits, the shell completes folders."""
-    from headprune.sources import EMBEDDED
+    from headprune.embedded import EMBEDDED
 
     return dict.fromkeys(EMBEDDED, "embedded")
 

@@ -12,7 +12,7 @@ import typer
 from headprune.cli import completion
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
-from headprune.files import refuse_replacing, refuse_unwritable
+from headprune.files import refuse_unwritable
 
 if TYPE_CHECKING:  # commands import what they need when they run
     from transformers import PreTrainedModel
@@ -34,7 +34,6 @@ def asked_first(refuse: Callable[[Path], object]) -> Callable[[typer.Context, Pa
 writable = asked_first(refuse_unwritable)
 writable_file = asked_first(partial(refuse_unwritable, file=True))
 writable_folder = asked_first(partial(refuse_unwritable, file=False))
-writable_model = asked_first(refuse_replacing)
 
 
 def refuse_unread(needs: str, there: bool, **given: Any) -> None:
@@ -88,7 +87,10 @@ AllocationOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The file to write.", callback=writable_file)]
-ModelOutputOption = Annotated[Path, typer.Option("--output", "-o", help="The model folder to write.", callback=writable_model)]
+ModelOutputOption = Annotated[Path, typer.Option("--output", "-o", help="The model folder to write.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a model in the output folder that headprune did not write too.")
+]
 StreamedOption = Annotated[
     bool, typer.Option("--streamed", help="Read the weights layer by layer, for models that do not fit into memory.")
 ]

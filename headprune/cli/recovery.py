@@ -16,12 +16,14 @@ from headprune.cli.inputs import (
     JsonOption,
     ModelArgument,
     ModelOutputOption,
+    OverwriteOption,
     TaskOption,
     opened,
     opened_model,
     refuse_replacing_source,
 )
 from headprune.cli.terminal import with_bar
+from headprune.model_folder import refuse_replacing
 
 
 @app.command("recover", epilog="Example: headprune recover ./pruned --teacher minilm --minutes 5 -o recovered")
@@ -50,6 +52,7 @@ def recover_command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
@@ -68,6 +71,7 @@ def recover_command(
         refuse_untrainable(quantise, method)
     for source in filter(None, (model, teacher)):
         refuse_replacing_source(source, output)
+    refuse_replacing(output, overwrite)
     place = {} if device == "auto" else trainer_options(chosen_device(device))
     work = output.with_name(f"{output.name}.recovery")  # what a killed one goes on from
     pruned, data = opened(model, task, device=device)
@@ -86,7 +90,7 @@ def recover_command(
     ))  # fmt: skip
     result.refuse_diverged(lr)
     after = quality("evaluate the recovered model")
-    with_bar("save", lambda progress: save(pruned, output))
+    with_bar("save", lambda progress: save(pruned, output, overwrite=overwrite))
     shutil.rmtree(work)
     better = "higher" if data.higher_is_better else "lower"
     weights = "" if quantise is None else f", weights in {quantise}"

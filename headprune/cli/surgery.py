@@ -17,6 +17,7 @@ from headprune.cli.inputs import (
     JsonOption,
     ModelArgument,
     ModelOutputOption,
+    OverwriteOption,
     StreamedOption,
     opened,
     opened_model,
@@ -25,6 +26,7 @@ from headprune.cli.inputs import (
 )
 from headprune.cli.terminal import with_bar
 from headprune.errors import InvalidInput
+from headprune.model_folder import refuse_replacing
 
 if TYPE_CHECKING:  # commands import what they need when they run
     from transformers import PreTrainedModel
@@ -44,30 +46,33 @@ def prune_command(
         ),
     ] = None,
     streamed: StreamedOption = False,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Cut the heads that a plan lets go and save the smaller model."""
+    from headprune.embedded import EMBEDDED
     from headprune.planning import PruningPlan
-    from headprune.sources import EMBEDDED, model_folder
+    from headprune.sources import model_folder
     from headprune.surgery import prune, save
     from headprune.surgery.checkpoint import names_base
 
     refuse_replacing_source(model, output)
+    refuse_replacing(output, overwrite)
     chosen = PruningPlan.load(plan)
     if streamed:
-        prune_in_files(model, chosen, output, task, device)
+        prune_in_files(model, chosen, output, task, device, overwrite)
     elif task is None:
         base = model not in EMBEDDED and names_base(model_folder(model), chosen)
         dense, _ = opened_model(model, device=device, base=base)
         with_bar("cut", lambda progress: prune(dense, chosen, progress=progress))
-        with_bar("save", lambda progress: save(dense, output))
+        with_bar("save", lambda progress: save(dense, output, overwrite=overwrite))
     else:
         dense, data = opened(model, task, device=device)
         with_bar("re-solve output projections and cut", lambda progress: prune(
             dense, chosen, data.calibration, forward=data.forward, progress=progress
         ))  # fmt: skip
-        with_bar("save", lambda progress: save(dense, output))
+        with_bar("save", lambda progress: save(dense, output, overwrite=overwrite))
     kept = {
         "model": str(output),
         "removed_heads": chosen.removed_heads,
@@ -76,7 +81,7 @@ def prune_command(
     terminal.show(json, kept, chosen, f"written to {output}")
 
 
-def prune_in_files(model: str, plan: PruningPlan, output: Path, task: str | None, device: str) -> None:
+def prune_in_files(model: str, plan: PruningPlan, output: Path, task: str | None, device: str, overwrite: bool) -> None:
     from headprune.models.placement import chosen_device
     from headprune.sources import model_folder
     from headprune.surgery import prune_folder
@@ -84,7 +89,8 @@ def prune_in_files(model: str, plan: PruningPlan, output: Path, task: str | None
     data = None if task is None else opened(model, task, streamed=True, device=device)[1]
     with_bar("prune file by file", lambda progress: prune_folder(
         model_folder(model), plan, output, None if data is None else data.calibration,
-        forward=None if data is None else data.forward, device=chosen_device(device), progress=progress,
+        forward=None if data is None else data.forward, device=chosen_device(device),
+        overwrite=overwrite, progress=progress,
     ))  # fmt: skip
 
 
@@ -98,15 +104,18 @@ def export_command(
     option: Annotated[
         list[str] | None, typer.Option(help="Of the target: dtype=q8_0 for gguf, opset=20 for onnx; may be repeated.")
     ] = None,
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a pruned model for another engine; its outputs are checked to stay the same."""
     from headprune.surgery.export import export
+    from headprune.surgery.export.target import refuse_output
 
     refuse_replacing_source(model, output)
+    refuse_output(to, output, overwrite)
     options = target_options(option or ())
     found, _ = opened_model(model)
-    written = with_bar(f"export to {to}", lambda progress: export(found, to, output, **options))
+    written = with_bar(f"export to {to}", lambda progress: export(found, to, output, overwrite=overwrite, **options))
     terminal.show(json, {**asdict(written), "path": str(written.path)}, str(written))
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headprune.attention_interface import NAME
 from headprune.errors import InvalidInput
 from headprune.evaluation.cost import sequence_length
 from headprune.evaluation.data import placed
 from headprune.evaluation.latency import synchronize
-from headprune.models import attention_interface, attention_sites
+from headprune.models import attention_sites
 from headprune.models.adapters import find_site
 from headprune.models.placement import device_of
 from headprune.models.site import AttentionSite, Foreign
@@ -142,7 +143,7 @@ def cut_copy(site: AttentionSite, heads: list[int]) -> nn.Module:
     if len(heads) < own.head_map.query_heads:
         if not own.head_map.keep(heads).is_uniform and hasattr(own.dispatcher, "config"):
             dispatcher: Foreign = own.dispatcher
-            dispatcher.config._attn_implementation = attention_interface.NAME
+            dispatcher.config._attn_implementation = NAME
         cut_site(own, tuple(sorted(heads)))
     return module
 

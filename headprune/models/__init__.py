@@ -1,7 +1,6 @@
-"""What a head is in each model family: sites, adapters, gates, and our attention inside transformers."""
+"""What a head is in each model family: sites, adapters and gates."""
 
 from headprune.models import (
-    attention_interface,
     bert,
     fused,
     fused_vision,
@@ -30,7 +29,6 @@ __all__ = [
     "AttentionSite",
     "HeadTensor",
     "ProjectionHeads",
-    "attention_interface",
     "attention_sites",
     "bert",
     "fused",

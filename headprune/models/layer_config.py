@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from headprune.attention_interface import NAME, headprune_attention
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
-from headprune.models.attention_interface import NAME, headprune_attention
 from headprune.models.site import Foreign
 from headprune.ops.sdpa import repeated_heads
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
+from headprune.kv_sharing import gives_keys, reads_keys
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.emptied import Emptied
 from headprune.models.head_counts import counts_read, follow_width, set_head_counts
-from headprune.models.kv_sharing import gives_keys, reads_keys
 from headprune.models.layer_config import follow_groups
 from headprune.models.own_positions import OwnPositions, remember_positions
 from headprune.models.quantised import weight_shape

@@ -13,12 +13,12 @@ from inspect import signature, unwrap
 from torch import nn
 
 from headprune.head_map import HeadMap
+from headprune.kv_sharing import gives_keys, reads_keys
 from headprune.models.adapters import register_adapter
 from headprune.models.behaviour import original_class
 from headprune.models.cached import CachedFeatures
 from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
 from headprune.models.head_counts import set_head_counts
-from headprune.models.kv_sharing import gives_keys, reads_keys
 from headprune.models.layer_config import follow_groups
 from headprune.models.quantised import weight_shape
 from headprune.models.separate import BESIDES, Separate, unknown_parameters

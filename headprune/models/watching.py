@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from headprune.models.attention_interface import NAME
+from headprune.attention_interface import NAME
 from headprune.models.site import AttentionSite
 from headprune.ops.watch import Watcher, watched
 

@@ -6,12 +6,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_model
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from headprune.errors import InvalidInput
 from headprune.recovery import RateRewind
@@ -22,19 +20,10 @@ from headprune.schedules.record import stored
 from headprune.schedules.recovering import Recover, RecoverySettings
 
 
-class KeepStep(TrainerCallback):
-    """Hands the model to `keep` when training has done `step` steps."""
-
-    def __init__(self, step: int, keep: Callable[[nn.Module], None]) -> None:
-        self.step, self.keep = step, keep
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        if state.global_step == self.step and model is not None:
-            self.keep(model)
-
-
 def keeping_step(recover: Recover | None, step: int, keep: Callable[[nn.Module], None]) -> RecoverySettings:
     """`recover`, which also hands over the weights at `step`."""
+    from headprune.schedules.keep_step import KeepStep
+
     settings = check_rewindable(recover, step)
     callbacks = (*settings.options.get("callbacks", ()), KeepStep(step, keep))
     return replace(settings, options={**settings.options, "callbacks": callbacks})

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
+from headprune.kv_sharing import gives_keys
 from headprune.models.gating import gate_columns, output_input_hook
-from headprune.models.kv_sharing import gives_keys
 from headprune.models.site import AttentionSite
 from headprune.scoring.folding import Dims, alike, argument_dims, batch_dims, first_sample, folded
 from headprune.scoring.replay import Call, Plan, plan_until, recording, replaying, tracing

@@ -17,9 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from headprune.arguments import check_arguments, check_options
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
-from headprune.files import read_json, refuse_replacing, whole_folder
+from headprune.files import read_json
 from headprune.head_map import HeadMap
 from headprune.hub import local_folder
+from headprune.model_folder import refuse_replacing, whole_model
 from headprune.models import attention_sites
 from headprune.nn import VariableHeadAttention
 from headprune.nn.given import plain_module, refuse_wrapped
@@ -46,9 +47,10 @@ def save(
     tokenizer: Any = None,
     processor: Any = None,
     source: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Writes `model` to `folder`: all of it or nothing; a model that stood there is replaced at the end.
+    """Writes `model` to `folder`: all of it or nothing; a model of headprune's that stood there is replaced at the end.
 
     A transformers model becomes a folder for `load` and for `AutoModel*.from_pretrained(folder, trust_remote_code=True)`; any
     other module becomes its weights and head maps, for `load(folder, model=the unpruned module)`.
@@ -56,10 +58,11 @@ def save(
     Args:
         tokenizer, processor: objects to save beside it. Tokenizer, processor and pooling files that are not given are
             copied from `source`, by default where the model was loaded from: a folder, or the Hub's cache.
+        overwrite: replace a model that headprune did not write too. Files of `folder` that are no part of a model stay.
         options: as for `save_pretrained` (max_shard_size, ...).
 
     Raises UnsupportedModel where adapters are attached or weights are quantised, InvalidInput where `folder` holds other things
-    than a model, HeadpruneError where the disk refuses.
+    than a model, or one that headprune did not write, HeadpruneError where the disk refuses.
     """
     model = plain_module(model)
     refuse_wrapped(model)
@@ -81,9 +84,9 @@ def save(
     for companion in (tokenizer, processor):
         if companion is not None and not hasattr(companion, "save_pretrained"):
             raise InvalidInput(f"tokenizer or processor is {companion!r:.80}; expected the object, which has save_pretrained.")
-    folder = refuse_replacing(folder)
+    folder = refuse_replacing(folder, overwrite)
     origin = origin_of(model, source)
-    with whole_folder(folder) as draft:
+    with whole_model(folder) as draft:
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(draft, **options)
             if not isinstance(model, SavedWithCode):
@@ -208,7 +211,10 @@ def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         if (folder / FILE).is_file():
-            name = read_json(folder / FILE, KIND).get("class_name", "module")
+            document = read_json(folder / FILE, KIND)
+            if "exported" in document:
+                raise InvalidInput(f"{folder} is for {document['exported']}, which load does not read; give the model it is of.")
+            name = document.get("class_name", "module")
             raise InvalidInput(f"{folder} holds a {name}, which is not of transformers: hp.load(folder, model=an unpruned {name}).")
         inside = folder / "model"  # where runs and schedules keep theirs
         way_out = inside if (inside / "config.json").is_file() else "a folder that save_pretrained wrote, or a name on the Hub"

@@ -10,15 +10,7 @@ from torch import nn
 
 from headprune.files import whole_file
 from headprune.hub import known_folder
-
-FILES = (
-    "added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.*", "config_sentence_transformers.json", "COPYING*",
-    "dict.txt", "emoji.json", "feature_extractor_config.json", "generation_config.json", "LICENCE*", "LICENSE*", "merges.txt",
-    "*.model", "modules.json", "normalizer.json", "NOTICE*", "preprocessor_config.json", "processor_config.json",
-    "prophetnet.tokenizer", "sentence_bert_config.json", "special_tokens_map.json", "*.spm", "*.tiktoken", "tokenizer*.json",
-    "USE_POLICY*", "video_preprocessor_config.json", "*vocab*.json", "vocab.*", "word_*.json",
-    "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
-)  # fmt: skip
+from headprune.model_folder import COMPANIONS
 
 
 def origin_of(model: nn.Module, source: str | os.PathLike[str] | None = None) -> Path | None:
@@ -32,7 +24,7 @@ def origin_of(model: nn.Module, source: str | os.PathLike[str] | None = None) ->
 def copy_companions(source: Path, folder: Path) -> list[str]:
     """Copies from `source` what `folder` lacks; returns their names."""
     copied = []
-    for pattern in FILES:
+    for pattern in COMPANIONS:
         for path in sorted(source.glob(pattern)):
             name = path.relative_to(source)
             target = folder / name

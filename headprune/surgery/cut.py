@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headprune.arguments import check_arguments
+from headprune.attention_interface import NAME
 from headprune.errors import InvalidPlan, UnsupportedModel
-from headprune.models import attention_interface
 from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.site import AttentionSite, Foreign, HeadModules, ProjectionHeads, is_conv1d
@@ -115,7 +115,7 @@ def refuse_inexact(sites: Sequence[AttentionSite]) -> None:
 def carry_out(model: nn.Module, checked: CheckedCut) -> None:
     if checked.ragged:
         whole: Foreign = model
-        whole.set_attn_implementation(attention_interface.NAME)
+        whole.set_attn_implementation(NAME)
     for name, heads in checked.kept.items():
         cut_site(checked.sites[name], heads)
     record_cut(model, checked.sites, checked.kept)

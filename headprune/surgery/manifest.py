@@ -12,8 +12,9 @@ from typing import Any
 
 from headprune.errors import CorruptCheckpoint
 from headprune.files import read_json, write_json
+from headprune.model_folder import MANIFEST
 
-FILE = "headprune.json"
+FILE = MANIFEST
 KIND = "headprune_checkpoint"
 WEIGHTS = "*.safetensors"
 # The parts of config.json that say which heads are left.
@@ -30,6 +31,11 @@ def write_manifest(folder: Path, digests: Mapping[str, str] | None = None, **con
             digests = dict(zip((path.name for path in files), pool.map(file_digest, files)))
     weights = {path.name: {"bytes": path.stat().st_size, "crc32": digests[path.name]} for path in files}
     write_json(folder / FILE, KIND, {**content, "config_sha256": config_digest(folder), "weights": weights})
+
+
+def mark_exported(folder: Path, target: str) -> None:
+    """Says that headprune wrote `folder`, whose weights are for others to read, and to change."""
+    write_json(folder / FILE, KIND, {"exported": target, "config_sha256": config_digest(folder), "weights": {}})
 
 
 def check_manifest(folder: Path) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from headprune.arguments import check_arguments
 from headprune.errors import HeadpruneError, InvalidInput, UnsupportedModel
-from headprune.files import clear_disk_errors, read_json, refuse_replacing, replace_folder, write_json, write_text
+from headprune.files import clear_disk_errors, path_of, read_json, write_json, write_text
 from headprune.hub import local_folder
+from headprune.model_folder import refuse_replacing, replace_model
 from headprune.models import attention_sites, gated
 from headprune.models.batches import several
 from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
@@ -61,6 +62,7 @@ def prune_folder(
     compensation: str = "least_squares",
     feed_forward: bool = False,
     verify: bool = True,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PruneReport:
     """Writes the model of `source` without the heads that `plan` lets go to `target`, a folder as `hp.save` writes it.
@@ -75,6 +77,7 @@ def prune_folder(
         device: where the layers run, for compensation and the check.
         forward, token_mask, compensation, feed_forward: as in `hp.prune`.
         verify: run a few tokens through the new folder and compare with the old one, the heads gated.
+        overwrite: as in `hp.save`.
         progress: called with (layers and files done, layers and files).
 
     Raises InvalidPlan where the plan is for another model, CorruptCheckpoint naming a weight file that is missing or cut short,
@@ -82,9 +85,10 @@ def prune_folder(
     and `target` appears when it is complete.
     """
     check_arguments(prune_folder, locals())
-    source, target = local_folder(source), refuse_replacing(target)
+    source, target = local_folder(source), path_of(target)
     if source.resolve().is_relative_to(target.resolve()):
         raise InvalidInput(f"{target} {'holds' if source.resolve() != target.resolve() else 'is'} the source; give another folder.")
+    refuse_replacing(target, overwrite)
     get_solver(compensation)
     refuse_uncompensated(calibration, feed_forward)
     base = names_base(source, plan)
@@ -122,7 +126,7 @@ def prune_folder(
     with clear_disk_errors(target):
         (draft / DIGESTS).unlink()
         (draft / CLAIM).unlink()  # last: a draft without it is nobody's
-        replace_folder(draft, target)
+        replace_model(draft, target)
         shutil.rmtree(work, ignore_errors=True)
     return PruneReport(savings, tuple(resolved), done=True)
 

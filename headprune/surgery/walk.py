@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from headprune.errors import InvalidInput
+from headprune.kv_sharing import gives_keys
 from headprune.models.calls import watching_calls
 from headprune.models.feed_forward import FeedForward
 from headprune.models.gating import output_input_hook
-from headprune.models.kv_sharing import gives_keys
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor

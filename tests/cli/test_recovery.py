@@ -68,6 +68,21 @@ def test_neither_the_model_nor_its_teacher_is_written_over(call, folders, tmp_pa
     assert (tmp_path / read / "model.safetensors").read_bytes() == before
 
 
+def test_a_model_that_headprune_did_not_write_is_replaced_on_request_alone(call, folders, tmp_path, monkeypatch):
+    dense, _ = folders
+    dense.save_pretrained(tmp_path / "theirs")
+    before = (tmp_path / "theirs" / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("headprune.sources.open_model", lambda *_: pytest.fail("a model was opened before the folder was refused"))
+        code, _, err = call("recover", "./pruned", "-o", "theirs", "--steps", "1")
+    assert code == 2
+    assert "theirs holds a model that headprune did not write" in only_error(err)
+    assert (tmp_path / "theirs" / "model.safetensors").read_bytes() == before
+    code, _, err = call("recover", "./pruned", "-o", "theirs", "--steps", "1", "--overwrite")
+    assert code == 0, err
+    assert load(tmp_path / "theirs").config.headprune
+
+
 def test_the_document_tells_loss_and_quality_before_and_after(call, folders):
     code, out, err = call("recover", "./pruned", "-o", "better", "--teacher", "./dense", "--steps", "12", "--json")
     assert code == 0, err

@@ -4,11 +4,13 @@ import json
 import resource
 from pathlib import Path
 
+import pytest
 from command_line import only_error
 from letter_tokenizer import letter_tokenizer
 from tiny_models import bert, llama
 from transformers import BertModel, SiglipVisionConfig, SiglipVisionModel
 
+from headprune.model_folder import is_ours
 from headprune.planning import PruningPlan
 from headprune.scoring import score
 from headprune.surgery import cut, diff, load, save
@@ -45,7 +47,7 @@ def test_the_tokenizer_s_files_stay_as_they_were_written(call):
 
 
 def test_the_model_that_is_read_is_not_written_over(call):
-    save(bert(), "dense")
+    bert().save_pretrained("dense")
     PruningPlan.from_keep(bert(), {"encoder.layer.0.attention": [0]}).save("plan.json")
     for command in (
         ["prune", "./dense", "plan.json"],
@@ -56,6 +58,29 @@ def test_the_model_that_is_read_is_not_written_over(call):
         assert code == 2
         assert "is the model that is read; give another folder" in only_error(err)
     assert load("dense").num_parameters() == bert().num_parameters()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["prune", "./dense", "plan.json"], ["prune", "./dense", "plan.json", "--streamed"], ["export", "./dense", "--to", "stock"]],
+    ids=["prune", "streamed", "export"],
+)
+def test_a_model_that_headprune_did_not_write_is_replaced_on_request_alone(call, command, monkeypatch):
+    save(bert(), "dense")
+    llama().save_pretrained("theirs")
+    before = Path("theirs/model.safetensors").read_bytes()
+    PruningPlan.from_keep(bert(), {"encoder.layer.0.attention": [0]}).save("plan.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("headprune.sources.open_model", lambda *_: pytest.fail("a model was opened before the folder was refused"))
+        code, _, err = call(*command, "-o", "theirs")
+    assert code == 2
+    assert "theirs holds a model that headprune did not write" in only_error(err)
+    assert "--overwrite" in only_error(err)
+    assert Path("theirs/model.safetensors").read_bytes() == before
+    for _ in range(2):  # the second time it is headprune's
+        code, _, err = call(*command, "-o", "theirs", *([] if is_ours(Path("theirs")) else ["--overwrite"]))
+        assert code == 0, err
+    assert load("theirs").config.model_type == "bert"
 
 
 def test_diff_says_what_is_gone_and_what_that_saves(call):

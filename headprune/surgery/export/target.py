@@ -13,8 +13,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name
-from headprune.files import refuse_replacing, whole_file, whole_folder
+from headprune.files import refuse_unwritable, whole_file
+from headprune.model_folder import refuse_replacing, whole_model
 from headprune.surgery.companions import copy_companions, origin_of
+from headprune.surgery.manifest import mark_exported
 
 # Writes the model, which it may change, to a folder (or a file) and says what it did, a line each.
 Writer = Callable[[PreTrainedModel, Path, dict[str, Any]], list[str]]
@@ -68,6 +70,7 @@ def export(
     tokenizer: Any = None,
     source: str | os.PathLike[str] | None = None,
     keep_model: bool = True,
+    overwrite: bool = False,
     **options: Any,
 ) -> Exported:
     """Writes `model`, pruned or not, for another engine; its outputs stay the same, which is checked where it can be.
@@ -77,14 +80,13 @@ def export(
         output: a folder, or for targets of one file also its name ("model.gguf"). All of it is written or nothing.
         tokenizer: saved beside it; default the files of `source`, by default the folder that the model came from.
         keep_model: work on a copy; False saves the memory of one and leaves `model` unusable.
+        overwrite: as in `hp.save`, of a folder; one file replaces another.
         options: of the target.
 
     Raises UnsupportedModel where the target cannot hold the model, InvalidInput for an unknown target or option and where a
     package is missing, HeadpruneError where the disk refuses.
     """
-    if to not in _targets:
-        raise unknown_name("export target", to, _targets)
-    found = _targets[to]
+    found = get_target(to)
     missing = [package for package in found.packages if importlib.util.find_spec(package) is None]
     if missing:
         raise InvalidInput(f"export to {to} needs {' and '.join(missing)}: pip install 'headprune[export]'.")
@@ -94,23 +96,40 @@ def export(
             "torch.onnx.export(model, inputs, dynamo=True) and torch.export.export take a pruned plain module."
         )
     output = Path(output)
-    one_file = found.suffix is not None and output.suffix == found.suffix
-    if not one_file:
-        refuse_replacing(output)
+    refuse_output(to, output, overwrite)
     origin = origin_of(model, source)
     working = copy.deepcopy(model) if keep_model else model
     options = {**options, "tokenizer": tokenizer, "source": origin}
-    if one_file:
+    if writes_file(found, output):
         with whole_file(output) as draft:
             notes = found.write(working, draft, options)
     else:
-        with whole_folder(output) as draft:
+        with whole_model(output) as draft:
             notes = found.write(working, draft if found.suffix is None else draft / f"model{found.suffix}", options)
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             if origin is not None:
                 copy_companions(origin, draft)
+            mark_exported(draft, to)
     return Exported(to, output, tuple(notes))
+
+
+def get_target(name: str) -> Target:
+    if name not in _targets:
+        raise unknown_name("export target", name, _targets)
+    return _targets[name]
+
+
+def writes_file(target: Target, output: Path) -> bool:
+    return target.suffix is not None and output.suffix == target.suffix
+
+
+def refuse_output(to: str, output: Path, overwrite: bool) -> None:
+    """InvalidInput where an export to the target `to` may not be written as `output`."""
+    if writes_file(get_target(to), output):
+        refuse_unwritable(output, file=True)
+    else:
+        refuse_replacing(output, overwrite)
 
 
 def refuse_unknown(options: dict[str, Any], known: tuple[str, ...] = ()) -> None:

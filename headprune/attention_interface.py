@@ -2,7 +2,8 @@
 
 transformers calls the attention function with query [batch, query_heads, query_len, head_dim] and unexpanded key and value
 after rotary embedding and cache update (transformers 5, `AttentionInterface`). Without a mask function under the same name
-it would pass no padding mask at all, so both are registered.
+it would pass no padding mask at all, so both are registered: by `register`, which `import headprune` sees to. Nothing else here
+reads `transformers.modeling_utils`, so that this may be imported while that is on its way.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
-from headprune.models.kv_sharing import reads_keys, shares_keys
+from headprune.kv_sharing import reads_keys, shares_keys
 from headprune.ops import attention_varlen
 from headprune.ops.gate import gate_of
 from headprune.ops.sdpa import repeated_heads
@@ -32,6 +32,15 @@ HARMLESS = {
     "max_length_q", "mm_token_type_ids", "num_items_in_batch", "output_hidden_states", "output_router_logits",
     "position_embeddings", "position_ids", "return_dict", "return_shared_kv_states", "seq_idx", "sliding_window", "use_cache",
 }  # fmt: skip
+
+
+def register() -> None:
+    """Makes attn_implementation="headprune" known to transformers, whose modeling_utils has been imported."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(NAME, headprune_attention)
+    AttentionMaskInterface.register(NAME, headprune_mask)
 
 
 def headprune_mask(
@@ -125,7 +134,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     if unknown:
         raise InvalidInput(
             f"attn_implementation='headprune' does not know the argument {', '.join(unknown)}, which may change the result. Where "
-            "it does not, add it to headprune.models.attention_interface.HARMLESS."
+            "it does not, add it to headprune.attention_interface.HARMLESS."
         )
 
 
@@ -219,7 +228,3 @@ def dropped_attention(
         bias = visible if bias is None else bias.masked_fill(~visible, float("-inf"))
     key, value = repeated_heads(key, head_map), repeated_heads(value, head_map)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale)
-
-
-AttentionInterface.register(NAME, headprune_attention)
-AttentionMaskInterface.register(NAME, headprune_mask)

@@ -15,8 +15,8 @@ from transformers import (
 )
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from headprune.attention_interface import headprune_attention, headprune_mask
 from headprune.errors import InvalidInput
-from headprune.models.attention_interface import headprune_attention, headprune_mask
 from headprune.ops import watch
 from headprune.surgery import cut
 
