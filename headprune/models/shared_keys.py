@@ -18,7 +18,7 @@ from headprune.models.behaviour import original_class
 from headprune.models.cached import CachedFeatures
 from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
 from headprune.models.head_counts import set_head_counts
-from headprune.models.kv_sharing import gives_keys, reads_keys
+from headprune.models.kv_sharing import ARGUMENT, gives_keys, reads_keys
 from headprune.models.layer_config import follow_groups
 from headprune.models.quantised import weight_shape
 from headprune.models.separate import BESIDES, Separate, unknown_parameters
@@ -73,7 +73,7 @@ class ReadsKeys:
 def hands_over(module: nn.Module) -> bool:
     """Whether keys and values go from layer to layer as an argument of its forward, which an attention without heads counts on."""
     kind: Foreign = original_class(module)
-    return "shared_kv_states" in signature(unwrap(kind.forward)).parameters
+    return ARGUMENT in signature(unwrap(kind.forward)).parameters
 
 
 register_adapter(GivesKeys())
