@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+ARGUMENT = "shared_kv_states"  # of their forward: what one leaves there others find
+
 
 def gives_keys(module: Any) -> bool:
     """Whether later layers read what `module` makes, which it leaves outside of its result."""

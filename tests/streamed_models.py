@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import torch
-from tiny_decoders import decoder
+from tiny_decoders import FAMILIES, MIXED, decoder
 from tiny_models import VOCABULARY, padded
+
+# Their last layers read the keys and values of earlier ones; here two read each of the two layers that give them.
+SHARING = [family for family in ("gemma3n_shared", "gemma4_shared") if family in FAMILIES]
+SHARED_LAYERS = {"num_hidden_layers": 7, "num_kv_shared_layers": 4, "layer_types": [*MIXED * 3, MIXED[0]]}
 
 
 def sharded_folder(family: str, folder: Path, **options) -> Path:

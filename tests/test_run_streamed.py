@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from streamed_models import batches_of_tokens, sharded_folder
+from streamed_models import SHARED_LAYERS, SHARING, batches_of_tokens, sharded_folder
 
 from headprune import run as run_module
 from headprune import run_streamed, sources
@@ -51,10 +51,11 @@ class Tokens(Task):
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch):
+def recipe(tmp_path, monkeypatch, request):
+    family, options = getattr(request, "param", ("llama", {}))
     monkeypatch.setattr(sources, "tokenizer_of", lambda folder, images=False: object())
     content = {
-        "model": str(sharded_folder("llama", tmp_path / "model")), "task": {"name": "tokens-for-tests"},
+        "model": str(sharded_folder(family, tmp_path / "model", **options)), "task": {"name": "tokens-for-tests"},
         "output": str(tmp_path / "run"), "evaluate": {"repeats": 2}, "memory": "streamed",
     }  # fmt: skip
     return parse_recipe(content, "test")
@@ -64,6 +65,7 @@ def carried_out(recipe, console=None):
     return run_module.run(recipe, Stages(console or Console(quiet=True)))
 
 
+@pytest.mark.parametrize("recipe", [("llama", {}), *((family, SHARED_LAYERS) for family in SHARING)], indirect=True)
 def test_streamed_and_resident_runs_leave_the_same_model(recipe, capsys):
     console = Console(width=160, record=True)
     found = carried_out(recipe, console)

@@ -21,7 +21,7 @@ from headprune.evaluation.sequence_flops import Lengths, runs_of, sequence_flops
 from headprune.hub import local_folder
 from headprune.models import attention_sites
 from headprune.models.tokens import decoder_of, is_inside
-from headprune.models.trunk import outermost_layers, trunk_of
+from headprune.models.trunk import Trunk, outermost_layers, trunk_of
 from headprune.nn.replace import own_attention
 from headprune.planning import Budget, plan
 from headprune.scoring import score
@@ -259,7 +259,7 @@ def cost_of(model: PreTrainedModel, lengths: Lengths, dtype: torch.dtype, runs: 
 @dataclass(frozen=True)
 class Memory:
     """Bytes: the peak with all weights resident, and streamed (None where it cannot be); the states of one batch in front of all
-    layers."""
+    layers, with the keys and values that some hand to later ones."""
 
     resident: int
     streamed: int | None
@@ -284,17 +284,23 @@ class Memory:
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
         head = min(decoded, TOKENS) * vocabulary * (size + 8)  # logits, and their loss and gradient in fp32
         running = last + max(working, head)
-        held = max(2 * max(layers), whole - sum(layers))
-        streams = in_one_stack(model) and max(several) == 1
-        return cls(whole + states + running, held + running if streams else None, states + last)
+        held, trunk = max(2 * max(layers), whole - sum(layers)), stack_of(model) if max(several) == 1 else None
+        passed = 0 if trunk is None else 2 * tokens * size * passed_features(trunk)  # and their gradients
+        return cls(whole + states + running, None if trunk is None else held + running, states + last + passed)
 
 
-def in_one_stack(model: PreTrainedModel) -> bool:
+def stack_of(model: PreTrainedModel) -> Trunk | None:
+    """The one that holds all its attentions; None where they lie in several."""
     try:
-        trunk_of(model)
+        return trunk_of(model)
     except UnsupportedModel:
-        return False
-    return True
+        return None
+
+
+def passed_features(trunk: Trunk) -> int:
+    """Of the keys and values of one token that layers hand to later ones."""
+    givers = [site for layer in {source.layer for source in trunk.readers.values()} for site in trunk.sites[layer]]
+    return sum(site.head_map.kv_heads * (site.head_dim + site.value_dim) for site in givers)
 
 
 def activations(layer: nn.Module, hidden: int) -> int:

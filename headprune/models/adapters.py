@@ -30,6 +30,9 @@ class Adapter(Protocol):
 
     Where cutting some of its modules would not equal gating them, `inexact(site)` says why in a line, else gives None.
 
+    Where a cut also concerns the attentions that keep all their heads (they read head counts from the model's config, which says
+    from then on that layers differ), `beside_cut(site)` is called for each of those.
+
     Where it recognises what others may know better, `guesses = True`: it is asked last.
 
     `site` is asked again after a cut, so it must recognise what `after_cut` leaves, without heads too.

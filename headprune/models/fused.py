@@ -49,8 +49,8 @@ class Fused:
     is_kind: tells it from others with the same. inner: the part that computes the attention, where the output projection stands
     beside it ("" = the module itself).
     layout: where the heads lie, or a function of the module that tells. kv_heads: key/value heads of a module that was never
-    cut; default one per query head. after: what else a cut asks for. emptied: the forward that is left without heads;
-    None: one that returns what it returned with them.
+    cut; default one per query head. after: what else a cut asks for. beside: what a cut of other attentions asks for. emptied:
+    the forward that is left without heads; None: one that returns what it returned with them.
     runs_ragged: the module expands ragged groups by itself. cached: what a cache holds; None: as in AttentionSite. windowed: as
     there.
     """
@@ -63,6 +63,7 @@ class Fused:
     layout: Callable[[Foreign], Layout]
     kv_heads: Callable[[Foreign], int] | None = None
     after: Callable[[AttentionSite, HeadMap, tuple[int, ...]], None] = lambda site, head_map, kept: None
+    beside: Callable[[AttentionSite], None] = lambda site: None
     emptied: type | None = Emptied
     runs_ragged: bool = False
     cached: Callable[[Foreign], CachedFeatures | None] = lambda module: None
@@ -98,6 +99,9 @@ class Fused:
             output = None if self.inner else self.output
             empty(site.dispatcher, output, self.emptied) if self.emptied else empty_alike(site.dispatcher, output)
 
+    def beside_cut(self, site: AttentionSite) -> None:
+        self.beside(site)
+
 
 def in_groups(module: Foreign) -> bool:
     return hasattr(module, "num_key_value_heads")
@@ -106,6 +110,11 @@ def in_groups(module: Foreign) -> bool:
 def phi3_after(site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
     # Its forward reads the number of query heads from the model's config.
     follow_groups(site.module, head_map, num_attention_heads=head_map.query_heads)
+
+
+def phi3_beside(site: AttentionSite) -> None:
+    # Where layers differ, transformers warns of a number that is read from the whole's config; torch.compile cannot trace that.
+    follow_groups(site.module, site.head_map, num_attention_heads=site.head_map.query_heads)
 
 
 def query_features_in(attribute: str) -> Callable[[AttentionSite, HeadMap, tuple[int, ...]], None]:
@@ -252,7 +261,7 @@ register_adapter(Fused("gpt2", "c_attn", "c_proj", "head_dim", is_gpt2, gpt2_lay
 register_adapter(
     Fused(
         "phi3", "qkv_proj", "o_proj", "head_dim", in_groups, lambda module: blocks,
-        kv_heads=lambda module: module.num_key_value_heads, after=phi3_after,
+        kv_heads=lambda module: module.num_key_value_heads, after=phi3_after, beside=phi3_beside,
     )
 )  # fmt: skip
 register_adapter(

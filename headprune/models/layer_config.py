@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from headprune.attention_interface import NAME, headprune_attention
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
+from headprune.models.paged import with_cached
 from headprune.models.site import Foreign
 from headprune.ops.sdpa import repeated_heads
 
@@ -61,9 +62,11 @@ def expanded_attention(
         return headprune_attention(module, query, key, value, attention_mask, **arguments)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     functions: Any = ALL_ATTENTION_FUNCTIONS  # its types do not know that None may be given
-    function = functions.get_interface(implementation, eager)
+    # What is eager over a paged cache (continuous batching) is eager behind it.
+    function = functions.get_interface(implementation.removeprefix("paged|"), eager)
     if function is None:
         raise InvalidInput(f"{type(module).__name__} has no {implementation} attention for ragged groups; use {NAME!r}.")
+    key, value = with_cached(module, key, value, arguments)
     key, value = repeated_heads(key, module.head_map), repeated_heads(value, module.head_map)
     output, weights = function(module, query, key, value, attention_mask, **arguments)
     return output, weights

@@ -73,7 +73,7 @@ class ReadsKeys:
 def hands_over(module: nn.Module) -> bool:
     """Whether keys and values go from layer to layer as an argument of its forward, which an attention without heads counts on."""
     kind: Foreign = original_class(module)
-    return "shared_kv_states" in signature(unwrap(kind.forward)).parameters
+    return ARGUMENT in signature(unwrap(kind.forward)).parameters
 
 
 register_adapter(GivesKeys())

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -15,23 +16,34 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
 
 from headprune.errors import UnsupportedModel
+from headprune.kv_sharing import ARGUMENT, gives_keys, reads_keys
 from headprune.models.adapters import attention_sites
 from headprune.models.checkpointing import without_cache
+from headprune.models.emptied_sharing import place_of
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
 
 LayerCall = dict[str, Any]  # the arguments of one layer beside the states that go through all of them; tensors on the CPU
+Shared = dict[Any, tuple[Tensor, Tensor]]  # keys and values that layers hand to later ones, by their place there
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a batch is when it enters the stack: states [batch, tokens, hidden] and the call of each layer.
+    """What a batch is when it enters the stack: states [batch, tokens, hidden] and the call of each layer, without shared keys.
 
     alone: the layers return the states themselves, not a tuple with them."""
 
     states: Tensor
     calls: tuple[LayerCall, ...]
     alone: bool
+
+
+@dataclass(frozen=True)
+class KeySource:
+    """The earlier layer whose keys and values a layer reads, and the place where it finds them."""
+
+    layer: int
+    place: Any
 
 
 @dataclass(frozen=True)
@@ -43,9 +55,23 @@ class Trunk:
     layers: tuple[nn.Module, ...]
     sites: tuple[tuple[AttentionSite, ...], ...]
 
-    def run(self, index: int, call: LayerCall, states: Tensor) -> Tensor:
-        """What layer `index` makes of `states`, on their device."""
+    @cached_property
+    def readers(self) -> dict[int, KeySource]:
+        """Layers that have no keys of their own, in order -> where they read some."""
+        givers: dict[Any, KeySource] = {}
+        found: dict[int, KeySource] = {}
+        for index, site in ((index, site) for index, inside in enumerate(self.sites) for site in inside):
+            if gives_keys(site.module):
+                givers[place_of(site.module)] = KeySource(index, place_of(site.module))
+            elif reads_keys(site.module):
+                found[index] = givers[place_of(site.module)]
+        return found
+
+    def run(self, index: int, call: LayerCall, states: Tensor, shared: Shared) -> Tensor:
+        """What layer `index` makes of `states`, on their device. shared: the keys that it reads; those that it gives are added."""
         kwargs = tree_map(lambda leaf: leaf.to(states.device) if isinstance(leaf, Tensor) else leaf, call)
+        if ARGUMENT in kwargs:
+            kwargs[ARGUMENT] = shared
         return states_of(self.layers[index](states, **kwargs))[0]
 
 
@@ -74,9 +100,9 @@ def outermost_layers(model: nn.Module) -> list[tuple[nn.Module, int]]:
     return list(found.items())
 
 
-def refuse_shared_keys(trunk: Trunk) -> None:
-    """UnsupportedModel where a layer needs more of the earlier ones than the states."""
-    reader = next((site for inside in trunk.sites for site in inside if not site.own_keys), None)
+def refuse_unknown_sharing(trunk: Trunk) -> None:
+    """UnsupportedModel where a layer gets something from earlier ones that is neither states nor found in an argument."""
+    reader = next((site for inside in trunk.sites for site in inside if not site.own_keys and not reads_keys(site.module)), None)
     if reader is not None:
         raise UnsupportedModel(
             f"{reader.name} reads keys and values of an earlier layer, so its layer cannot run by itself; load the model whole "
@@ -103,9 +129,10 @@ def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
     """What `run`, one pass of the model, hands to the layers. Of these only the first one runs; the pass ends with the call of the
     module that comes behind the last.
 
-    Raises UnsupportedModel where the layers are not called once each in their order, or give on more than the states.
+    Raises UnsupportedModel where the layers are not called once each in their order, or give on more than the states and shared
+    keys, or not all tokens.
     """
-    refuse_shared_keys(trunk)
+    refuse_unknown_sharing(trunk)
     once = f"expected each of the {len(trunk.layers)} layers of {trunk.name} once, in their order; load the model whole."
     calls: list[LayerCall] = []
     first: list[Tensor] = []
@@ -122,7 +149,13 @@ def enter(trunk: Trunk, run: Callable[[], Any]) -> Entry:
             if index != len(calls):
                 raise UnsupportedModel(f"call {len(calls) + 1} of one pass is of layer {index}, counted from 0; {once}")
             states, kwargs = taken_apart(forward, args, kwargs)
-            calls.append(tree_map(on_cpu, kwargs))
+            # Each layer gets what it shares with others anew, when it runs.
+            calls.append(tree_map(on_cpu, kwargs | dict.fromkeys({ARGUMENT} & kwargs.keys())))
+            if first and states.shape != first[0].shape:
+                raise UnsupportedModel(
+                    f"layer {index} of {trunk.name}, counted from 0, gets states {list(states.shape)} where the first got "
+                    f"{list(first[0].shape)} (logits_to_keep, say); give batches without it, or load the model whole."
+                )
             if index == 0:
                 first.append(states)
                 alone.append(states_of(forward(states, **kwargs))[1])

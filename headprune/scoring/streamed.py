@@ -26,6 +26,7 @@ from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, claim
 from headprune.scoring.observations import Need, Observations
 from headprune.scoring.observer import Observer, Setting, observer_of
+from headprune.scoring.passed_keys import PassedKeys
 from headprune.scoring.passes import differentiate, pass_of, refuse_infinite, same_keys, snapshot
 
 BY_LAYER = {
@@ -85,6 +86,7 @@ class StreamedPass:
         self.backward_needs = [need for need in wanted if observer_of(need).runs == "backward"]
         self.runs_forward = bool(self.backward_needs) or any(observer_of(need).runs == "forward" for need in wanted)
         self.states = LayerStates(folder)
+        self.keys = PassedKeys(self.trunk, self.states)
         self.entries: list[Entry] = []
         self.furthest = 0  # the last layer that the states of all batches have come to
         self.done = 0
@@ -139,6 +141,7 @@ class StreamedPass:
             found = self._save("forward", layer, self._snapshot(layer, observers))
         if not self.backward_needs:
             self.states.drop("states", layer)
+            self.keys.drop_read(layer)
         return self._passed(found)
 
     def _leave(self) -> list[Tensor]:
@@ -166,26 +169,38 @@ class StreamedPass:
             with watching_pass(observers):
                 for index, batch in enumerate(self.batches):
                     states = self.states.get("states", layer, index).to(self.device).requires_grad_(layer > lowest)
-                    gradient = self.states.get("gradients", layer + 1, index).to(self.device)
                     with watching_batch(observers, batch):
-                        with watching_forward(observers, batch):
-                            out = self.trunk.run(layer, self.entries[index].calls[layer], states)
-                        out.backward(gradient)
+                        self._differentiate(layer, index, states, observers)
                     for observer in observers:
                         observer.after_batch(batch, losses[index])
                     if layer > lowest:
                         self.states.put("gradients", layer, index, gradient_of(states))
             found = self._save("backward", layer, self._snapshot(layer, observers))
         self.states.drop("gradients", layer + 1)
+        self.keys.drop_gradients(layer)
+        self.keys.drop(layer)
         return self._passed(found)
+
+    def _differentiate(self, layer: int, index: int, states: Tensor, observers: Sequence[Observer]) -> None:
+        """Batch `index` through `layer` again and its gradients back, to `states` and to the keys of other layers."""
+        gradient, shared = self.states.get("gradients", layer + 1, index).to(self.device), self.keys.read(layer, index, self.device)
+        for tensor in (tensor for pair in shared.values() for tensor in pair):
+            tensor.requires_grad_()
+        with watching_forward(observers, self.batches[index]):
+            out = self.trunk.run(layer, self.entries[index].calls[layer], states, shared)
+        roots = [(out, gradient), *self.keys.gradients(layer, index, shared)]
+        torch.autograd.backward([root for root, _ in roots], [its for _, its in roots])
+        self.keys.keep_gradients(layer, index, shared)
 
     def _there(self, layer: int) -> bool:
         """Whether the states in front of `layer` are kept for all batches."""
         return all(self.states.has("states", layer, index) for index in range(len(self.batches)))
 
     def _run(self, layer: int, index: int) -> Tensor:
-        states = self.states.get("states", layer, index).to(self.device)
-        return self.trunk.run(layer, self.entries[index].calls[layer], states)
+        states, shared = self.states.get("states", layer, index).to(self.device), self.keys.read(layer, index, self.device)
+        found = self.trunk.run(layer, self.entries[index].calls[layer], states, shared)
+        self.keys.keep(layer, index, shared)
+        return found
 
     def _observers(self, sites: Sequence[Any], needs: Sequence[Need]) -> list[Observer]:
         setting = replace(self.setting, sites=tuple(sites), headless=())

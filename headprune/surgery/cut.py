@@ -118,6 +118,9 @@ def carry_out(model: nn.Module, checked: CheckedCut) -> None:
         whole.set_attn_implementation(NAME)
     for name, heads in checked.kept.items():
         cut_site(checked.sites[name], heads)
+    for name, site in checked.sites.items():
+        if name not in checked.kept:
+            getattr(adapter_of(site), "beside_cut", lambda site: None)(site)
     record_cut(model, checked.sites, checked.kept)
     if isinstance(model, PreTrainedModel):
         save_with_code(model)

@@ -47,6 +47,7 @@ from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions, PositionsThird
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
+from headprune.models.paged import batched_continuously, with_cached
 from headprune.models.prophetnet_forward import EmptiedNgram, EmptiedProphetNet, OwnNgram, OwnProphetNet
 from headprune.models.quarters import QuarteredHeads
 from headprune.models.reduced_forward import OwnReduced
@@ -114,8 +115,13 @@ def pruned_class(name: str, stock: Any, module: str) -> type:
         if any_ragged(self):
             use_ragged_attention(self, chosen)
 
+    def init_continuous_batching(self, *args, **options):  # type: ignore[no-untyped-def]
+        return batched_continuously(self, lambda: stock.init_continuous_batching(self, *args, **options))
+
     # What transformers reads off a class's module and name is to be what it reads off the stock class.
     members = {"__init__": __init__, "__module__": module, "__qualname__": name, "is_custom_code": classmethod(lambda cls: False)}
+    if hasattr(stock, "init_continuous_batching"):
+        members["init_continuous_batching"] = init_continuous_batching
     for ability in ("attn", "experts"):
         question = f"_can_set_{ability}_implementation"
         if hasattr(stock, question):
@@ -258,7 +264,8 @@ def expanded_attention(
     """The model's own attention function on one key/value head per query head."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     functions: Any = ALL_ATTENTION_FUNCTIONS
-    function = functions.get_interface(module.config.shared._attn_implementation, eager)
+    function = functions.get_interface(module.config.shared._attn_implementation.removeprefix("paged|"), eager)
+    key, value = with_cached(module, key, value, arguments)
     index = torch.tensor(module.kv_of_query, device=key.device)
     key, value = key.index_select(1, index), value.index_select(1, index)
     output, weights = function(module, query, key, value, attention_mask, **arguments)

@@ -1,4 +1,5 @@
-"""transformers' own `save_pretrained` of a pruned model (so Trainer's checkpoints, and push_to_hub) writes what AutoModel needs."""
+"""What a pruned transformers model does otherwise than its class: its own `save_pretrained` (so Trainer's checkpoints, and
+push_to_hub) writes what AutoModel needs, and continuous batching takes layers with any number of key/value heads."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from headprune.errors import InvalidInput
 from headprune.models.behaviour import Behaviour, behave, combined
+from headprune.models.paged import batched_continuously
 from headprune.surgery import manifest
 from headprune.surgery.remote_code import write_remote_code
 
@@ -34,6 +36,10 @@ class SavedWithCode(Behaviour):
         if is_main_process and not alone and isinstance(model, PreTrainedModel) and (folder / "config.json").is_file():
             write_remote_code(model, folder)
             (folder / manifest.FILE).unlink(missing_ok=True)  # digests of what `hp.save` wrote there before
+
+    def init_continuous_batching(self, *arguments: Any, **options: Any) -> Any:
+        stock: Any = super()
+        return batched_continuously(self, lambda: stock.init_continuous_batching(*arguments, **options))
 
 
 def save_with_code(model: PreTrainedModel, original: type | None = None) -> None:

@@ -30,6 +30,7 @@ from headprune.models.tokens import TokenMask, token_masks, valid_tokens
 from headprune.models.trunk import Entry, enter
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, take_over
+from headprune.scoring.passed_keys import PassedKeys
 from headprune.scoring.passes import pass_of
 from headprune.surgery.compensate import Reached, Resolved, Target, add_tokens, resolve, sums_for
 from headprune.surgery.normal_equations import NormalEquations, get_solver
@@ -77,7 +78,7 @@ class StreamedCompensation:
     ) -> None:  # fmt: skip
         self.streamed, self.trunk, self.keep, self.batches, self.states = streamed, streamed.trunk, keep, batches, states
         self.forward, self.masks, self.solver = forward, token_masks(streamed.model, token_mask), get_solver(method)
-        self.feed_forward = feed_forward
+        self.feed_forward, self.keys = feed_forward, PassedKeys(self.trunk, states)
         self.entries: list[Entry] = []
         named = [[site for site in inside if site.name in keep] for inside in self.trunk.sites]
         # As in memory: from the first that loses heads on.
@@ -102,6 +103,7 @@ class StreamedCompensation:
                 write_json(document, LAYER_KIND, {"resolved": [asdict(one) for one in report]})
                 self.states.drop("dense", layer)
                 self.states.drop("pruned", layer)
+                self.keys.drop_read(layer, "dense_", "pruned_")
             reports += [Resolved(**one) for one in read_json(document, LAYER_KIND)["resolved"]]
             found |= header_of(weights)[0]
             if progress:
@@ -167,7 +169,11 @@ class StreamedCompensation:
     def _run(self, layer: int, index: int, kind: str) -> Tensor:
         there = kind if self.states.has(kind, layer, index) else "dense"
         states = self.states.get(there, layer, index).to(self.streamed.device)
-        return self.trunk.run(layer, self.entries[index].calls[layer], states)
+        theirs = f"{kind}_" if self.keys.has(layer, index, f"{kind}_") else "dense_"
+        shared = self.keys.read(layer, index, self.streamed.device, theirs)
+        found = self.trunk.run(layer, self.entries[index].calls[layer], states, shared)
+        self.keys.keep(layer, index, shared, f"{kind}_")
+        return found
 
     def _gates(self, sites: Sequence[AttentionSite]) -> ExitStack:
         with ExitStack() as stack:

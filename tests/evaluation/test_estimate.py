@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
+from streamed_models import SHARED_LAYERS, SHARING
 from tiny_decoders import decoder
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +14,7 @@ import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.evaluation.estimate import Memory
 from headprune.evaluation.memory import peak_bytes
+from headprune.kv_sharing import gives_keys
 
 MIDDLE = {
     "vocab_size": 2000, "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -43,6 +45,15 @@ def test_counts_are_those_of_the_model(family, folder):
     plan = hp.plan(hp.score(model, (), "random"), hp.Budget(heads=0.5), allocation="uniform")
     hp.cut(model, plan)
     assert found.pruned.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_keys_that_later_layers_read_are_kept_beside_the_states(family, folder):
+    found = hp.estimate(folder(family, **SHARED_LAYERS), hp.Budget(heads=0.5), tokens=100, batch=1, length=10)
+    givers = [site for site in hp.attention_sites(decoder(family, **SHARED_LAYERS)) if gives_keys(site.module)]
+    keys = sum(site.head_map.kv_heads * site.head_dim for site in givers)
+    assert len(givers) == 2
+    assert found.state_bytes == 100 * 4 * (8 * 32 + 4 * keys)  # in front of each layer, and behind; two tensors and gradients
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import logging
 import random
+import shutil
 
 import pytest
 import torch
@@ -279,18 +280,20 @@ def test_relations_are_those_of_the_last_layer_with_keys(family):
 
 
 @pytest.mark.parametrize("family", SHARING)
-def test_on_disk_it_is_cut_but_not_streamed_layer_by_layer(family, tmp_path):
+def test_on_disk_it_is_scored_cut_and_solved_layer_by_layer(family, tmp_path):
     model = large(family)
     hp.save(model, tmp_path / "model")
     plan = hp.PruningPlan.from_keep(model, dict(zip(NAMES, PLANS["none where they are made"])))
     batches = [{"input_ids": tokens(4, 30), "labels": tokens(4, 30)}]
-    with pytest.raises(hp.UnsupportedModel, match="load the model whole"):
-        hp.prune_folder(tmp_path / "model", plan, tmp_path / "solved", batches)
-    with pytest.raises(hp.UnsupportedModel, match="load the model whole"):
-        hp.score(hp.open_streamed(tmp_path / "model"), batches, "fisher")
-    hp.prune_folder(tmp_path / "model", plan, tmp_path / "cut")
-    hp.prune(model, plan)
-    assert torch.allclose(hidden(hp.load(tmp_path / "cut"), **padded()), hidden(model, **padded()), atol=1e-4)
+    found, expected = (hp.score(one, batches, "fisher") for one in (hp.open_streamed(tmp_path / "model"), model))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for data in (None, batches):
+        pruned = copy.deepcopy(model)
+        hp.prune(pruned, plan, data)
+        shutil.rmtree(tmp_path / "pruned", ignore_errors=True)
+        hp.prune_folder(tmp_path / "model", plan, tmp_path / "pruned", data)
+        again = hp.load(tmp_path / "pruned").state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in pruned.state_dict().items())
 
 
 @pytest.mark.parametrize("family", SHARING)

@@ -1,12 +1,16 @@
 """Models whose weights are read as they run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
-from streamed_models import labelled, sharded_folder
+from streamed_models import SHARED_LAYERS, SHARING, labelled, sharded_folder
+from tiny_decoders import decoder
 
 import headprune as hp
 from headprune.errors import CorruptCheckpoint, UnsupportedModel
+from headprune.models.trunk import enter, trunk_of
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
@@ -93,3 +97,21 @@ def allocated() -> int:
     """Bytes of CUDA tensors, without the workspaces that each thread's matrix products keep."""
     torch._C._cuda_clearCublasWorkspaces()
     return torch.cuda.memory_allocated()
+
+
+@pytest.mark.skipif("gemma4_shared" not in SHARING, reason="this transformers has no Gemma 4")
+def test_layers_that_get_the_last_tokens_alone_are_refused(tmp_path):
+    folder = sharded_folder("gemma4_shared", tmp_path / "model", **SHARED_LAYERS)
+    batch = {"input_ids": labelled()["input_ids"], "logits_to_keep": 1}
+    if not hasattr(hp.load(folder).model, "_maybe_slice_kv_shared_inputs"):
+        pytest.skip("this transformers runs all tokens through all layers")
+    with pytest.raises(UnsupportedModel, match="logits_to_keep"):
+        hp.observe(hp.open_streamed(folder), [batch], ["gram"])
+
+
+def test_keys_that_come_from_an_earlier_layer_in_an_unknown_way_are_refused():
+    model = decoder("llama")
+    trunk = trunk_of(model)
+    reading = replace(trunk, sites=(trunk.sites[0], tuple(replace(site, own_keys=False) for site in trunk.sites[1])))
+    with pytest.raises(UnsupportedModel, match="reads keys and values of an earlier layer"):
+        enter(reading, lambda: model(**labelled()))

@@ -8,11 +8,13 @@ from dataclasses import fields
 import pytest
 import torch
 from child_process import environment
-from streamed_models import labelled, sharded_folder
+from streamed_models import SHARED_LAYERS, SHARING, labelled, sharded_folder
 
 import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.scoring.causal_losses import causal_losses
+from headprune.scoring.layer_states import LayerStates
+from headprune.scoring.passed_keys import PassedKeys
 
 NEEDS = ["weights", "gram", "output_norm", "gate_gradient", "weight_gradient"]
 PATTERNS = ["attention", "attention_pattern", "attention_distance", "gate_gradient"]
@@ -37,6 +39,72 @@ def test_bit_for_bit(family, tmp_path):
 def test_attention_patterns_bit_for_bit(family, tmp_path):
     folder, batches = sharded_folder(family, tmp_path / "model"), [labelled("left"), labelled("right", 2)]
     assert_same(hp.observe(hp.open_streamed(folder), batches, PATTERNS), hp.observe(hp.load(folder), batches, PATTERNS))
+
+
+# Padded on the right: on the left Gemma 3n's own gradients are NaN, of padding embeddings that are 0.
+RIGHT = [labelled("right"), labelled("right", 2)]
+
+
+@pytest.mark.parametrize("needs", [NEEDS, PATTERNS], ids=["gradients", "patterns"])
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("family", SHARING)
+def test_layers_that_read_others_keys_bit_for_bit(family, where, needs, tmp_path):
+    folder, work = sharded_folder(family, tmp_path / "model", **SHARED_LAYERS), tmp_path / "work"
+    found = hp.observe(hp.open_streamed(folder), RIGHT, needs, checkpoint=work if where == "disk" else None)
+    assert_same(found, hp.observe(hp.load(folder), RIGHT, needs))
+    assert all(site.gate_gradient.abs().sum() > 0 for site in found.values())
+    assert not any(path.is_file() for kind in ("keys", "values", "gradients") for path in work.glob(f"*{kind}/**/*"))
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_of_shared_keys_those_of_the_layers_that_give_them_are_kept_until_they_were_read(family, tmp_path, monkeypatch):
+    folder, kept, most = sharded_folder(family, tmp_path / "model", **SHARED_LAYERS), [], []
+    own, dropped = LayerStates.put, PassedKeys.drop_read
+
+    def put(self, kind, layer, *rest):
+        own(self, kind, layer, *rest)
+        kept.append((kind, layer))
+        most.append(len({place for place in self._kept if place[0] != "states"}))
+
+    def drop_read(self, layer, *streams):
+        dropped(self, layer, *streams)
+        if layer == 6:
+            assert not [place for place in self.states._kept if place[0] != "states"]
+
+    monkeypatch.setattr(LayerStates, "put", put)
+    monkeypatch.setattr(PassedKeys, "drop_read", drop_read)
+    hp.observe(hp.open_streamed(folder), RIGHT, ["gram"])
+    assert {layer for kind, layer in kept if kind in ("keys", "values")} == {1, 2}
+    assert max(most) == 2 * 2 * len(RIGHT)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5])
+@pytest.mark.parametrize("family", SHARING)
+def test_stopped_within_a_layer_that_reads_keys_their_gradients_count_once(family, stop, tmp_path, monkeypatch):
+    folder, left = sharded_folder(family, tmp_path / "model", **SHARED_LAYERS), [stop]
+    own = PassedKeys.keep_gradients
+
+    def keep(self, *arguments):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        own(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PassedKeys, "keep_gradients", keep)
+        with pytest.raises(KeyboardInterrupt):
+            hp.observe(hp.open_streamed(folder), RIGHT, ["gram", "gate_gradient"], checkpoint=tmp_path / "work")
+    found = hp.observe(hp.open_streamed(folder), RIGHT, ["gram", "gate_gradient"], checkpoint=tmp_path / "work")
+    assert_same(found, hp.observe(hp.load(folder), RIGHT, ["gram", "gate_gradient"]))
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_shared_keys_of_layers_that_lost_all_heads_go_on(family, tmp_path):
+    model = hp.load(sharded_folder(family, tmp_path / "model", **SHARED_LAYERS))
+    names = [site.name for site in hp.attention_sites(model)]
+    hp.cut(model, {names[0]: [], names[1]: [], names[2]: [0, 1, 3], names[4]: [], names[5]: [2]})
+    folder = hp.save(model, tmp_path / "pruned")
+    assert_same(hp.observe(hp.open_streamed(folder), RIGHT, NEEDS), hp.observe(hp.load(folder), RIGHT, NEEDS))
 
 
 def test_states_on_disk_change_nothing(tmp_path):

@@ -119,6 +119,36 @@ def test_a_pruned_model_compiles_without_a_graph_break(pruned):
         assert torch.allclose(compiled(input_ids=ids, use_cache=False).logits, expected, atol=1e-5)
 
 
+FUSED = [
+    "gpt2", "gpt_neox", "gpt_bigcode", "bloom", "codegen", "dbrx", "falcon_mqa", "falcon_gqa", "falcon_alibi", "mpt",
+    "modernbert_decoder", "persimmon", "phi3",
+]  # fmt: skip
+
+
+def compiled_whole(model):
+    """Where experts are chosen while it runs (DBRX) the attentions alone are without a break, of the stock model too."""
+    if model.config.model_type != "dbrx":
+        return compile_anew(model)
+    torch._dynamo.reset()
+    for site in attention_sites(model):
+        site.module.compile(backend="eager", fullgraph=True)
+    return model
+
+
+@pytest.mark.parametrize("last", [[0, 1, 3], [2, 3]], ids=["ragged", "even"])
+@pytest.mark.parametrize("family", FUSED)
+def test_one_layer_cut_compiles_without_a_graph_break_from_memory_and_from_disk(family, last, tmp_path):
+    model, inputs = decoder(family), {"input_ids": tokens(batch=2), "use_cache": False}
+    cut(model, {attention_sites(model)[-1].name: last}, verify=False)
+    for found in (model, load(save(model, tmp_path / "pruned"))):
+        for implementation in ("headprune", "sdpa") if found._can_set_attn_implementation() else (None,):
+            if implementation is not None:
+                found.set_attn_implementation(implementation)
+            with torch.no_grad():
+                expected = found(**inputs).logits
+                assert torch.allclose(compiled_whole(found)(**inputs).logits, expected, atol=1e-5), implementation
+
+
 def dynamically(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has announced its end

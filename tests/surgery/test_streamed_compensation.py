@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from child_process import environment
-from streamed_models import batches_of_tokens, sharded_folder
+from streamed_models import SHARED_LAYERS, SHARING, batches_of_tokens, sharded_folder
 from tiny_decoders import FAMILIES
 
 import headprune as hp
@@ -27,7 +27,7 @@ def assert_same_weights(found, expected):
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "stablelm" and "shared" not in family])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "stablelm"])
 def test_bit_for_bit(family, tmp_path):
     folder, batches = sharded_folder(family, tmp_path / "model"), batches_of_tokens()
     plan, model = plan_for(folder), hp.load(folder)
@@ -64,6 +64,22 @@ def test_layers_that_keep_their_heads_are_walked_through(tmp_path):
     plan = hp.PruningPlan.from_keep(model, {"model.layers.1.self_attn": [0], "model.layers.3.self_attn": [2, 3]})
     hp.prune(model, plan, batches)
     hp.prune_folder(folder, plan, tmp_path / "pruned", batches)
+    assert_same_weights(hp.load(tmp_path / "pruned"), model)
+
+
+@pytest.mark.parametrize("first", [0, 2, 4], ids=["from the first layer", "from one that gives keys", "from one that reads them"])
+@pytest.mark.parametrize("family", SHARING)
+def test_keys_that_later_layers_read_are_those_of_either_model(family, first, tmp_path, monkeypatch):
+    folder, batches = sharded_folder(family, tmp_path / "model", **SHARED_LAYERS), batches_of_tokens()
+    model, kind = hp.load(folder), sys.modules["headprune.surgery.streamed_compensation"].StreamedCompensation
+    plan = hp.PruningPlan.from_keep(model, {site.name: KEPT for site in hp.attention_sites(model)[first:]})
+    expected = hp.prune(model, plan, batches)
+    with monkeypatch.context() as patch:  # stopped behind the layers that give keys, and before those that read them
+        own = kind._layer
+        patch.setattr(kind, "_layer", lambda self, layer, **rest: stopped() if layer == 5 else own(self, layer, **rest))
+        with pytest.raises(KeyboardInterrupt):
+            hp.prune_folder(folder, plan, tmp_path / "pruned", batches)
+    assert list(hp.prune_folder(folder, plan, tmp_path / "pruned", batches)) == list(expected)
     assert_same_weights(hp.load(tmp_path / "pruned"), model)
 
 
