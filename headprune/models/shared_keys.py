@@ -13,7 +13,7 @@ from inspect import signature, unwrap
 from torch import nn
 
 from headprune.head_map import HeadMap
-from headprune.kv_sharing import gives_keys, reads_keys
+from headprune.kv_sharing import ARGUMENT, gives_keys, reads_keys
 from headprune.models.adapters import register_adapter
 from headprune.models.behaviour import original_class
 from headprune.models.cached import CachedFeatures
