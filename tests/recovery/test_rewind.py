@@ -110,6 +110,18 @@ def test_recovery_starts_from_the_rewound_weights():
     assert all(torch.equal(tensor, by_hand(early, name, tensor)) for name, tensor in model.state_dict().items())
 
 
+def test_a_folder_with_another_recovery_refuses_before_weights_are_rewound(tmp_path):
+    early, options = llama(seed=5), {"lr": 0.0, "output_dir": tmp_path / "run"}
+    finished = hp.recover(pruned_llama()[1], text_batches(), steps=1, rewind=early, **options)
+    _, model = pruned_llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InvalidInput, match="with other settings"):
+        hp.recover(model, text_batches(), steps=2, rewind=early, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert hp.recover(model, text_batches(), steps=1, rewind=early, **options) == finished
+    assert all(torch.equal(tensor, by_hand(early, name, tensor)) for name, tensor in model.state_dict().items())
+
+
 def test_rate_rewinding_repeats_the_last_rates_from_the_present_weights():
     rates = []
     original = lambda step: 0.01 / (1 + step)  # noqa: E731
