@@ -109,7 +109,7 @@ class Space:
         self.scores, self.budget, self.options, self.error, self.most = scores, budget, options, error, most
         self.progress = progress
         # Weights multiply what a head is above a number below the least, so that negative scores are weighed the right way round.
-        reached = [found.min() for name, found in scores.items() if name not in scores.unreached]
+        reached = [found.min() for name, found in scores.items() if len(found) and name not in scores.unreached]
         self.least = 1.1 * min(0.0, *(float(found) for found in reached)) if reached else 0.0
         self.trials: list[Trial] = []
         self.plans: dict[tuple[float, ...], PruningPlan] = {}

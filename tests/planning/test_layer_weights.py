@@ -40,6 +40,14 @@ def test_the_search_comes_within_a_head_of_what_each_layer_can_spare(wanted, lea
         assert heads == tuple(range(8 - len(heads), 8))
 
 
+def test_a_layer_without_heads_stops_no_search():
+    error, _ = far_from([0, 2, 6])
+    empty = SiteShape(HeadMap((), 0), 8, 8, 32, 40, 20)
+    scores = scores_of(3)
+    scores = HeadScores("by hand", {**scores, "layer0": torch.zeros(0)}, {**scores.shapes, "layer0": empty})
+    assert search_layer_weights(scores, Budget(heads=0.5), error, trials=20).best.kept[0] == 0
+
+
 def test_every_plan_that_is_tried_keeps_the_budget_and_the_constraints():
     error, seen = far_from([2, 2, 8, 8])
     budget = Budget(params=0.4)
