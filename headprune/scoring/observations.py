@@ -194,7 +194,7 @@ class Observations(Mapping[str, SiteObservations]):
         return len(self.sites)
 
     def __add__(self, other: Observations) -> Observations:
-        if list(self) != list(other):
+        if self.keys() != other.keys():
             raise InvalidInput("observations of different models cannot be merged: their sites differ.")
         return Observations({name: self[name].merged(other[name]) for name in self}, self.seen + other.seen)
 

@@ -97,7 +97,7 @@ def observe(
         setting = Setting(model, sites, loss_fn, token_masks(model, token_mask), kinds, gram_device, headless, token_mask is None)
         wanted = sorted({Need.of(need) for need in needs}, key=lambda need: need.value)
         if streamed_of(model) is not None:
-            observed = observe_streamed(setting, batches, wanted, checkpoint, progress)
+            observed = in_order(observe_streamed(setting, batches, wanted, checkpoint, progress), every)
             refuse_unreached(observed, unreached)
             return observed
         if wanted:  # shapes alone do for the rest
@@ -106,7 +106,7 @@ def observe(
         observers = [observer_of(need)(setting) for need in wanted]
         with checkpointed(model) if checkpointing else nullcontext():
             seen = run_pass(setting, batches, observers, earlier, checkpoint, progress)
-        observed = together(earlier, snapshot(setting, observers, seen))
+        observed = in_order(together(earlier, snapshot(setting, observers, seen)), every)
         refuse_unreached(observed, unreached)
         if checkpoint:
             observed.save(checkpoint)
@@ -179,6 +179,11 @@ def run_pass(
 
 def together(earlier: Observations | None, now: Observations) -> Observations:
     return now if earlier is None else earlier + now
+
+
+def in_order(observed: Observations, sites: Sequence[AttentionSite]) -> Observations:
+    """In the order of the model, in which those without heads stand among the others."""
+    return Observations({site.name: observed[site.name] for site in sites}, observed.seen)
 
 
 def refuse_unreached(observed: Observations, unreached: str) -> None:

@@ -137,6 +137,18 @@ def test_the_value_of_unreached_is_checked():
         observe(llama(), batches_for(1), {"gram"}, unreached="ignore")
 
 
+def test_a_pass_over_a_model_with_an_attention_without_heads_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["headprune.scoring.observe"], "CHECKPOINT_SECONDS", 0.0)
+    file, model, batches = tmp_path / "observed.safetensors", llama(), batches_for()
+    hp.cut(model, {"model.layers.0.self_attn": []})
+    with pytest.raises(KeyboardInterrupt):
+        observe(model, killed_after(batches, 3), NEEDS, checkpoint=file)
+    found = observe(model, batches, NEEDS, checkpoint=file)
+    same(found, observe(model, batches, NEEDS))
+    same(observe(model, batches, NEEDS, checkpoint=file), found)
+    assert list(found) == [site.name for site in hp.attention_sites(model)]
+
+
 def test_an_attention_without_heads_is_passed_over():
     model = llama()
     hp.cut(model, {"model.layers.0.self_attn": []})
@@ -146,6 +158,7 @@ def test_an_attention_without_heads_is_passed_over():
         assert (scores["model.layers.0.self_attn"].numel(), scores["model.layers.1.self_attn"].isfinite().all()) == (0, True)
         chosen = hp.plan(scores, hp.Budget(heads=0.5))
         assert (chosen["model.layers.0.self_attn"], len(chosen["model.layers.1.self_attn"])) == ((), 4)
+        assert list(scores) == list(chosen) == [site.name for site in hp.attention_sites(model)]  # engines ask for the first layer
     hp.prune(model, chosen)
     assert str(hp.attention_sites(model)[1].head_map).startswith("4q")
 
