@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from headprune.errors import InvalidInput
@@ -33,13 +33,27 @@ class LatencyTable:
     def cost(self, shape: SiteShape, head_map: HeadMap, site: str | None = None) -> int:
         """Nanoseconds of an attention of `shape` that has the heads of `head_map`; site: its name, where lengths differ. Raises
         InvalidInput for another geometry."""
-        own = self.lengths.get(site or "", "")
-        times = self.attention.get(own if own.startswith(key_of(shape)) else key_of(shape))
+        times = self.attention.get(self.key(shape, site))
         if times is None:
             raise InvalidInput(
                 f"the latency table has no attention of {key_of(shape)} (it has {', '.join(self.attention)}); measure this model."
             )
         return times[head_map.query_heads]
+
+    def key(self, shape: SiteShape, site: str | None) -> str:
+        """Under which the times of `site` stand in `attention`."""
+        own = self.lengths.get(site or "", "")
+        return own if own.startswith(key_of(shape)) else key_of(shape)
+
+    def of_pruned(self, original: Mapping[str, SiteShape], now: Mapping[str, SiteShape]) -> LatencyTable:
+        """The same times for the model that was measured, of shapes `original`, once it has been pruned to those of `now`."""
+        attention, lengths = dict(self.attention), dict(self.lengths)
+        for name, shape in now.items():
+            measured = self.key(original[name], name)
+            if shape != original[name] and measured in self.attention:
+                lengths[name] = f"{key_of(shape)}, pruned from {measured}"
+                attention[lengths[name]] = self.attention[measured][: shape.head_map.query_heads + 1]
+        return replace(self, attention=attention, lengths=lengths)
 
     def refuse_other_machine(self, machines: Sequence[str]) -> None:
         """InvalidInput unless the table was measured on one of `machines`."""

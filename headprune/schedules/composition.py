@@ -36,16 +36,23 @@ def composed(earlier: Mapping[str, tuple[int, ...]], later: Mapping[str, Iterabl
 
 def relative_budget(budget: Budget, fraction: float, original: Mapping[str, SiteShape], now: Mapping[str, SiteShape]) -> Budget:
     """The budget that takes a model of shapes `now` to where `fraction` of the original's cost has gone."""
-    full, left = (sum(budget.cost(shape, shape.head_map, name) for name, shape in shapes.items()) for shapes in (original, now))
+    full = whole_cost(budget, original)
+    if budget.table is not None:
+        budget = replace(budget, table=budget.table.of_pruned(original, now))
+    left = whole_cost(budget, now)
     to_go = int(fraction * (full + budget.fixed_cost) + 1e-9) - (full - left)
     relative = 0.0 if to_go <= 0 else (to_go + SLACK) / max(left + budget.fixed_cost, 1)
     changed: dict[str, Any] = {budget.quantity: min(relative, 1 - 1e-9)}
     return replace(budget, **changed)
 
 
+def whole_cost(budget: Budget, shapes: Mapping[str, SiteShape]) -> int:
+    return sum(budget.cost(shape, shape.head_map, name) for name, shape in shapes.items())
+
+
 def removed_fraction(budget: Budget, original: Mapping[str, SiteShape], keep: Mapping[str, tuple[int, ...]]) -> float:
     """Which share of the original's cost has gone."""
-    full = sum(budget.cost(shape, shape.head_map, name) for name, shape in original.items())
+    full = whole_cost(budget, original)
     left = sum(budget.cost(shape, shape.head_map.keep(keep[name]), name) for name, shape in original.items())
     return (full - left) / max(full + budget.fixed_cost, 1)
 

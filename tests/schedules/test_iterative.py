@@ -16,6 +16,8 @@ import headprune as hp
 from headprune import schedules
 from headprune.errors import InfeasibleBudget, InvalidInput
 from headprune.models import attention_sites
+from headprune.planning.latency_table import LatencyTable, key_of
+from headprune.scoring import SiteShape
 from headprune.surgery import load
 
 
@@ -38,6 +40,24 @@ def test_iterative_ends_exactly_where_one_shot_does(budget, options):
     assert removed == sorted(removed)
     assert removed[1] < removed[-1]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("schedule", ["iterative", "lottery_ticket"])
+def test_a_latency_budget_is_kept_by_the_table_of_the_original_at_every_step(schedule):
+    """Whose times are those of its attentions with fewer heads; the second layer runs another length."""
+    first, second = attention_sites(tiny())
+    key = key_of(SiteShape.of(first))
+    times = {key: (100, 300, 600, 800, 1000), f"{key}, states [2, 5]": (50, 100, 150, 200, 250)}
+    table = LatencyTable("here", "float32", 1, 8, times, 500, {second.name: f"{key}, states [2, 5]"})
+    budget, options = hp.Budget(latency=0.3, table=table), {"loss_fn": loss, "compensate": False, "criterion": "random"}
+    if schedule == "lottery_ticket":
+        options["recover"] = short_training
+    found = schedules.get_schedule(schedule)(tiny(), batches(), budget, steps=3, **options)
+    left = [len(found.plan[name]) for name in (first.name, second.name)]
+    spent = times[key][left[0]] + times[f"{key}, states [2, 5]"][left[1]] + 500
+    assert spent <= 0.7 * 1750
+    assert found.history[-1].removed == pytest.approx(1 - spent / 1750)
+    assert [step.removed for step in found.history] == sorted(step.removed for step in found.history)
 
 
 def test_the_plan_is_told_in_the_heads_of_the_original():
