@@ -19,7 +19,7 @@ from headprune.recovery.result import told_apart
 from headprune.schedules.composition import shapes_of
 from headprune.schedules.quality import has_loss, mean_loss, refuse_not_finite
 from headprune.schedules.recovering import Recover
-from headprune.scoring import HeadScores, get_criterion
+from headprune.scoring import HeadScores, Need, check_normalization, get_criterion
 from headprune.scoring.batch_identity import data_identity
 from headprune.scoring.observer import LossFunction
 from headprune.scoring.passes import in_eval_mode
@@ -75,7 +75,12 @@ class Setting:
         batches = list(several(batches))
         found = cls(plain_module(dense), batches, budget, **own, planning=planning)
         check_arguments(cls, vars(found))
-        get_criterion(found.criterion)
+        check_normalization(found.normalize)
+        if Need.MOVEMENT in get_criterion(found.criterion).needs:
+            raise InvalidInput(
+                f"criterion {found.criterion!r} is recorded while a model is trained, which no schedule does before it scores; "
+                "choose another, or pruning_aware(method='movement')."
+            )
         whole_number("trials", found.trials, least=0)
         whole_number("seed", found.seed, least=0)
         if found.feed_forward and not found.compensate:

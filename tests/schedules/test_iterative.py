@@ -156,6 +156,11 @@ def test_a_target_below_the_minimum_is_refused_before_anything_runs():
         schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), max_drop=-0.1, loss_fn=loss)
     with pytest.raises(InvalidInput, match="max_drop needs a quality: give metric=, loss_fn=, or batches with labels"):
         schedules.iterative(tiny(), batches(), hp.Budget(heads=0.5), max_drop=0.1, criterion="magnitude_l2")
+    options = {"loss_fn": lambda *_: pytest.fail("ran"), "recover": lambda *_: pytest.fail("trained")}
+    with pytest.raises(InvalidInput, match="unknown normalization 'layer'"):
+        schedules.lottery_ticket(tiny(), batches(), hp.Budget(heads=0.5), normalize="layer", **options)
+    with pytest.raises(InvalidInput, match=r"'movement' is recorded while a model is trained.*pruning_aware"):
+        schedules.lottery_ticket(tiny(), batches(), hp.Budget(heads=0.5), criterion="movement", **options)
 
 
 @pytest.mark.parametrize("kept_in", ["memory", "folder"])
