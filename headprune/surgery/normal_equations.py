@@ -14,6 +14,7 @@ from headprune.errors import InvalidInput, unknown_name
 log = logging.getLogger("headprune")
 
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # tried in this order while the held-out error falls
+LARGEST_FACTOR = 10.0  # of a head, by mask tuning
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # of the mean diagonal, tried in turn where a Gram matrix is singular
 
 
@@ -160,10 +161,10 @@ def mask_tuning(equations: NormalEquations, layer: Layer, settings: Sequence[flo
     pick = torch.nn.functional.one_hot(owner, layer.heads).double()  # [inputs, heads]
     gram = pick.T @ (equations.gram[:inputs, :inputs] * (weight @ weight.T)) @ pick
     pull = pick.T @ (equations.cross[:inputs] * weight).sum(dim=1)
-    factors = torch.linalg.solve(gram + torch.eye(layer.heads, dtype=torch.float64), pull)
-    if float(factors.abs().max()) <= 9.0:
+    more = torch.linalg.solve(gram + torch.eye(layer.heads, dtype=torch.float64), pull)  # factor - 1
+    if float((1 + more).abs().max()) <= LARGEST_FACTOR:
         change = torch.zeros_like(equations.cross)
-        change[:inputs] = (pick @ factors)[:, None] * weight
+        change[:inputs] = (pick @ more)[:, None] * weight
         yield 1.0, change
 
 

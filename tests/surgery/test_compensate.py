@@ -202,6 +202,15 @@ def test_mask_tuning_is_the_damped_least_squares_of_one_factor_a_head():
     assert (change[6] == 0).all()
 
 
+@pytest.mark.parametrize(("factor", "taken"), [(9.5, True), (10.5, False), (-9.5, True), (-10.5, False)])
+def test_mask_tuning_takes_factors_from_minus_ten_to_ten(factor, taken):
+    torch.manual_seed(1)
+    inputs, weight = torch.randn(2000, 6), torch.randn(5, 6)
+    equations = NormalEquations.empty(6, 5)
+    equations.add(inputs, (factor - 1) * inputs[:, :2] @ weight[:, :2].T)
+    assert bool(list(get_solver("mask_tuning").solve(equations, Layer(weight, 3, False), (1.0,)))) == taken
+
+
 def test_the_bias_takes_the_mean_of_what_is_missing():
     torch.manual_seed(2)
     inputs, residual = torch.randn(50, 4), torch.randn(50, 3) + 2.0
