@@ -26,7 +26,7 @@ from headprune.recovery.methods import get_method
 from headprune.recovery.objective import Objective
 from headprune.recovery.quantise import GROUP, rounded_layers
 from headprune.recovery.result import WHAT, Recovery, first_rank, keep_result, taken_up, told_apart
-from headprune.recovery.rewind import RateRewind, Source, rewind_weights
+from headprune.recovery.rewind import RateRewind, Source, put_back, rewound_state
 from headprune.recovery.rounded_weights import refuse_untrainable, rounded_weights
 from headprune.recovery.session import Session, as_it_was, own_random_state, trained
 from headprune.recovery.sharding import sharded, wants_sharding
@@ -123,19 +123,20 @@ def recover(
     budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, batches)
     objective = Objective(model, loss_fn=loss_fn, teacher=teacher, distil=distil, token_mask=token_mask)
     folder = None if output_dir is None else Path(output_dir)
-    if rewind is not None and not isinstance(rewind, RateRewind):
-        rewind_weights(model, rewind)
+    rewound = None if rewind is None or isinstance(rewind, RateRewind) else rewound_state(model, rewind)
     settings = {
         "method": method, **budget.to_json(), "seed": seed, "train": data_identity(train), "eval": data_identity(eval),
         "teacher": told_apart(teacher) if isinstance(teacher, nn.Module) else None if teacher is None else str(teacher),
         "functions": [described(one) for one in (loss_fn, metric, token_mask, data_collator)],
         "distil": None if distil is None else distil.to_json(), "patience": patience, "dropout": dropout,
         **({} if quantise is None else {"quantise": quantise}), "method_options": repr(sorted((method_options or {}).items())),
-        "training_arguments": repr(sorted(training_arguments.items())), **told_apart(model),
+        "training_arguments": repr(sorted(training_arguments.items())), **told_apart(model if rewound is None else rewound),
     }  # fmt: skip
     finished = taken_up(model, folder, settings)
     if finished is not None:
         return finished
+    if rewound is not None:
+        put_back(model, rewound)
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headprune-")))
         place = next(model.parameters()).device

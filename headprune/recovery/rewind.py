@@ -52,7 +52,6 @@ class RateRewind:
         return self.rate(min(self.first + step, self.last - 1))
 
 
-@torch.no_grad()
 def rewind_weights(model: nn.Module, source: Source) -> None:
     """Every parameter and buffer of `model` becomes that of `source`, sliced to the heads that `model` still has, in place.
 
@@ -62,6 +61,18 @@ def rewind_weights(model: nn.Module, source: Source) -> None:
     Raises InvalidInput where it does not fit; the model is untouched then.
     """
     check_arguments(rewind_weights, locals())
+    put_back(model, rewound_state(model, source))
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(state[name])
+
+
+@torch.no_grad()
+def rewound_state(model: nn.Module, source: Source) -> dict[str, Tensor]:
+    """What `rewind_weights` gives `model`, in the order and dtypes of its own state; InvalidInput where it does not fit."""
     state, own = sliced_state(model, source), model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
@@ -73,8 +84,7 @@ def rewind_weights(model: nn.Module, source: Source) -> None:
                 f"the rewind checkpoint does not fit {type(model).__name__}: {name} is {list(state[name].shape)} there once it is "
                 f"sliced, {list(tensor.shape)} here. Give an earlier state of the model that was pruned."
             )
-    for name, tensor in own.items():
-        tensor.copy_(state[name])
+    return {name: state[name].to(tensor.dtype) for name, tensor in own.items()}
 
 
 def sliced_state(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
