@@ -109,3 +109,13 @@ def test_no_gate_is_taken_twice_however_far_it_leads(gap):
     (gradient,) = torch.autograd.grad((taken * torch.tensor([0.0, 1.0, 0.0, 0.0])).sum(), logits)
     assert gradient.isfinite().all()
     assert gradient[1] > 0 > gradient[2]
+
+
+def test_groups_of_different_sizes_cost_and_score_by_their_heads():
+    shapes = {"a": SiteShape(HeadMap((0, 0, 0, 1), 2), 8, 8, 32, 100, 0)}
+    layout = GateLayout.of(shapes, Budget(heads=0.5), "kv_group", {"a": (3,)})
+    assert [unit.heads for unit in layout.units] == [(0, 1, 2), (3,)]
+    assert layout.costs.tolist() == [0.75, 0.25]
+    assert layout.free.tolist() == [True, False]
+    assert layout.by_site(torch.tensor([0.5, 1.0]))["a"].tolist() == [0.5, 0.5, 0.5, 1.0]
+    assert layout.scores("gates", torch.tensor([6.0, 2.0]))["a"].tolist() == [2.0, 2.0, 2.0, 2.0]  # a group's heads sum to its own
