@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -112,6 +113,21 @@ def test_tables_survive_the_disk_and_name_what_does_not_fit(tmp_path):
         plan(HeadScores("test", {"a": torch.arange(8.0)}, {"a": other}), Budget(latency=0.1, table=measured))
     with pytest.raises(InvalidInput, match="needs table="):
         plan(scores, Budget(latency=0.1))
+
+
+def test_a_measurement_is_good_for_one_geometry_alone():
+    shape = SiteShape(HeadMap.uniform(4), 8, 8, 32, 100, 0)
+    others = [
+        replace(shape, head_map=HeadMap.uniform(4, 2)),
+        replace(shape, head_map=HeadMap.uniform(8)),
+        replace(shape, head_dim=16),
+        replace(shape, value_dim=16),
+        replace(shape, hidden_size=64),
+        replace(shape, head_map=replace(shape.head_map, kv_stay=True)),
+        replace(shape, head_map=replace(shape.head_map, kv_stay=True), own_keys=False),
+    ]
+    assert len({key_of(one) for one in (shape, *others)}) == 8
+    assert key_of(replace(shape, query_head_parameters=1, output_bias=True)) == key_of(shape)
 
 
 def test_budgets_survive_the_disk_with_their_length(tmp_path):

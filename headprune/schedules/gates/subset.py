@@ -44,9 +44,18 @@ class Subset(GateMethod):
 
 def relaxed_top(logits: Tensor, count: int, temperature: float) -> Tensor:
     """[n], sums to `count`; towards temperature 0 the indicator of the `count` largest."""
-    taken, left = torch.zeros_like(logits), logits / temperature
+    taken, left = torch.zeros_like(logits), logits
     for _ in range(count):
-        share = left.softmax(dim=0)
+        scaled = left / temperature
+        share = scaled.softmax(dim=0)
         taken = taken + share
-        left = left + torch.log1p(-share.clamp(max=1 - 1e-6))
+        left = left + log_rest(scaled, share)
     return taken
+
+
+def log_rest(logits: Tensor, share: Tensor) -> Tensor:
+    """log(1 - share) of the softmax of `logits`; of the largest from the others' sum, as 1 - share is 0 where it is nearly all:
+    it would be taken once more."""
+    largest = torch.arange(len(logits), device=logits.device) == logits.argmax()
+    rest = logits.masked_fill(largest, -torch.inf).logsumexp(dim=0) - logits.logsumexp(dim=0)
+    return torch.where(largest, rest, torch.log1p(-share.masked_fill(largest, 0.0)))
