@@ -13,6 +13,8 @@ from headprune.ops.call import AttentionCall, VarlenCall
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_DIM = 256
+# Elements from one row to the next: 32 bits lead from the first of a tile's rows, 128 at most, to the others.
+FARTHEST_ROW = 1 << 24
 
 
 def missing() -> str | None:
@@ -58,7 +60,7 @@ def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
     if output.numel() == 0 or call.sequences < 1 or call.max_q < 1:
         return output, lse, without_rows(stats)
     query, key, value, rows = (
-        dense_rows(tensor).transpose(0, 1)[None] for tensor in (call.query, call.key, call.value, output)
+        dense_rows(tensor, 0).transpose(0, 1)[None] for tensor in (call.query, call.key, call.value, output)
     )  # fmt: skip
     launch(
         query, key, value, rows, lse[None], stats if call.stats else None, call.head_map.kv_of_query, causal=call.causal,
@@ -68,9 +70,9 @@ def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
     return output, lse, stats
 
 
-def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last stride is 1, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def dense_rows(tensor: Tensor, rows: int = 2) -> Tensor:
+    """The tensor itself where its last stride is 1 and those of dimension `rows` are near each other, else a copy."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(rows) <= FARTHEST_ROW else tensor.contiguous()
 
 
 def without_rows(stats: Tensor) -> Tensor:

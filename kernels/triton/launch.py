@@ -83,6 +83,11 @@ def argument_type(value: Tensor | int | float | Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def near(window: int) -> int:
+    """`window`, small enough that kernels may add any position to it in 32 bits: no key lies further away."""
+    return min(window, 1 << 30)
+
+
 def as_bytes(tensor: Tensor | None) -> Tensor | None:
     """A bool tensor as uint8, without a copy (Triton gives bool pointers a type of their own); anything else as it is."""
     return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
