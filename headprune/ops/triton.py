@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from headprune.kernels.launch import capability_of
 from headprune.ops.backend import Implementation, register
 from headprune.ops.call import AttentionCall, VarlenCall
 
@@ -25,10 +26,21 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def unsuited(device: torch.device) -> str | None:
+    """Why the tiles of attention do not fit a GPU: older ones have 64 KB of shared memory, as AMD's do."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return "has tiles for NVIDIA's GPUs alone"
+    return None if capability_of(device) >= 80 else f"runs on compute capability 8.0 and newer, not {capability_of(device) / 10}"
+
+
 def refuses(call: AttentionCall | VarlenCall) -> str | None:
     query = call.query
     if query.device.type != "cuda" and not interpreted():
         return f"a {query.device.type} tensor"
+    if reason := unsuited(query.device):
+        return reason
     if query.dtype not in DTYPES:
         return f"{query.dtype} is not supported"
     if interpreted() and query.dtype == torch.bfloat16:

@@ -20,6 +20,8 @@ def refuses(call: DecodeCall) -> str | None:
 def refuses_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if query.device.type != "cuda" and not triton.interpreted():
         return f"a {query.device.type} tensor"
+    if reason := triton.unsuited(query.device):
+        return reason
     if query.dtype not in triton.DTYPES:
         return f"{query.dtype} is not supported"
     if triton.interpreted() and query.dtype == torch.bfloat16:
