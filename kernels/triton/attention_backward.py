@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from headprune.kernels.attention_dkdv import dkdv_kernel
 from headprune.kernels.attention_dq import dq_kernel
 from headprune.kernels.attention_forward import contiguous, strides
 from headprune.kernels.backward_tiles import ROWS_OF_DELTA, closed_gate_tile, dkdv_tile, dq_tile
+from headprune.kernels.cached_table import cached_table
 from headprune.kernels.launch import Launch, as_bytes, capability_of, head_table, near
 from headprune.kernels.scores import ADDED_BIAS, BOOL_BIAS, LOG2E, NO_BIAS, precise_tanh, split_dim
 from headprune.kernels.tiles import Tile
@@ -279,7 +279,7 @@ def tiny_gate(dtype: torch.dtype) -> float:
     return 2.0**-7 if dtype == torch.float16 else 2.0**-60
 
 
-@lru_cache(maxsize=512)
+@cached_table(512)
 def group_table(kv_of_query: tuple[int, ...], kv_heads: int, device: torch.device) -> Tensor:
     """int32 [2 * kv_heads + 1]: the kv heads, largest group first, then where each one's query heads start and the last end."""
     sizes = Counter(kv_of_query)
