@@ -143,7 +143,11 @@ class Gradients:
         def like(need: bool, tensor: Tensor) -> Tensor | None:
             # Tokens behind the last sequence belong to nobody and are written by no program.
             make = torch.zeros_like if problem.cu_seqlens else torch.empty_like
-            return make(tensor) if need else None
+            if not need:
+                return None
+            grad = make(tensor)
+            # Not of tensors whose rows lie over each other, one element apart.
+            return grad if grad.stride(-1) == 1 else make(tensor, memory_format=torch.contiguous_format)
 
         def partial(need: bool) -> Tensor | None:
             shape = (problem.samples, problem.heads, triton.cdiv(problem.lengths[0], ROWS_OF_DELTA))

@@ -218,6 +218,13 @@ def odd_strides(**where):
         assert (ours.double() - true).abs().max() <= 8 * torch.finfo(call.query.dtype).eps
 
 
+def rows_over_each_other(**where):
+    """Keys one element apart, as `unfold` gives."""
+    call = make_call(**where, q_len=9, kv_len=9)
+    signal = call.key.flatten(2)[:, :, :24]
+    check(replace(call, key=signal.unfold(2, 16, 1)))
+
+
 def windows_beyond_all_keys(**where):
     """Positions are added to them in 32 bits."""
     for window in (2**31 - 1, 2**31, 2**63 - 1):
@@ -293,7 +300,7 @@ CASES = {
     "lowest bias": lowest_bias,
     "a sample without keys": everything_masked, "only the gate": only_the_gate,
     "each gradient alone": each_gradient_alone, "determinism": the_same_bits_twice, "odd strides": odd_strides, "packed": packed,
-    "windows beyond all keys": windows_beyond_all_keys,
+    "rows over each other": rows_over_each_other, "windows beyond all keys": windows_beyond_all_keys,
 }  # fmt: skip
 
 
