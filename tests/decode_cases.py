@@ -76,7 +76,7 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) ->
         key_mask[:, :5] = False
         readable = readable & key_mask
     if case.window:
-        readable = readable & (positions > (lengths - case.new - case.window)[:, None])
+        readable = readable & (positions > (lengths.long() - case.new - case.window)[:, None])
     gate = normal(batch, heads)
     gate[:, ::3] = 0
     gates = {"gate": gate[0], "sample_gate": gate, "no_gate": torch.zeros(heads)}

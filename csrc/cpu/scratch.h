@@ -16,9 +16,11 @@ class Scratch {
     floats += kSlack;
     if (floats <= size_) return;
     std::free(memory_);
-    size_ = (floats + 1023) / 1024 * 1024;
-    memory_ = static_cast<Real*>(std::aligned_alloc(64, size_ * sizeof(Real)));
+    size_ = 0;  // and stays so where there is not enough memory
+    const int64_t size = (floats + 1023) / 1024 * 1024;
+    memory_ = static_cast<Real*>(std::aligned_alloc(64, size * sizeof(Real)));
     if (!memory_) throw std::bad_alloc();
+    size_ = size;
   }
   // `count` floats, 64 bytes aligned.
   Real* take(int64_t count) {

@@ -146,7 +146,9 @@ inline Held hold_cache(const Tensor& query, const Tensor& key_cache, const Tenso
   problem.page_size = key_cache.size(2);
   problem.pages_per_sample = pages;
   for (int64_t i = 0; i < problem.batches; ++i) {
-    for (int64_t page = 0; page * problem.page_size < problem.sequences[i].kv_len; ++page) {
+    // Pages in front of the window may have been given back.
+    const int64_t first = problem.window ? std::max<int64_t>(0, problem.sequences[i].position(0) - problem.window + 1) : 0;
+    for (int64_t page = first / std::max<int64_t>(problem.page_size, 1); page * problem.page_size < problem.sequences[i].kv_len; ++page) {
       const int64_t number = problem.pages[i * pages + page];
       TORCH_CHECK_VALUE(0 <= number && number < key_cache.size(0), "page_table[", i, ", ", page, "] is ", number, "; the cache has ",
                         key_cache.size(0), " pages, from 0 up.");

@@ -14,6 +14,7 @@ namespace {
 template <class T, int D>
 cudaError_t launch(const DecodeProblem& problem, cudaStream_t stream) {
   constexpr int bytes = Layout<D>::bytes;
+  static_assert(bytes == (D == 64 ? 57648 : D == 96 ? 83248 : 108848), "headprune/ops/cuda.py knows them, too");
   const cudaError_t status =
       cudaFuncSetAttribute(attention_decode_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;

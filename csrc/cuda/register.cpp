@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -91,7 +92,7 @@ Tensor attention_decode(const Tensor& query, const Tensor& key_cache, const Tens
   const int64_t pages = page_table ? page_table->size(1) : 1;
   problem.capacity = pages * key_cache.size(2);
   problem.page_size = page_table ? key_cache.size(2) : 0;
-  problem.window = window;
+  problem.window = std::min<int64_t>(window, int64_t{1} << 30);  // positions are added to it in 32 bits
   problem.scale = scale;
   problem.softcap = softcap;
   problem.query = operand(held.keep(rows_contiguous(query)));

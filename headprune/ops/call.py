@@ -198,7 +198,9 @@ def check_call(call: AttentionCall) -> AttentionCall:
     check_numbers(call)
     if call.bias is not None:
         check_bias(call.bias, (batch, query_heads, query_len, kv_len))
+        check_device("bias", call.bias, query)
     check_extras(
+        query,
         alibi_slopes=(call.alibi_slopes, [(query_heads,)]),
         sinks=(call.sinks, [(query_heads,)]),
         key_mask=(call.key_mask, [(batch, kv_len)]),
@@ -216,9 +218,10 @@ def check_varlen(call: VarlenCall) -> VarlenCall:
     check_heads(call.query_heads, head_map)
     check_numbers(call)
     for name, starts in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k)):
-        check_integers(name, starts)
+        check_integers(name, starts, query)
         expect(name, starts, (max(call.sequences, 0) + 1,))
     check_extras(
+        query,
         alibi_slopes=(call.alibi_slopes, [(call.query_heads,)]),
         sinks=(call.sinks, [(call.query_heads,)]),
         gate=(call.gate, [(call.query_heads,), (call.sequences, call.query_heads)]),
@@ -239,12 +242,13 @@ def check_decode(call: DecodeCall) -> DecodeCall:
     check_numbers(call)
     if not 1 <= call.new <= MOST_NEW_TOKENS:
         raise InvalidInput(f"{call.new} new tokens; decode takes 1 to {MOST_NEW_TOKENS}. Use attention for more.")
-    check_integers("lengths", call.lengths)
+    check_integers("lengths", call.lengths, query)
     expect("lengths", call.lengths, (call.batch,))
     if call.page_table is not None:
-        check_integers("page_table", call.page_table)
+        check_integers("page_table", call.page_table, query)
         expect("page_table", call.page_table, (call.batch, call.page_table.shape[-1]))
     check_extras(
+        query,
         alibi_slopes=(call.alibi_slopes, [(call.query_heads,)]),
         sinks=(call.sinks, [(call.query_heads,)]),
         key_mask=(call.key_mask, [(call.batch, call.capacity)]),
@@ -308,16 +312,24 @@ def check_numbers(call: AttentionCall | VarlenCall | DecodeCall) -> None:
         )
 
 
-def check_integers(name: str, tensor: Tensor) -> None:
+def check_integers(name: str, tensor: Tensor, query: Tensor) -> None:
     if tensor.dtype != torch.int32:
         raise InvalidInput(f"{name} is {tensor.dtype}; expected torch.int32.")
+    check_device(name, tensor, query)
 
 
-def check_extras(**extras: tuple[Tensor | None, list[tuple[int, ...]]]) -> None:
-    """Each optional tensor has one of its shapes; masks are bool, the others floating."""
+def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    """A kernel that is given an address on another device reads whatever it has there, or ends the process."""
+    if tensor.device != query.device:
+        raise InvalidInput(f"{name} is on {tensor.device}, the query on {query.device}; they must agree.")
+
+
+def check_extras(query: Tensor, **extras: tuple[Tensor | None, list[tuple[int, ...]]]) -> None:
+    """Each optional tensor has one of its shapes, on the query's device; masks are bool, the others floating."""
     for name, (tensor, shapes) in extras.items():
         if tensor is not None:
             expect(name, tensor, *shapes)
+            check_device(name, tensor, query)
             if name.endswith("mask") != (tensor.dtype == torch.bool):
                 raise InvalidInput(f"{name} is {tensor.dtype}; expected {'bool' if name.endswith('mask') else 'a floating type'}.")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from headprune.kernels.decode_plan import multiprocessors, split_count, tile_table
+from headprune.kernels.launch import capability_of
 from headprune.ops.backend import Implementation, register
 from headprune.ops.call import DecodeCall
 from headprune.ops.decode_table import faster_backend
@@ -14,6 +17,7 @@ from headprune.ops.extension import cuda_extension
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (64, 96, 128)
 _TILE_ROWS = 16  # kTileRows of csrc/cuda/decode.h
+_SHARED_BYTES = {64: 57648, 96: 83248, 128: 108848}  # Layout<head_dim>::bytes of csrc/cuda/decode_kernel.cuh
 
 
 def missing() -> str | None:
@@ -23,7 +27,22 @@ def missing() -> str | None:
 def refuses(call: DecodeCall) -> str | None:
     if call.query.device.type != "cuda":
         return f"a {call.query.device.type} tensor"
-    return refuses_tensors(call)
+    return unsuited(call.query.device, call.query.shape[3]) or refuses_tensors(call)
+
+
+def unsuited(device: torch.device, head_dim: int = 0) -> str | None:
+    """Why the kernels do not run on a GPU: they are compiled for 8.0 and newer, and a block of decode needs its shared memory."""
+    if capability_of(device) < 80:
+        return f"runs on compute capability 8.0 and newer, not {capability_of(device) / 10}"
+    needs, has = _SHARED_BYTES.get(head_dim, 0), shared_bytes(device)
+    return f"head_dim {head_dim} takes {needs} bytes of shared memory, this GPU has {has}" if needs > has else None
+
+
+@lru_cache(maxsize=64)
+def shared_bytes(device: torch.device) -> int:
+    """What a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def refuses_tensors(call: DecodeCall) -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headprune.kernels.weight_plan import address_table, addresses_of, chunk_plan, matrices_of, row_length
 from headprune.ops.backend import Implementation, register
-from headprune.ops.cuda import missing
+from headprune.ops.cuda import missing, unsuited
 from headprune.ops.weight_slices import WeightCall
 from headprune.ops.weight_table import faster_weight_backend
 
@@ -17,6 +17,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def refuses(call: WeightCall) -> str | None:
     if call.device.type != "cuda":
         return f"a {call.device.type} tensor"
+    if reason := unsuited(call.device):
+        return reason
     return None if call.dtype in _DTYPES else f"runs fp32, bf16 and fp16, not {call.dtype}"
 
 

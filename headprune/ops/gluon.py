@@ -19,6 +19,8 @@ VERIFIED = frozenset({(128, False, False), (128, True, False)})
 
 @lru_cache(maxsize=1)
 def missing() -> str | None:
+    if torch.version.hip:  # where MI200 calls itself 9.0, too
+        return "runs on NVIDIA's GPUs alone"
     found = importlib.util.find_spec("triton")
     if found is None or found.origin is None:
         return "triton is not installed"

@@ -8,11 +8,14 @@ import os
 import torch
 from torch import Tensor
 
+from headprune.kernels.launch import capability_of
 from headprune.ops.backend import Implementation, register
 from headprune.ops.call import AttentionCall, VarlenCall
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_DIM = 256
+# Elements from one row to the next: 32 bits lead from the first of a tile's rows, 128 at most, to the others.
+FARTHEST_ROW = 1 << 24
 
 
 def missing() -> str | None:
@@ -23,10 +26,21 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def unsuited(device: torch.device) -> str | None:
+    """Why the tiles of attention do not fit a GPU: older ones have 64 KB of shared memory, as AMD's do."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return "has tiles for NVIDIA's GPUs alone"
+    return None if capability_of(device) >= 80 else f"runs on compute capability 8.0 and newer, not {capability_of(device) / 10}"
+
+
 def refuses(call: AttentionCall | VarlenCall) -> str | None:
     query = call.query
     if query.device.type != "cuda" and not interpreted():
         return f"a {query.device.type} tensor"
+    if reason := unsuited(query.device):
+        return reason
     if query.dtype not in DTYPES:
         return f"{query.dtype} is not supported"
     if interpreted() and query.dtype == torch.bfloat16:
@@ -58,7 +72,7 @@ def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
     if output.numel() == 0 or call.sequences < 1 or call.max_q < 1:
         return output, lse, without_rows(stats)
     query, key, value, rows = (
-        dense_rows(tensor).transpose(0, 1)[None] for tensor in (call.query, call.key, call.value, output)
+        dense_rows(tensor, 0).transpose(0, 1)[None] for tensor in (call.query, call.key, call.value, output)
     )  # fmt: skip
     launch(
         query, key, value, rows, lse[None], stats if call.stats else None, call.head_map.kv_of_query, causal=call.causal,
@@ -68,9 +82,9 @@ def attention_varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
     return output, lse, stats
 
 
-def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last stride is 1, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def dense_rows(tensor: Tensor, rows: int = 2) -> Tensor:
+    """The tensor itself where its last stride is 1 and those of dimension `rows` are near each other, else a copy."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(rows) <= FARTHEST_ROW else tensor.contiguous()
 
 
 def without_rows(stats: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def attention_varlen_backward(
     if call.query.numel() == 0 or call.key.numel() == 0 or call.sequences < 1 or min(call.max_q, call.max_k) < 1:
         return zeros(inputs, needs)
     tensors = (call.query, call.key, call.value, output, grad_output)
-    query, key, value, output, grad_output = (dense_rows(tensor).transpose(0, 1)[None] for tensor in tensors)
+    query, key, value, output, grad_output = (dense_rows(tensor, 0).transpose(0, 1)[None] for tensor in tensors)
     problem = Problem(
         query, key, value, output, lse.contiguous()[None], grad_output, call.head_map.kv_of_query, causal=call.causal,
         window=call.window, scale=call.scale, softcap=call.softcap, alibi_slopes=call.alibi_slopes, sinks=call.sinks,

@@ -20,6 +20,8 @@ def refuses(call: DecodeCall) -> str | None:
 def refuses_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if query.device.type != "cuda" and not triton.interpreted():
         return f"a {query.device.type} tensor"
+    if reason := triton.unsuited(query.device):
+        return reason
     if query.dtype not in triton.DTYPES:
         return f"{query.dtype} is not supported"
     if triton.interpreted() and query.dtype == torch.bfloat16:
@@ -31,9 +33,11 @@ def refuses_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 
 def strided(name: str, cache: Tensor) -> str | None:
     """Why a cache cannot be read row by row; it is never copied."""
-    return (
-        None if cache.stride(3) == 1 or cache.shape[3] <= 1 else f"the last stride of the {name} cache is {cache.stride(3)}, not 1"
-    )
+    if cache.stride(3) != 1 and cache.shape[3] > 1:
+        return f"the last stride of the {name} cache is {cache.stride(3)}, not 1"
+    if cache.stride(2) > triton.FARTHEST_ROW:
+        return f"the keys of the {name} cache are {cache.stride(2)} elements apart, more than {triton.FARTHEST_ROW}"
+    return None
 
 
 def attention_decode(call: DecodeCall) -> Tensor:

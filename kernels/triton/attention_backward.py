@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,9 +20,12 @@ from headprune.kernels.attention_dkdv import dkdv_kernel
 from headprune.kernels.attention_dq import dq_kernel
 from headprune.kernels.attention_forward import contiguous, strides
 from headprune.kernels.backward_tiles import ROWS_OF_DELTA, closed_gate_tile, dkdv_tile, dq_tile
-from headprune.kernels.launch import Launch, as_bytes, capability_of, head_table
+from headprune.kernels.cached_table import cached_table
+from headprune.kernels.launch import Launch, as_bytes, capability_of, head_table, near
 from headprune.kernels.scores import ADDED_BIAS, BOOL_BIAS, LOG2E, NO_BIAS, precise_tanh, split_dim
 from headprune.kernels.tiles import Tile
+
+MOST_SAMPLES = 65535
 
 
 class Needs(NamedTuple):
@@ -71,6 +73,21 @@ class Problem:
     def samples(self) -> int:
         return self.cu_seqlens[0].shape[0] - 1 if self.cu_seqlens else self.query.shape[0]
 
+    def part(self, own: slice) -> Problem:
+        """The samples `own` alone."""
+        if own == slice(0, self.samples):
+            return self
+        gate = self.gate[own] if self.gate is not None and self.gate.dim() == 2 else self.gate
+        if self.cu_seqlens:  # which counts from the first token of all
+            starts = slice(own.start, own.stop + 1)
+            return replace(self, cu_seqlens=(self.cu_seqlens[0][starts], self.cu_seqlens[1][starts]), gate=gate)
+        names = ("query", "key", "value", "output", "lse", "grad_output")
+        mask, bias = self.key_mask, self.bias
+        return replace(
+            self, **{name: getattr(self, name)[own] for name in names}, gate=gate, key_mask=None if mask is None else mask[own],
+            bias=bias if bias is None or bias.dim() < 4 or bias.shape[0] == 1 else bias[own],
+        )  # fmt: skip
+
     @property
     def heads(self) -> int:
         return self.query.shape[1]
@@ -89,11 +106,17 @@ def attention_backward(problem: Problem, needs: Needs) -> tuple[Tensor | None, .
     """Gradients of query, key, value, bias, sinks and gate, each in its tensor's dtype; None where `needs` says no."""
     regular = in_regular_rows(problem) if concerned(problem.query) else problem
     grads = Gradients.allocate(regular, needs)
-    for launch in backward_launches(regular, grads, capability_of(problem.query.device)):
-        launch.run()
+    for own in parts_of(regular.samples):
+        for launch in backward_launches(regular.part(own), grads.part(regular, own), capability_of(problem.query.device)):
+            launch.run()
     query, key, value, *rest = grads.finished(regular)
     head_dim, value_dim = problem.dims
     return narrowed(query, head_dim), narrowed(key, head_dim), narrowed(value, value_dim), *rest
+
+
+def parts_of(samples: int) -> list[slice]:
+    """The samples, as many at once as a grid holds beside its first dimension."""
+    return [slice(first, min(first + MOST_SAMPLES, samples)) for first in range(0, samples, MOST_SAMPLES)]
 
 
 def in_regular_rows(problem: Problem) -> Problem:
@@ -120,7 +143,11 @@ class Gradients:
         def like(need: bool, tensor: Tensor) -> Tensor | None:
             # Tokens behind the last sequence belong to nobody and are written by no program.
             make = torch.zeros_like if problem.cu_seqlens else torch.empty_like
-            return make(tensor) if need else None
+            if not need:
+                return None
+            grad = make(tensor)
+            # Not of tensors whose rows lie over each other, one element apart.
+            return grad if grad.stride(-1) == 1 else make(tensor, memory_format=torch.contiguous_format)
 
         def partial(need: bool) -> Tensor | None:
             shape = (problem.samples, problem.heads, triton.cdiv(problem.lengths[0], ROWS_OF_DELTA))
@@ -132,6 +159,14 @@ class Gradients:
             problem.lse.new_zeros((problem.samples, problem.heads, *problem.lengths)) if needs.bias else None,
             partial(needs.sinks), partial(needs.gate),
         )  # fmt: skip
+
+    def part(self, problem: Problem, own: slice) -> Gradients:
+        """Of the samples `own` of `problem`."""
+        if own == slice(0, problem.samples):
+            return self
+        tokens = ("query", "key", "value", "delta") if not problem.cu_seqlens else ()
+        found = {name: getattr(self, name) for name in (*tokens, "bias", "sinks", "gate")}
+        return replace(self, **{name: None if grad is None else grad[own] for name, grad in found.items()})
 
     def finished(self, problem: Problem) -> tuple[Tensor | None, ...]:
         bias, sinks, gate = self.bias, self.sinks, self.gate
@@ -227,7 +262,7 @@ def recompute_arguments(problem: Problem, grads: Gradients) -> dict:
         **strides("q", "bhm", problem.query, packed), **strides("k", "bhn", problem.key, packed),
         **strides("v", "bhn", problem.value, packed), **strides("do", "bhm", problem.grad_output, packed),
         **strides("l", "bh", problem.lse, packed), **strides("m", "bn", mask), **strides("g", "bh", problem.gate),
-        **strides("b", "bhmn", bias), "q_len": q_len, "kv_len": kv_len, "window": problem.window,
+        **strides("b", "bhmn", bias), "q_len": q_len, "kv_len": kv_len, "window": near(problem.window),
         "scale": problem.scale * LOG2E, "softcap": problem.softcap * LOG2E, "grad_scale": float(problem.scale),
     }  # fmt: skip
 
@@ -248,7 +283,7 @@ def tiny_gate(dtype: torch.dtype) -> float:
     return 2.0**-7 if dtype == torch.float16 else 2.0**-60
 
 
-@lru_cache(maxsize=512)
+@cached_table(512)
 def group_table(kv_of_query: tuple[int, ...], kv_heads: int, device: torch.device) -> Tensor:
     """int32 [2 * kv_heads + 1]: the kv heads, largest group first, then where each one's query heads start and the last end."""
     sizes = Counter(kv_of_query)

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from headprune.kernels.decode_plan import LEAST_KEYS, most_rows, multiprocessors, split_count, tile_table
-from headprune.kernels.launch import AotVariant, Launch, as_bytes
+from headprune.kernels.launch import AotVariant, Launch, as_bytes, capability_of, near
 from headprune.kernels.scores import LN2, LOG2E, capped, with_alibi
+from headprune.kernels.tiles import family
 
 _LOG2E = tl.constexpr(LOG2E)
 _LN2 = tl.constexpr(LN2)
@@ -83,9 +84,10 @@ def attention_decode_kernel(
     row_mask = row < tl.load(tile_ptr + 2)
     head = row // NEW
     token = row % NEW
+    far_head = head.to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
-    o_ptrs = o_ptr + sample * stride_ob + (head * stride_oh + token * stride_om)[:, None] + value_dims[None, :]
+    o_ptrs = o_ptr + sample * stride_ob + (far_head * stride_oh + token * stride_om)[:, None] + value_dims[None, :]
     o_mask = row_mask[:, None] & (value_dims[None, :] < VALUE_DIM)
     gate = tl.full([BLOCK_M], 1.0, tl.float32)
     if HAS_GATE:
@@ -97,7 +99,7 @@ def attention_decode_kernel(
                 tl.store(lse_ptr + sample * rows + row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row_mask)
             return
     q = tl.load(
-        q_ptr + sample * stride_qb + (head * stride_qh + token * stride_qm)[:, None] + dims[None, :],
+        q_ptr + sample * stride_qb + (far_head * stride_qh + token * stride_qm)[:, None] + dims[None, :],
         mask=row_mask[:, None] & (dims[None, :] < HEAD_DIM), other=0.0,
     )  # fmt: skip
     slope = tl.zeros([BLOCK_M], tl.float32)
@@ -233,10 +235,12 @@ class Tiles:
     stages: int
 
 
-def tiles_for(dtype: torch.dtype, dim: int, rows: int, paged: bool) -> Tiles:
+def tiles_for(dtype: torch.dtype, dim: int, rows: int, paged: bool, capability: int) -> Tiles:
     """`dim` is the larger of head_dim and value_dim, `rows` those of the largest group. Not measured on a GPU yet."""
     wide = dtype == torch.float32
-    block_m = max(16, min(triton.next_power_of_2(rows), 16 if wide else 64))
+    # Consumer cards have 99 KB of shared memory; 64 rows of 256 columns take 100.
+    little = capability not in (0, 80) and family(capability) == 80
+    block_m = max(16, min(triton.next_power_of_2(rows), 16 if wide else 32 if little and dim > 128 else 64))
     block_n = (64 if dim <= 32 else 32 if dim <= 64 else 16) if wide else (128 if dim <= 64 else 64 if dim <= 128 else 32)
     # Triton fetches the page numbers ahead, in stages of their own.
     return Tiles(block_m, block_n, 4, (2 if wide else 3) + 2 * paged)
@@ -252,7 +256,7 @@ def launches(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, output: Tensor, lse: Tensor, group_offsets: tuple[int, ...],
     *, lengths: Tensor | None = None, page_table: Tensor | None = None, window: int = 0, scale: float, softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, key_mask: Tensor | None = None, gate: Tensor | None = None,
-    splits: int | None = None,
+    splits: int | None = None, capability: int | None = None,
 ) -> list[Launch]:  # fmt: skip
     """What fills output [batch, query_heads, new, value_dim] and lse fp32 [batch, query_heads, new], contiguous.
 
@@ -263,7 +267,10 @@ def launches(
     batch, heads, new, head_dim = query.shape
     value_dim, page_size = value_cache.shape[3], key_cache.shape[2]
     capacity = page_size if page_table is None else page_size * page_table.shape[1]
-    sizes = tiles_for(query.dtype, max(head_dim, value_dim), most_rows(group_offsets, new), page_table is not None)
+    capability = capability_of(query.device) if capability is None else capability
+    sizes = tiles_for(
+        query.dtype, max(head_dim, value_dim), most_rows(group_offsets, new), page_table is not None, capability
+    )  # fmt: skip
     table = tile_table(group_offsets, new, sizes.block_m, query.device)
     programs, rows = batch * table.shape[0], heads * new
     if splits is None:
@@ -277,7 +284,7 @@ def launches(
         "lengths_ptr": unused if lengths is None else lengths, "sinks_ptr": unused if sinks is None else sinks,
         "gate_ptr": unused if gate is None else gate, **strides("o", output),
         "stride_gb": gate.stride(0) if gate is not None and gate.dim() == 2 else 0,
-        "rows": rows, "capacity": capacity, "splits": splits, "window": window,
+        "rows": rows, "capacity": capacity, "splits": splits, "window": near(window),
     }  # fmt: skip
     constants = {
         "VALUE_DIM": value_dim, "BLOCK_DV": padded(value_dim), "BLOCK_N": sizes.block_n, "LEAST": LEAST_KEYS, "NEW": new,
@@ -321,6 +328,7 @@ def aot_variants(capability: int) -> Iterator[AotVariant]:
         ("bf16 d128 pages of 256", torch.bfloat16, 128, 4, 256, False),
         ("bf16 d96 all options", torch.bfloat16, 96, 4, 0, True),
         ("bf16 d128 64 rows", torch.bfloat16, 128, 64, 0, False),
+        ("bf16 d256 64 rows, pages of 16", torch.bfloat16, 256, 64, 16, False),
         ("fp32 d128", torch.float32, 128, 4, 0, False),
     ):
         empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
@@ -334,7 +342,7 @@ def aot_variants(capability: int) -> Iterator[AotVariant]:
         attend, merge = launches(
             query, cache, cache, output, empty(4, 8 * group, 1 + options, dtype=torch.float32),
             tuple(range(0, 8 * group + 1, group)), lengths=empty(4, dtype=torch.int32), scale=0.1, splits=splits,
-            page_table=empty(4, 4096 // page, dtype=torch.int32) if page else None, **extras,
+            page_table=empty(4, 4096 // page, dtype=torch.int32) if page else None, capability=capability, **extras,
         )  # fmt: skip
         # From sm_90 on the tensor cores' own instructions begin at 64 rows; smaller tiles run on mma.sync.
         cores = dtype != torch.float32 and (capability == 80 or group == 64)

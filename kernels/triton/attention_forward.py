@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headprune.kernels.aligned import aligned, concerned
 from headprune.kernels.head_statistics import empty_partials, statistics_launch, store_empty_tile, store_tile
-from headprune.kernels.launch import Launch, as_bytes, capability_of, head_table
+from headprune.kernels.launch import Launch, as_bytes, capability_of, head_table, near
 from headprune.kernels.schedule import section_pairs, tile_of
 from headprune.kernels.scores import ADDED_BIAS, BOOL_BIAS, LOG2E, NO_BIAS, load_part, precise_tanh, split_dim, store_part
 from headprune.kernels.softmax_blocks import attend_to_keys, score_of_key
@@ -235,7 +235,7 @@ def forward_launches(
         **strides("b", "bhmn", bias), **strides("g", "bh", gate), **strides("r", "bm", query_mask),
         "heads": heads, "pairs": pairs, "blocks": blocks,
         "section": section_pairs(pairs, heads / max(kv_heads, 1), kv_len * (head_dim + value_dim) * key.itemsize, query.device),
-        "q_len": q_len, "kv_len": kv_len, "window": window, "scale": scale * LOG2E, "softcap": softcap * LOG2E,
+        "q_len": q_len, "kv_len": kv_len, "window": near(window), "scale": scale * LOG2E, "softcap": softcap * LOG2E,
     }  # fmt: skip
     (d_0, d_1), (v_0, v_1) = split_dim(head_dim), split_dim(value_dim)
     constants = {

@@ -10,12 +10,13 @@ one and two rounds, is too few for that: who got one pair more would leave all o
 from __future__ import annotations
 
 import heapq
-from functools import lru_cache
 
 import numpy
 import torch
 from torch import Tensor
 from triton.experimental import gluon
+
+from headprune.kernels.cached_table import cached_table
 
 PER_TILE = 192  # keys for which a tile's start and end stand
 
@@ -82,7 +83,7 @@ def pair_rounds(batch_heads: int, row_blocks: int, programs: int) -> int:
     return max(0, batch_heads * ((row_blocks + 1) // 2) // programs - 1)
 
 
-@lru_cache(maxsize=256)
+@cached_table(256)
 def rest_of_tiles(
     batch_heads: int, row_blocks: int, block_m: int, ahead: int | None, kv_len: int, programs: int, device: torch.device
 ) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headprune.kernels.cached_table import cached_table
+
 _POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
     torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.int8: "*i8",
@@ -83,6 +85,11 @@ def argument_type(value: Tensor | int | float | Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def near(window: int) -> int:
+    """`window`, small enough that kernels may add any position to it in 32 bits: no key lies further away."""
+    return min(window, 1 << 30)
+
+
 def as_bytes(tensor: Tensor | None) -> Tensor | None:
     """A bool tensor as uint8, without a copy (Triton gives bool pointers a type of their own); anything else as it is."""
     return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
@@ -97,7 +104,7 @@ def capability_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@lru_cache(maxsize=512)
+@cached_table(512)
 def head_table(kv_of_query: tuple[int, ...], device: torch.device) -> Tensor:
     """The head map on the device, int32 [query_heads]."""
     return torch.tensor(kv_of_query, dtype=torch.int32, device=device)

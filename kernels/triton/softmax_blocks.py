@@ -110,7 +110,7 @@ def score_of_key(
     if HAS_MASK:
         seen = seen & key_mask_row(mask_base, col, stride_mn, kv_len)
     if BIAS > 0:
-        s, seen = biased(s, seen, bias_base + (rows - row_start) * stride_bm + col * stride_bn, BIAS)
+        s, seen = biased(s, seen, bias_base + (rows - row_start) * stride_bm + tl.cast(col, tl.int64) * stride_bn, BIAS)
     return tl.where(seen, s, float("-inf"))
 
 

@@ -8,11 +8,12 @@ rows of their own. Every chunk writes partial sums into its *slot*; a head's slo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from headprune.kernels.cached_table import cached_table
 
 CHUNK_ELEMENTS = 1 << 15
 FIELDS = 7  # of the table: tensor, offset, count, columns, stride, slot, head
@@ -39,7 +40,7 @@ class ChunkPlan:
     whole: int
 
 
-@lru_cache(maxsize=16)
+@cached_table(16)
 def chunk_plan(
     matrices: tuple[Matrix, ...], spans: tuple[tuple[int, ...], ...], heads: int, row: int, device: torch.device
 ) -> ChunkPlan:
@@ -104,8 +105,8 @@ def row_length(matrices: tuple[Matrix, ...], spans: tuple[tuple[int, ...], ...])
 
 
 # Its content is its key, so that a call inside the capture of a CUDA graph copies nothing. Not kept for ever, since gradients
-# change their addresses with every batch: a captured graph is good while its tables are among the last ones.
-@lru_cache(maxsize=64)
+# change their addresses with every batch.
+@cached_table(64)
 def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 [tensors]: where each tensor begins."""
     return torch.tensor(addresses, dtype=torch.int64, device=device)

@@ -37,6 +37,16 @@ def test_a_kernel_compiles_without_spilling_a_tile(capability, label):
     assert 0 < row["registers"] <= 255
 
 
+@pytest.mark.parametrize(
+    "label", ["attention_forward bf16 d128", "decode bf16 d256 64 rows, pages of 16", "attention_dkdv bf16 d64 causal everything"]
+)
+def test_consumer_cards_have_the_shared_memory_that_the_largest_tiles_take(label):
+    from headprune.kernels.launch import compile_ahead
+
+    found = next(variant for variant in aot.variants(86) if variant.label == label)
+    assert compile_ahead(found.launch, 86).metadata.shared <= 99 << 10
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH: no .cu file is compiled")
 def test_cuda_kernels_compile_without_spilling_a_tile():
     rows = aot.compile_cuda(ROOT / "csrc" / "cuda" / "decode.cu", (90,))

@@ -184,6 +184,8 @@ def test_the_output_is_laid_out_token_by_token():
             r"causal attention needs kv_len >= query_len .*; got 9 < 10",
         ),
         ({"window": -1}, "window=-1"),
+        ({"gate": torch.ones(7, device="meta")}, "gate is on meta, the query on cpu; they must agree"),
+        ({"bias": torch.ones(5, 9, device="meta")}, "bias is on meta, the query on cpu"),
         (
             {name: torch.ones(1, 1, 1, 1, dtype=torch.int64) for name in ("query", "key", "value")},
             "are torch.int64; expected torch.f",

@@ -9,6 +9,7 @@ from itertools import combinations
 import pytest
 import torch
 from attention_calls import EPSILON, OPTIONS, Shape, in_fp64, make_call
+from child_process import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -218,6 +219,27 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+AFTER_A_FAILURE = """
+import resource, torch
+from headprune import ops
+torch.set_num_threads(1)
+small, large = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 1, 2_000_000)
+before = ops.attention(small, small, small)
+taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (taken * 1024 + 2**30,) * 2)
+try:
+    ops.attention(large, large, large)
+except MemoryError:
+    print(torch.equal(ops.attention(small, small, small), before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ, reason="needs /proc, and malloc itself")
+def test_the_next_call_after_memory_ran_out_computes():
+    done = subprocess.run([sys.executable, "-c", AFTER_A_FAILURE], capture_output=True, text=True, env=environment())
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_an_integer_call_is_refused_with_a_reason():

@@ -177,6 +177,15 @@ def test_lengths_and_pages_outside_the_cache_are_refused():
         attention_decode(replace(paged, page_table=paged.page_table + 10**6))
 
 
+def test_pages_in_front_of_the_window_may_have_been_given_back():
+    paged = in_pages(make_call(("window",), new=2), 100)
+    table, ends = paged.page_table.clone(), torch.arange(100, paged.capacity + 1, 100)
+    gone = ends[None] <= (paged.lengths - paged.new - paged.window + 1)[:, None]
+    assert gone.sum() > 3
+    table[gone] = -1
+    assert torch.equal(attention_decode(replace(paged, page_table=table)), attention_decode(paged))
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     call = make_call(("sinks",))
     threads = torch.get_num_threads()

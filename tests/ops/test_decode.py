@@ -82,6 +82,7 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
     [
         ({"lengths": torch.tensor([1, 2, 3])}, "lengths is torch.int64"),
         ({"lengths": torch.ones(2, dtype=torch.int32)}, "lengths has shape"),
+        ({"lengths": torch.ones(3, dtype=torch.int32, device="meta")}, "lengths is on meta, the query on cpu"),
         ({"query": torch.zeros(3, 7, 9, 8)}, "9 new tokens"),
         ({"page_table": torch.zeros(2, 4, dtype=torch.int32)}, "page_table has shape"),
         ({"head_map": HeadMap.uniform(7)}, "key_cache has shape"),

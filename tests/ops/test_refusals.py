@@ -77,6 +77,31 @@ def test_tritons_decode_reads_caches_row_by_row_and_takes_attentions_of_few_quer
         assert reason in triton_decode.refuses_attention(call)
 
 
+def test_gpus_whose_shared_memory_is_too_small_are_for_others(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    for module in (triton, cuda):
+        monkeypatch.setattr(module, "capability_of", lambda device: 75)
+    assert triton.unsuited(gpu) == cuda.unsuited(gpu) == "runs on compute capability 8.0 and newer, not 7.5"
+    for module in (triton, cuda):
+        monkeypatch.setattr(module, "capability_of", lambda device: 89)
+    monkeypatch.setattr(cuda, "shared_bytes", lambda device: 99 << 10)
+    assert triton.unsuited(gpu) is cuda.unsuited(gpu) is cuda.unsuited(gpu, 96) is None
+    assert cuda.unsuited(gpu, 128) == "head_dim 128 takes 108848 bytes of shared memory, this GPU has 101376"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert triton.unsuited(gpu) == "has tiles for NVIDIA's GPUs alone"
+    assert gluon.missing.__wrapped__() == "runs on NVIDIA's GPUs alone"
+
+
+def test_rows_too_far_apart_for_32_bits_are_copied_and_in_a_cache_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    near, far = (torch.empty_strided((1, 1, 9, 64), (1, 1, step, 1), device="meta") for step in (1 << 24, 1 << 25))
+    assert triton.dense_rows(near) is near
+    assert triton.dense_rows(far).is_contiguous()
+    assert triton.dense_rows(far[0, 0, :, None], 0).is_contiguous()
+    assert triton_decode.strided("key", near) is None
+    assert triton_decode.strided("key", far) == "the keys of the key cache are 33554432 elements apart, more than 16777216"
+
+
 def test_the_cuda_decode_takes_half_precision_and_aligned_rows_of_known_width():
     assert cuda.refuses_tensors(decode()) is None
     assert cuda.refuses_tensors(decode(dtype=torch.float32)) == "runs fp16 and bf16, not torch.float32"

@@ -218,6 +218,20 @@ def odd_strides(**where):
         assert (ours.double() - true).abs().max() <= 8 * torch.finfo(call.query.dtype).eps
 
 
+def rows_over_each_other(**where):
+    """Keys one element apart, as `unfold` gives."""
+    call = make_call(**where, q_len=9, kv_len=9)
+    signal = call.key.flatten(2)[:, :, :24]
+    check(replace(call, key=signal.unfold(2, 16, 1)))
+
+
+def windows_beyond_all_keys(**where):
+    """Positions are added to them in 32 bits."""
+    for window in (2**31 - 1, 2**31, 2**63 - 1):
+        check(replace(make_call("causal", **where, q_len=20, kv_len=33), window=window))
+        check(replace(make_call(**where, q_len=20, kv_len=33), window=window))
+
+
 def packed(**where):
     """Sequences of different lengths, two without queries or keys, one with more queries than keys, and tokens of nobody."""
     lengths_q, lengths_k = (20, 0, 1, 37, 3, 9), (20, 5, 40, 37, 0, 4)
@@ -286,6 +300,7 @@ CASES = {
     "lowest bias": lowest_bias,
     "a sample without keys": everything_masked, "only the gate": only_the_gate,
     "each gradient alone": each_gradient_alone, "determinism": the_same_bits_twice, "odd strides": odd_strides, "packed": packed,
+    "rows over each other": rows_over_each_other, "windows beyond all keys": windows_beyond_all_keys,
 }  # fmt: skip
 
 
@@ -298,7 +313,7 @@ def run_all() -> None:
                 case(dtype=dtype, device="cpu")
             except Exception as error:
                 wrong[name] = f"{dtype}: {type(error).__name__}: {error}"
-    wrong |= in_regular_rows()
+    wrong |= in_regular_rows() | in_parts()
     print(json.dumps(wrong))
 
 
@@ -315,6 +330,30 @@ def in_regular_rows() -> dict[str, str]:
             wrong[name] = f"with copies: {error!r}"
     attention_backward.concerned = needed
     return wrong
+
+
+def in_parts() -> dict[str, str]:
+    """What goes wrong with more samples than a grid holds."""
+    from headprune.kernels import attention_backward
+
+    wrong, most = {}, attention_backward.MOST_SAMPLES
+    attention_backward.MOST_SAMPLES = 2
+    many = shaped("padding", "bool_bias", "sample_gate", "sinks", batch=5, q_len=9, kv_len=40)
+    for name, case in {"packed": packed, "gates at and near zero": many, "option row_bias": shaped("row_bias", batch=3)}.items():
+        try:
+            case(dtype=torch.float32, device="cpu")
+        except Exception as error:
+            wrong[name] = f"in parts: {error!r}"
+    attention_backward.MOST_SAMPLES = most
+    return wrong
+
+
+def test_more_samples_than_a_grid_holds_are_several_launches():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from headprune.kernels.attention_backward import parts_of
+
+    assert parts_of(65535) == [slice(0, 65535)]
+    assert parts_of(70000) == [slice(0, 65535), slice(65535, 70000)]
 
 
 @pytest.fixture(scope="module")

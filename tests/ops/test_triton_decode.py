@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from decode_cases import CASES, RAGGED, UNEQUAL, Case, assert_exact, build
+from decode_cases import CASES, RAGGED, UNEQUAL, Case, assert_exact, build, grouped
 
 from headprune import ops
 from headprune.ops import reference, triton_decode
@@ -63,6 +64,18 @@ def check_attention(device: str, dtype: torch.dtype) -> None:
         assert (lse[:, ~computed] == float("-inf")).all()
 
 
+def check_far_heads() -> None:
+    """Queries that are more than 2^31 elements apart, as the last ones of long prompts may be, in a file of holes."""
+    call = build(Case(grouped(2, 1), (40,)), torch.float16).call
+    with tempfile.TemporaryDirectory() as folder:
+        file = torch.from_file(f"{folder}/far", shared=True, size=5 * 2**29, dtype=torch.float16)
+        far = file.as_strided(call.query.shape, (1, 5 * 2**28 - 64, 1, 1))
+        far.copy_(call.query)
+        with ops.backend("triton"):
+            arguments = (call.key_cache, call.value_cache, call.lengths, call.head_map)
+            assert torch.equal(ops.attention_decode(far, *arguments), ops.attention_decode(call.query, *arguments))
+
+
 def check_gradient(device: str) -> None:
     """The attention operator stays differentiable when the decode kernel computes it."""
     call = few_queries(device, torch.float32, True, 3)
@@ -84,6 +97,8 @@ for name in ("pages of 16", "every option"):
     t.check(name, t.CASES[name], "cpu", torch.float16)
 t.check_attention("cpu", torch.float32)
 t.check_gradient("cpu")
+t.check("window beyond all keys", t.Case(t.RAGGED, (1, 70), new=8, window=2**31 - 1), "cpu", torch.float32)
+t.check_far_heads()
 print("done")
 """
 

@@ -91,6 +91,7 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
         ({"cu_seqlens_k": starts((5, 7))}, "cu_seqlens_k has shape"),
         ({"head_map": HeadMap.uniform(7)}, "key has shape"),
         ({"gate": torch.ones(2, 7)}, "gate has shape"),
+        ({"cu_seqlens_k": starts(LENGTHS_Q).to("meta"), "max_seqlen_k": 5}, "cu_seqlens_k is on meta, the query on cpu"),
         ({"softcap": -1.0}, "softcap=-1"),
         ({"cu_seqlens_q": starts(LENGTHS_Q) + 1}, "cu_seqlens_q begins with 1"),
     ],
