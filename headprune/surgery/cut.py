@@ -197,7 +197,9 @@ def keep_slices(slices: Sequence[Slice]) -> None:
 
 def keep_modules(part: HeadModules, heads: Sequence[int]) -> None:
     modules = getattr(part.module, part.attribute)
-    setattr(part.module, part.attribute, nn.ModuleList(modules[head] for head in heads))
+    left = nn.ModuleList(modules[head] for head in heads)
+    left.training = modules.training
+    setattr(part.module, part.attribute, left)
 
 
 def set_sizes(module: Foreign, rows: int, columns: int) -> None:

@@ -37,6 +37,11 @@ def output_of(model) -> torch.Tensor:
         return model(input_ids=tokens())[0]
 
 
+def test_a_compiled_model_is_exported_as_what_it_was_compiled_from(tmp_path):
+    export(torch.compile(ragged_llama()), "stock", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("make", [ragged_llama, lambda: llama(), ragged_bert], ids=["ragged", "dense", "bert"])
 def test_regularising_makes_groups_equal_and_changes_no_output(make):
     model = make()
@@ -210,6 +215,10 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
         export(llama(), "stock", tmp_path / "out", dtype="f32")
     with pytest.raises(UnsupportedModel, match="not a transformers model"):
         export(torch.nn.Linear(2, 2), "stock", tmp_path / "out")
+    with pytest.raises(InvalidInput, match="output is None; expected a path"):
+        export(llama(), "stock", None)
+    with pytest.raises(InvalidInput, match="to is 3; expected a string"):
+        export(llama(), 3, tmp_path / "out")
     pytest.importorskip("gguf")
     with pytest.raises(UnsupportedModel, match="gguf is written for"):
         export(bert(), "gguf", tmp_path / "out")

@@ -48,6 +48,8 @@ def stock_model(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
         with own_attention(dense, keep=True):
             counts = fill_model(model, sites, dense, slots)
     restore_multihead_attention(dense)
+    if model.can_generate():
+        dense.generation_config = copy.deepcopy(model.generation_config)
     check = same_output(expected, small_output(dense), stock.__name__)
     before, after = (sum(parameter.numel() for parameter in found.parameters()) for found in (model, dense))
     return dense, [f"all layers have {counts} with dead heads: {after - before:+,} parameters", check]
