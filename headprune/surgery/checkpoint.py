@@ -60,7 +60,7 @@ def save(
         tokenizer, processor: objects to save beside it. Tokenizer, processor and pooling files that are not given are
             copied from `source`, by default where the model was loaded from: a folder, or the Hub's cache.
         overwrite: replace a model that headprune did not write too. Files of `folder` that are no part of a model stay.
-        options: as for `save_pretrained` (max_shard_size, ...).
+        options: as for `save_pretrained` (max_shard_size, ...). With is_main_process=False nothing is written.
 
     Raises UnsupportedModel where adapters are attached or weights are quantised, InvalidInput where `folder` holds other things
     than a model, or one that headprune did not write, HeadpruneError where the disk refuses.
@@ -86,6 +86,10 @@ def save(
         refuse_companion(companion)
     folder = refuse_replacing(folder, overwrite)
     origin = origin_of(model, source)
+    if isinstance(model, PreTrainedModel) and not options.get(
+        "is_main_process", True
+    ):  # what that one writes would be replaced by nothing
+        return folder
     with whole_model(folder) as draft:
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(draft, **options)

@@ -16,6 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from headprune.arguments import check_arguments
 from headprune.hub import local_folder
+from headprune.models.placement import refuse_absent
 from headprune.models.shards import open_shards
 from headprune.models.site import Foreign
 from headprune.models.streamed import StreamedModel
@@ -67,6 +68,7 @@ def open_streamed(
     that is missing or cut short, UnsupportedModel where the attentions do not lie in one stack of layers.
     """
     check_arguments(open_streamed, locals())
+    refuse_absent(device)
     folder = local_folder(folder)
     shards = open_shards(folder)
     config = load_config(folder)

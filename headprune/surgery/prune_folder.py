@@ -22,6 +22,7 @@ from headprune.hub import local_folder
 from headprune.model_folder import refuse_replacing, replace_model
 from headprune.models import attention_sites, gated
 from headprune.models.batches import several
+from headprune.models.placement import refuse_absent
 from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
 from headprune.models.site import AttentionSite
 from headprune.models.streamed import reader_of
@@ -85,6 +86,7 @@ def prune_folder(
     and `target` appears when it is complete.
     """
     check_arguments(prune_folder, locals())
+    refuse_absent(device)
     source, target = local_folder(source), path_of(target)
     if source.resolve().is_relative_to(target.resolve()):
         raise InvalidInput(f"{target} {'holds' if source.resolve() != target.resolve() else 'is'} the source; give another folder.")

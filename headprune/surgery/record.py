@@ -81,8 +81,7 @@ def record_of(model: nn.Module) -> Mapping[str, Any]:
         return {**record, "sites": renamed(model, record["sites"])}
     except ValueError as error:
         raise InvalidInput(
-            f"{error} A part that has the same config was cut by itself; cut by way of the whole {type(model).__name__}, or save "
-            "the part."
+            f"{error} Cut by way of the whole model, not of a part that shares its config, and remove layers before heads, not after."
         ) from None
 
 

@@ -96,9 +96,19 @@ def test_a_part_that_shares_the_config_of_the_whole_and_was_cut_by_itself_is_nam
     model = SEQ2SEQ["bart"].make()
     cut(model.model.encoder, {"layers.0.self_attn": [0, 1]})
     for use in (lambda: save(model, tmp_path / "model"), lambda: cut(model, {"model.decoder.layers.0.self_attn": [0]})):
-        with pytest.raises(InvalidInput, match=r"no module layers\.0\.self_attn.* cut by way of the whole Bart"):
+        with pytest.raises(InvalidInput, match=r"no module layers\.0\.self_attn.* Cut by way of the whole model"):
             use()
     assert not (tmp_path / "model").exists()
+
+
+def test_ranks_beside_the_main_process_write_nothing(tmp_path):
+    model = pruned("bert")
+    save(model, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    save(model, tmp_path / "model", is_main_process=False)
+    save(model, tmp_path / "other", is_main_process=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
 def test_shards_and_dtype_are_kept(tmp_path):

@@ -67,6 +67,16 @@ def test_modules_of_single_heads_are_refused_and_nothing_is_written(tmp_path):
     assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
 
 
+def test_a_gpu_that_is_not_here_is_refused_before_anything_is_written(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    plan = random_plan(folder)
+    with pytest.raises(InvalidInput, match="device is 'cuda:99'; this machine has cpu"):
+        hp.prune_folder(folder, plan, tmp_path / "pruned", device="cuda:99")
+    with pytest.raises(InvalidInput, match="device is 'cuda:99'; this machine has cpu"):
+        hp.open_streamed(folder, device="cuda:99")
+    assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
+
+
 def test_a_missing_file_is_named_and_nothing_is_written(tmp_path):
     folder = sharded_folder("llama", tmp_path / "model")
     plan, victim = random_plan(folder), sorted(folder.glob("*.safetensors"))[-1]
