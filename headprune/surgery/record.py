@@ -81,7 +81,8 @@ def record_of(model: nn.Module) -> Mapping[str, Any]:
         return {**record, "sites": renamed(model, record["sites"])}
     except ValueError as error:
         raise InvalidInput(
-            f"{error} Cut by way of the whole model, not of a part that shares its config, and remove layers before heads, not after."
+            f"{error} Cut by way of the whole model, not of a part that shares its config, and remove layers before heads, not "
+            "after."
         ) from None
 
 
