@@ -61,6 +61,13 @@ def fill_model(model: PreTrainedModel, sites: list[AttentionSite], dense: PreTra
     twins = {site.name: site for site in attention_sites(dense)}
     of_heads = {name for site in sites for name in parameters_of_heads(model, site)}
     rest = {name: value for name, value in model.state_dict().items() if name not in of_heads}
+    there = dense.state_dict()
+    smaller = next((name for name, value in rest.items() if name in there and there[name].shape != value.shape), None)
+    if smaller is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot become an unmodified {type(dense).__name__}: {smaller} went with the last head of its "
+            "attention, and counts in the class without heads too. Keep one head there."
+        )
     missing, unexpected = dense.load_state_dict(rest, strict=False)
     lacking = set(missing) - {name for site in sites for name in parameters_of_heads(dense, twins[site.name], site)}
     if unexpected or lacking:
@@ -153,7 +160,8 @@ def smaller_config(
     if len(alike) != 1 or whole or any(hasattr(site.module, "position_heads") for site in sites):
         return None
     original = original_config(model.config)
-    if not hasattr(original, "num_attention_heads"):  # several towers, each with a config of its own
+    # Several towers, each with a config of its own; widths of each stage in a list (MobileViT).
+    if not hasattr(original, "num_attention_heads") or not isinstance(getattr(original, "hidden_size", None), int):
         return None
     most = HeadMap.uniform(original.num_attention_heads, getattr(original, "num_key_value_heads", None))
 
