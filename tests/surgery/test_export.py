@@ -300,5 +300,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
     pytest.importorskip("gguf")
     with pytest.raises(UnsupportedModel, match="gguf is written for"):
         export(bert(), "gguf", tmp_path / "out")
+    with pytest.raises(UnsupportedModel, match=r"use 'gelu'; llama\.cpp computes silu"):
+        export(llama(hidden_act="gelu"), "gguf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     assert {"stock", "onnx", "gguf", "vllm"} <= set(targets())
