@@ -26,7 +26,7 @@ from headprune.models.placement import refuse_absent
 from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
 from headprune.models.site import AttentionSite
 from headprune.models.streamed import reader_of
-from headprune.models.tiny_inputs import tiny_inputs
+from headprune.models.tiny_inputs import tiny_inputs, without_padding
 from headprune.planning.pruning_plan import PruningPlan, check_plan
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import CLAIM, take_over
@@ -228,8 +228,8 @@ def check_folder(
     placed = {name: value.to(device) for name, value in inputs.items()}
     reader_of(gated_model).instead = dict(solved)
     with gated(gated_model, kept):
-        expected = gated_model(**placed)[0].double()
-    off = float((pruned(**placed)[0].double() - expected).norm() / expected.norm())
+        expected = without_padding(gated_model(**placed)[0].double(), placed)
+    off = float((without_padding(pruned(**placed)[0].double(), placed) - expected).norm() / expected.norm())
     if not off <= (max(TOLERANCE, 16 * torch.finfo(stored).eps) if solved else TOLERANCE):
         shutil.rmtree(draft)
         raise HeadpruneError(

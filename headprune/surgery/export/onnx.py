@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headprune.errors import InvalidInput, UnsupportedModel, whole_number
-from headprune.surgery.export.example_inputs import CHECKED, TRACED, example_inputs, without_padding
+from headprune.models.tiny_inputs import without_padding
+from headprune.surgery.export.example_inputs import CHECKED, TRACED, example_inputs
 from headprune.surgery.export.same_output import same_output
 from headprune.surgery.export.target import refuse_unknown, target
 

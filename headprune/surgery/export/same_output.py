@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from headprune.errors import HeadpruneError, UnsupportedModel
-from headprune.models.tiny_inputs import tiny_inputs
+from headprune.models.tiny_inputs import tiny_inputs, without_padding
 from headprune.models.uncompiled import uncompiled
 from headprune.surgery.stand_in import widened
 
@@ -35,10 +35,7 @@ def small_output(model: nn.Module) -> Tensor:
     finally:
         for module, was in training.items():
             module.training = was
-    mask = inputs.get("attention_mask")
-    if mask is not None and output.shape[:2] == mask.shape:
-        output = output * mask.reshape(*mask.shape, *(1 for _ in output.shape[2:])).to(output.dtype)  # of pointers: [texts, tokens]
-    return output
+    return without_padding(output, inputs)
 
 
 def in_own_dtype_at_worst(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
