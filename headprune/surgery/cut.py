@@ -24,6 +24,7 @@ from headprune.surgery.gather import gathered, gathered_at_once
 from headprune.surgery.record import record_cut, refuse_other_record
 from headprune.surgery.rehearse import rehearse
 from headprune.surgery.saved_with_code import save_with_code
+from headprune.surgery.stand_in import on_stand_ins
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,14 @@ def checked_cut(
     if not proven:
         cuts = [(sites[name], heads) for name, heads in changed.items()]
         rehearse(model, cuts, cut_site, run, verify, otherwise)
+        for site, heads in cuts:  # what was not rehearsed may not fail halfway either
+            cut_site(on_stand_ins(site, without_memory), heads)
     return checked
+
+
+def without_memory(tensor: Tensor) -> Tensor:
+    found = tensor.detach().to("meta")
+    return nn.Parameter(found, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found
 
 
 def refuse_inexact(sites: Sequence[AttentionSite]) -> None:

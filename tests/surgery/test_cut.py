@@ -282,12 +282,13 @@ def test_weights_that_cannot_be_sliced_are_refused_by_name(change, names):
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (64, 32)
 
 
-def test_a_forward_that_was_replaced_is_not_overruled_in_silence():
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_forward_that_was_replaced_is_not_overruled_in_silence(verify):
     model = llama()
     attention = model.model.layers[0].self_attn
     attention.forward = attention.forward
     with pytest.raises(UnsupportedModel, match="forward replaced"):
-        cut(model, {"model.layers.0.self_attn": []})
+        cut(model, {"model.layers.0.self_attn": []}, verify=verify)
     assert attention.q_proj.weight.shape == (64, 32)
 
 

@@ -181,4 +181,4 @@ def fill(
     living = [(new, old) for new, old in enumerate(heads) if old is not None]
     if living:
         new, old = features[[pair[0] for pair in living]].flatten(), source_features[[pair[1] for pair in living]].flatten()
-        target.data.index_copy_(dim, new.to(target.device), source.index_select(dim, old.to(source.device)))
+        target.data.index_copy_(dim, new.to(target.device), source.index_select(dim, old.to(source.device)).to(target))

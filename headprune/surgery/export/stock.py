@@ -107,7 +107,8 @@ def fill_site(site: AttentionSite, twin: AttentionSite, slots: Slots) -> None:
     for own, extra in zip(site.extras, twin.extras):
         living = [(place, head) for place, head in enumerate(heads[extra.per_kv_head]) if head is not None]
         places, sources = extra.features([pair[0] for pair in living]), own.features([pair[1] for pair in living])
-        extra.tensor.data.index_copy_(extra.dim, places, own.tensor.index_select(own.dim, sources).to(extra.tensor.dtype))
+        values = own.tensor.index_select(own.dim, sources.to(own.tensor.device)).to(extra.tensor)
+        extra.tensor.data.index_copy_(extra.dim, places.to(extra.tensor.device), values)
     for own_part, part in zip(site.head_modules, twin.head_modules):
         for place, head in enumerate(heads[part.per_kv_head]):
             if head is not None:
