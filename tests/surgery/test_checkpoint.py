@@ -273,6 +273,14 @@ def test_missing_weights_are_named(tmp_path):
         load(target)
 
 
+def test_weights_of_another_tool_that_were_cut_short_are_named(tmp_path):
+    bert().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CorruptCheckpoint, match=rf"{tmp_path}/model does not load as BertModel: .*header"):
+        load(tmp_path / "model")
+
+
 def test_a_target_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InvalidInput, match="is a file"):
