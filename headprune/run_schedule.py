@@ -21,6 +21,7 @@ from headprune.schedules import RecoverySettings, get_schedule
 from headprune.schedules.quality import mean_loss
 from headprune.schedules.setting import ShowProgress
 from headprune.surgery import save
+from headprune.surgery.companions import origin_of
 from headprune.surgery.verify import relative_difference
 
 log = logging.getLogger("headprune")
@@ -62,7 +63,7 @@ def scheduled_model(
     target = folder / "model"
     with stages.stage("save and load back"):
         expected = task.outputs(result.model)
-        save(result.model, target, source=dense.name_or_path or None)
+        save(result.model, target, source=origin_of(dense))
         loaded = loaded_beside(dense, target)
     return result.plan, loaded, {"reload": relative_difference(task.outputs(loaded), expected)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,6 +115,11 @@ def export_command(
     refuse_replacing_source(model, output)
     refuse_output(to, output, overwrite)
     options = target_options(option or ())
+    taken = sorted(options.keys() & signature(export).parameters.keys() - {"source"})
+    if taken:
+        raise InvalidInput(
+            f"--option {taken[0]}: expected an option of the target, such as dtype=q8_0 for gguf, opset=20 for onnx."
+        )
     found, _ = opened_model(model)
     written = with_bar(f"export to {to}", lambda progress: export(found, to, output, overwrite=overwrite, **options))
     terminal.show(json, {**asdict(written), "path": str(written.path)}, str(written))

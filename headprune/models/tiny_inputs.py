@@ -187,3 +187,11 @@ def sound(config: Any) -> dict[str, Tensor]:
         return {}  # a codec
     stride = math.prod(getattr(config, "conv_stride", (320,)))
     return {"input_values": torch.randn(1, 2 * TOKENS * stride + 400, generator=generator)}
+
+
+def without_padding(output: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """`output` with what stands at padded tokens set to 0: attention functions differ in what they give where all is padding."""
+    mask: Tensor | None = inputs.get("attention_mask")
+    if mask is None or output.shape[:2] != mask.shape:
+        return output
+    return output.masked_fill((mask == 0).to(output.device).view(*mask.shape, *[1] * (output.dim() - 2)), 0)

@@ -206,7 +206,7 @@ class VariableHeadAttention(nn.Module):
             projection.bias = kept(projection.bias, 0, features)
         self.out_proj.weight = kept(self.out_proj.weight, 1, rows)
         self.bias_k, self.bias_v = kept(self.bias_k, 2, kv_rows), kept(self.bias_v, 2, kv_rows)
-        self.gate = kept(self.gate, 0, torch.tensor(heads))
+        self.gate = kept(self.gate, 0, torch.tensor(heads, dtype=torch.long))
         self._take_shape(self.head_map.keep(heads))
         return self
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,7 +26,7 @@ from headprune.models import attention_sites
 from headprune.nn import VariableHeadAttention
 from headprune.nn.given import plain_module, refuse_wrapped
 from headprune.surgery import modeling_headprune
-from headprune.surgery.companions import copy_companions, origin_of
+from headprune.surgery.companions import copy_companions, origin_of, refuse_companion
 from headprune.surgery.cut import cut
 from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
@@ -37,6 +38,7 @@ Plain = TypeVar("Plain", bound=nn.Module)
 SAVE_OPTIONS = {*signature(PreTrainedModel.save_pretrained).parameters, *signature(PreTrainedModel.push_to_hub).parameters}
 SAVE_OPTIONS -= {"self", "save_directory", "kwargs"}
 SAVE_OPTIONS |= {"safe_serialization"}  # transformers 5 knows no other way
+OWN_OPTIONS = ("config", "local_files_only", "output_loading_info", "ignore_mismatched_sizes")  # of from_pretrained
 LANGUAGE_HEADS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
 
 
@@ -59,7 +61,7 @@ def save(
         tokenizer, processor: objects to save beside it. Tokenizer, processor and pooling files that are not given are
             copied from `source`, by default where the model was loaded from: a folder, or the Hub's cache.
         overwrite: replace a model that headprune did not write too. Files of `folder` that are no part of a model stay.
-        options: as for `save_pretrained` (max_shard_size, ...).
+        options: as for `save_pretrained` (max_shard_size, ...). With is_main_process=False nothing is written.
 
     Raises UnsupportedModel where adapters are attached or weights are quantised, InvalidInput where `folder` holds other things
     than a model, or one that headprune did not write, HeadpruneError where the disk refuses.
@@ -82,10 +84,13 @@ def save(
     if isinstance(model, PreTrainedModel):
         check_options("save", options, SAVE_OPTIONS)
     for companion in (tokenizer, processor):
-        if companion is not None and not hasattr(companion, "save_pretrained"):
-            raise InvalidInput(f"tokenizer or processor is {companion!r:.80}; expected the object, which has save_pretrained.")
+        refuse_companion(companion)
     folder = refuse_replacing(folder, overwrite)
     origin = origin_of(model, source)
+    if isinstance(model, PreTrainedModel) and not options.get(
+        "is_main_process", True
+    ):  # what that one writes would be replaced by nothing
+        return folder
     with whole_model(folder) as draft:
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(draft, **options)
@@ -152,6 +157,9 @@ def load(
         check_options("load with model=", {**options, **({"base": base} if base else {})}, ("verify",))
         return load_plain(folder, model, verify=verify)
     check_attention(options.get("attn_implementation"))
+    taken = next((name for name in OWN_OPTIONS if name in options), None)
+    if taken is not None:
+        raise InvalidInput(f"load sets {taken} itself; leave it out. The config is the folder's own, and its weights must fit it.")
     config = load_config(folder)
     section = getattr(config, SECTION, None)
     kept = kept_heads(section)
@@ -163,7 +171,7 @@ def load(
         found, report = built.from_pretrained(
             folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{folder} does not load as {model_class.__name__}: {first_line(error)}") from error
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
@@ -266,7 +274,11 @@ def pruned_class(model_class: type[PreTrainedModel], section: dict[str, Any] | N
         delattr(config, SECTION)  # what is built first is the whole original
         with modeling_headprune.whole(config):
             model_class.__init__(self, config, *args, **options)
-        cut(self, modeling_headprune.renamed(self, kept), proven=True)
+        try:
+            here = modeling_headprune.renamed(self, kept)
+        except ValueError as error:
+            raise CorruptCheckpoint(str(error)) from None
+        cut(self, here, proven=True)
         setattr(config, SECTION, saved)
 
     return type(name, (model_class,), {"__init__": __init__, "__module__": module})

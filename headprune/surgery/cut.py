@@ -19,10 +19,12 @@ from headprune.models.gating import checked_keep
 from headprune.models.site import AttentionSite, Foreign, HeadModules, ProjectionHeads, is_conv1d
 from headprune.models.specialise import empty_projection
 from headprune.nn.replace import on_own_attention
+from headprune.nn.weights import UNDO
 from headprune.surgery.gather import gathered, gathered_at_once
 from headprune.surgery.record import record_cut, refuse_other_record
 from headprune.surgery.rehearse import rehearse
 from headprune.surgery.saved_with_code import save_with_code
+from headprune.surgery.stand_in import on_stand_ins
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,14 @@ def checked_cut(
     if not proven:
         cuts = [(sites[name], heads) for name, heads in changed.items()]
         rehearse(model, cuts, cut_site, run, verify, otherwise)
+        for site, heads in cuts:  # what was not rehearsed may not fail halfway either
+            cut_site(on_stand_ins(site, without_memory), heads)
     return checked
+
+
+def without_memory(tensor: Tensor) -> Tensor:
+    found = tensor.detach().to("meta")
+    return nn.Parameter(found, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found
 
 
 def refuse_inexact(sites: Sequence[AttentionSite]) -> None:
@@ -196,7 +205,9 @@ def keep_slices(slices: Sequence[Slice]) -> None:
 
 def keep_modules(part: HeadModules, heads: Sequence[int]) -> None:
     modules = getattr(part.module, part.attribute)
-    setattr(part.module, part.attribute, nn.ModuleList(modules[head] for head in heads))
+    left = nn.ModuleList(modules[head] for head in heads)
+    left.training = modules.training
+    setattr(part.module, part.attribute, left)
 
 
 def set_sizes(module: Foreign, rows: int, columns: int) -> None:
@@ -207,17 +218,29 @@ def set_sizes(module: Foreign, rows: int, columns: int) -> None:
 
 
 def check_owned_alone(model: nn.Module, sites: Sequence[AttentionSite]) -> None:
-    """UnsupportedModel where a weight to be cut is also used elsewhere, or is not there (offloaded)."""
+    """UnsupportedModel where a weight to be cut is also used elsewhere, is made anew at each call, or is not there (offloaded)."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append(f"{name}.{attribute}")
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
     for site in sites:
+        inside = tuple(f"{name}." if name else "" for name in places[id(site.module)])
         for projection in site.projections:
             weight, module = projection.module.weight, projection.module
-            if len(users[id(weight)]) > 1:
+            made = [
+                name for name in ("weight", "bias") if isinstance(getattr(module, name), Tensor) and name not in module._parameters
+            ]
+            if made:
+                raise UnsupportedModel(f"the {made[0]} of {projection.name} is made of others at each call; {UNDO}.")
+            if len(users.get(id(weight), ())) > 1:
                 raise UnsupportedModel(f"{' and '.join(users[id(weight)])} are one tied weight; untie them before pruning.")
+            elsewhere = next((name for name in places.get(id(module), ()) if not name.startswith(inside)), None)
+            if elsewhere is not None:
+                raise UnsupportedModel(f"{projection.name} is also {elsewhere}; give each a layer of its own before pruning.")
             if weight.is_meta and hasattr(module, "_hf_hook"):
                 raise UnsupportedModel(f"{projection.name} is offloaded; load the model without a device_map that offloads.")
 

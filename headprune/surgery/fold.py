@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models.gating import sites_by_name
 from headprune.nn.replace import on_own_attention
+from headprune.surgery.cut import check_owned_alone
 
 
 @on_own_attention
@@ -19,7 +21,8 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
     """Gives `model` without gates the output that it has with `gates` (site name -> [query_heads]), in place.
 
     The columns of head h in the output projection are multiplied by its gate; exact but for rounding, and where all gates of a
-    site are 1 nothing is touched. Raises InvalidInput for an unknown site, another number of heads or a gate that is not finite.
+    site are 1 nothing is touched. Raises InvalidInput for an unknown site, another number of heads or a gate that is not finite,
+    UnsupportedModel where an output projection is also used elsewhere, or a mask makes its weight at each call.
     """
     check_arguments(fold_gates, {"gates": gates})
     sites = sites_by_name(model)
@@ -30,10 +33,10 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
         if not isinstance(gate, Tensor) or tuple(gate.shape) != (heads,) or not gate.isfinite().all():
             shown = gate.tolist() if isinstance(gate, Tensor) else gate
             raise InvalidInput(f"gates of {name}: {shown!r:.80}; expected a tensor of {heads} finite numbers.")
-    for name, gate in gates.items():
+    touched = {name: gate for name, gate in gates.items() if not bool((gate == 1).all())}
+    check_owned_alone(model, [replace(sites[name], projections=(sites[name].output,)) for name in touched])
+    for name, gate in touched.items():
         site = sites[name]
-        if bool((gate == 1).all()):
-            continue
         weight = site.output.module.weight
         columns = gate.to(weight.device, torch.float64)[site.head_of_column().to(weight.device)]
         shape = [-1 if dim == site.output.weight_dim else 1 for dim in range(weight.dim())]

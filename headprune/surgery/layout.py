@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from headprune.models import attention_sites
 from headprune.models.behaviour import original_class
-from headprune.models.layer_config import LayerConfig
 from headprune.surgery.modeling_headprune import BEHAVIOURS, whole
 
 PLAIN = (bool, int, float, str, type(None))
@@ -59,7 +58,8 @@ def difference(module: nn.Module, original: nn.Module) -> dict[str, Any] | None:
     if set(shapes) != set(shapes_of(original)):
         return None
     old, new = plain_attributes(original), plain_attributes(module)
-    own = getattr(module.config, "own", {}) if isinstance(getattr(module, "config", None), LayerConfig) else {}
+    # By its attribute: a folder that says its layout is built with modeling_headprune's class of that name.
+    own = vars(module.config).get("own", {}) if hasattr(getattr(module, "config", None), "shared") else {}
     entry = {
         "shapes": {name: shape for name, shape in shapes.items() if shape != shapes_of(original)[name]},
         "buffers": changed,
@@ -100,7 +100,10 @@ def buffers(module: nn.Module) -> Mapping[str, torch.Size]:
 
 
 def hooks(module: nn.Module) -> tuple[int, int]:
-    return len(module._forward_hooks), len(module._forward_pre_hooks)
+    """But for those with which transformers, from a model's first pass on, collects what layers give."""
+    found = [module._forward_hooks.values(), module._forward_pre_hooks.values()]
+    behind, before = (sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks) for hooks in found)
+    return behind, before
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

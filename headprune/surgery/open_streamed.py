@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from headprune.arguments import check_arguments
 from headprune.hub import local_folder
+from headprune.models.placement import refuse_absent
 from headprune.models.shards import open_shards
 from headprune.models.site import Foreign
 from headprune.models.streamed import StreamedModel
@@ -65,6 +68,7 @@ def open_streamed(
     that is missing or cut short, UnsupportedModel where the attentions do not lie in one stack of layers.
     """
     check_arguments(open_streamed, locals())
+    refuse_absent(device)
     folder = local_folder(folder)
     shards = open_shards(folder)
     config = load_config(folder)
@@ -74,6 +78,8 @@ def open_streamed(
     model.eval().requires_grad_(False)
     model.tie_weights()
     model.name_or_path = str(folder)
+    if model.can_generate() and (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
     opened: Foreign = model
     opened.headprune_streamed = StreamedModel(model, shards, device)
     return model

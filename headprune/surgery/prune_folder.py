@@ -22,10 +22,11 @@ from headprune.hub import local_folder
 from headprune.model_folder import refuse_replacing, replace_model
 from headprune.models import attention_sites, gated
 from headprune.models.batches import several
+from headprune.models.placement import refuse_absent
 from headprune.models.shards import INDEX, SINGLE, Shards, Stored, open_shards
 from headprune.models.site import AttentionSite
 from headprune.models.streamed import reader_of
-from headprune.models.tiny_inputs import tiny_inputs
+from headprune.models.tiny_inputs import tiny_inputs, without_padding
 from headprune.planning.pruning_plan import PruningPlan, check_plan
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import CLAIM, take_over
@@ -85,6 +86,7 @@ def prune_folder(
     and `target` appears when it is complete.
     """
     check_arguments(prune_folder, locals())
+    refuse_absent(device)
     source, target = local_folder(source), path_of(target)
     if source.resolve().is_relative_to(target.resolve()):
         raise InvalidInput(f"{target} {'holds' if source.resolve() != target.resolve() else 'is'} the source; give another folder.")
@@ -226,8 +228,8 @@ def check_folder(
     placed = {name: value.to(device) for name, value in inputs.items()}
     reader_of(gated_model).instead = dict(solved)
     with gated(gated_model, kept):
-        expected = gated_model(**placed)[0].double()
-    off = float((pruned(**placed)[0].double() - expected).norm() / expected.norm())
+        expected = without_padding(gated_model(**placed)[0].double(), placed)
+    off = float((without_padding(pruned(**placed)[0].double(), placed) - expected).norm() / expected.norm())
     if not off <= (max(TOLERANCE, 16 * torch.finfo(stored).eps) if solved else TOLERANCE):
         shutil.rmtree(draft)
         raise HeadpruneError(

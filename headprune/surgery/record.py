@@ -69,7 +69,7 @@ def mark_regularised(model: nn.Module, sites: Mapping[str, AttentionSite]) -> No
 
 def record_of(model: nn.Module) -> Mapping[str, Any]:
     """What earlier cuts left, by the names that the attentions have in `model` (a base model and the same under a head share
-    a config); empty for a whole model."""
+    a config); empty for a whole model. Raises InvalidInput where it names an attention that `model` has not."""
     config = getattr(model, "config", None)
     carrier, name = (config, SECTION) if isinstance(config, PreTrainedConfig) else (model, ATTRIBUTE)
     record = getattr(carrier, name, None) or {}
@@ -77,7 +77,13 @@ def record_of(model: nn.Module) -> Mapping[str, Any]:
         return with_parts(model, record)
     if not record or not isinstance(model, PreTrainedModel):
         return record
-    return {**record, "sites": renamed(model, record["sites"])}
+    try:
+        return {**record, "sites": renamed(model, record["sites"])}
+    except ValueError as error:
+        raise InvalidInput(
+            f"{error} Cut by way of the whole model, not of a part that shares its config, and remove layers before heads, not "
+            "after."
+        ) from None
 
 
 def with_parts(model: nn.Module, record: Mapping[str, Any]) -> Mapping[str, Any]:

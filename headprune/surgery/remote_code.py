@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from headprune.errors import UnsupportedModel
 from headprune.surgery import modeling_headprune
 from headprune.surgery.layout import layout_of
 from headprune.surgery.modeling_headprune import PREFIX
@@ -25,7 +26,12 @@ def write_remote_code(model: PreTrainedModel, folder: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["architectures"] = [stock.__name__]
     if config.get(SECTION):
-        config[SECTION]["layout"] = layout_of(model, stock)
+        config[SECTION]["layout"] = layout = layout_of(model, stock)
+        if layout is None and config[SECTION].get("regularised"):
+            raise UnsupportedModel(
+                f"{stock.__name__} with dead heads differs from its class in more than can be written down (a hook, say; remove "
+                "it), and would not load again. Export to stock, or save the model without them."
+            )
         config["auto_map"] = auto_map(model.config, stock)
         (folder / FILE.name).write_text(one_file(modeling_headprune), encoding="utf-8")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

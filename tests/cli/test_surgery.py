@@ -120,6 +120,9 @@ def test_a_pruned_folder_is_exported_to_the_stock_class(call):
     code, _, err = call("export", "./pruned", "--to", "stock", "-o", "other", "--option", "dtype")
     assert code == 2
     assert "expected name=value" in err
+    code, _, err = call("export", "./pruned", "--to", "stock", "-o", "other", "--option", "overwrite=1")
+    assert code == 2
+    assert "--option overwrite: expected an option of the target" in err
     code, _, err = call("export", "./pruned", "--to", "tensorrt", "-o", "other")
     assert code == 2
     assert "unknown export target" in err

@@ -357,15 +357,16 @@ def test_a_layer_without_torch_form_says_why():
 
 
 @pytest.mark.parametrize("batched", [True, False])
-def test_a_layer_without_heads_gives_its_output_bias(batched):
-    layer = VariableHeadAttention(EMBED, HEADS, batch_first=True).prune([])
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_layer_without_heads_gives_its_output_bias(batched, gate):
+    layer = VariableHeadAttention(EMBED, HEADS, batch_first=True, gate=gate).prune([])
     layer.out_proj.bias.data.normal_()
     x = torch.randn(2, 5, EMBED) if batched else torch.randn(5, EMBED)
     output, weights = layer(x, x, x)
     assert torch.equal(output, layer.out_proj.bias.expand_as(output))
     assert weights.shape == (*x.shape[:-1], 5)
     assert not weights.any()
-    again = VariableHeadAttention(EMBED, HEADS, batch_first=True)
+    again = VariableHeadAttention(EMBED, HEADS, batch_first=True, gate=gate)
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x, x, x, need_weights=False)[0], output)
     assert str(again.prune([]).head_map) == "no heads"

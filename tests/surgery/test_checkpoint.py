@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_encoders import VISION
+from tiny_encoders import SEQ2SEQ, VISION
 from tiny_models import bert, hidden, llama, padded, tokens
 
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
@@ -90,6 +90,25 @@ def test_a_part_that_was_cut_by_itself_is_named(tmp_path):
     with pytest.raises(InvalidInput, match=r"vision_model\.encoder\.layers\.0\.self_attn was cut in a part"):
         save(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_part_that_shares_the_config_of_the_whole_and_was_cut_by_itself_is_named(tmp_path):
+    model = SEQ2SEQ["bart"].make()
+    cut(model.model.encoder, {"layers.0.self_attn": [0, 1]})
+    for use in (lambda: save(model, tmp_path / "model"), lambda: cut(model, {"model.decoder.layers.0.self_attn": [0]})):
+        with pytest.raises(InvalidInput, match=r"no module layers\.0\.self_attn.* Cut by way of the whole model"):
+            use()
+    assert not (tmp_path / "model").exists()
+
+
+def test_ranks_beside_the_main_process_write_nothing(tmp_path):
+    model = pruned("bert")
+    save(model, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    save(model, tmp_path / "model", is_main_process=False)
+    save(model, tmp_path / "other", is_main_process=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
 def test_shards_and_dtype_are_kept(tmp_path):
@@ -231,12 +250,35 @@ def test_an_unknown_attention_function_is_not_said_to_be_a_corrupt_folder(tmp_pa
         load(tmp_path / "model", attn_implementation="sdap")
 
 
+@pytest.mark.parametrize("option", ["config", "local_files_only", "output_loading_info", "ignore_mismatched_sizes"])
+def test_what_load_gives_from_pretrained_itself_is_refused_by_name(option, tmp_path):
+    save(bert(), tmp_path / "model")
+    with pytest.raises(InvalidInput, match=f"load sets {option} itself; leave it out"):
+        load(tmp_path / "model", **{option: None})
+
+
+def test_a_config_that_names_attentions_of_another_model_is_refused(tmp_path):
+    save(pruned("bert"), tmp_path / "model")
+    change_config(tmp_path / "model", lambda config: config["headprune"].update(sites={"layers.0.self_attn": {"kept": [0]}}))
+    for read in (skeleton, lambda folder: load(folder, verify=False)):
+        with pytest.raises(CorruptCheckpoint, match=r"has no module layers\.0\.self_attn"):
+            read(tmp_path / "model")
+
+
 def test_missing_weights_are_named(tmp_path):
     target = tmp_path / "model"
     save(pruned("bert"), target)
     (target / "model.safetensors").unlink()
     with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors"):
         load(target)
+
+
+def test_weights_of_another_tool_that_were_cut_short_are_named(tmp_path):
+    bert().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CorruptCheckpoint, match=rf"{tmp_path}/model does not load as BertModel: .*header"):
+        load(tmp_path / "model")
 
 
 def test_a_target_that_is_a_file_is_refused(tmp_path):

@@ -5,10 +5,12 @@ import torch
 from tiny_encoders import VISION
 from tiny_models import llama
 from tokenizers import Tokenizer, models
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, ViTImageProcessor
 
-from headprune.surgery import cut, load, save
+from headprune.errors import InvalidInput
+from headprune.surgery import cut, load, open_streamed, save
 from headprune.surgery.companions import copy_companions
+from headprune.surgery.export import export
 
 
 def tokenizer(word: str = "head") -> PreTrainedTokenizerFast:
@@ -41,6 +43,25 @@ def test_files_of_the_folder_that_a_model_came_from_go_along(tmp_path, dense):
     assert not (folder / "README.md").exists()
     assert all((folder / name).exists() for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md", "spm.model", "qwen.tiktoken"))
     assert load(folder).generation_config.max_new_tokens == 7
+
+
+@pytest.mark.parametrize(
+    "write", [save, lambda model, folder, **given: export(model, "stock", folder, **given)], ids=["save", "export"]
+)
+def test_a_source_or_tokenizer_that_is_none_is_refused_before_anything_is_written(write, tmp_path):
+    with pytest.raises(InvalidInput, match=r"source is '.*nowhere'; expected a folder"):
+        write(llama(), tmp_path / "out", source=tmp_path / "nowhere")
+    with pytest.raises(InvalidInput, match="tokenizer or processor is 'gpt2'; expected the object"):
+        write(llama(), tmp_path / "out", tokenizer="gpt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exports_keep_how_the_model_generates(tmp_path, dense):
+    model = load(dense)
+    cut(model, {"model.layers.0.self_attn": [1]})
+    export(model, "stock", tmp_path / "out")
+    assert GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 7
+    assert open_streamed(dense).generation_config.max_new_tokens == 7
 
 
 def test_a_given_tokenizer_takes_precedence_and_a_source_can_be_named(tmp_path, dense):

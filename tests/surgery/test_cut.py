@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_decoders import decoder
 from tiny_encoders import SEQ2SEQ
 from tiny_models import bert, hidden, llama, padded, tokens
+from torch.nn.utils import prune as masks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headprune.errors import InvalidInput, InvalidPlan, UnsupportedModel
@@ -233,6 +234,14 @@ def tie(model):
     layers[1].self_attn.q_proj.weight = layers[0].self_attn.q_proj.weight
 
 
+def share(model):
+    model.model.layers[1].self_attn.q_proj = model.model.layers[0].self_attn.q_proj
+
+
+def mask(model):
+    masks.random_unstructured(model.model.layers[0].self_attn.o_proj, "weight", 0.3)
+
+
 def quantise(model):
     weight = model.model.layers[0].self_attn.v_proj.weight
     model.model.layers[0].self_attn.v_proj.weight = torch.nn.Parameter(weight.detach().as_subclass(Int8Weight))
@@ -257,6 +266,8 @@ def offload(model):
     ("change", "names"),
     [
         (tie, r"layers\.0\.self_attn\.q_proj\.weight and .*layers\.1.* are one tied weight"),
+        (share, r"layers\.0\.self_attn\.q_proj is also model\.layers\.1\.self_attn\.q_proj; give each a layer"),
+        (mask, r"the weight of .*layers\.0\.self_attn\.o_proj is made of others at each call; undo masks"),
         (quantise_by_torch, r"layers\.1\.self_attn\.q_proj is a torch\.ao\.nn\.quantized\S*\.Linear; heads can be cut"),
         (quantise, r"layers\.0\.self_attn\.v_proj holds Int8Weight weights"),
         (parametrise, r"layers\.0\.self_attn\.k_proj is a ParametrizedLinear"),
@@ -271,12 +282,13 @@ def test_weights_that_cannot_be_sliced_are_refused_by_name(change, names):
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (64, 32)
 
 
-def test_a_forward_that_was_replaced_is_not_overruled_in_silence():
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_forward_that_was_replaced_is_not_overruled_in_silence(verify):
     model = llama()
     attention = model.model.layers[0].self_attn
     attention.forward = attention.forward
     with pytest.raises(UnsupportedModel, match="forward replaced"):
-        cut(model, {"model.layers.0.self_attn": []})
+        cut(model, {"model.layers.0.self_attn": []}, verify=verify)
     assert attention.q_proj.weight.shape == (64, 32)
 
 

@@ -1,20 +1,23 @@
 """Exports: the unmodified classes and GGUF files hold what the pruned model is."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from tiny_decoders import decoder
-from tiny_encoders import VISION
+from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
 from tiny_models import bert, llama, tokens
+from tiny_vision_language import VISION_LANGUAGE
 
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
 from headprune.nn.replace import own_attention
 from headprune.surgery import cut, load, save
 from headprune.surgery.export import export, regularise, targets
+from headprune.surgery.export.slots import in_groups
 from headprune.surgery.export.stock import stock_model
 
 RAGGED = {"model.layers.0.self_attn": [0, 1, 2, 5], "model.layers.1.self_attn": [0, 3, 6]}
@@ -37,6 +40,11 @@ def output_of(model) -> torch.Tensor:
         return model(input_ids=tokens())[0]
 
 
+def test_a_compiled_model_is_exported_as_what_it_was_compiled_from(tmp_path):
+    export(torch.compile(ragged_llama()), "stock", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("make", [ragged_llama, lambda: llama(), ragged_bert], ids=["ragged", "dense", "bert"])
 def test_regularising_makes_groups_equal_and_changes_no_output(make):
     model = make()
@@ -45,6 +53,81 @@ def test_regularising_makes_groups_equal_and_changes_no_output(make):
     assert all(site.head_map.is_uniform for site in attention_sites(model))
     assert torch.allclose(output_of(model), expected, atol=1e-5)
     assert (found.layers == 0) == (found.parameters == 0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "afmoe", "laguna"])
+def test_an_attention_without_heads_gets_a_dead_head_with_its_gate(family):
+    model = decoder(family)
+    names = [site.name for site in attention_sites(model)]
+    cut(model, {names[-1]: []} if len(names) > 1 else {names[0]: [0]})
+    expected = output_of(model)
+    regularise(model)
+    assert all(site.head_map.query_heads for site in attention_sites(model))
+    assert torch.allclose(output_of(model), expected, atol=1e-5)
+
+
+def test_a_vision_tower_whose_attentions_join_their_heads_by_width_gets_dead_heads():
+    model = VISION_LANGUAGE["janus"].make()
+    batch, names = VISION_LANGUAGE["janus"].batch("left"), [site.name for site in attention_sites(model)]
+    cut(model, {names[0]: []})
+    with torch.no_grad():
+        expected = model(**batch)[0]
+        regularise(model)
+        assert torch.allclose(model(**batch)[0], expected, atol=1e-5)
+
+
+def test_what_a_layer_reads_of_its_config_is_saved_again(tmp_path):
+    """A folder with dead heads is built from its layout, by another class of layer config than a cut's."""
+    model = SEQ2SEQ["moonshine"].make()
+    batch, names = SEQ2SEQ["moonshine"].batch("left"), [site.name for site in attention_sites(model)]
+    cut(model, {names[0]: [0, 1], names[1]: []})
+    with torch.no_grad():
+        expected = model(**batch).logits
+        regularise(model)
+        save(model, tmp_path / "once")
+        save(load(tmp_path / "once"), tmp_path / "twice")
+        assert torch.allclose(load(tmp_path / "twice")(**batch).logits, expected, atol=1e-5)
+
+
+def test_a_model_that_ran_before_is_saved_with_its_layout(tmp_path):
+    """transformers leaves hooks on the layers of some models when they first run."""
+    model = ENCODERS["wav2vec2_conformer"].make()
+    with torch.no_grad():
+        cut(model, {attention_sites(model)[0].name: [1]})
+        expected = model(**ENCODERS["wav2vec2_conformer"].batch("left")).logits
+        save(model, tmp_path / "pruned")
+        assert json.loads((tmp_path / "pruned" / "config.json").read_text())["headprune"]["layout"]
+        model.wav2vec2_conformer.encoder.layers[0].register_forward_hook(lambda *_: None)
+        regularise(model, {site.name: in_groups(site.head_map, 1, 4) for site in attention_sites(model)})
+        with pytest.raises(UnsupportedModel, match="would not load again"):
+            save(model, tmp_path / "even")
+        assert torch.allclose(model(**ENCODERS["wav2vec2_conformer"].batch("left")).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (VISION_LANGUAGE["internvl"].make, "does not run on the small input that an export is checked by: Image features"),
+        (ENCODERS["convbert"].make, r"query\.weight went with the last head of its attention"),
+    ],
+    ids=["internvl", "convbert"],
+)
+def test_what_cannot_become_stock_says_why(make, told, tmp_path):
+    model = make()
+    cut(model, {attention_sites(model)[1].name: []}, verify=False)
+    with pytest.raises(UnsupportedModel, match=told):
+        export(model, "stock", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_whose_widths_are_those_of_stages_becomes_stock_again(tmp_path):
+    model, batch = VISION["mobilevit"].make(), VISION["mobilevit"].batch("left")
+    cut(model, {attention_sites(model)[0].name: [1]})
+    with torch.no_grad():
+        expected = model(**batch).logits
+        export(model, "stock", tmp_path / "out")
+        found = type(VISION["mobilevit"].make()).from_pretrained(tmp_path / "out").eval()
+        assert torch.allclose(found(**batch).logits, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "cohere"])
@@ -210,8 +293,14 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
         export(llama(), "stock", tmp_path / "out", dtype="f32")
     with pytest.raises(UnsupportedModel, match="not a transformers model"):
         export(torch.nn.Linear(2, 2), "stock", tmp_path / "out")
+    with pytest.raises(InvalidInput, match="output is None; expected a path"):
+        export(llama(), "stock", None)
+    with pytest.raises(InvalidInput, match="to is 3; expected a string"):
+        export(llama(), 3, tmp_path / "out")
     pytest.importorskip("gguf")
     with pytest.raises(UnsupportedModel, match="gguf is written for"):
         export(bert(), "gguf", tmp_path / "out")
+    with pytest.raises(UnsupportedModel, match=r"use 'gelu'; llama\.cpp computes silu"):
+        export(llama(hidden_act="gelu"), "gguf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     assert {"stock", "onnx", "gguf", "vllm"} <= set(targets())

@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny_models import bert, hidden, llama, tokens
 from torch import nn
+from torch.nn.utils import prune as masks
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import headprune as hp
-from headprune.errors import InvalidInput
+from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
 from headprune.nn import replace_multihead_attention
 from headprune.schedules.gates.reach import gates_in_place
@@ -64,9 +65,21 @@ def test_gates_that_do_not_fit_are_refused_and_nothing_is_changed():
     model = bert()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     good = {attention_sites(model)[0].name: torch.zeros(4)}
-    for name, heads, told in (("encoder.layer.9.attention", 4, "layer.9"), ("encoder.layer.1.attention", 3, "expected 4 finite")):
+    for name, heads, told in (("encoder.layer.9.attention", 4, "layer.9"), ("encoder.layer.1.attention", 3, "of 4 finite")):
         with pytest.raises(InvalidInput, match=told):
             fold_gates(model, {**good, name: torch.ones(heads)})
     with pytest.raises(InvalidInput, match="finite"):
         fold_gates(model, {**good, "encoder.layer.1.attention": torch.tensor([1.0, float("nan"), 1.0, 1.0])})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_gates_are_not_folded_into_weights_that_are_made_anew_or_are_others_too():
+    gates = {"model.layers.0.self_attn": torch.zeros(8)}
+    model = llama()
+    masks.random_unstructured(model.model.layers[0].self_attn.o_proj, "weight", 0.3)
+    with pytest.raises(UnsupportedModel, match=r"the weight of .*o_proj is made of others at each call"):
+        fold_gates(model, gates)
+    model = llama()
+    model.model.layers[1].self_attn.o_proj = model.model.layers[0].self_attn.o_proj
+    with pytest.raises(UnsupportedModel, match=r"o_proj is also model\.layers\.1\.self_attn\.o_proj"):
+        fold_gates(model, gates)

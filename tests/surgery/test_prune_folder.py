@@ -41,6 +41,15 @@ def test_weights_and_config_are_those_of_the_model_pruned_in_memory(family, empt
         assert sections[0].get(key) == sections[1].get(key)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "mimo_v2"])
+def test_what_stands_at_padded_tokens_does_not_fail_the_check_of_ragged_groups(family, tmp_path):
+    """There eager attention, which these families start with, gives something else than headprune's."""
+    folder = sharded_folder(family, tmp_path / "model")
+    plan = hp.PruningPlan.from_keep(hp.load(folder), {"model.layers.1.self_attn": [1, 2, 3]})
+    hp.prune_folder(folder, plan, tmp_path / "pruned")
+    assert not hp.attention_sites(hp.load(tmp_path / "pruned"))[1].head_map.is_uniform
+
+
 def test_a_folder_of_one_file_and_tied_weights(tmp_path):
     sharded_folder("llama", tmp_path / "many", tie_word_embeddings=True)
     hp.save(hp.load(tmp_path / "many"), tmp_path / "one")
@@ -64,6 +73,16 @@ def test_modules_of_single_heads_are_refused_and_nothing_is_written(tmp_path):
     plan = hp.PruningPlan.from_keep(hp.load(folder), {"model.layers.0.self_attn": [1, 2]})
     with pytest.raises(UnsupportedModel, match="numbers modules by head"):
         hp.prune_folder(folder, plan, tmp_path / "pruned")
+    assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
+
+
+def test_a_gpu_that_is_not_here_is_refused_before_anything_is_written(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    plan = random_plan(folder)
+    with pytest.raises(InvalidInput, match="device is 'cuda:99'; this machine has cpu"):
+        hp.prune_folder(folder, plan, tmp_path / "pruned", device="cuda:99")
+    with pytest.raises(InvalidInput, match="device is 'cuda:99'; this machine has cpu"):
+        hp.open_streamed(folder, device="cuda:99")
     assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
 
 

@@ -48,11 +48,3 @@ def resized(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
         return mask
     each = value.flatten(0, 1)  # of a page, where each word stands
     return each[torch.arange(rows * length, device=value.device) % len(each)].view(rows, length, *value.shape[2:])
-
-
-def without_padding(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """`output` with what stands at padded tokens set to 0."""
-    mask = inputs.get("attention_mask")
-    if mask is None or output.shape[:2] != mask.shape:
-        return output
-    return output * mask.to(output).view(*mask.shape, *[1] * (output.dim() - 2))

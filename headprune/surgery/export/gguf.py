@@ -81,6 +81,11 @@ def write_gguf(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
             f"gguf is written for {', '.join(FAMILIES)} language models, not {type(model).__name__}. Export to stock, and convert "
             "that folder with llama.cpp's convert_hf_to_gguf.py."
         )
+    if model.config.hidden_act not in ("silu", "swish"):
+        raise UnsupportedModel(
+            f"the feed-forwards of this {type(model).__name__} use {model.config.hidden_act!r}; llama.cpp computes silu for such a "
+            "model, whatever its config says."
+        )
     expected = small_output(model)
     changed = regularise(model, layer_slots(model))
     notes = [str(changed), same_output(expected, small_output(model), "the even model")]

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headprune.errors import InvalidInput, UnsupportedModel
-from headprune.surgery.export.example_inputs import CHECKED, TRACED, example_inputs, without_padding
+from headprune.errors import InvalidInput, UnsupportedModel, whole_number
+from headprune.models.tiny_inputs import without_padding
+from headprune.surgery.export.example_inputs import CHECKED, TRACED, example_inputs
 from headprune.surgery.export.same_output import same_output
 from headprune.surgery.export.target import refuse_unknown, target
 
 log = logging.getLogger("headprune")
 
+OPSET = 20
 ONE_FILE = 3 * 2**29  # bytes of weights; from there on torch puts them into a second file beside the graph
 
 
@@ -40,6 +42,7 @@ class Outputs(nn.Module):
 @torch.no_grad()
 def write_onnx(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> list[str]:
     refuse_unknown(options, ("opset",))
+    opset = whole_number("opset", options.get("opset", OPSET))
     notes = []
     if model._can_set_attn_implementation():
         # headprune's operator is none of ONNX's; the stock attention runs ragged layers on expanded keys and values.
@@ -54,7 +57,8 @@ def write_onnx(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
     inputs = example_inputs(model, *TRACED)
     wrapped = Outputs(model.eval(), list(inputs)).eval()
     outputs = list(outputs_of(wrapped, inputs))
-    save_graph(wrapped, inputs, outputs, path, options.get("opset", 20))
+    save_graph(wrapped, inputs, outputs, path, opset)
+    refuse_other_opset(path, opset)
     session = opened(path, type(model).__name__)
     expected, found = [], []
     for size in (TRACED, *CHECKED):
@@ -97,6 +101,17 @@ def save_graph(wrapped: Outputs, inputs: dict[str, Tensor], outputs: list[str], 
     if program is None:
         raise UnsupportedModel(f"torch's ONNX exporter gave nothing for {name}.")
     program.save(str(path))
+
+
+def refuse_other_opset(path: Path, opset: int) -> None:
+    """UnsupportedModel where the exporter could not write the graph in `opset`, of which it says no more than a line in its log."""
+    import onnx
+
+    domains = {entry.domain: entry.version for entry in onnx.load(str(path), load_external_data=False).opset_import}
+    if domains.get("", opset) != opset:
+        raise UnsupportedModel(
+            f"torch's ONNX exporter writes this model in opset {domains['']}, not {opset}; give opset={domains['']}."
+        )
 
 
 @contextlib.contextmanager

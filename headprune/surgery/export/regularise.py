@@ -13,6 +13,7 @@ from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.adapters import adapter_of
 from headprune.models.behaviour import original_class
+from headprune.models.head_counts import follow_width
 from headprune.models.site import AttentionSite, Foreign, ProjectionHeads
 from headprune.surgery.cut import set_sizes
 from headprune.surgery.export.slots import Slots, cheapest
@@ -53,6 +54,7 @@ def regularise(model: nn.Module, slots: Mapping[str, Slots] | None = None) -> Re
     changed = [site for site in sites if as_laid_out(site.head_map) != slots[site.name].head_map]
     for site in changed:
         check(site, sites)
+    changed = [with_widths(site, sites) for site in changed]
     before, cache = sum(site.parameters() for site in sites), cache_values(sites)
     for site in changed:
         lay_out(site, slots[site.name])
@@ -85,6 +87,8 @@ def check(site: AttentionSite, sites: list[AttentionSite]) -> None:
     alike = [other for other in sites if original_class(other.module) is original_class(site.module)]
     if site.head_map.kv_stay:
         reason = "shares its key/value heads with other layers"
+    elif not site.has_layers:
+        reason = "holds its heads in no linear layers"
     elif any(other.head_modules for other in alike):
         reason = "has a module of its own for each head, which a dead head lacks"
     elif hasattr(site.module, "position_heads") or any(part.whole for other in alike for part in other.projections):
@@ -95,6 +99,25 @@ def check(site: AttentionSite, sites: list[AttentionSite]) -> None:
         f"{site.name} ({type(site.module).__name__}) {reason}, so dead heads cannot be added. Export to stock, or plan so that "
         "groups stay equal (target=...)."
     )
+
+
+def with_widths(site: AttentionSite, sites: list[AttentionSite]) -> AttentionSite:
+    """`site`; where it has no heads, with the features that each head of others of its kind has in each projection: a gate beside
+    the query, or in a layer of its own, is not seen in what is left. Raises UnsupportedModel where none shows a gate's width."""
+    if site.head_map.query_heads:
+        return site
+    kind = (original_class(site.module), site.head_dim, site.value_dim, [part.name.rpartition(".")[2] for part in site.projections])
+    for other in sites:
+        names = [part.name.rpartition(".")[2] for part in other.projections]
+        if other.head_map.query_heads and (original_class(other.module), other.head_dim, other.value_dim, names) == kind:
+            pairs = zip(site.projections, other.projections)
+            return replace(site, projections=tuple(replace(part, features=like.features[:0]) for part, like in pairs))
+    if any(part.features.shape[1] == 0 for part in site.projections):
+        raise UnsupportedModel(
+            f"{site.name} ({type(site.module).__name__}) has no heads, and no other shows how wide their gates are. Export to "
+            "stock."
+        )
+    return site
 
 
 def lay_out(site: AttentionSite, slots: Slots) -> None:
@@ -127,6 +150,8 @@ def lay_out(site: AttentionSite, slots: Slots) -> None:
         here, there = (extra.features([pair[side] for pair in living]).to(tensor.device) for side in (0, 1))
         extra.tensor.index_copy_(extra.dim, here, tensor.index_select(extra.dim, there))
     adapter.after_cut(found, slots.head_map, tuple(range(len(slots.query))))
+    if site.head_map.query_heads * site.value_dim != site.hidden_size:  # else it is the width of the model
+        follow_width(site.module, site, slots.head_map)
 
 
 def bias_of(projection: ProjectionHeads) -> Tensor | None:
@@ -156,4 +181,4 @@ def fill(
     living = [(new, old) for new, old in enumerate(heads) if old is not None]
     if living:
         new, old = features[[pair[0] for pair in living]].flatten(), source_features[[pair[1] for pair in living]].flatten()
-        target.data.index_copy_(dim, new.to(target.device), source.index_select(dim, old.to(source.device)))
+        target.data.index_copy_(dim, new.to(target.device), source.index_select(dim, old.to(source.device)).to(target))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from headprune.errors import HeadpruneError
-from headprune.models.tiny_inputs import tiny_inputs
+from headprune.errors import HeadpruneError, UnsupportedModel
+from headprune.models.tiny_inputs import tiny_inputs, without_padding
 from headprune.models.uncompiled import uncompiled
 from headprune.surgery.stand_in import widened
 
@@ -24,22 +24,36 @@ Narrow = tuple[dict[str, Any], str, Tensor]  # a module's own parameters or buff
 @torch.no_grad()
 def small_output(model: nn.Module) -> Tensor:
     """The model's first output on `tiny_inputs`, padded rows set to 0; of fp32, unless the model runs in its own dtype alone.
-    Raises HeadpruneError where it takes no such input."""
+    Raises HeadpruneError where it takes no such input, or does not run on it."""
     inputs = tiny_inputs(model)
     if inputs is None:
         raise HeadpruneError(f"{type(model).__name__} does not tell what input it takes, so the export cannot be checked.")
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
+    try:
+        output = in_own_dtype_at_worst(model, inputs)
+    finally:
+        for module, was in training.items():
+            module.training = was
+    return without_padding(output, inputs)
+
+
+def in_own_dtype_at_worst(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The first output in fp32, or where that fails as the model is. Raises UnsupportedModel where that fails too."""
     try:
         with in_fp32(model):
             output: Tensor = model(**inputs)[0]
     except Exception as error:  # whatever a model raises that runs in its own dtype alone
-        log.warning("%s does not run in fp32; its outputs are compared as they are: %s", type(model).__name__, error)
+        failure = error
+    else:
+        return output
+    try:
         output = model(**inputs)[0]
-    model.train(training)
-    mask = inputs.get("attention_mask")
-    if mask is not None and output.shape[:2] == mask.shape:
-        output = output * mask.reshape(*mask.shape, *(1 for _ in output.shape[2:])).to(output.dtype)  # of pointers: [texts, tokens]
+    except Exception as error:  # whatever a model raises on an input that it was not made for
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not run on the small input that an export is checked by: {error}"
+        ) from error
+    log.warning("%s does not run in fp32; its outputs are compared as they are: %s", type(model).__name__, failure)
     return output
 
 

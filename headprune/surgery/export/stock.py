@@ -48,6 +48,8 @@ def stock_model(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
         with own_attention(dense, keep=True):
             counts = fill_model(model, sites, dense, slots)
     restore_multihead_attention(dense)
+    if model.can_generate():
+        dense.generation_config = copy.deepcopy(model.generation_config)
     check = same_output(expected, small_output(dense), stock.__name__)
     before, after = (sum(parameter.numel() for parameter in found.parameters()) for found in (model, dense))
     return dense, [f"all layers have {counts} with dead heads: {after - before:+,} parameters", check]
@@ -59,6 +61,13 @@ def fill_model(model: PreTrainedModel, sites: list[AttentionSite], dense: PreTra
     twins = {site.name: site for site in attention_sites(dense)}
     of_heads = {name for site in sites for name in parameters_of_heads(model, site)}
     rest = {name: value for name, value in model.state_dict().items() if name not in of_heads}
+    there = dense.state_dict()
+    smaller = next((name for name, value in rest.items() if name in there and there[name].shape != value.shape), None)
+    if smaller is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot become an unmodified {type(dense).__name__}: {smaller} went with the last head of its "
+            "attention, and counts in the class without heads too. Keep one head there."
+        )
     missing, unexpected = dense.load_state_dict(rest, strict=False)
     lacking = set(missing) - {name for site in sites for name in parameters_of_heads(dense, twins[site.name], site)}
     if unexpected or lacking:
@@ -98,7 +107,8 @@ def fill_site(site: AttentionSite, twin: AttentionSite, slots: Slots) -> None:
     for own, extra in zip(site.extras, twin.extras):
         living = [(place, head) for place, head in enumerate(heads[extra.per_kv_head]) if head is not None]
         places, sources = extra.features([pair[0] for pair in living]), own.features([pair[1] for pair in living])
-        extra.tensor.data.index_copy_(extra.dim, places, own.tensor.index_select(own.dim, sources).to(extra.tensor.dtype))
+        values = own.tensor.index_select(own.dim, sources.to(own.tensor.device)).to(extra.tensor)
+        extra.tensor.data.index_copy_(extra.dim, places.to(extra.tensor.device), values)
     for own_part, part in zip(site.head_modules, twin.head_modules):
         for place, head in enumerate(heads[part.per_kv_head]):
             if head is not None:
@@ -151,7 +161,8 @@ def smaller_config(
     if len(alike) != 1 or whole or any(hasattr(site.module, "position_heads") for site in sites):
         return None
     original = original_config(model.config)
-    if not hasattr(original, "num_attention_heads"):  # several towers, each with a config of its own
+    # Several towers, each with a config of its own; widths of each stage in a list (MobileViT).
+    if not hasattr(original, "num_attention_heads") or not isinstance(getattr(original, "hidden_size", None), int):
         return None
     most = HeadMap.uniform(original.num_attention_heads, getattr(original, "num_key_value_heads", None))
 

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
+from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_unwritable, whole_file
 from headprune.model_folder import refuse_replacing, whole_model
-from headprune.surgery.companions import copy_companions, origin_of
+from headprune.nn.given import plain_module
+from headprune.surgery.companions import copy_companions, origin_of, refuse_companion
 from headprune.surgery.manifest import mark_exported
 
 # Writes the model, which it may change, to a folder (or a file) and says what it did, a line each.
@@ -86,6 +89,9 @@ def export(
     Raises UnsupportedModel where the target cannot hold the model, InvalidInput for an unknown target or option and where a
     package is missing, HeadpruneError where the disk refuses.
     """
+    if isinstance(model, nn.Module):
+        model = plain_module(model)  # type: ignore[assignment]  # another class is refused below
+    check_arguments(export, {"to": to, "output": output, "source": source})
     found = get_target(to)
     missing = [package for package in found.packages if importlib.util.find_spec(package) is None]
     if missing:
@@ -95,6 +101,7 @@ def export(
             f"{type(model).__name__} is not a transformers model; only those can be exported. "
             "torch.onnx.export(model, inputs, dynamo=True) and torch.export.export take a pruned plain module."
         )
+    refuse_companion(tokenizer)
     output = Path(output)
     refuse_output(to, output, overwrite)
     origin = origin_of(model, source)

@@ -150,3 +150,11 @@ def test_a_model_that_does_not_run_on_the_example_is_refused(tmp_path):
     model.register_forward_pre_hook(fail)
     with pytest.raises(UnsupportedModel, match=r"does not run on input_ids \[2, 6\].*: Cannot handle"):
         export(model, "onnx", tmp_path / "model.onnx")
+
+
+def test_an_opset_that_the_exporter_does_not_write_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="opset is 'new'; expected a whole number"):
+        export(bert(), "onnx", tmp_path / "a.onnx", opset="new")
+    with pytest.raises(UnsupportedModel, match=r"writes this model in opset 18, not 5; give opset=18"):
+        export(bert(layers=1), "onnx", tmp_path / "a.onnx", opset=5)
+    assert list(tmp_path.iterdir()) == []
