@@ -8,12 +8,12 @@ from rich.console import Console
 from small_states import SmallStates
 from tiny_models import bert, hidden, tokens
 
+import headprune as hp
 from headprune import run as run_module
 from headprune import run_values
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.planning import PruningPlan
 from headprune.recipe import RecoverSection, ReportSection, load_recipe, parse_recipe
-from headprune.recovery import rounded_weights
 from headprune.report.progress import Stages
 from headprune.report.run_folder import read_run
 from headprune.run_recovery import as_asked
@@ -84,18 +84,19 @@ def test_a_recovery_needs_one_budget():
 
 
 def test_a_run_may_train_for_rounded_weights(recipe):
-    """The same training, apart from what its passes see; the model that is saved is not rounded."""
+    """As hp.recover(quantise=...) trains what the run has cut; the model that is saved is not rounded."""
     pytest.importorskip("torchao")
-    models = []
+    result = carried_out(recipe.model_copy(update={"recover": RecoverSection(steps=3, lr=1e-3, quantise="int4")}))
+    found, task, trained = load(result.folder / "recovered"), SmallStates(), {}
     for form in (None, "int4"):
-        section = RecoverSection(steps=8, lr=1e-3, quantise=form)
-        output = f"{recipe.output}-{form}"
-        carried_out(recipe.model_copy(update={"output": output, "recover": section}))
-        models.append(load(f"{output}/recovered"))
-        assert len(models[-1].encoder.layer[0].intermediate.dense.weight.unique()) > 1000
-    with rounded_weights(models[0], "int4"), rounded_weights(models[1], "int4"):
-        losses = [sum(SmallStates().loss(model, batch).mean().item() for batch in SmallStates().training()) for model in models]
-    assert losses[1] < losses[0]
+        trained[form] = load(result.folder / "model")
+        hp.recover(
+            trained[form], task.training(), loss_fn=task.loss, teacher=bert(), steps=3, lr=1e-3, seed=recipe.seed, quantise=form
+        )
+    batch = {"input_ids": tokens()}
+    torch.testing.assert_close(hidden(found, **batch), hidden(trained["int4"], **batch), rtol=1e-5, atol=1e-5)
+    assert float((hidden(found, **batch) - hidden(trained[None], **batch)).abs().max()) > 1e-3
+    assert len(found.encoder.layer[0].intermediate.dense.weight.unique()) > 1000
     for wrong, message in (("int3", "unknown form of weights 'int3'"), ("int4", "give 'full' or 'projections'")):
         with pytest.raises(InvalidInput, match=message):
             parse_recipe(recipe.model_dump() | {"recover": {"steps": 2, "method": "lora", "quantise": wrong}}, "test")
