@@ -21,9 +21,7 @@ def origin_of(model: nn.Module, source: str | os.PathLike[str] | None = None) ->
     if source is not None:
         found = known_folder(source)
         if found is None:
-            raise InvalidInput(
-                f"source is {os.fspath(source)!r:.80}; expected a folder, or owner/name of a model in the Hub's cache."
-            )
+            raise InvalidInput(f"source is {os.fspath(source)!r}; expected a folder, or owner/name of a model in the Hub's cache.")
         return found
     name, commit = getattr(model, "name_or_path", None), getattr(getattr(model, "config", None), "_commit_hash", None)
     return (known_folder(f"{name}@{commit}") if name and commit else None) or known_folder(name)
