@@ -122,7 +122,7 @@ class RecoverSection(Section):
     method: str = Field(default="full", description="full, projections or lora")
     lr: float | None = Field(default=None, ge=0, description="peak learning rate; the method's own where none is given")
     distil: bool = Field(default=True, description="learn from the dense model; else by the task's own loss")
-    quantise: str | None = Field(default=None, description="int8 or int4: trains for weights that are rounded so afterwards")
+    quantise: str | None = Field(default=None, description="int8, int4 or w8a8: trains for weights that are rounded so afterwards")
     last: float = Field(default=1.0, gt=0, description="of a schedule: so many times as long after its last cut")
 
     @field_validator("method")

@@ -54,7 +54,7 @@ def evaluate_command(
     quantise: Annotated[
         str | None,
         typer.Option(
-            help="int8 or int4: of the model with its weights rounded so, by torchao.",
+            help="int8, int4 or w8a8 (activations too): of the model with its weights rounded so, by torchao.",
             autocompletion=completion.one_of(completion.forms),
         ),
     ] = None,

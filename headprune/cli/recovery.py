@@ -47,7 +47,7 @@ def recover_command(
     quantise: Annotated[
         str | None,
         typer.Option(
-            help="int8 or int4: trains for weights that are rounded so afterwards, and tells the quality of those.",
+            help="int8, int4 or w8a8 (activations too): trains for weights rounded so afterwards, and tells their quality.",
             autocompletion=completion.one_of(completion.forms),
         ),
     ] = None,
@@ -63,6 +63,7 @@ def recover_command(
     from headprune.recovery import recover
     from headprune.recovery.budget import TrainingBudget
     from headprune.recovery.methods import get_method
+    from headprune.recovery.quantise import FORMS
     from headprune.recovery.rounded_weights import refuse_untrainable, rounded_weights
     from headprune.surgery import save
 
@@ -93,7 +94,7 @@ def recover_command(
     with_bar("save", lambda progress: save(pruned, output, overwrite=overwrite))
     shutil.rmtree(work)
     better = "higher" if data.higher_is_better else "lower"
-    weights = "" if quantise is None else f", weights in {quantise}"
+    weights = "" if quantise is None else f", {FORMS[quantise]}"
     told = f"{data.headline} ({better} is better{weights}): {before[data.headline]:.4f} → {after[data.headline]:.4f}"
     ends = dict(zip(("first_loss", "last_loss"), result.loss_ends))
     document = {"model": str(output), **asdict(result), **ends, "quantise": quantise, "quality_before": before, "quality": after}

@@ -56,10 +56,11 @@ def attention_flops(sites: Sequence[AttentionSite], tokens: int | Mapping[str, T
 
 @torch.no_grad()
 def model_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """FLOPs (2 per multiply-add) of `model(**inputs)` for each sequence: all matrix products and convolutions that run, QK^T and PV
-    without a causal discount; nothing else."""
+    """FLOPs (2 per multiply-add) of `model(**inputs)` for each sequence: all matrix products (also of integers) and convolutions
+    that run, QK^T and PV without a causal discount; nothing else."""
     operators = (found_operator(name) for name in ATTENTION_OPERATORS)
-    mapping = {operator: attention_operator_flops for operator in operators if operator is not None}
+    mapping: dict[Any, Any] = {operator: attention_operator_flops for operator in operators if operator is not None}
+    mapping[torch.ops.aten._int_mm] = product_flops
     # The counter follows modules by the gradients of what they are given, and a view of a parameter has none here (DeBERTa).
     with frozen(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model(**placed(model, inputs))
@@ -84,6 +85,11 @@ def rows_of(inputs: Mapping[str, Tensor]) -> int:
     """Sequences in a batch."""
     rows: int = next(iter(inputs.values())).shape[0]
     return rows
+
+
+def product_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """Shapes are [rows, inner] and [inner, columns]."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 def attention_operator_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:

@@ -1,4 +1,5 @@
-"""Quantisation after pruning and recovery: int8 or int4 weights through torchao, measured beside the models that they come from."""
+"""Quantisation after pruning and recovery: weights in few bits, or activations too, through torchao, measured beside the models
+that they come from."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from headprune.evaluation.tasks import Task
 from headprune.recovery.methods import linear_layers
 from headprune.scoring.passes import in_eval_mode
 
-FORMS = ("int8", "int4")
+FORMS = {"int8": "weights in int8", "int4": "weights in int4", "w8a8": "weights and activations in int8"}
 GROUP = 32  # inputs that share a scale in int4
 
 
@@ -33,12 +34,15 @@ class Quantised:
 
     def __str__(self) -> str:
         why = "".join(f"; {name} stays: {reason}" for name, reason in self.left.items())
-        return f"{self.form} weights in {len(self.layers)} linear layers{why}"
+        return f"{FORMS[self.form]} in {len(self.layers)} linear layers{why}"
 
 
 def quantise(model: nn.Module, form: str = "int8", *, group: int = GROUP) -> Quantised:
-    """Rounds the weights of `model`'s linear layers to `form` ("int8": one scale a row; "int4": one scale for each `group`
-    inputs of a row), in place; activations stay floating point. The output head and tied weights stay as they are.
+    """Rounds the weights of `model`'s linear layers to `form`, in place. The output head and tied weights stay as they are.
+
+    "int8": one scale a row; "int4": one scale for each `group` inputs of a row; activations stay floating point. "w8a8": weights
+    as in "int8", and each token's inputs are rounded so when they come (dynamic quantisation), so that products are of integers:
+    faster where the processor has them (VNNI, tensor cores), for many tokens at a time.
 
     Quantise last: a quantised model can neither be pruned, trained nor saved. The rounding needs no data, so saving the pruned
     model and calling this after `load` gives the same again. int4 is held in int8 where torchao has no packed kernel for the
@@ -48,14 +52,30 @@ def quantise(model: nn.Module, form: str = "int8", *, group: int = GROUP) -> Qua
     """
     check_arguments(quantise, locals())
     chosen, left = rounded_layers(model, form, group)
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+    from torchao.quantization import quantize_
 
-    types: Any = torch  # whose own types leave int4 out
-    in_groups = form == "int4"
-    settings = IntxWeightOnlyConfig(types.int4, PerGroup(group)) if in_groups else Int8WeightOnlyConfig()
     modules = set(chosen.values())
-    quantize_(model, settings, filter_fn=lambda module, name: module in modules)
+    quantize_(model, settings_of(form, group, model), filter_fn=lambda module, name: module in modules)
     return Quantised(form, tuple(chosen), left)
+
+
+def settings_of(form: str, group: int, model: nn.Module) -> Any:
+    """torchao's configuration."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    if form == "int4":
+        types: Any = torch  # whose own types leave int4 out
+        return IntxWeightOnlyConfig(types.int4, PerGroup(group))
+    if form == "w8a8":
+        return Int8DynamicActivationInt8WeightConfig(reduce_range=in_seven_bits(model))
+    return Int8WeightOnlyConfig()
+
+
+def in_seven_bits(model: nn.Module) -> bool:
+    """Whether products of integers would overflow on the model's device with all 8 bits: on a CPU without VNNI."""
+    from torchao.utils import should_reduce_range
+
+    return bool(should_reduce_range(next(model.parameters()).device))
 
 
 def refuse_unknown_form(form: str) -> None:
@@ -69,8 +89,9 @@ def rounded_layers(model: nn.Module, form: str, group: int) -> tuple[dict[str, n
     refuse_unknown_form(form)
     try:
         import torchao.quantization  # noqa: F401
+        from torchao.utils import should_reduce_range  # noqa: F401 (what older releases lack)
     except ImportError:
-        raise InvalidInput('weights in few bits need torchao: pip install "headprune[quantise]".') from None
+        raise InvalidInput('weights in few bits need torchao, 0.18 or later: pip install "headprune[quantise]".') from None
     chosen, left = {}, {}
     for name in linear_layers(model):
         module = model.get_submodule(name)

@@ -80,8 +80,9 @@ def recover(
             embedding and hidden states.
         rewind: an earlier checkpoint (folder, state_dict or the unpruned module), whose weights are sliced into the model before
             training; or RateRewind, which keeps the weights and repeats the learning rates.
-        quantise: "int8" or "int4": trains for weights that are rounded so afterwards (quantisation-aware training): every pass,
-            evaluations too, sees them rounded as `hp.recovery.quantise` does, while the model's own stay in floating point.
+        quantise: "int8", "int4" or "w8a8": trains for weights (of the last activations too) that are rounded so afterwards
+            (quantisation-aware training): every pass, evaluations too, sees them rounded as `hp.recovery.quantise` does, while the
+            model's own stay in floating point.
         output_dir: keeps checkpoints and the result; where a killed recovery with the same arguments left some it goes on, and a
             finished one is read back.
         metric: `metric(model)`, higher is better, in place of the loss on `eval`.

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
-from headprune.recovery.quantise import GROUP, refuse_unknown_form, rounded_layers
+from headprune.recovery.quantise import GROUP, in_seven_bits, refuse_unknown_form, rounded_layers
 
 
 @contextmanager
 def rounded_weights(model: nn.Module, form: str = "int8", *, group: int = GROUP) -> Iterator[tuple[str, ...]]:
-    """Inside the block the linear layers that `quantise` would round compute with weights rounded so, in floating point (torchao's
-    fake quantisation), and gradients pass the rounding as if it were not there (Jacob et al. 2018, section 3; Bengio et al.
-    2013), but for weights beyond the largest number. Gives the names of these layers. Afterwards `model` is as it was, but for
-    what it learnt.
+    """Inside the block the linear layers that `quantise` would round compute with weights rounded so (in "w8a8" inputs too), in
+    floating point (torchao's fake quantisation), and gradients pass the rounding as if it were not there (Jacob et al. 2018,
+    section 3; Bengio et al. 2013), but for weights beyond the largest number. Gives the names of these layers. Afterwards `model`
+    is as it was, but for what it learnt.
 
     form, group: as of `quantise`, whose errors are raised.
     """
@@ -32,9 +32,13 @@ def rounded_weights(model: nn.Module, form: str = "int8", *, group: int = GROUP)
         raise InvalidInput(
             f"{wrapped} has a forward of its own (accelerate's offloading?), past which its weights cannot be rounded."
         )
-    rounding = fake_quantiser(form, group)
+    reduced = form == "w8a8" and in_seven_bits(model)
+    rounding = fake_quantiser(form, group, reduced)
 
     def forward(module: nn.Linear, x: Tensor) -> Tensor:
+        if form == "w8a8" and x.numel():
+            now = x.detach()
+            x = x + (rounding(now.flatten(0, -2)).view_as(now) - now)  # each token's row, as those of a weight
         return F.linear(x, rounding(module.weight), module.bias)
 
     try:
@@ -55,16 +59,15 @@ def refuse_untrainable(form: str, method: str) -> None:
         )
 
 
-def fake_quantiser(form: str, group: int) -> Callable[[Tensor], Tensor]:
-    """weight [out, in] -> the weight that `quantise` would compute with, of the same dtype."""
+def fake_quantiser(form: str, group: int, reduced: bool = False) -> Callable[[Tensor], Tensor]:
+    """weight [out, in] -> the weight that `quantise` would compute with, of the same dtype. reduced: in 7 bits of int8."""
     from torchao.quantization import PerAxis, PerGroup
     from torchao.quantization.qat import FakeQuantizerBase, IntxFakeQuantizeConfig
 
-    types: Any = torch  # whose own types leave int4 out
+    types: Any = torch  # whose own types leave int4 and int7 out
     in_groups = form == "int4"
-    settings = IntxFakeQuantizeConfig(
-        types.int4 if in_groups else torch.int8, PerGroup(group) if in_groups else PerAxis(0), scale_precision=None
-    )
+    kind = types.int4 if in_groups else types.int7 if reduced else torch.int8
+    settings = IntxFakeQuantizeConfig(kind, PerGroup(group) if in_groups else PerAxis(0), scale_precision=None)
     rounding: Callable[[Tensor], Tensor] = FakeQuantizerBase.from_config(settings)
     if in_groups:
         return rounding

@@ -42,9 +42,12 @@ def test_evaluate_rounds_the_weights_where_that_is_asked_for(call, folders, tmp_
     pytest.importorskip("torchao")
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ("./pruned", "--text", "text.txt", "--window", "32", "--repeats", "1", "--json")
-    plain, rounded = (json.loads(call("evaluate", *arguments, *more)[1]) for more in ((), ("--quantise", "int8")))
-    assert rounded["weight_bytes"] < plain["weight_bytes"]
-    assert 0 < abs(rounded["quality"]["perplexity"] / plain["quality"]["perplexity"] - 1) < 0.1
+    forms = ((), ("--quantise", "int8"), ("--quantise", "w8a8"))
+    plain, *in_forms = (json.loads(call("evaluate", *arguments, *more)[1]) for more in forms)
+    for rounded in in_forms:
+        assert rounded["weight_bytes"] < plain["weight_bytes"]
+        assert rounded["model_flops"] == plain["model_flops"]  # products of integers count
+        assert 0 < abs(rounded["quality"]["perplexity"] / plain["quality"]["perplexity"] - 1) < 0.1
     code, _, err = call("evaluate", *arguments[:-1], "--quantise", "int3")
     assert code == 2
     assert "unknown form of weights 'int3'" in only_error(err)

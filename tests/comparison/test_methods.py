@@ -132,7 +132,7 @@ def test_a_student_is_the_dense_model_without_some_layers(name, family):
         assert made.shape == (1, 5)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", "int4", "w8a8"])
 def test_quantised_rows_say_what_is_missing_or_quantise(subject, form):
     if importlib.util.find_spec("torchao") is None:
         with pytest.raises(Refused, match="headprune\\[quantise\\]"):

@@ -7,6 +7,7 @@ import torch
 from pruned_pairs import pruned_bert, pruned_llama, text_batches
 from small_states import SmallStates
 from tiny_models import hidden, tokens
+from torch import nn
 
 import headprune as hp
 from headprune.errors import InvalidInput, UnsupportedModel
@@ -39,6 +40,29 @@ def test_int4_leaves_layers_whose_inputs_do_not_divide():
     weight = model.encoder.layer[0].intermediate.dense.weight.dequantize()
     groups = weight.unflatten(1, (-1, 16))
     assert max(len(row.unique()) for row in groups.flatten(0, 1)) <= 16
+
+
+def test_w8a8_rounds_the_inputs_of_each_token_too():
+    """Against the formula: whole numbers of a row's scale, its largest over 127.5, multiplied."""
+    layer = nn.Sequential(nn.Linear(64, 40))
+    weight, bias, x = layer[0].weight.detach(), layer[0].bias.detach(), torch.randn(2, 3, 64)
+
+    def rounded(rows):
+        scale = rows.abs().amax(dim=-1, keepdim=True) / 127.5
+        return (rows * (1 / scale)).round().clamp(-128, 127) * scale
+
+    assert str(hp.recovery.quantise(layer, "w8a8")) == "weights and activations in int8 in 1 linear layers"
+    expected = rounded(x) @ rounded(weight).t() + bias
+    torch.testing.assert_close(layer(x).detach(), expected, rtol=1e-5, atol=1e-5)
+    assert float((x @ weight.t() + bias - expected).abs().max()) > 1e-3
+
+
+def test_a_pruned_model_computes_in_w8a8():
+    for dense, inputs in ((pruned_bert, {"input_ids": tokens()}), (pruned_llama, {"input_ids": tokens()})):
+        _, model = dense()
+        before = hidden(model, **inputs)
+        hp.recovery.quantise(model, "w8a8")
+        assert 0 < float((hidden(model, **inputs) - before).norm() / before.norm()) < 0.1
 
 
 def test_the_output_head_stays():

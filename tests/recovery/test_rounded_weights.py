@@ -36,6 +36,17 @@ def test_passes_compute_what_the_quantised_model_computes(form):
     torch.testing.assert_close(hidden(model, input_ids=tokens()), plain, rtol=0, atol=0)
 
 
+def test_a_layer_computes_what_it_will_in_w8a8():
+    """Layer by layer: the largest of a row lies between two numbers, so that the last bit of an input may move it by a step."""
+    _, model = pruned_bert()
+    other = quantised(model, "w8a8")
+    with rounded_weights(model, "w8a8") as names:
+        for name in names:
+            layer = model.get_submodule(name)
+            x = torch.randn(2, 5, layer.in_features)
+            torch.testing.assert_close(layer(x), other.get_submodule(name)(x), rtol=1e-5, atol=1e-5)
+
+
 def test_half_precision_weights_are_rounded_to_the_same():
     layer = nn.Sequential(nn.Linear(64, 48, dtype=torch.bfloat16))
     weight = layer[0].weight.detach()
@@ -58,8 +69,19 @@ def test_gradients_pass_the_rounding():
     torch.testing.assert_close(layer[0].weight.grad[inside], (of_output.t() @ x)[inside])
 
 
-@pytest.mark.parametrize("method", ["full", "projections"])
-def test_training_for_rounded_weights_lowers_their_loss(method):
+def test_gradients_pass_the_rounding_of_activations():
+    """Of the inputs: the gradient of what went out, through the rounded weights."""
+    layer = nn.Sequential(nn.Linear(32, 5))
+    x, of_output = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 7, 5)
+    with rounded_weights(layer, "w8a8"):
+        layer(x).backward(of_output)
+        assert layer(x[:0]).shape == (0, 7, 5)
+    weight = fake_quantiser("int8", 32)(layer[0].weight.detach())
+    torch.testing.assert_close(x.grad, of_output @ weight)
+
+
+@pytest.mark.parametrize(("method", "form"), [("full", "int8"), ("projections", "int8"), ("full", "w8a8")])
+def test_training_for_rounded_weights_lowers_their_loss(method, form):
     _, model = pruned_llama()
     batches = text_batches()
 
@@ -69,10 +91,10 @@ def test_training_for_rounded_weights_lowers_their_loss(method):
 
     before, rounded = loss(model), loss(quantised(model, "int4", group=8))
     types = [type(module) for module in model.modules()]
-    result = hp.recover(model, batches, method=method, steps=12, lr=5e-3, quantise="int8")
+    result = hp.recover(model, batches, method=method, steps=12, lr=5e-3, quantise=form)
     assert [type(module) for module in model.modules()] == types
     assert all("forward" not in vars(module) for module in model.modules())
-    assert loss(quantised(model, "int8")) < rounded - 0.1
+    assert loss(quantised(model, form)) < rounded - 0.1
     assert loss(model) < before
     assert result.steps == 12
 

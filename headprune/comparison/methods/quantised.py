@@ -1,9 +1,10 @@
-"""Quantised weights, of the whole dense model, through torchao."""
+"""Quantised weights, and activations, of the whole dense model, through torchao."""
 
 from headprune.comparison.method import Compressed, Refused, Subject, comparison_method
 from headprune.errors import InvalidInput
 from headprune.evaluation.cost import weight_bytes
 from headprune.recovery import quantise
+from headprune.recovery.quantise import FORMS
 
 KERNELS = "products of {form} weights with floating-point activations"
 
@@ -26,13 +27,22 @@ def int4(subject: Subject) -> Compressed:
     return quantised(subject, "int4")
 
 
+@comparison_method(
+    "w8a8", label="int8, activations too", kind="quantisation", granularity="bits of a weight", library="torchao",
+    kernels="products of int8 weights with int8 activations",
+)  # fmt: skip
+def w8a8(subject: Subject) -> Compressed:
+    """One scale for each row of a linear layer, one for each token, found as it comes."""
+    return quantised(subject, "w8a8")
+
+
 def quantised(subject: Subject, form: str) -> Compressed:
     model = subject.copy()
     try:
         done = quantise(model, form)
     except InvalidInput as error:
         raise Refused(str(error)) from None
-    note = f"{form} weights in {len(done.layers)} linear layers; nothing is removed, whatever the fraction"
+    note = f"{FORMS[form]} in {len(done.layers)} linear layers; nothing is removed, whatever the fraction"
     return Compressed(
         model,
         note,
