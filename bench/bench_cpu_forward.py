@@ -1,4 +1,4 @@
-"""Forward attention on the CPU, fp32."""
+"""Forward attention on the CPU, fp32 and bf16."""
 
 import pytest
 import torch
@@ -40,6 +40,24 @@ def test_ragged(versus, length):
         f"CPU forward, ragged 24/8 heads d{dim} S{length} causal", lambda: attention(q, k, v, RAGGED, causal=True),
         {"expand + SDPA": lambda: expanded_sdpa(q, k, v, RAGGED, is_causal=True)}, at_least=1.3,
         gflop=2 * RAGGED.query_heads * length * length * dim / 1e9,
+    )  # fmt: skip
+
+
+def test_encoder_in_bf16(versus):
+    q, k, v = (tensor.bfloat16() for tensor in rows(8, 512, 64, HeadMap.uniform(12)))
+    versus(
+        "CPU forward, encoder 12 heads d64 S512 batch 8, bf16", lambda: attention(q, k, v),
+        {"SDPA": lambda: scaled_dot_product_attention(q, k, v)}, dtype=torch.bfloat16, at_least=1.0,
+        gflop=4 * 8 * 12 * 512 * 512 * 64 / 1e9,
+    )  # fmt: skip
+
+
+def test_ragged_in_bf16(versus):
+    q, k, v = (tensor.bfloat16() for tensor in rows(1, 1024, 128, RAGGED))
+    versus(
+        "CPU forward, ragged 24/8 heads d128 S1024 causal, bf16", lambda: attention(q, k, v, RAGGED, causal=True),
+        {"expand + SDPA": lambda: expanded_sdpa(q, k, v, RAGGED, is_causal=True)}, dtype=torch.bfloat16, at_least=1.3,
+        gflop=2 * RAGGED.query_heads * 1024 * 1024 * 128 / 1e9,
     )  # fmt: skip
 
 

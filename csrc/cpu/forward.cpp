@@ -4,12 +4,11 @@
 
 #include <atomic>
 
-#include "bias.h"
-#include "keys.h"
 #include "row_stats.h"
 #include "scratch.h"
 #include "split.h"
 #include "thin_softmax.h"
+#include "wide_pairs.h"
 
 namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 namespace {
@@ -18,8 +17,9 @@ namespace {
 struct Workplace {
   SoftmaxPanel panels[kMostPanels];
   Real* states[kMostPanels];
-  Real *keys, *values, *scores, *rows;
+  Real* rows;
   BiasBlock bias;
+  WidePlace wide;
   ThinPlace thin;
   ThinKind thin_kind;
 };
@@ -30,7 +30,8 @@ Workplace set_up(const Forward& problem) {
   const int64_t most_floats = std::max(state_floats(kThinRows, problem.value_dim), state_floats(kPanelRows, problem.value_dim));
   const int64_t panel_floats = kPanelRows * (problem.head_dim + 2) + kThinRows * key_steps + most_floats;
   Scratch& scratch = thread_scratch();
-  scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + kPanelRows) + 2 * kBlockFloats + kPanelRows * dim + kThinBlock + kLanes + value_steps);
+  scratch.reset(kMostPanels * panel_floats + kKeyBlock * (2 * dim + kPanelRows) + 2 * kBlockFloats + kPanelRows * dim + kThinBlock + kLanes + value_steps +
+                kProbPairs + problem.value_dim);
   Workplace place;
   place.thin_kind = thin_kind(problem.type, problem.stats);
   for (int64_t p = 0; p < kMostPanels; ++p) {
@@ -41,19 +42,22 @@ Workplace set_up(const Forward& problem) {
     panel.slope = scratch.take(kPanelRows);
     place.states[p] = scratch.take(most_floats);
   }
-  place.keys = scratch.take(kKeyBlock * dim);
-  place.values = scratch.take(kKeyBlock * dim);
-  place.scores = scratch.take(kBlockFloats);
+  place.wide.keys = scratch.take(kKeyBlock * dim);
+  place.wide.values = scratch.take(kKeyBlock * dim);
+  place.wide.scores = scratch.take(kBlockFloats);
+  place.wide.probs = reinterpret_cast<uint32_t*>(scratch.take(kProbPairs));
+  place.wide.edge = reinterpret_cast<uint32_t*>(scratch.take(problem.value_dim));
   place.bias.rows = scratch.take(kBlockFloats);
   place.bias.transposed = scratch.take(kKeyBlock * kPanelRows);
   place.rows = scratch.take(kPanelRows * dim);
-  place.thin.scores = place.scores;
+  place.thin.scores = place.wide.scores;
   place.thin.positions = scratch.take(kThinBlock + kLanes);
   place.thin.nothing = scratch.take(value_steps);
   std::fill_n(place.thin.nothing, value_steps, 0.f);
   return place;
 }
 
+template <typename Products>
 void open_panel(
     const Problem& problem, const Group& group, const Keys& keys, int64_t first, int64_t rows, bool sinks, SoftmaxPanel& panel,
     const ThinKind& thin_kind, Real* buffer) {
@@ -62,44 +66,35 @@ void open_panel(
   std::fill_n(panel.sum, width, 0.f);
   std::fill_n(panel.high, width, -kInfinity);
   for (int64_t r = 0; problem.sinks && sinks && r < width; ++r) panel.high[r] = problem.sinks[panel.head[r]] * kLog2e;
-  const Real factor = query_factor(problem);
-  if (const Real* in_place = panel_in_place(problem, problem.query, group, panel); in_place && !panel.thin()) {
-    transpose(in_place, problem.query.row, width, problem.head_dim, panel.queries, width);
-    scale_row(panel.queries, width * problem.head_dim, factor);
-  } else {
+  if (panel.thin()) {
     read_panel(problem, problem.query, group, panel, problem.head_dim, problem.head_dim, buffer);
-    if (panel.thin()) {
-      open_thin(thin_kind, problem, buffer, panel);
-    } else {
-      scale_row(buffer, width * problem.head_dim, factor);
-      transpose(buffer, problem.head_dim, width, problem.head_dim, panel.queries, width);
-    }
+    open_thin(thin_kind, problem, buffer, panel);
+  } else {
+    Products::open(problem, group, panel, buffer);
   }
   std::fill_n(panel.output, panel.thin() ? rows * whole_steps(problem.value_dim) : width * problem.value_dim, 0.f);
   std::fill_n(panel.stats.top, width, -kInfinity);
   for (Real* field : {panel.stats.weighted, panel.stats.distance, panel.stats.first}) std::fill_n(field, width, 0.f);
 }
 
-// The part of `block_*` (keys `slot` up to `slot + count`) that the panel sees, taken into its softmax and its output.
-template <int Vecs, bool Stats>
+// The keys `slot` up to `slot + count` of a block, which the panel sees, taken into its softmax and its output.
+template <typename Products, int Vecs, bool Stats>
 void attend(const Problem& problem, const Group& group, const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int64_t count,
-            RowBlock key, RowBlock value, Workplace& place) {
+            const WideBlock& block, Workplace& place) {
+  const int64_t first = slot - block.slot;
   Real* bias = problem.bias.data ? place.bias.transposed : nullptr;
   if (bias && !read_bias(problem, group, panel, keys, slot, count, kKeyBlock, place.bias)) return;
   if (bias) turn_bias(panel, count, place.bias);
   const Edits edits = edits_of(problem, panel, keys, slot, count, bias);
-  score_block<Vecs>(
-      key.data, key.stride, count, panel.queries, problem.head_dim, place.scores, {value.data, value.stride, problem.value_dim});
-  if (edits.any()) edit_scores<Vecs>(edits, panel, keys, slot, count, place.scores);
-  softmax_step<Vecs, Stats>(panel, keys, slot, count, problem.value_dim, place.scores);
+  Products::template score<Vecs>(problem, panel, block, first, count, place.wide);
+  if (edits.any()) edit_scores<Vecs>(edits, panel, keys, slot, count, place.wide.scores);
+  softmax_step<Vecs, Stats>(panel, keys, slot, count, problem.value_dim, place.wide.scores);
+  Products::template close<Vecs>(first, count, place.wide);
   // Keys that the bias hides from the whole panel are left out: their values may hold inf or NaN.
   for (int64_t from = 0, to; from < count; from = to) {
     const bool hidden = bias && place.bias.best[from] == -kInfinity;
     for (to = from + 1; to < count && (bias && place.bias.best[to] == -kInfinity) == hidden;) ++to;
-    if (hidden) continue;
-    const Real* probs = place.scores + from * Vecs * kLanes;
-    const Real* seen = value.data + from * value.stride;
-    value_block<Vecs>(seen, value.stride, to - from, probs, problem.value_dim, panel.output);
+    if (!hidden) Products::template add_values<Vecs>(problem, panel, block, first, from, to, place.wide);
   }
 }
 
@@ -143,16 +138,6 @@ void close(const Forward& problem, const Group& group, const SoftmaxPanel& panel
   (panel.vecs == 1 ? close_panel<1> : close_panel<kPanelVecs>)(problem, group, panel, place.thin_kind, place.rows, stats);
 }
 
-struct Blocks {
-  RowBlock key, value;
-};
-
-Blocks read_blocks(const Problem& problem, const Group& group, const Keys& keys, int64_t slot, int64_t count, Workplace& place) {
-  const int64_t head_dim = problem.head_dim, value_dim = problem.value_dim;
-  return {row_block(problem, problem.key, group, keys, slot, count, head_dim, head_dim, place.keys),
-          row_block(problem, problem.value, group, keys, slot, count, value_dim, value_dim, place.values)};
-}
-
 // What a panel sees of the slots `from` to `to`, block by block; up to `ahead` they are asked for. Blocks start at multiples of their size,
 // so that a panel's sums do not depend on the panels beside it.
 void walk_thin(const Forward& problem, const Group& group, const Keys& keys, const SoftmaxPanel& panel, int64_t from, int64_t to, int64_t ahead,
@@ -165,26 +150,26 @@ void walk_thin(const Forward& problem, const Group& group, const Keys& keys, con
 }
 
 // The same for all panels but the thin ones: blocks are read once for all of them.
+template <typename Products>
 void walk_wide(const Forward& problem, const Group& group, const Keys& keys, int64_t panels, int64_t from, int64_t to, bool stats,
                Workplace& place) {
   for (int64_t slot = from, end; slot < to; slot = end) {
     end = std::min(to, (slot / kKeyBlock + 1) * kKeyBlock);
-    const Blocks blocks = read_blocks(problem, group, keys, slot, end - slot, place);
+    const WideBlock block = Products::read(problem, group, keys, slot, end - slot, place.wide);
     for (int64_t p = 0; p < panels; ++p) {
       const SoftmaxPanel& panel = place.panels[p];
       const int64_t first = std::max(slot, panel.slots_from), last = std::min(end, panel.slots_to);
       if (first >= last || panel.thin()) continue;
-      const RowBlock key{blocks.key.data + (first - slot) * blocks.key.stride, blocks.key.stride};
-      const RowBlock value{blocks.value.data + (first - slot) * blocks.value.stride, blocks.value.stride};
-      const auto run = panel.vecs == 1 ? (stats ? attend<1, true> : attend<1, false>)
-                                       : (stats ? attend<kPanelVecs, true> : attend<kPanelVecs, false>);
-      run(problem, group, panel, keys, first, last - first, key, value, place);
+      const auto run = panel.vecs == 1 ? (stats ? attend<Products, 1, true> : attend<Products, 1, false>)
+                                       : (stats ? attend<Products, kPanelVecs, true> : attend<Products, kPanelVecs, false>);
+      run(problem, group, panel, keys, first, last - first, block, place);
     }
   }
 }
 
 // `states` is where the panels of a part are left, state_floats apart; null: the rows are closed here. `ahead`: up to which slot
 // this thread goes on, in this block and those that follow.
+template <typename Products>
 void run_block(const Forward& problem, const Group& group, const Keys& keys, const Block& block, int64_t ahead, Real* states,
                Workplace& place, RowStats* stats) {
   const int64_t panels = panels_of(block.rows);
@@ -196,7 +181,7 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
     panel.rows = rows;
     place_state(panel, states ? states : place.states[p], problem.value_dim);
     if (states) states += state_floats(rows, problem.value_dim);
-    open_panel(problem, group, keys, block.first_row + done, rows, block.part <= 0, panel, place.thin_kind, place.rows);
+    open_panel<Products>(problem, group, keys, block.first_row + done, rows, block.part <= 0, panel, place.thin_kind, place.rows);
     if (!states) ask_for_output(problem, group, panel);
     if (panel.thin()) {
       walk_thin(problem, group, keys, panel, block.from, block.to, ahead, place);
@@ -205,7 +190,7 @@ void run_block(const Forward& problem, const Group& group, const Keys& keys, con
       to = std::max(to, std::min(block.to, panel.slots_to));
     }
   }
-  walk_wide(problem, group, keys, panels, from, to, stats, place);
+  walk_wide<Products>(problem, group, keys, panels, from, to, stats, place);
   for (int64_t p = 0; !states && p < panels; ++p) close(problem, group, place.panels[p], place, stats);
 }
 
@@ -247,6 +232,13 @@ int64_t rows_per_block(const Problem& problem, const std::vector<Group>& groups,
   return kPanelRows;
 }
 
+auto block_runner(Type type, bool stats) {
+#if defined(HEADPRUNE_AVX512)
+  if (PairedProducts::serve(type, stats)) return run_block<PairedProducts>;
+#endif
+  return run_block<WideProducts>;
+}
+
 }  // namespace
 
 void attention_forward(const Forward& problem) {
@@ -273,6 +265,7 @@ void attention_forward(const Forward& problem) {
     stats.values.assign(7 * stats.rows, 0.f);
   }
   const int64_t total = static_cast<int64_t>(runs.size());
+  const auto run = block_runner(problem.type, problem.stats);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, total), 1, [&](int64_t, int64_t) {
     Workplace place = set_up(problem);
@@ -282,7 +275,7 @@ void attention_forward(const Forward& problem) {
         const Block& block = blocks[b];
         const Group& group = groups[block.group];
         Real* states = block.part < 0 ? nullptr : splits[block.group].state(block.part);
-        run_block(problem, group, keys[group.batch], block, blocks[last].to, states, place, problem.stats ? &stats : nullptr);
+        run(problem, group, keys[group.batch], block, blocks[last].to, states, place, problem.stats ? &stats : nullptr);
       }
     }
   });

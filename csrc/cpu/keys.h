@@ -9,6 +9,7 @@ namespace headprune::cpu::inline HEADPRUNE_PRECISION {
 struct RowBlock {
   const Real* data;
   int64_t stride;
+  RowBlock from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
 // In place: fp32, no gaps between the visible keys, and rows that do not all fall into the same few cache sets.

@@ -115,7 +115,10 @@ def test_random_calls_match_the_reference(call):
 @pytest.mark.parametrize("mask", ["key_mask", "bool_bias", "bias"])
 @pytest.mark.parametrize(
     ("queries", "keys", "options", "dtype"),
-    [(40, 300, ("stats",), torch.float32), (3, 37, (), torch.bfloat16), (2, 1100, ("stats",), torch.float32)],
+    [
+        (40, 300, ("stats",), torch.float32), (3, 37, (), torch.bfloat16), (40, 301, ("window",), torch.bfloat16),
+        (2, 1100, ("stats",), torch.float32),
+    ],
 )
 def test_masked_keys_and_values_may_hold_anything(mask, poison, queries, keys, options, dtype):
     call = make_call(Shape(groups=(2, 1), query_len=queries, kv_len=keys), options, dtype)
@@ -132,10 +135,11 @@ def test_masked_keys_and_values_may_hold_anything(mask, poison, queries, keys, o
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [3, 40])
 @pytest.mark.parametrize("options", [("causal",), ("window",), ("causal", "window", "alibi")])
-def test_keys_that_a_bias_and_the_positions_hide_between_them_may_hold_anything(options, queries):
-    call = make_call(Shape(query_len=queries, kv_len=60), options)
+def test_keys_that_a_bias_and_the_positions_hide_between_them_may_hold_anything(options, queries, dtype):
+    call = make_call(Shape(query_len=queries, kv_len=60), options, dtype)
     allowed = reference.visible(call).clone()
     allowed[..., :9, 60 - queries] = False  # the window hides it from the others
     allowed[..., -1, 59] = False  # causality hides it from the others
