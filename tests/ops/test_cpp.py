@@ -116,7 +116,9 @@ def test_random_calls_match_the_reference(call):
 @pytest.mark.parametrize(
     ("queries", "keys", "options", "dtype"),
     [
-        (40, 300, ("stats",), torch.float32), (3, 37, (), torch.bfloat16), (40, 301, ("window",), torch.bfloat16),
+        (40, 300, ("stats",), torch.float32),
+        (3, 37, (), torch.bfloat16),
+        (40, 301, ("window",), torch.bfloat16),
         (2, 1100, ("stats",), torch.float32),
     ],
 )
