@@ -8,6 +8,7 @@ import transformers
 from rich.console import Console
 from streamed_models import SHARED_LAYERS, SHARING
 from tiny_decoders import decoder
+from tiny_encoders import VISION
 from torch.utils.flop_counter import FlopCounterMode
 
 import headprune as hp
@@ -144,6 +145,19 @@ def test_the_experts_of_a_token_are_told_by_the_text_of_a_model_that_sees_too_an
     assert chosen_experts(nested) == 6
     assert chosen_experts(transformers.HunYuanMoEV1Config(moe_topk=[8, 8, 2])) == 6
     assert chosen_experts(transformers.LlamaConfig()) == 1
+
+
+@pytest.mark.parametrize("family", ["swin", "vit", "pvt_v2", "levit", "videomae"])
+def test_a_picture_costs_what_its_stages_cost(family, tmp_path):
+    """Swin's run a quarter of the tokens each, within windows: with all of them everywhere the estimate was 38 times Swin-T's."""
+    made = VISION[family]
+    model = made.make("eager")
+    model.save_pretrained(tmp_path)
+    found = hp.estimate(tmp_path, hp.Budget(heads=0.5), device="h100")
+    batch = {"pixel_values": torch.zeros(1, *made.batch("left")["pixel_values"].shape[1:])}
+    assert found.dense.flops_per_token == model_flops(model, batch) // found.length
+    hp.cut(model, hp.plan(hp.score(model, (), "random"), hp.Budget(heads=0.5), allocation="uniform"))
+    assert found.pruned.flops_per_token == model_flops(model, batch) // found.length
 
 
 SMALL = {"vocab_size": 99, "max_position_embeddings": 64}
