@@ -40,8 +40,11 @@ def sequence_flops(model: PreTrainedModel, sites: list[AttentionSite], lengths: 
         aside = decoder is None or id(module) in sources or is_inside(name, encoder)
         return lengths.tokens if aside else lengths.decoder
 
+    emptied = [site.name for site in sites if not site.head_map.query_heads and not site.head_map.kv_heads]
     total = 0
     for name, module in model.named_modules():
+        if any(is_inside(name, site) for site in emptied):  # what is left there (latents of DeepSeek) does not run
+            continue
         total += 2 * active_weights(model, name, module) * read_by(name, module) * runs.get(name, 1)
     for site in sites:
         queries, keys = read_by(site.name), lengths.tokens if site.name in crossing else read_by(site.name)

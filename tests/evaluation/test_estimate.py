@@ -16,7 +16,7 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.cost import model_flops
 from headprune.evaluation.estimate import Memory
 from headprune.evaluation.memory import peak_bytes
-from headprune.evaluation.sequence_flops import chosen_experts
+from headprune.evaluation.sequence_flops import Lengths, chosen_experts, sequence_flops
 from headprune.kv_sharing import gives_keys
 
 MIDDLE = {
@@ -130,6 +130,13 @@ def test_flops_hold_the_experts_that_a_token_goes_through(family, folder):
     found = hp.estimate(folder(family, **MIXTURES[family]), hp.Budget(heads=0.5), length=16)
     ran = model_flops(decoder(family, **MIXTURES[family]), {"input_ids": torch.ones(1, 16, dtype=torch.long)})
     assert found.dense.flops_per_token == ran // 16
+
+
+def test_an_attention_that_lost_all_heads_costs_nothing_whatever_weights_are_left_in_it():
+    model = decoder("deepseek_v3")
+    hp.cut(model, {"model.layers.0.self_attn": [], "model.layers.1.self_attn": [0, 2]})
+    ran = model_flops(model, {"input_ids": torch.ones(1, 16, dtype=torch.long)})
+    assert sequence_flops(model, hp.attention_sites(model), Lengths(16, 16), {}) == ran
 
 
 def test_experts_that_are_modules_each_count_as_often_as_a_token_goes_through_one(tmp_path):
