@@ -68,5 +68,7 @@ def measure_generation(
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Waits for what runs on a GPU of any maker (cuda, mps, xpu): else the time is that of asking for it."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and device.type == accelerator.type:
+        torch.accelerator.synchronize(device)

@@ -38,7 +38,8 @@ REPEATS = 5
 def machine_name(device: torch.device) -> str:
     """`device` and what runs on it: what a latency is good for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}"
+    beside = "" if device.type in ("cpu", "cuda") else f", {device.type}"  # Apple's GPU is a part of its processor
+    return f"{name}{beside}, torch {torch.__version__}"
 
 
 def machines_here() -> list[str]:
