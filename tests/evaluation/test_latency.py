@@ -1,8 +1,9 @@
 import pytest
 import torch
+from tiny_decoders import decoder
 from tiny_models import llama, tokens
 
-from headprune.evaluation.latency import measure_latency, synchronize
+from headprune.evaluation.latency import measure_generation, measure_latency, synchronize
 from headprune.evaluation.latency_table import machine_name
 
 
@@ -18,6 +19,12 @@ def test_what_runs_on_an_accelerator_of_any_kind_is_waited_for(kind, monkeypatch
 
 def test_a_gpu_beside_the_processor_is_another_machine():
     assert machine_name(torch.device("mps")) != machine_name(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("positions", "prompt"), [(64, 58), (16, 9), (64, 8)])
+def test_generation_stays_within_the_models_positions(positions, prompt):
+    ids = {"input_ids": tokens(2, prompt)}
+    assert measure_generation({"model": decoder("gpt2", n_positions=positions)}, ids, repeats=1)["model"] > 0
 
 
 def test_models_are_timed_in_turn_after_the_warm_up():
