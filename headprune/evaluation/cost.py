@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ ATTENTION_OPERATORS = (
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_fused_attention_overrideable",
 )  # fmt: skip
+GROUPED_PRODUCTS = ("aten._grouped_mm", "transformers.grouped_mm_fallback")  # of experts, which torch's counter does not know
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -58,9 +59,12 @@ def attention_flops(sites: Sequence[AttentionSite], tokens: int | Mapping[str, T
 def model_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """FLOPs (2 per multiply-add) of `model(**inputs)` for each sequence: all matrix products (also of integers) and convolutions
     that run, QK^T and PV without a causal discount; nothing else."""
-    operators = (found_operator(name) for name in ATTENTION_OPERATORS)
-    mapping: dict[Any, Any] = {operator: attention_operator_flops for operator in operators if operator is not None}
-    mapping[torch.ops.aten._int_mm] = product_flops
+    counted: dict[str, Callable[..., int]] = {
+        **dict.fromkeys(ATTENTION_OPERATORS, attention_operator_flops), **dict.fromkeys(GROUPED_PRODUCTS, grouped_flops),
+        "aten._int_mm": product_flops,
+    }  # fmt: skip
+    operators = ((found_operator(name), flops) for name, flops in counted.items())
+    mapping = {operator: flops for operator, flops in operators if operator is not None}
     # The counter follows modules by the gradients of what they are given, and a view of a parameter has none here (DeBERTa).
     with frozen(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model(**placed(model, inputs))
@@ -96,6 +100,11 @@ def attention_operator_flops(query: Sequence[int], key: Sequence[int], value: Se
     """Shapes are [batch, heads, tokens, features]."""
     batch, heads, tokens, head_dim = query
     return 2 * batch * heads * tokens * key[2] * (head_dim + value[3])
+
+
+def grouped_flops(rows: Sequence[int], weights: Sequence[int], *_: Any, **__: Any) -> int:
+    """Shapes are [rows, features], each row multiplied with one of the weights [groups, features, features of the output]."""
+    return 2 * rows[0] * rows[1] * weights[2]
 
 
 def found_operator(name: str) -> Any:

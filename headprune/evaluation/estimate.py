@@ -15,17 +15,19 @@ from transformers import PreTrainedModel
 
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name, whole_number
-from headprune.evaluation.cost import cached_bytes_per_token
+from headprune.evaluation.cost import cached_bytes_per_token, model_flops
 from headprune.evaluation.positions import position_limit
 from headprune.evaluation.sequence_flops import Lengths, runs_of, sequence_flops
 from headprune.hub import local_folder
 from headprune.models import attention_sites
+from headprune.models.tiny_inputs import tiny_inputs
 from headprune.models.tokens import decoder_of, is_inside
 from headprune.models.trunk import Trunk, outermost_layers, trunk_of
 from headprune.nn.replace import own_attention
 from headprune.planning import Budget, plan
 from headprune.scoring import score
 from headprune.scoring.causal_losses import TOKENS
+from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.cut import cut
 from headprune.surgery.savings import count_parameters
@@ -59,7 +61,8 @@ NOTHING = "–"
 class Cost:
     """One model. parameters: distinct ones. weight_bytes, cache_bytes_per_token: in the dtype asked for; the latter None where
     there is no cache. flops_per_token: of a forward pass over a sequence of `length` tokens, shared out among them (2 per
-    multiply-add; of experts only those that a token goes through; what several layers share counts for each)."""
+    multiply-add; of experts only those that a token goes through; what several layers share counts for each; convolutions only in
+    models of pictures, at their own size)."""
 
     query_heads: int
     kv_heads: int
@@ -249,11 +252,25 @@ def usual_decoder_length(model: PreTrainedModel, length: int) -> int:
 def cost_of(model: PreTrainedModel, lengths: Lengths, dtype: torch.dtype, runs: Mapping[str, int]) -> Cost:
     sites, parameters = attention_sites(model), count_parameters(model)
     maps = [site.head_map for site in sites]
-    flops = sequence_flops(model, sites, lengths, runs) // lengths.tokens
+    flops = (picture_flops(model, lengths) or sequence_flops(model, sites, lengths, runs)) // lengths.tokens
     return Cost(
         sum(head_map.query_heads for head_map in maps), sum(site.head_map.kv_heads for site in sites if site.own_keys), parameters,
         parameters * dtype.itemsize, flops, cached_bytes_per_token(model, sites, dtype.itemsize),
     )  # fmt: skip
+
+
+def picture_flops(model: PreTrainedModel, lengths: Lengths) -> int | None:
+    """FLOPs of all products and convolutions of a model of pictures alone, for one of the size that its config says: those of Swin
+    and its like run fewer tokens from stage to stage. None for other models and lengths, and where it does not run without values.
+    """
+    inputs = tiny_inputs(model) if lengths.tokens == usual_length(model) else None
+    if inputs is None or inputs.keys() != {"pixel_values"}:
+        return None
+    try:
+        with in_eval_mode(model):
+            return model_flops(model, inputs)
+    except Exception:  # whatever a model raises on the meta device
+        return None
 
 
 @dataclass(frozen=True)

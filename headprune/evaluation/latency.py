@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from headprune.evaluation.data import placed
+from headprune.evaluation.positions import position_limit
 from headprune.models.placement import device_of
 from headprune.models.site import Foreign
+from headprune.models.tokens import decoder_of
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,14 @@ def measure_generation(
     models: Mapping[str, nn.Module], prompt: Mapping[str, Tensor], new_tokens: int = 16, repeats: int = 5
 ) -> dict[str, float]:
     """Milliseconds for each of `new_tokens` steps of greedy generation with a cache, reading the prompt included; medians, the
-    models in turn, after one turn to warm up."""
+    models in turn, after one turn to warm up. Where a model has positions for less, the prompt is cut, and half of them is for new
+    tokens at the most."""
     times: dict[str, list[float]] = {name: [] for name in models}
+    limits = [position_limit(model) for model in models.values() if decoder_of(model) is None]
+    most = min((limit for limit in limits if limit is not None), default=None)
+    if most is not None:
+        new_tokens = min(new_tokens, max(1, most // 2))
+        prompt = {name: value[:, : most - new_tokens] for name, value in prompt.items()}
     for turn in range(1 + repeats):
         for name, model in models.items():
             device, on_device = device_of(model), placed(model, prompt)
@@ -68,5 +76,7 @@ def measure_generation(
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Waits for what runs on a GPU of any maker (cuda, mps, xpu): else the time is that of asking for it."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and device.type == accelerator.type:
+        torch.accelerator.synchronize(device)

@@ -38,7 +38,8 @@ REPEATS = 5
 def machine_name(device: torch.device) -> str:
     """`device` and what runs on it: what a latency is good for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}"
+    beside = "" if device.type in ("cpu", "cuda") else f", {device.type}"  # Apple's GPU is a part of its processor
+    return f"{name}{beside}, torch {torch.__version__}"
 
 
 def machines_here() -> list[str]:
@@ -64,7 +65,8 @@ def measure_latency_table(
     Args:
         inputs: for `model(**inputs)`: the batch and length that the latency is wanted for.
         repeats: timed runs of every head count.
-        cache: a folder of tables; one of the same machine, sites, inputs' shapes and dtype is read instead of measured again.
+        cache: a folder of tables; one of the same machine, sizes of the model, way that its attentions run, inputs' shapes and
+            dtype is read instead of measured again.
 
     Raises InvalidInput where an attention is not reached by the inputs.
     """
@@ -85,7 +87,9 @@ def measured(
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
     setting = (machine_name(device_of(model)), str(next(model.parameters()).dtype))
     given = [(name, tuple(value.shape)) for name, value in inputs.items() if isinstance(value, Tensor)]
-    file = cached_file(cache, (*setting, given, [(name, key_of(shape)) for name, shape in shapes.items()]))
+    sizes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]  # what is not attention counts too
+    runs = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    file = cached_file(cache, (*setting, given, [(name, key_of(shape)) for name, shape in shapes.items()], sizes, runs))
     if file is not None and file.exists():
         return LatencyTable.load(file)
     with in_eval_mode(model), torch.inference_mode():

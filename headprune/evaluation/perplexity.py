@@ -16,7 +16,7 @@ from headprune.evaluation.data import EvaluationData, Progress
 from headprune.evaluation.metric import Metric, perplexity
 from headprune.evaluation.positions import position_limit
 from headprune.evaluation.predicted import predictor
-from headprune.evaluation.token_stream import tokens_of
+from headprune.evaluation.token_stream import begin_of, tokens_of
 from headprune.models.tokens import decoder_of
 
 LATENCY_ROWS, PROMPT_TOKENS = 4, 32
@@ -37,7 +37,9 @@ class Perplexity(EvaluationData):
     Every window is read from its own beginning. With stride = window (the default) windows do not overlap, the first token of each
     has no context and is not counted, and what does not fill a window at the end is counted too: the protocol of GPTQ and SparseGPT
     on WikiText, but for that end. With a smaller stride each window counts only the tokens that no window before it held, which
-    thus have at least window - stride tokens of context (Hugging Face, "Perplexity of fixed-length models").
+    thus have at least window - stride tokens of context (Hugging Face, "Perplexity of fixed-length models"). Where the tokenizer
+    puts a token before every text (Llama, Gemma, which is lost without it), each window is read behind that, as one of its tokens,
+    and the first of the text is counted too.
 
     text: a Path to a UTF-8 file, the text itself, or its documents: texts, or rows with a "text" (a datasets object), joined by
     blank lines. It is of the tokenizer's tokens: only models with one tokenizer compare. An example of an interval is a window.
@@ -59,26 +61,27 @@ class Perplexity(EvaluationData):
         self.tokens = tokens_of(tokenizer, text_of(text))
         if len(self.tokens) < 2:
             raise InvalidInput(f"the text has {len(self.tokens)} tokens; perplexity needs at least 2.")
-        self.window, self.batch = window, batch
-        self.windows = windows(len(self.tokens), window, stride)
+        self.window, self.batch, self.begin = window, batch, begin_of(tokenizer)
+        inside = window - len(self.begin)
+        self.windows = windows(len(self.tokens), inside, min(stride, inside), len(self.begin))
 
     def check_model(self, model: nn.Module) -> None:
         """Raises InvalidInput where `model` is no language model, or takes fewer tokens than a window has."""
-        refuse_other_models(model, self.name, min(self.window, len(self.tokens)))
+        refuse_other_models(model, self.name, min(self.window, len(self.begin) + len(self.tokens)))
 
     @torch.inference_mode()
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
         self.check_model(model)
         losses, right, done = [], [], 0
         predict = predictor(model, self.batch, self.tokens[: self.window])
-        for length, some in groupby(self.windows, key=lambda window: window.end - window.start):
+        for _, some in groupby(self.windows, key=lambda window: window.end - window.start):
             alike = list(some)
             for begin in range(0, len(alike), self.batch):
                 chunk = alike[begin : begin + self.batch]
-                rows = torch.stack([self.tokens[window.start : window.start + length] for window in chunk])
+                rows = torch.stack([torch.cat([self.begin, self.tokens[window.start : window.end]]) for window in chunk])
                 likelihood, hits = predict(rows)
                 for window, loss, hit in zip(chunk, likelihood, hits):
-                    counted = slice(max(window.first, window.start + 1) - window.start - 1, None)
+                    counted = slice(max(window.first - window.start + len(self.begin) - 1, 0), None)
                     losses.append([float(loss[counted].double().sum()), float(len(loss[counted]))])
                     right.append(hit[counted])
                 done += len(chunk)
@@ -98,12 +101,12 @@ class Perplexity(EvaluationData):
         return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
 
 
-def windows(tokens: int, window: int, stride: int) -> list[Window]:
-    """All windows over a text of `tokens`; one that would predict nothing is left out."""
+def windows(tokens: int, window: int, stride: int, before: int = 0) -> list[Window]:
+    """All windows over a text of `tokens`, each read behind `before` tokens; one that would predict nothing is left out."""
     found, counted = [], 0
     for start in range(0, tokens, stride):
         end = min(start + window, tokens)
-        if end - max(counted, start + 1) > 0:
+        if end - max(counted, start + 1 - before) > 0:
             found.append(Window(start, counted, end))
         counted = end
         if end == tokens:

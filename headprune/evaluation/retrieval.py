@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ WITHOUT_HEAD = "Take what is under its head: hp.load(folder, base=True), or Auto
 class Retrieval(EvaluationData):
     """mrr (mean reciprocal rank, the headline) and accuracy@1, @10 of each query's document among all documents.
 
-    Embeddings are pooled over tokens (mean, cls: the first one, or last) and normalised; documents are ranked by cosine.
+    Embeddings are pooled over tokens (mean, cls: the first one, or last) and normalised; documents are ranked by cosine, equal
+    texts as one.
     relevant: which document belongs to each query, by default the one at the same place. Raises InvalidInput for an index without
     a document, an unknown pooling, a tokenizer without a padding token, and where nothing is given.
     """
@@ -50,9 +51,10 @@ class Retrieval(EvaluationData):
         self.encode: Encode = lambda texts: encoded(tokenizer, texts, max_tokens)
 
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
-        found = embed_texts(model, self.queries + self.documents, self.encode, self.batch, progress, self.pooling)
-        queries, documents = found.split([len(self.queries), len(self.documents)])
-        return rank_metrics(ranks(queries, documents, torch.tensor(self.relevant)), (1, 10))
+        different, relevant = different_texts(self.documents, self.relevant)
+        found = embed_texts(model, self.queries + different, self.encode, self.batch, progress, self.pooling)
+        queries, documents = found.split([len(self.queries), len(different)])
+        return rank_metrics(ranks(queries, documents, relevant), (1, 10))
 
     def latency_inputs(self) -> Mapping[str, Tensor]:
         return self.encode(self.documents[: self.batch])
@@ -101,6 +103,14 @@ def embed_texts(
         if progress:
             progress(min(start + batch, len(order)), len(order))
     return torch.stack([rows[index] for index in range(len(texts))])
+
+
+def different_texts(documents: Sequence[str], relevant: Iterable[int]) -> tuple[list[str], Tensor]:
+    """(each text once, the place there of each query's own document [queries]): of two copies neither can be the right one."""
+    places: dict[str, int] = {}
+    for text in documents:
+        places.setdefault(text, len(places))
+    return list(places), torch.tensor([places[documents[index]] for index in relevant])
 
 
 def ranks(queries: Tensor, documents: Tensor, relevant: Tensor) -> Tensor:

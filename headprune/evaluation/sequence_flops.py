@@ -14,6 +14,8 @@ from headprune.models import AttentionSite
 from headprune.models.tiny_inputs import tiny_inputs
 from headprune.models.tokens import decoder_of, encoder_of, is_inside
 
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")  # what configs call the experts of a token
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -38,9 +40,12 @@ def sequence_flops(model: PreTrainedModel, sites: list[AttentionSite], lengths: 
         aside = decoder is None or id(module) in sources or is_inside(name, encoder)
         return lengths.tokens if aside else lengths.decoder
 
+    emptied = [site.name for site in sites if not site.head_map.query_heads and not site.head_map.kv_heads]
     total = 0
     for name, module in model.named_modules():
-        total += 2 * active_weights(name, module, model.config) * read_by(name, module) * runs.get(name, 1)
+        if any(is_inside(name, site) for site in emptied):  # what is left there (latents of DeepSeek) does not run
+            continue
+        total += 2 * active_weights(model, name, module) * read_by(name, module) * runs.get(name, 1)
     for site in sites:
         queries, keys = read_by(site.name), lengths.tokens if site.name in crossing else read_by(site.name)
         features = site.head_map.query_heads * (site.head_dim + site.value_dim)
@@ -48,19 +53,34 @@ def sequence_flops(model: PreTrainedModel, sites: list[AttentionSite], lengths: 
     return total
 
 
-def active_weights(name: str, module: nn.Module, config: Any) -> int:
+def active_weights(model: PreTrainedModel, name: str, module: nn.Module) -> int:
     """Weights that one token is multiplied with in `module` itself: of a linear layer, and its share of the experts."""
-    total = 0
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.dim() == 3 and "expert" in name:
-            total += parameter.numel() * chosen_experts(config) // parameter.shape[0]
-        elif parameter is not None and parameter.dim() == 2 and not isinstance(module, nn.Embedding):
-            total += parameter.numel()
+    chosen, experts, total = chosen_experts(model.config), experts_of_linear(model, name, module), 0
+    for kind, parameter in module._parameters.items():
+        if parameter is None or kind.endswith("bias") or isinstance(module, nn.Embedding):
+            continue
+        if parameter.dim() == 3 and "expert" in name:
+            total += parameter.numel() * chosen // parameter.shape[0]
+        elif parameter.dim() == 2:
+            total += parameter.numel() * chosen // experts if experts else parameter.numel()
     return total
 
 
+def experts_of_linear(model: nn.Module, name: str, module: nn.Module) -> int | None:
+    """How many experts share the tokens of a linear layer that is one's own (Switch) or holds all of them one below the other
+    (DBRX); None elsewhere."""
+    within: int | None = getattr(module, "moe_num_experts", None)
+    above, found, _ = name.rpartition(".experts.")
+    experts = model.get_submodule(f"{above}.experts") if found else None
+    return len(experts) if isinstance(experts, nn.ModuleList | nn.ModuleDict) else within
+
+
 def chosen_experts(config: Any) -> int:
-    return getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None) or 1
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    places = (text, getattr(text, "ffn_config", None))
+    counts = (getattr(place, name, None) for place in places for name in CHOSEN)
+    count = next(filter(None, counts), 1)
+    return round(sum(count) / len(count)) if isinstance(count, list) else count  # HunYuan's may be one for each layer
 
 
 @torch.no_grad()

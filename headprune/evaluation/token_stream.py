@@ -23,6 +23,13 @@ def token_stream(tokenizer: Any, texts: Iterable[str]) -> Tensor:
     return torch.cat(found)
 
 
+def begin_of(tokenizer: Any) -> Tensor:
+    """The token that `tokenizer` puts before every text (Llama, Gemma) [1], int64; [0] where it puts none there."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    puts_it = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+    return torch.tensor([begin] if puts_it else [], dtype=torch.long)
+
+
 def tokens_of(tokenizer: Any, text: str) -> Tensor:
     """[tokens], int64, of one text, cut as in `token_stream`."""
     if len(text) <= PIECE:

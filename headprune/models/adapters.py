@@ -11,6 +11,7 @@ from torch import nn
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models.behaviour import original_class
+from headprune.models.caching import with_what_is_cached
 from headprune.models.site import AttentionSite
 from headprune.nn.given import plain_module
 
@@ -96,7 +97,7 @@ def attention_sites(model: nn.Module, *, quantised: bool = False) -> list[Attent
             f"{packed.name} ({type(packed.module).__name__}) holds quantised weights, which can be scored and evaluated, not cut; "
             "prune the model before it is quantised, by the scores of either."
         )
-    return sites
+    return with_what_is_cached(model, sites)
 
 
 def tell_of(unknown: list[str], sites: list[AttentionSite], model: nn.Module) -> None:

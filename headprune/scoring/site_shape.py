@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from headprune.head_map import HeadMap
@@ -22,7 +22,7 @@ class SiteShape:
     query_head_parameters: int  # go with each query head
     kv_head_parameters: int  # go with each key/value head
     output_bias: bool = False  # whether the output projection has a bias, which can take up a mean
-    cached: CachedFeatures | None = None  # as in AttentionSite
+    cached: CachedFeatures | None = field(default=None, compare=False)  # as in AttentionSite; older files say it of decoders alone
     gate_width: int = 0  # as in AttentionSite
     own_keys: bool = True  # as in AttentionSite
 

@@ -41,6 +41,26 @@ def rows(tmp_path):
     return path
 
 
+@pytest.mark.parametrize(
+    ("known", "settled"),
+    [
+        ({"ENTAILMENT": 2, "NEUTRAL": 1, "CONTRADICTION": 0}, {"0": 2, "1": 1, "2": 0}),
+        ({"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}, {"0": 0, "1": 1, "2": 2}),
+        ({"yes": 0, "maybe": 1, "contradiction": 2}, {"0": 0, "1": 1, "2": 2}),
+    ],
+)
+def test_numbers_with_names_in_the_data_are_those_of_the_models_names(known, settled, tmp_path):
+    """MNLI counts from entailment, most models of it from contradiction."""
+    datasets = pytest.importorskip("datasets")
+    names = ["entailment", "neutral", "contradiction"]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    rows = {"text": [f"{letter} tail" for letter in "abcdefghijkl" * 3], "label": [number % 3 for number in range(36)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    task = build_task("text-classification", tokenizer(), calibration=str(tmp_path / "rows.parquet"))
+    task.check_model(classifier(num_labels=3, label2id=known, id2label={number: name for name, number in known.items()}))
+    assert task.numbers == settled
+
+
 def test_names_of_classes_are_the_models_numbers(rows):
     task = build_task("text-classification", tokenizer(), calibration=str(rows), batch=8)
     model = classifier(id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1})

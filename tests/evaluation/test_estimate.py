@@ -8,12 +8,15 @@ import transformers
 from rich.console import Console
 from streamed_models import SHARED_LAYERS, SHARING
 from tiny_decoders import decoder
+from tiny_encoders import VISION
 from torch.utils.flop_counter import FlopCounterMode
 
 import headprune as hp
 from headprune.errors import InvalidInput
+from headprune.evaluation.cost import model_flops
 from headprune.evaluation.estimate import Memory
 from headprune.evaluation.memory import peak_bytes
+from headprune.evaluation.sequence_flops import Lengths, chosen_experts, sequence_flops
 from headprune.kv_sharing import gives_keys
 
 MIDDLE = {
@@ -111,6 +114,57 @@ def test_flops_count_every_product_of_a_dense_model(folder):
         model.set_attn_implementation("eager")
         model(input_ids=torch.ones(1, length, dtype=torch.long))
     assert found.dense.flops_per_token == pytest.approx(counted.get_total_flops() / length, rel=0.02)
+
+
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+MIXTURES = {
+    "gpt_oss": EXPERTS,  # with biases
+    "mixtral": EXPERTS,
+    "dbrx": {"ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2}},
+    "gemma4": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_flops_hold_the_experts_that_a_token_goes_through(family, folder):
+    found = hp.estimate(folder(family, **MIXTURES[family]), hp.Budget(heads=0.5), length=16)
+    ran = model_flops(decoder(family, **MIXTURES[family]), {"input_ids": torch.ones(1, 16, dtype=torch.long)})
+    assert found.dense.flops_per_token == ran // 16
+
+
+def test_an_attention_that_lost_all_heads_costs_nothing_whatever_weights_are_left_in_it():
+    model = decoder("deepseek_v3")
+    hp.cut(model, {"model.layers.0.self_attn": [], "model.layers.1.self_attn": [0, 2]})
+    ran = model_flops(model, {"input_ids": torch.ones(1, 16, dtype=torch.long)})
+    assert sequence_flops(model, hp.attention_sites(model), Lengths(16, 16), {}) == ran
+
+
+def test_experts_that_are_modules_each_count_as_often_as_a_token_goes_through_one(tmp_path):
+    options = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 61, "expert_capacity": 64}
+    sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 8, "decoder_start_token_id": 0}
+    name, config = "SwitchTransformersForConditionalGeneration", transformers.SwitchTransformersConfig(**options, **sparse)
+    found = hp.estimate(saved(config, name, tmp_path), hp.Budget(heads=0.5), device="h100", length=16)
+    assert found.dense.flops_per_token * 16 == pytest.approx(counted(config, name, input_ids=16, decoder_input_ids=16), rel=1e-4)
+
+
+def test_the_experts_of_a_token_are_told_by_the_text_of_a_model_that_sees_too_and_by_layers_where_these_differ():
+    nested = transformers.Qwen3VLMoeConfig(text_config={"num_experts_per_tok": 6})
+    assert chosen_experts(nested) == 6
+    assert chosen_experts(transformers.HunYuanMoEV1Config(moe_topk=[8, 8, 2])) == 6
+    assert chosen_experts(transformers.LlamaConfig()) == 1
+
+
+@pytest.mark.parametrize("family", ["swin", "vit", "pvt_v2", "levit", "videomae"])
+def test_a_picture_costs_what_its_stages_cost(family, tmp_path):
+    """Swin's run a quarter of the tokens each, within windows: with all of them everywhere the estimate was 38 times Swin-T's."""
+    made = VISION[family]
+    model = made.make("eager")
+    model.save_pretrained(tmp_path)
+    found = hp.estimate(tmp_path, hp.Budget(heads=0.5), device="h100")
+    batch = {"pixel_values": torch.zeros(1, *made.batch("left")["pixel_values"].shape[1:])}
+    assert found.dense.flops_per_token == model_flops(model, batch) // found.length
+    hp.cut(model, hp.plan(hp.score(model, (), "random"), hp.Budget(heads=0.5), allocation="uniform"))
+    assert found.pruned.flops_per_token == model_flops(model, batch) // found.length
 
 
 SMALL = {"vocab_size": 99, "max_position_embeddings": 64}

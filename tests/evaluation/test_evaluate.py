@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tiny_decoders import decoder
 from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
 from tiny_models import bert, llama, tokens
 
@@ -40,6 +41,15 @@ def test_model_flops_are_those_of_the_matrix_products(implementation):
     assert model_flops(model, INPUTS) == attention_flops(attention_sites(model), 10) + dense_layers
     ragged = pruned()
     assert model_flops(ragged, INPUTS) == attention_flops(attention_sites(ragged), 10) + dense_layers
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_model_flops_hold_the_experts_however_they_are_multiplied(implementation):
+    model = decoder("qwen3_moe", num_experts=8, num_experts_per_tok=2)
+    model.set_experts_implementation(implementation)
+    others = 10 * 2 * (2 * 8 * 32 + 32 * 61)  # routers and the head
+    experts = 10 * 2 * (2 * 2 * 3 * 32 * 16)
+    assert model_flops(model, INPUTS) == attention_flops(attention_sites(model), 10) + others + experts
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper", "albert", "vit", "swin"])

@@ -27,6 +27,15 @@ def test_every_number_of_heads_has_a_time_and_the_model_stays_as_it_was(make, tm
     assert LatencyTable.load(file) == table == measure_latency_table(model, {"input_ids": tokens()}, cache=tmp_path)
 
 
+def test_a_kept_table_is_of_the_whole_model_and_of_how_its_attentions_run(tmp_path):
+    """What is left of the pass counts too: a wider feed-forward, a larger vocabulary."""
+    models = [llama(), llama(attn_implementation="eager"), llama()]
+    models[2].lm_head = torch.nn.Linear(32, 99)
+    for kept, model in enumerate(models, 1):
+        measure_latency_table(model, {"input_ids": tokens()}, repeats=1, cache=tmp_path)
+        assert len(list(tmp_path.iterdir())) == kept
+
+
 def test_a_table_makes_a_plan_that_can_be_carried_out():
     model = llama()
     table = measure_latency_table(model, {"input_ids": tokens(1, 64)}, repeats=1)

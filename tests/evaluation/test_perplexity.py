@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letter_tokenizer import letter_tokenizer
 from tiny_models import VOCABULARY, bert, llama
 
 from headprune.errors import InvalidInput
@@ -22,14 +23,14 @@ class Letters:
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness."
 
 
-def by_definition(model, tokens, window, stride):
+def by_definition(model, tokens, window, stride, begin=()):
     """Token by token: each is predicted in the first window that holds it, from what stands before it there."""
     losses, counted = [], set()
     for start in range(0, len(tokens), stride):
-        for place in range(start + 1, min(start + window, len(tokens))):
+        for place in range(start + (not begin), min(start + window, len(tokens))):
             if place not in counted:
                 with torch.no_grad():
-                    logits = model(torch.tensor([tokens[start:place]])).logits[0, -1]
+                    logits = model(torch.tensor([[*begin, *tokens[start:place]]])).logits[0, -1]
                 losses.append(-float(logits.log_softmax(dim=-1)[tokens[place]]))
             counted.add(place)
         counted.add(start)
@@ -45,6 +46,15 @@ def test_perplexity_is_by_definition(window, stride, batch):
     found = data.evaluate(model)
     assert found["perplexity"] == pytest.approx(by_definition(model, tokens, window, stride or window), rel=1e-4)
     assert 0 <= found["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(("window", "stride", "batch"), [(16, None, 3), (16, 16, 1), (16, 5, 4), (128, None, 2), (2, None, 8)])
+def test_each_window_is_read_behind_the_token_that_begins_every_text(window, stride, batch):
+    model, data = llama(), Perplexity(TEXT.lower(), letter_tokenizer(begin=True), window=window, stride=stride, batch=batch)
+    tokens, inside = data.tokens.tolist(), window - 1
+    assert 29 not in tokens
+    expected = by_definition(model, tokens, inside, min(stride or inside, inside), begin=(29,))
+    assert data.evaluate(model)["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
 @given(st.integers(2, 300), st.integers(2, 40), st.data())

@@ -1,6 +1,7 @@
 """Your own pairs of texts as a task."""
 
 import csv
+import random
 from types import SimpleNamespace
 from unittest import mock
 
@@ -12,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import headprune as hp
 from headprune.errors import InvalidInput
+from headprune.evaluation import Retrieval
 from headprune.evaluation.retrieval import embed, pooled, ranks
 from headprune.evaluation.tasks import build_task
 
@@ -83,6 +85,23 @@ def test_a_model_that_gives_nothing_finite_finds_nothing():
     queries, documents = torch.eye(4), torch.eye(4)
     queries[1] = documents[3] = torch.nan
     assert ranks(queries, documents, torch.arange(4)).tolist() == [1, 4, 1, 4]
+
+
+def test_a_document_of_several_queries_is_one_document_on_one_side(tmp_path):
+    """Rounding, which differs between batches, told which of the copies came first."""
+    path = tmp_path / "pairs.csv"
+    letters = random.Random(0)
+    answers = ["".join(letters.choices("abcdefghij ", k=20 + 3 * number)) for number in range(20)]
+    rows = [f"{answer},{answer}" for answer in answers for _ in range(5)]
+    path.write_text("\n".join(["question,answer", *rows]))
+    task = build(path, batch=32)
+    assert len(task.test) == 10
+    assert not {pair.document for pair in task.test} & {pair.document for pair in task.training_pairs}
+    assert build(path, batch=32, test_pairs=7).evaluate(bert()) == {"mrr": 1.0, "accuracy@1": 1.0}
+    tokenizer = letter_tokenizer()
+    tokenizer.pad_token = "[UNK]"
+    of_all = Retrieval(answers * 5, answers * 5, tokenizer, batch=32)
+    assert of_all.evaluate(bert()) == {"mrr": 1.0, "accuracy@1": 1.0, "accuracy@10": 1.0}
 
 
 def test_an_unknown_pooling_or_column_is_told(pairs):

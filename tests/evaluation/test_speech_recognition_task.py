@@ -10,7 +10,13 @@ import torch
 from letter_tokenizer import letter_tokenizer
 from tiny_encoders import ENCODERS, SEQ2SEQ
 from tiny_models import llama
-from transformers import AutoTokenizer, WhisperFeatureExtractor
+from transformers import (
+    AutoTokenizer,
+    Speech2TextConfig,
+    Speech2TextFeatureExtractor,
+    Speech2TextForConditionalGeneration,
+    WhisperFeatureExtractor,
+)
 
 import headprune as hp
 from headprune.errors import InvalidInput
@@ -46,6 +52,12 @@ def folder(tmp_path):
         lines.append(f"sound/{number}.wav,{''.join(drawn.choices('abcdef', k=drawn.randint(1, 9)))}")
     (tmp_path / "rows.csv").write_text("\n".join(lines))
     return tmp_path
+
+
+def speech_to_text() -> Speech2TextForConditionalGeneration:
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 2, "d_model": 32}
+    widths = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "conv_channels": 32, "input_feat_per_channel": 8, "vocab_size": 61}
+    return Speech2TextForConditionalGeneration(Speech2TextConfig(**sizes, **widths)).eval()
 
 
 def task_of(folder, **options):
@@ -106,6 +118,21 @@ def test_a_model_goes_the_whole_way_on_it(folder, dtype):
     assert hp.evaluate(loaded, task, repeats=1).quality["perplexity"] == pytest.approx(task.evaluate(model)["perplexity"], rel=1e-4)
 
 
+def test_recordings_of_several_lengths_are_padded_for_a_model_that_hears_any(folder):
+    for number in range(30):
+        record(
+            folder / "sound" / f"{number}.wav", np.random.default_rng(number).integers(-9000, 9000, 999 + number).astype(np.int16)
+        )
+    extractor = Speech2TextFeatureExtractor(feature_size=8, num_mel_bins=8, sampling_rate=RATE)
+    extractor.save_pretrained(folder / "whisper")
+    task, model = task_of(folder), speech_to_text()
+    task.check_model(model)
+    assert {"input_features", "attention_mask", "labels"} == task.test[0].keys()
+    scores = hp.score(model, task.calibration, "fisher", loss_fn=task.loss)
+    hp.prune(model, hp.plan(scores, hp.Budget(heads=0.5)), task.calibration, forward=task.forward)
+    assert task.evaluate(model)["perplexity"] > 1
+
+
 def test_samples_of_every_width_and_channels(tmp_path):
     record(tmp_path / "a.wav", np.array([0, 128, 255], np.uint8), width=1)
     assert samples_of(tmp_path / "a.wav", RATE).tolist() == [-1.0, 0.0, 127 / 128]
@@ -118,6 +145,9 @@ def test_samples_of_every_width_and_channels(tmp_path):
 def test_mistakes_are_told(folder):
     record(folder / "sound" / "0.wav", np.zeros(9, np.int16), rate=80)
     with pytest.raises(InvalidInput, match=r"0\.wav has 80 samples a second of 2 bytes; expected 160"):
+        task_of(folder)
+    record(folder / "sound" / "0.wav", np.zeros(RATE + 40, np.int16))
+    with pytest.raises(InvalidInput, match=r"0\.wav has 1\.2 seconds, and the model hears 1: the rest of the text would be asked"):
         task_of(folder)
     (folder / "sound" / "0.wav").write_text("no sound")
     with pytest.raises(InvalidInput, match=r"0\.wav cannot be read as \.wav"):

@@ -39,6 +39,20 @@ def test_one_file_is_calibration_and_its_last_tenth_is_test(text):
     assert torch.equal(other.test, task.test)
 
 
+def test_windows_begin_as_the_tokenizer_begins_texts(text):
+    """Gemma is lost without it (perplexities of thousands), and its heads were scored so."""
+    options = {"calibration": str(text), "window": 15, "calibration_windows": 20}
+    plain, begun = (build_task("text", letter_tokenizer(begin), **options) for begin in (False, True))
+    for rows in (*begun.calibration, {"input_ids": begun.test}, *begun.training()):
+        assert rows["input_ids"].shape[1] == 15
+        assert (rows["input_ids"] == 29).sum(dim=1).tolist() == [1] * len(rows["input_ids"])
+        assert (rows["input_ids"][:, 0] == 29).all()
+    assert torch.equal(begun.stream, plain.stream)
+    assert len(begun.test) == 150 // 14
+    library = build_task("standard-library-text", letter_tokenizer(begin=True), window=16, calibration_windows=3, test_windows=2)
+    assert all((rows["input_ids"][:, 0] == 29).all() for rows in (*library.calibration, {"input_ids": library.test}))
+
+
 def test_test_and_training_come_from_files_of_their_own(text, tmp_path):
     (tmp_path / "rows.csv").write_text("words\nabc abc abc abc\nxyz xyz xyz xyz\n")
     options = {"test": str(tmp_path / "rows.csv"), "column": "words", "window": 8}

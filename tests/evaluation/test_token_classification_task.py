@@ -57,6 +57,25 @@ def rows(tmp_path):
     return path
 
 
+def test_numbers_of_tags_with_names_in_the_data_are_those_of_the_models_names(rows, tmp_path, monkeypatch):
+    """CoNLL's data count from B-PER, dslim/bert-base-NER from B-MISC."""
+    datasets = pytest.importorskip("datasets")
+    names, sentences = TAGS[::-1], [json.loads(line) for line in rows.read_text().splitlines()]
+    features = datasets.Features({
+        "tokens": datasets.Sequence(datasets.Value("string")), "tags": datasets.Sequence(datasets.ClassLabel(names=names)),
+    })  # fmt: skip
+    told = [{"tokens": one["tokens"], "tags": [names.index(tag) for tag in one["tags"]]} for one in sentences]
+    found = datasets.Dataset.from_list(told, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration, *, split: found)
+    by_names = build_task("token-classification", padding_tokenizer(), calibration=str(rows))
+    by_numbers = build_task("token-classification", padding_tokenizer(), calibration="owner/names:train")
+    model = tagger()
+    for task in (by_names, by_numbers):
+        task.check_model(model)
+    assert by_numbers.evaluate(model) == by_names.evaluate(model)
+    assert all(torch.equal(one["labels"], other["labels"]) for one, other in zip(by_numbers.test, by_names.test))
+
+
 @pytest.mark.parametrize("tags", ["tags", "numbers"])
 def test_the_first_token_of_a_word_has_its_tag(rows, tags):
     task, model = build_task("token-classification", padding_tokenizer(), calibration=str(rows), tags=tags, batch=7), tagger()

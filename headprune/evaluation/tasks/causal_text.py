@@ -16,6 +16,7 @@ from headprune.evaluation.metric import Metric, mean, perplexity
 from headprune.evaluation.perplexity import refuse_other_models
 from headprune.evaluation.predicted import negative_log_likelihood, predictor
 from headprune.evaluation.tasks.task import Task
+from headprune.evaluation.token_stream import begin_of
 from headprune.models.placement import device_of
 
 PROMPT_ROWS, PROMPT_TOKENS = 4, 32  # tokens: at most half a window
@@ -23,7 +24,8 @@ LATENCY_ROWS = 4
 
 
 class CausalText(Task):
-    """Next-token prediction over windows of tokens that do not overlap.
+    """Next-token prediction over windows of tokens that do not overlap, each behind the token that the tokenizer puts before every
+    text, where it does.
 
     Perplexity is exp of the mean negative log-likelihood over all tokens of all test windows but the first of each, which has no
     context: it is of the tokenizer's tokens, so only models with the same tokenizer compare. Samples are windows; their loss is
@@ -91,6 +93,13 @@ class CausalText(Task):
 def refuse_sizes(window: int, batch: int) -> None:
     if window < 2 or batch < 1:
         raise InvalidInput(f"window={window}, batch={batch}: expected at least 2 tokens a window and 1 window a batch.")
+
+
+def begun_windows(tokenizer: Any, stream: Tensor, window: int, count: int, seed: int = 0) -> Tensor:
+    """As `windows_of`, each behind the token that `tokenizer` puts before every text, where it does: Gemma is lost without it."""
+    begin = begin_of(tokenizer)
+    pieces = windows_of(stream, window - len(begin), count, seed)
+    return torch.cat([begin.expand(len(pieces), -1), pieces], dim=1)
 
 
 def windows_of(stream: Tensor, window: int, count: int, seed: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from headprune.evaluation.classification import LABELS, Classification, logits_o
 from headprune.evaluation.data import Progress, placed
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.positions import position_limit, refuse_longer
+from headprune.evaluation.tasks.other_rows import ClassNumber
 from headprune.evaluation.tasks.rows import in_batches
 from headprune.evaluation.tasks.task import Task
 from headprune.models.tokens import IGNORED_LABEL
@@ -29,15 +31,23 @@ log = logging.getLogger("headprune")
 
 
 class OfClasses(Task):
-    """Labels are places in `names` until `settle_all` tells which of a model's classes these are; -100 stays."""
+    """Labels are places in `names` until `settle_all` tells which of a model's classes these are; -100 stays. said: what the data
+    call the classes whose numbers they have."""
 
     names: list[str]
     test: list[dict[str, Tensor]]
     numbers: dict[str, int] | None = None
+    said: Mapping[str, str] = MappingProxyType({})
+
+    def label_of(self, value: Any) -> str:
+        """As it stands in the data; where these have a name for the number, that is kept."""
+        if isinstance(value, ClassNumber) and str(value) not in self.said:
+            self.said = {**self.said, str(value): value.name}
+        return str(value)
 
     def settle_all(self, model: nn.Module) -> None:
         """Raises InvalidInput where a label is none of the model's classes, or the numbers are those of another model."""
-        numbers = numbers_of(self.names, model, f"task {self.name}")
+        numbers = numbers_of(self.names, model, f"task {self.name}", self.said)
         if self.numbers is None:
             tell_guess(numbers, model)
             self.numbers = numbers
@@ -61,7 +71,8 @@ class OfClasses(Task):
 class Labelled(OfClasses):
     """accuracy (the headline), macro F1 and Matthews correlation; the loss is cross entropy.
 
-    Labels are numbers of classes, or names in the model's `config.label2id`; where the model's classes have no names, as many names
+    Labels are numbers of classes, or names in the model's `config.label2id`; numbers that a data set has names for (ClassLabel) are
+    taken by these where the model has them too. Where the model's classes have no names, as many names
     as it has classes are counted in alphabetical order. They are settled by `check_model`.
     """
 
@@ -122,8 +133,9 @@ class Labelled(OfClasses):
         return {name: value for name, value in self.test[0].items() if name != LABELS}
 
 
-def numbers_of(names: Sequence[str], model: nn.Module, task: str) -> dict[str, int]:
-    """Label as it stands in the data -> number of the model's class. InvalidInput where a label is none of its classes."""
+def numbers_of(names: Sequence[str], model: nn.Module, task: str, said: Mapping[str, str] = MappingProxyType({})) -> dict[str, int]:
+    """Label as it stands in the data -> number of the model's class. said: names that the data have for numbers, which count where
+    the model has all of them too, in whatever letters. InvalidInput where a label is none of its classes."""
     config: Any = getattr(model, "config", None)
     classes, known = getattr(config, "num_labels", None), dict(getattr(config, "label2id", None) or {})
     if not isinstance(classes, int) or "Classification" not in type(model).__name__:
@@ -134,7 +146,10 @@ def numbers_of(names: Sequence[str], model: nn.Module, task: str) -> dict[str, i
         raise InvalidInput(f"{task} is for models that tell one class of several; this {type(model).__name__} {what}.")
     if all(name in known for name in names):
         return {name: int(known[name]) for name in names}
-    if all(NUMBER.fullmatch(name) for name in names):
+    lower = {str(name).lower(): int(number) for name, number in known.items()}
+    if all(said.get(name, "").lower() in lower for name in names):
+        numbers = {name: lower[said[name].lower()] for name in names}
+    elif all(NUMBER.fullmatch(name) for name in names):
         numbers = {name: int(float(name)) for name in names}
     elif all(str(name).startswith(DEFAULT_NAME) for name in known):
         numbers = in_order(names, classes, type(model).__name__, task)

@@ -15,8 +15,8 @@ class RetrievalOfPairs(TextPairs):
 
     calibration: a .jsonl, .json, .csv, .tsv or .parquet file, or rows on the Hub (owner/name:split), whose columns `query` and
     `document` hold texts that belong together; a document belongs to one query alone, and the others of its batch are wrong ones.
-    test: the same; by default a tenth of calibration's rows, which then count for nothing else. training: the same, for recovery;
-    by default the rows of calibration.
+    test: the same; by default about a tenth of calibration's rows, all those of a document together, which then count for nothing
+    else. training: the same, for recovery; by default the rows of calibration.
     pooling: mean (of a text's tokens), cls (the first one) or last; prompt, document_prompt: put before each query, each document.
     By default what sentence-transformers wrote beside the model, else mean, of causal decoders last, and no prompts. seed: which
     rows are drawn for calibration.
@@ -47,7 +47,10 @@ class RetrievalOfPairs(TextPairs):
         def pairs(source: str) -> list[Pair]:
             return [Pair(str(row[query]), str(row[document])) for row in read_rows(source, [query, document])]
 
-        parts = parts_of(pairs, calibration, test, training, calibration_count=calibration_pairs, test_count=test_pairs, seed=seed)
+        parts = parts_of(
+            pairs, calibration, test, training, calibration_count=calibration_pairs, test_count=test_pairs, seed=seed,
+            source=lambda pair: pair.document,
+        )  # fmt: skip
         super().__init__(
             tokenizer, parts.calibration, parts.test, parts.training, batch=batch, max_tokens=max_tokens, seed=seed,
             pooling=pooling, prompt=prompt, document_prompt=document_prompt,

@@ -30,10 +30,10 @@ class SpeechRecognition(TargetTokens):
     """Your own recordings and what is said in them, for Whisper and its like: calibration=FILE, and test=FILE or a tenth of it.
 
     calibration: a .jsonl, .json, .csv or .tsv file with the columns `audio`, the path of a .wav file (from the folder of the file
-    of rows, where it is relative) at the model's sampling rate, and `text`. Several channels are averaged. test: the same; by
-    default a tenth of calibration's rows, which then count for nothing else. training: the same, for recovery; by default the rows
-    of calibration. seed: which rows are drawn for calibration. Tokens are asked for with the true ones before them, special ones
-    too.
+    of rows, where it is relative) at the model's sampling rate and of no more seconds than it hears (Whisper's 30), and `text`.
+    Several channels are averaged. test: the same; by default a tenth of calibration's rows, which then count for nothing else.
+    training: the same, for recovery; by default the rows of calibration. seed: which rows are drawn for calibration. Tokens are
+    asked for with the true ones before them, special ones too.
     """
 
     name = "speech-recognition"
@@ -76,7 +76,16 @@ class SpeechRecognition(TargetTokens):
 
     def encoded(self, rows: Sequence[tuple[Path, str]]) -> Batch:
         rate = self.extractor.sampling_rate
-        heard = self.extractor([samples_of(path, rate) for path, _ in rows], sampling_rate=rate, return_tensors="pt")
+        sounds = [samples_of(path, rate) for path, _ in rows]
+        most = getattr(self.extractor, "n_samples", None)  # of Whisper, which would cut off what is beyond
+        long = next(((path, len(sound)) for (path, _), sound in zip(rows, sounds) if most is not None and len(sound) > most), None)
+        if long is not None:
+            raise InvalidInput(
+                f"{long[0]} has {long[1] / rate:.1f} seconds, and the model hears {most / rate:g}: the rest of the text would be "
+                "asked for all the same. Cut it into pieces, each with its own text, or leave the row out."
+            )
+        padding = True if most is None else "max_length"
+        heard = self.extractor(sounds, sampling_rate=rate, padding=padding, return_tensors="pt")
         said = self.tokenizer(
             [text for _, text in rows], padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt",
             return_attention_mask=True,

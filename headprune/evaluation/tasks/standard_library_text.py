@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headprune.evaluation.tasks.causal_text import CausalText, refuse_sizes, windows_of
+from headprune.evaluation.tasks.causal_text import CausalText, begun_windows, refuse_sizes
 from headprune.evaluation.tasks.standard_library import Document, digest, standard_library_text
 from headprune.evaluation.tasks.task import register_task
 from headprune.evaluation.token_stream import token_stream
@@ -20,7 +20,8 @@ class StandardLibraryText(CausalText):
     """Next-token prediction on Python's own source text, over packages that neither training nor calibration saw.
 
     The documents of a part are joined (each behind the tokenizer's end-of-text token, where it has one) and cut into windows
-    of `window` tokens that do not overlap, of which a seeded choice is used.
+    of `window` tokens that do not overlap, of which a seeded choice is used; each begins with the token that the tokenizer puts
+    before every text, where it does.
     seed: which calibration windows are drawn; the test windows are always the same.
     """
 
@@ -38,17 +39,16 @@ class StandardLibraryText(CausalText):
     ) -> None:
         refuse_sizes(window, batch)
         parts = standard_library_text()
-        test = windows_of(stream_of(tokenizer, parts.test), window, test_windows)
-        super().__init__(
-            tokenizer, windows_of(stream_of(tokenizer, parts.calibration), window, calibration_windows, seed), test, batch
-        )
+        test = begun_windows(tokenizer, stream_of(tokenizer, parts.test), window, test_windows)
+        known = stream_of(tokenizer, parts.calibration)
+        super().__init__(tokenizer, begun_windows(tokenizer, known, window, calibration_windows, seed), test, batch)
         self.seed = seed
         self.digest = digest((*parts.calibration, *parts.test))[:16]
 
     def training(self) -> list[dict[str, Tensor]]:
         """Windows of the packages that neither calibration nor test holds."""
         stream = stream_of(self.tokenizer, standard_library_text().training)
-        return self.batches(windows_of(stream, self.window, TRAINING_WINDOWS, self.seed)) or self.calibration
+        return self.batches(begun_windows(self.tokenizer, stream, self.window, TRAINING_WINDOWS, self.seed)) or self.calibration
 
 
 def stream_of(tokenizer: Any, documents: Iterable[Document]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from headprune.errors import InvalidInput
-from headprune.evaluation.tasks.causal_text import CausalText, refuse_sizes, windows_of
+from headprune.evaluation.tasks.causal_text import CausalText, begun_windows, refuse_sizes
 from headprune.evaluation.tasks.rows import TENTH, read_texts, refuse_counts, with_test
 from headprune.evaluation.tasks.task import register_task
 from headprune.evaluation.token_stream import token_stream
@@ -21,7 +21,8 @@ class Text(CausalText):
     such, or a data set on the Hub (owner/name:split). test: the same, for the perplexity; by default the last tenth of
     calibration's tokens, which then count for nothing else. training: the same, for recovery; by default the text of calibration.
     Documents are joined, each behind the tokenizer's end-of-text token where it has one, and cut into windows of `window` tokens
-    that do not overlap, of which a seeded choice is used. rows: "documents", or "lines" of one text, to be joined by blank
+    that do not overlap, of which a seeded choice is used; each begins with the token that the tokenizer puts before every text
+    (Llama, Gemma), where it does. rows: "documents", or "lines" of one text, to be joined by blank
     lines, as the perplexity of WikiText is measured.
     """
 
@@ -64,8 +65,9 @@ class Text(CausalText):
                 f"{window} each. Give more text, or a smaller window."
             )
         super().__init__(
-            tokenizer, windows_of(stream, window, calibration_windows, seed), windows_of(held_out, window, test_windows), batch
-        )
+            tokenizer, begun_windows(tokenizer, stream, window, calibration_windows, seed),
+            begun_windows(tokenizer, held_out, window, test_windows), batch,
+        )  # fmt: skip
         self.stream, self.training_text, self.read = stream, training, tokens
         self.training_windows, self.seed = training_windows, seed
 
@@ -73,7 +75,7 @@ class Text(CausalText):
         stream = self.stream
         if self.training_text is not None:
             stream = long_enough(self.read(self.training_text), self.training_text, self.window)
-        return self.batches(windows_of(stream, self.window, self.training_windows, self.seed))
+        return self.batches(begun_windows(self.tokenizer, stream, self.window, self.training_windows, self.seed))
 
 
 def long_enough(stream: Tensor, source: str, window: int) -> Tensor:

@@ -46,7 +46,9 @@ class TextClassification(Labelled):
         columns = [text, label] if pair is None else [text, pair, label]
 
         def examples(source: str) -> list[Example]:
-            return [(tuple(str(row[name]) for name in columns[:-1]), str(row[label])) for row in read_rows(source, columns)]
+            return [
+                (tuple(str(row[name]) for name in columns[:-1]), self.label_of(row[label])) for row in read_rows(source, columns)
+            ]
 
         self.max_tokens = max_tokens
         parts = parts_of(examples, calibration, test, training, calibration_count=calibration_rows, test_count=test_rows, seed=seed)

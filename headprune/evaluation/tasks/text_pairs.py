@@ -16,7 +16,16 @@ from headprune.evaluation.embedder import tell_left_out, usual_pooling, written_
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.padding import refuse_without_padding
 from headprune.evaluation.positions import position_limit, refuse_longer
-from headprune.evaluation.retrieval import WITHOUT_HEAD, check_pooling, embed, embed_texts, encoded, rank_metrics, ranks
+from headprune.evaluation.retrieval import (
+    WITHOUT_HEAD,
+    check_pooling,
+    different_texts,
+    embed,
+    embed_texts,
+    encoded,
+    rank_metrics,
+    ranks,
+)  # fmt: skip
 from headprune.evaluation.tasks.rows import in_batches, shuffled
 from headprune.evaluation.tasks.task import Task
 
@@ -98,10 +107,11 @@ class TextPairs(Task):
         return self.embed(model, batch)
 
     def examples(self, model: nn.Module, progress: Progress | None = None) -> dict[str, Metric]:
-        """accuracy@1 and mean reciprocal rank of each query's own document among all test documents."""
-        texts = [pair.query for pair in self.test] + [pair.document for pair in self.test]
-        queries, documents = self.embed_all(model, texts, progress).chunk(2)
-        return rank_metrics(ranks(queries, documents, torch.arange(len(queries))), (1,))
+        """accuracy@1 and mean reciprocal rank of each query's own document among all test documents, equal texts as one."""
+        count = len(self.test)
+        different, relevant = different_texts([pair.document for pair in self.test], range(count))
+        found = self.embed_all(model, [pair.query for pair in self.test] + different, progress)
+        return rank_metrics(ranks(found[:count], found[count:], relevant), (1,))
 
     def embed_all(self, model: nn.Module, texts: list[str], progress: Progress | None = None) -> Tensor:
         """[texts, hidden], fp32 on the CPU; texts of like length share a batch."""

@@ -81,7 +81,7 @@ class TokenClassification(TargetTokens, OfClasses):
                     f"{file}, row {number}: {counts[0]} {self.columns[0]} and {counts[1]} {self.columns[1]}; expected a list of "
                     "words and as many tags."
                 )
-            found.append(([str(word) for word in words], [str(tag) for tag in tags]))
+            found.append(([str(word) for word in words], [self.label_of(tag) for tag in tags]))
         return found
 
     def batches(self, sentences: Sequence[Sentence]) -> list[Batch]:
