@@ -100,6 +100,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
+        """Whether scoring with the whole model on the device takes no more than the device's memory."""
         return self.resident_bytes <= self.device_memory
 
     def to_json(self) -> dict[str, Any]:
