@@ -72,6 +72,7 @@ class HeadMap:
 
     @property
     def query_heads(self) -> int:
+        """How many query heads there are."""
         return len(self.kv_of_query)
 
     @cached_property

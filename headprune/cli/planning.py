@@ -58,7 +58,7 @@ def plan_command(
         str | None,
         typer.Option(
             help="query_head (ragged groups) or kv_group (whole groups).",
-            show_default="query_head",
+            show_default="query_head, of kv_cache kv_group",
             autocompletion=one_of(completion.granularities),
         ),
     ] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
@@ -79,7 +79,8 @@ def criteria(json: JsonOption = False) -> None:
     """List the criteria: what each reads, what it costs, where it comes from."""
     from headprune import scoring
 
-    table = Table("criterion", "needs", "cost", "what it is", "source")
+    # Names are to be typed again: however narrow the terminal is, none is cut short.
+    table = Table(Column("criterion", no_wrap=True), Column("needs", overflow="fold"), "cost", "what it is", "source")
     for name, found in scoring.criteria().items():
         table.add_row(name, ", ".join(need.value for need in found.needs) or "nothing", found.cost, found.summary, found.source)
     terminal.show(json, terminal.rows_of(table), table)

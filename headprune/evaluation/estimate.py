@@ -103,6 +103,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
+        """Whether scoring with the whole model on the device takes no more than the device's memory."""
         return self.resident_bytes <= self.device_memory
 
     def to_json(self) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def estimate(
     length: int | None = None,
     decoder_length: int | None = None,
     dtype: torch.dtype | None = None,
-    granularity: str = "query_head",
+    granularity: str | None = None,
     utilisation: float = UTILISATION,
 ) -> Estimate:
     """What the model of `folder` costs before and after, and what it takes to score it. Only its config.json is read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,12 +24,30 @@ def several(batches: Any, name: str = "batches") -> Any:
 
 
 def by_name(model: nn.Module, batch: Any, instead: str = "loss_fn") -> Any:
-    """`model(**batch)`. Raises InvalidInput where `batch` is no mapping; instead: the argument for batches of other kinds."""
+    """`model(**batch)`. Raises InvalidInput where `batch` is no mapping, or one that the model's forward does not take; instead:
+    the argument for batches of other kinds."""
     if not isinstance(batch, Mapping):
         raise InvalidInput(f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), or give {instead}.")
     if isinstance(model, PreTrainedModel):
         refuse_rows(batch, {model.main_input_name, "input_ids", "attention_mask", "labels"})
-    return model(**batch)
+    try:
+        return model(**batch)
+    except TypeError as error:
+        if taken(model, batch):
+            raise
+        names = ", ".join(map(str, batch))
+        raise InvalidInput(
+            f"{type(model).__name__} does not take a batch of {names} as model(**batch): {error}. Give {instead}, or other batches."
+        ) from error
+
+
+def taken(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the signature of the model's forward takes what `batch` holds, by name."""
+    try:
+        inspect.signature(model.forward).bind(**batch)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def refuse_rows(batch: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -144,6 +144,7 @@ class AttentionSite:
     in_turn: bool = False
 
     def projection(self, role: Role) -> ProjectionHeads:
+        """The first projection of `role`: "query", "key", "value", "output". Raises InvalidInput where the site has none."""
         found = next((projection for projection in self.projections if projection.role == role), None)
         if found is None:
             shared = role in ("key", "value") and not self.own_keys
@@ -164,10 +165,12 @@ class AttentionSite:
 
     @property
     def output(self) -> ProjectionHeads:
+        """The output projection."""
         return self.projection("output")
 
     @property
     def cache(self) -> CachedFeatures:
+        """What a cache holds of one token."""
         return self.cached or CachedFeatures(kv_head=self.head_dim + self.value_dim)
 
     def columns(self, query_heads: Sequence[int]) -> Tensor:

@@ -102,9 +102,10 @@ def attention(
         value: [batch, kv_heads, kv_len, value_dim].
         head_map: which key/value head each query head reads; None for equal groups.
         causal: query i sees keys up to i + kv_len - query_len (bottom-right aligned, as with a cache).
-        window: keys nearer than this many positions are seen, the query's own counted (with causal: i - window < j <= i).
+        window: keys nearer than this many positions are seen, the query's own counted (with causal: i - window < j <= i);
+            None or 0: all.
         scale: factor on the scores; default 1 / sqrt(head_dim).
-        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); None or 0: as they are.
         bias: added to the scores, or bool (True = attend); broadcasts to [batch, query_heads, query_len, kv_len].
         alibi_slopes: [query_heads]; subtracts slope * distance from the scores (Press et al. 2022).
         sinks: [query_heads]; a logit that takes part in the softmax and has no value (gpt-oss).

@@ -305,11 +305,12 @@ def check_heads(query_heads: int, head_map: HeadMap) -> None:
 
 def check_numbers(call: AttentionCall | VarlenCall | DecodeCall) -> None:
     # Comparisons and not math.isfinite: under torch.compile with dynamic shapes the scale is a symbol.
-    if call.window < 0 or not 0 <= call.softcap < math.inf or not -math.inf < call.scale < math.inf:
-        raise InvalidInput(
-            f"window={call.window}, softcap={call.softcap}, scale={call.scale}: expected window >= 0, a finite softcap >= 0 and a "
-            "finite scale."
-        )
+    if call.window < 0:
+        raise InvalidInput(f"window is {call.window}; expected how many positions are seen, or None for all.")
+    if not 0 <= call.softcap < math.inf:
+        raise InvalidInput(f"softcap is {call.softcap}; expected a finite number above 0, or None for no cap.")
+    if not -math.inf < call.scale < math.inf:
+        raise InvalidInput(f"scale is {call.scale}; expected a finite number, or None for 1 / sqrt(head_dim).")
 
 
 def check_integers(name: str, tensor: Tensor, query: Tensor) -> None:

@@ -46,7 +46,7 @@ def attention_decode(
             strides, so that a cache kept as [pages, page_size, kv_heads, dim] is given as `cache.transpose(1, 2)`.
         lengths: int32 [batch], keys of each sample, the new ones included; what lies behind them is never read.
         page_table: int32 [batch, pages_per_sample]: page p of a sample holds its keys p * page_size and on.
-        window: keys nearer than this many positions are seen, the query's own counted.
+        window: keys nearer than this many positions are seen, the query's own counted; None or 0: all.
         key_mask: bool [batch, capacity (or pages_per_sample * page_size)], for left-padded batches.
         scale, softcap, alibi_slopes, sinks, gate: as in `headprune.ops.attention`.
 

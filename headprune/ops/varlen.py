@@ -110,7 +110,8 @@ def attention_varlen(
         query: [tokens, query_heads, head_dim], all sequences one after the other.
         key: [key_tokens, kv_heads, head_dim].
         value: [key_tokens, kv_heads, value_dim].
-        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], from 0 up: where each sequence starts and the last one ends.
+        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], from 0 up: where each sequence starts and the last one ends; tokens
+            behind that give 0.
         max_seqlen_q, max_seqlen_k: the longest lengths; None reads them from the device (which waits for it).
         gate: [query_heads] or [sequences, query_heads].
 

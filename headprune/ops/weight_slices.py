@@ -83,21 +83,23 @@ def evenly_spaced(starts: list[int], width: int) -> list[HeadSpan]:
 
 @dataclass(frozen=True)
 class WeightStats:
-    """Of each head's weights in one projection, each fp32 [heads]; the last three are None without gradients.
+    """Of each head's weights w in one projection, with gradients g: each fp32 [heads].
 
-    Where a head owns no weight every field is 0.
+    l1: sum |w|. square: sum w^2. max: max |w|. count: how many weights. dot: sum w g. dot_abs: sum |w g|. dot_square: sum (w g)^2;
+    the latter three are None without gradients. Where a head owns no weight every field is 0.
     """
 
-    l1: Tensor  # sum |w|
-    square: Tensor  # sum w^2
-    max: Tensor  # max |w|
-    count: Tensor  # number of weights
-    dot: Tensor | None = None  # sum w g
-    dot_abs: Tensor | None = None  # sum |w g|
-    dot_square: Tensor | None = None  # sum (w g)^2
+    l1: Tensor
+    square: Tensor
+    max: Tensor
+    count: Tensor
+    dot: Tensor | None = None
+    dot_abs: Tensor | None = None
+    dot_square: Tensor | None = None
 
     @property
     def l2(self) -> Tensor:
+        """The L2 norms, [heads]: the root of `square`."""
         return self.square.sqrt()
 
 
@@ -179,6 +181,11 @@ def weight_counts(
 def check_slices(projections: Sequence[HeadSlices], grads: Sequence[Tensor] | None) -> None:
     """InvalidInput unless every span lies in its weight and every gradient is like its weight."""
     for index, slices in enumerate(projections):
+        if not isinstance(slices, HeadSlices):
+            raise InvalidInput(
+                f"projection {index} is a {type(slices).__name__}; expected HeadSlices, which says where its heads lie: "
+                "HeadSlices.contiguous(weight, heads, width)."
+            )
         weight = slices.weight
         if weight.dim() != 2 or not weight.dtype.is_floating_point or slices.dim not in (0, 1):
             raise InvalidInput(

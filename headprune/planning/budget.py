@@ -45,10 +45,12 @@ class Budget:
 
     @property
     def quantity(self) -> str:
+        """Of which a fraction goes: the name of the field."""
         return next(name for name in COSTS if getattr(self, name) is not None)
 
     @property
     def fraction(self) -> float:
+        """How much of it goes."""
         return float(getattr(self, self.quantity))
 
     def cost(self, shape: SiteShape, head_map: HeadMap, site: str | None = None) -> int:

@@ -59,6 +59,7 @@ def register_engine(engine: Engine) -> Engine:
 
 
 def engines() -> dict[str, Engine]:
+    """Every target of `hp.plan` by name."""
     return dict(_engines)
 
 

@@ -87,14 +87,17 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
 
     @property
     def removed_heads(self) -> int:
+        """Query heads that go, of all sites together."""
         return self.total_heads - sum(len(heads) for heads in self.values())
 
     @property
     def total_heads(self) -> int:
+        """Query heads of the model that the plan was made for."""
         return sum(shape.head_map.query_heads for shape in self.shapes.values())
 
     @property
     def removed_parameters(self) -> int:
+        """Parameters that go with them, of all sites together."""
         return sum(shape.parameters(shape.head_map) - shape.parameters(self.head_map(name)) for name, shape in self.shapes.items())
 
     def check_fits(self, model: nn.Module) -> None:

@@ -35,6 +35,7 @@ def schedule(name: str) -> Callable[[Callable[P, ScheduleResult]], Callable[P, S
 
 
 def get_schedule(name: str) -> Callable[..., ScheduleResult]:
+    """The schedule of this name. Raises InvalidInput where there is none."""
     if name not in _schedules:
         raise unknown_name("schedule", name, _schedules)
     return _schedules[name]

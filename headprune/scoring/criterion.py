@@ -90,6 +90,7 @@ def criteria() -> dict[str, Criterion]:
 
 
 def get_criterion(name: str) -> Criterion:
+    """The criterion of this name, those of installed packages included. Raises InvalidInput where there is none."""
     if name not in _criteria:
         load_entry_points()
     if name not in _criteria:

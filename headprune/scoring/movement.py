@@ -68,6 +68,7 @@ class MovementRecorder:
         )
 
     def scores(self) -> HeadScores:
+        """Of the steps so far, by the criterion "movement"; for `hp.plan`."""
         return score_observations(self.observations(), "movement")
 
     def state_dict(self) -> dict[str, Tensor | int]:

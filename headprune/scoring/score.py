@@ -26,6 +26,7 @@ NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def check_normalization(name: str) -> None:
+    """InvalidInput unless `hp.score(..., normalize=name)` can be."""
     if name not in NORMALIZATIONS:
         raise unknown_name("normalization", name, NORMALIZATIONS)
 

@@ -54,12 +54,13 @@ HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re
 @dataclass(frozen=True)
 class Resolved:
     """What became of one site, or of the end of a feed-forward (by its own name): relative squared error of the stream behind it on
-    held-out batches, before and after."""
+    held-out batches, before and after. ridge: of the re-solve, as a share of the mean diagonal of the Gram matrix; None where it
+    did not lower the held-out error and was not applied."""
 
     site: str
     error_before: float
     error_after: float
-    ridge: float | None  # None: the re-solve did not lower the held-out error and was not applied
+    ridge: float | None
 
 
 def resolve_outputs(

@@ -21,7 +21,8 @@ from headprune.surgery.savings import Savings
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` did, or (dry run) would do: what it saves and, per site, what compensation did. Iterates over the latter."""
+    """What `prune` did, or (done=False, a dry run) would do. savings: parameters, FLOPs and cache, before and after. resolved: per
+    site what compensation did, empty without calibration; the report iterates over it."""
 
     savings: Savings
     resolved: tuple[Resolved, ...]

@@ -12,6 +12,7 @@ from headprune.cli import scoring
 from headprune.errors import InvalidPlan
 from headprune.planning import Budget, plan
 from headprune.scoring import HeadScores, score
+from headprune.scoring import criteria as scoring_criteria
 
 
 def test_criteria_lists_names_and_sources(call):
@@ -19,6 +20,8 @@ def test_criteria_lists_names_and_sources(call):
     assert code == 0
     assert "fisher" in out
     assert "Kwon" in out
+    names = {line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")}
+    assert set(scoring_criteria()) <= names  # whole, also on a narrow terminal
 
 
 class TinyTask:

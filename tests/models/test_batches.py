@@ -55,3 +55,24 @@ def test_batches_that_are_tensors_are_trained_on():
     model, batches = PoolingByAttention(), [torch.randn(4, 5, 16)] * 3
     found = hp.recover(model, batches, loss_fn=lambda model, batch: model(batch).square().mean(dim=1), steps=3, lr=1e-2)
     assert found.losses[-1][1] < found.losses[0][1]
+
+
+def test_names_that_the_forward_does_not_take_are_told_with_the_way_out():
+    batches, scores = [{"inputs": torch.randn(4, 5, 16), "labels": torch.zeros(4)}], hp.score(PoolingByAttention(), (), "random")
+    plan, message = (
+        hp.plan(scores, hp.Budget(heads=0.5)),
+        r"PoolingByAttention does not take a batch of inputs, labels as model\(\*\*b",
+    )
+    with pytest.raises(hp.InvalidInput, match=f"{message}.* Give loss_fn"):
+        hp.score(PoolingByAttention(), batches)
+    with pytest.raises(hp.InvalidInput, match=f"{message}.* Give forward"):
+        hp.prune(PoolingByAttention(), plan, batches)
+
+
+def test_an_error_inside_a_model_stays_what_it_is():
+    class Wrong(PoolingByAttention):
+        def forward(self, x):
+            return super().forward(x, x)
+
+    with pytest.raises(TypeError, match="positional arguments"):
+        hp.score(Wrong(), [{"x": torch.randn(4, 5, 16)}])

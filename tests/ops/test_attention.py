@@ -183,7 +183,7 @@ def test_the_output_is_laid_out_token_by_token():
             {"query": torch.ones(2, 7, 10, 16).double(), "causal": True},
             r"causal attention needs kv_len >= query_len .*; got 9 < 10",
         ),
-        ({"window": -1}, "window=-1"),
+        ({"window": -1}, "window is -1; expected how many"),
         ({"gate": torch.ones(7, device="meta")}, "gate is on meta, the query on cpu; they must agree"),
         ({"bias": torch.ones(5, 9, device="meta")}, "bias is on meta, the query on cpu"),
         (

@@ -124,6 +124,7 @@ def test_weights_that_need_gradients_are_read_without_a_graph():
         (HeadSlices.contiguous(torch.zeros(8), 2, 4), None, "expected a floating"),
         (HeadSlices.contiguous(torch.zeros(8, 4), 2, 4, dim=2), None, "dim 2"),
         (HeadSlices(torch.zeros(8, 4), 0, 1, (HeadSpan(0, 2, 0, 4, 4),)), None, "has 1 heads"),
+        (torch.zeros(8, 4), None, "projection 0 is a Tensor; expected HeadSlices"),
         (HeadSlices.contiguous(torch.zeros(8, 4), 2, 4), [], "0 gradients for 1"),
         (HeadSlices.contiguous(torch.zeros(8, 4), 2, 4), [torch.zeros(4, 8)], "gradient 0 is"),
         (HeadSlices.contiguous(torch.zeros(8, 4), 2, 4), [None], "gradient 0 is None"),

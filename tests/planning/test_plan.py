@@ -80,6 +80,12 @@ def test_a_cache_budget_counts_key_value_heads():
     assert plan(scores, Budget(kv_cache=0.5)).head_map("a").kv_heads == 1
 
 
+def test_a_cache_budget_takes_no_head_that_frees_nothing():
+    scores = scores_of({"a": [1.0, 9.0, 2.0, 9.0, 3.0, 9.0, 4.0, 4.0]}, kv_heads=4)
+    assert plan(scores, Budget(kv_cache=0.25)).keep == {"a": (0, 1, 2, 3, 4, 5)}
+    assert len(plan(scores, Budget(kv_cache=0.25), granularity="query_head")["a"]) == 3  # 1, 2, 3 for nothing
+
+
 def test_protected_heads_stay():
     scores = scores_of(TWO_LAYERS)
     assert plan(scores, Budget(heads=0.25), protect=["a"]).keep == {"a": (0, 1, 2, 3), "b": (1, 3)}

@@ -88,6 +88,8 @@ def test_curves_are_not_read_where_other_heads_go_than_those_that_were_measured(
     with pytest.raises(InvalidInput, match=r"would be the first to go, and the sensitivity has measured heads"):
         plan(scores, Budget(heads=0.25), allocation="optimal", sensitivity=curves, **options)
     assert plan(scores, Budget(heads=0.25), allocation="optimal", sensitivity=curves, multiple_of=2).removed_heads == 4
+    by_cache = plan(scores, Budget(kv_cache=0.25), allocation="optimal", sensitivity=curves)  # heads one by one there too
+    assert all(set(order[name]) - set(heads) == set(order[name][: 8 - len(heads)]) for name, heads in by_cache.items())
 
 
 def test_dips_of_a_curve_do_not_draw_heads():

@@ -100,4 +100,5 @@ def get_gate_method(name: str) -> type[GateMethod]:
 
 
 def gate_methods() -> dict[str, type[GateMethod]]:
+    """Every way of learning gates by name."""
     return dict(_methods)
