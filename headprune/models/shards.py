@@ -20,7 +20,8 @@ HEADER_LIMIT = 100_000_000  # the format's own
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16,
+    "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
 }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def open_shards(folder: str | os.PathLike[str]) -> Shards:
     promised = index_of(folder)
     tensors: dict[str, Stored] = {}
     metadata: dict[str, dict[str, str]] = {}
-    for file in dict.fromkeys(promised.values()) if promised else [SINGLE]:
+    for file in sorted(set(promised.values())) if promised else [SINGLE]:  # of a tensor in two files transformers takes the last
         path = folder / file
         if not path.is_file():
             raise CorruptCheckpoint(f"{path} is missing; {INDEX} names it. Download or save the folder again.")
@@ -124,7 +125,10 @@ def index_of(folder: Path) -> dict[str, str]:
     if not (folder / INDEX).is_file():
         raise InvalidInput(f"{folder} holds neither {SINGLE} nor {INDEX}; give a model folder with safetensors weights.")
     try:
-        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        found = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        if not found or not all(isinstance(file, str) for file in found.values()):
+            raise ValueError("no names of files")
+        return found
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CorruptCheckpoint(f"{folder / INDEX} is no index of weights: {error!r}.") from None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
@@ -47,6 +47,7 @@ class StreamedModel:
         self.trunk: Trunk = trunk_of(model)
         refuse_without_layers(self.trunk)
         self._transforms: list[Any] = get_model_conversion_mapping(model)
+        refuse_misfit(model, shards, memory_names(model, shards))
         self._stored = stored_by_part(model, self.trunk, shards)
         self.instead: dict[str, Stored] = {}  # name in memory -> what is read in place of the model's own
         self._held: set[Part] = set()
@@ -154,6 +155,17 @@ def stored_by_part(model: PreTrainedModel, trunk: Trunk, shards: Shards) -> dict
 def memory_names(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
     """Name in the files -> name in memory, of the tensors that are the same in both."""
     return {stored: name for stored, (name, same) in known_names(model, shards).items() if same}
+
+
+def refuse_misfit(model: nn.Module, shards: Shards, names: Mapping[str, str]) -> None:
+    """CorruptCheckpoint where a tensor has another shape in the files than in `model`. names: as `memory_names` gives them."""
+    expected = model.state_dict()
+    for stored, name in names.items():
+        if shards[stored].shape != tuple(expected[name].shape):
+            raise CorruptCheckpoint(
+                f"{shards.folder} does not fit its config, which asks for {name} {list(expected[name].shape)}: "
+                f"{shards[stored].path.name} holds {list(shards[stored].shape)}."
+            )
 
 
 def known_names(model: PreTrainedModel, shards: Shards) -> dict[str, tuple[str, bool]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from streamed_models import SHARED_LAYERS, SHARING, labelled, sharded_folder
+from streamed_models import SHARED_LAYERS, SHARING, labelled, quantised_folder, sharded_folder
 from tiny_decoders import decoder
 
 import headprune as hp
@@ -47,6 +47,24 @@ def test_weights_that_the_files_lack_are_named(tmp_path):
     config.save_pretrained(folder)
     with pytest.raises(CorruptCheckpoint, match=r"model\.layers\.2\."):
         hp.open_streamed(folder)(**labelled())
+
+
+def test_weights_of_another_shape_than_the_configs_are_named_before_any_is_read(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.intermediate_size = 40
+    config.save_pretrained(folder)
+    with pytest.raises(
+        CorruptCheckpoint, match=r"asks for model\.layers\.0\.mlp\.\w+\.weight \[.*40.*\]: model-.* holds \[.*48.*\]"
+    ):
+        hp.open_streamed(folder)
+
+
+def test_weights_that_were_quantised_are_refused(tmp_path):
+    """Without their scales they are other numbers."""
+    folder = quantised_folder(tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match=r"are quantised \(fp8\), which are not read layer by layer"):
+        hp.open_streamed(folder)
 
 
 def test_a_model_of_two_stacks_is_refused(tmp_path):

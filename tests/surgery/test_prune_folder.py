@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from child_process import environment
-from streamed_models import batches_of_tokens, sharded_folder
+from streamed_models import batches_of_tokens, quantised_folder, sharded_folder
 from tiny_decoders import FAMILIES, decoder
 
 import headprune as hp
 from headprune.errors import CorruptCheckpoint, InvalidInput, InvalidPlan, UnsupportedModel
+from headprune.models.shards import open_shards
+from headprune.surgery.checkpoint import skeleton
 
 
 def random_plan(folder, seed: int = 0, emptied: bool = False):
@@ -74,6 +76,24 @@ def test_modules_of_single_heads_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(UnsupportedModel, match="numbers modules by head"):
         hp.prune_folder(folder, plan, tmp_path / "pruned")
     assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
+
+
+def test_attentions_that_are_quantised_are_refused_and_nothing_is_written(tmp_path):
+    """A cut in the files alone would leave their scales as they are."""
+    folder = quantised_folder(tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match=r"self_attn.* is stored as F8_E4M3, quantised"):
+        hp.prune_folder(folder, hp.PruningPlan.from_keep(skeleton(folder), {"model.layers.0.self_attn": [0]}), tmp_path / "pruned")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_where_only_feed_forwards_are_quantised_the_attentions_are_cut(tmp_path, caplog):
+    folder = quantised_folder(tmp_path / "model", "mlp.down_proj.weight")
+    hp.prune_folder(folder, hp.PruningPlan.from_keep(skeleton(folder), {"model.layers.0.self_attn": [0]}), tmp_path / "pruned")
+    assert "was not checked by a forward pass" in caplog.text
+    before, after = open_shards(folder), open_shards(tmp_path / "pruned")
+    assert set(before) == set(after)
+    assert after["model.layers.0.self_attn.q_proj.weight"].shape == (8, 32)
+    assert after["model.layers.0.mlp.down_proj.weight"].dtype == "F8_E4M3"
 
 
 def test_a_gpu_that_is_not_here_is_refused_before_anything_is_written(tmp_path):
