@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from headprune.errors import CorruptCheckpoint, InvalidInput
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 HEADER_LIMIT = 100_000_000  # the format's own
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -62,9 +63,13 @@ class Shards(Mapping[str, Stored]):
         return list(self.metadata)
 
     def sizes(self) -> dict[str, list[int]]:
-        """File name -> its size and when it was last written (nanoseconds): what tells one set of files from another."""
+        """File name -> its size and when it was last written (nanoseconds), of the config its size and CRC-32: what tells one model
+        from another."""
         found = {file: (self.folder / file).stat() for file in self.files}
-        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}
+        config = (self.folder / CONFIG).read_bytes()
+        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()} | {
+            CONFIG: [len(config), zlib.crc32(config)]
+        }
 
     def read(self, name: str, pinned: bool = False) -> Tensor:
         return read_stored(self.tensors[name], pinned)

@@ -58,7 +58,7 @@ class Cutting:
         quantised = next((stored for stored in changing if shards[stored].dtype not in UNQUANTISED), None)
         if quantised is not None:
             raise UnsupportedModel(
-                f"{quantised} is stored as {shards[quantised].dtype}, quantised, and a cut in the files would leave its scales behind; "
+                f"{quantised} is stored as {shards[quantised].dtype}, quantised, and a cut in the files would leave its scales; "
                 "prune the model as it was, or load it whole."
             )
         refuse_misfit(self.model, shards, changing)
