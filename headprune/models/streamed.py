@@ -198,6 +198,12 @@ def reader_of(model: nn.Module) -> StreamedModel:
     return reader
 
 
+def refuse_streamed(model: nn.Module, doing: str, instead: str) -> None:
+    """InvalidInput where `model` is one that `open_streamed` gave, naming what is not done with it, and what is."""
+    if streamed_of(model) is not None:
+        raise InvalidInput(f"the weights of this {type(model).__name__} are on disk (open_streamed), {doing}; {instead}.")
+
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()

@@ -9,8 +9,9 @@ from streamed_models import SHARED_LAYERS, SHARING, labelled, quantised_folder, 
 from tiny_decoders import decoder
 
 import headprune as hp
-from headprune.errors import CorruptCheckpoint, UnsupportedModel
+from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from headprune.models.trunk import enter, trunk_of
+from headprune.surgery.export import export
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
@@ -65,6 +66,25 @@ def test_weights_that_were_quantised_are_refused(tmp_path):
     folder = quantised_folder(tmp_path / "model")
     with pytest.raises(UnsupportedModel, match=r"are quantised \(fp8\), which are not read layer by layer"):
         hp.open_streamed(folder)
+
+
+@pytest.mark.parametrize(
+    ("work", "instead"),
+    [
+        (lambda model, folder: hp.prune(model, hp.PruningPlan.from_keep(model, {"model.layers.0.self_attn": [0]})), "prune_folder"),
+        (lambda model, folder: hp.cut(model, {"model.layers.0.self_attn": [0]}, verify=False), "prune_folder"),
+        (lambda model, folder: hp.save(model, folder), "copy that"),
+        (lambda model, folder: export(model, "stock", folder), "export what"),
+        (lambda model, folder: hp.recover(model, [labelled()], steps=1), "recover what"),
+    ],
+)
+def test_what_takes_weights_in_memory_says_so(work, instead, tmp_path):
+    model = hp.open_streamed(sharded_folder("llama", tmp_path / "model"))
+    with pytest.raises(InvalidInput, match=rf"the weights of this LlamaForCausalLM are on disk .*{instead}"):
+        work(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with torch.no_grad():
+        assert model(**labelled()).loss.isfinite()
 
 
 def test_a_model_of_two_stacks_is_refused(tmp_path):
