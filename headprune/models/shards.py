@@ -59,6 +59,13 @@ class Shards(Mapping[str, Stored]):
         return sum(stored.nbytes for stored in self.tensors.values())
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the first weight by file and name, as transformers has it where the config does not say; fp32 where none is."""
+        in_order = sorted(self.tensors.items(), key=lambda item: (item[1].path, item[0]))
+        dtypes = (DTYPES[stored.dtype] for _, stored in in_order)
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+    @property
     def files(self) -> list[str]:
         return list(self.metadata)
 

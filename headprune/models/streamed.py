@@ -49,6 +49,7 @@ class StreamedModel:
         self._transforms: list[Any] = get_model_conversion_mapping(model)
         refuse_misfit(model, shards, memory_names(model, shards))
         self._stored = stored_by_part(model, self.trunk, shards)
+        self._not_stored = set(model.state_dict()) - {name for name, _ in known_names(model, shards).values()}
         self.instead: dict[str, Stored] = {}  # name in memory -> what is read in place of the model's own
         self._held: set[Part] = set()
         self._ahead: dict[Part, Future[dict[str, Tensor]]] = {}
@@ -93,8 +94,8 @@ class StreamedModel:
         with quiet_loading():
             config = LoadStateDictConfig(weight_mapping=copy.deepcopy(self._transforms), device_map={"": str(self.device)})
             convert_and_load_state_dict_in_model(self.model, state, config, **NO_PLAN)
-        if part is None:
-            self.model.tie_weights()
+        if part is None:  # as where the whole model is loaded: what is stored twice, and differs, is not tied
+            self.model.tie_weights(missing_keys=set(self._not_stored), recompute_mapping=False)
         missing = next((name for name, tensor in self._parameters(part) if tensor.is_meta), None)
         if missing is not None:
             raise CorruptCheckpoint(f"{self.shards.folder} lacks the weights of {missing}.")

@@ -80,7 +80,7 @@ class Cutting:
         """What the file of this name is to hold."""
         found = []
         for name, stored in self.shards.items():
-            if stored.path.name != file or name in self.left_out:
+            if stored.path != self.shards.folder / file or name in self.left_out:
                 continue
             inside = self.in_memory.get(name, "")  # "": a tensor that the model does not know
             shape = self.shapes.get(inside, stored.shape)

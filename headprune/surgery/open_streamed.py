@@ -62,7 +62,7 @@ def open_streamed(
 
     Args:
         device: where the layers run.
-        dtype: of the weights once they are read; default as the config says.
+        dtype: of the weights once they are read; default as the config says, or else the files.
         base: without the head of a language model, as in `hp.load`.
 
     Raises InvalidInput where the folder is no transformers model with safetensors weights, CorruptCheckpoint naming a weight file
@@ -77,7 +77,7 @@ def open_streamed(
     refuse_stored_quantised(config, folder)
     built = pruned_class(class_of(config, base), getattr(config, SECTION, None))
     with empty_weights():
-        model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or shards.dtype)
     model.eval().requires_grad_(False)
     model.tie_weights()
     model.name_or_path = str(folder)

@@ -1,10 +1,12 @@
 """Models whose weights are read as they run."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from streamed_models import SHARED_LAYERS, SHARING, labelled, quantised_folder, sharded_folder
 from tiny_decoders import decoder
 
@@ -39,6 +41,32 @@ def test_the_dtype_can_be_chosen(tmp_path):
     model, batch = hp.open_streamed(folder, dtype=torch.float64), labelled()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, hp.load(folder, dtype=torch.float64)(**batch).logits)
+
+
+def test_where_the_config_names_no_dtype_it_is_that_of_the_files(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    hp.load(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert hp.open_streamed(folder).dtype is hp.load(folder).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("stored", ["head", "both"])
+def test_of_tied_weights_those_count_that_are_in_the_files(stored, tmp_path):
+    """As where the whole model is loaded: both are the one that is there, and two that differ are not tied."""
+    decoder("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    if stored == "head":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    model, batch = hp.open_streamed(tmp_path / "model"), labelled()
+    with torch.no_grad():
+        expected = hp.load(tmp_path / "model")(**batch).logits
+        for _ in range(2):
+            assert torch.equal(model(**batch).logits, expected)
 
 
 def test_weights_that_the_files_lack_are_named(tmp_path):

@@ -90,7 +90,8 @@ def test_a_package_that_is_not_here_is_named(tmp_path):
 def test_weights_that_are_one_and_not_tied_are_named(tmp_path):
     model = llama()
     model.model.layers[1].self_attn = model.model.layers[0].self_attn
-    with pytest.raises(UnsupportedModel, match=r"layers\.0\.self_attn\.\w+\.weight and model\.layers\.1\.self_attn\.\w+\.weight are one"):
+    said = r"layers\.0\.self_attn\.\w+\.weight and model\.layers\.1\.self_attn\.\w+\.weight are one"
+    with pytest.raises(UnsupportedModel, match=said):
         save(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

@@ -16,7 +16,7 @@ from tiny_decoders import FAMILIES, decoder
 
 import headprune as hp
 from headprune.errors import CorruptCheckpoint, InvalidInput, InvalidPlan, UnsupportedModel
-from headprune.models.shards import open_shards
+from headprune.models.shards import INDEX, open_shards
 from headprune.surgery.checkpoint import skeleton
 
 
@@ -50,6 +50,21 @@ def test_what_stands_at_padded_tokens_does_not_fail_the_check_of_ragged_groups(f
     plan = hp.PruningPlan.from_keep(hp.load(folder), {"model.layers.1.self_attn": [1, 2, 3]})
     hp.prune_folder(folder, plan, tmp_path / "pruned")
     assert not hp.attention_sites(hp.load(tmp_path / "pruned"))[1].head_map.is_uniform
+
+
+def test_weight_files_in_a_folder_of_their_own_stay_there(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    for path in folder.glob("*.safetensors"):
+        (folder / "weights").mkdir(exist_ok=True)
+        path.rename(folder / "weights" / path.name)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    plan, model = random_plan(folder), hp.load(folder)
+    hp.prune_folder(folder, plan, tmp_path / "pruned")
+    hp.prune(model, plan)
+    pruned = hp.load(tmp_path / "pruned").state_dict()
+    assert all(torch.equal(tensor, pruned[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_folder_of_one_file_and_tied_weights(tmp_path):
