@@ -18,7 +18,7 @@ from headprune.evaluation.estimate import DEVICES
 from headprune.evaluation.tasks import Task
 from headprune.files import read_json, write_json
 from headprune.models.placement import chosen_device
-from headprune.models.shards import open_shards
+from headprune.models.shards import INDEX, SINGLE, open_shards
 from headprune.planning import Budget, PruningPlan
 from headprune.recipe import Recipe
 from headprune.report.progress import Stages
@@ -51,10 +51,13 @@ def reads_streamed(recipe: Recipe, device: torch.device) -> bool:
 
 
 def fits(name: str, device: torch.device) -> bool:
-    """Whether a run in memory fits; what is no folder of weight files is left to the run to refuse or to make."""
-    if name in EMBEDDED or not Path(name).is_dir():
+    """Whether a run in memory fits; what is no folder of safetensors is left to the run to refuse, to make, or to load whole."""
+    if name in EMBEDDED:
         return True
-    weights = open_shards(name).nbytes
+    folder = model_folder(name)
+    if not any((folder / file).is_file() for file in (SINGLE, INDEX)):
+        return True
+    weights = open_shards(folder).nbytes
     room = {"memory": (weights if device.type == "cuda" else COPIES * weights, psutil.virtual_memory().available)}
     if device.type == "cuda":
         room[str(device)] = (COPIES * weights, torch.cuda.mem_get_info(device)[0])

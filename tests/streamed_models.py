@@ -1,8 +1,10 @@
 """Model folders with several weight files, and batches for them."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_decoders import FAMILIES, MIXED, decoder
 from tiny_models import VOCABULARY, padded
 
@@ -13,6 +15,21 @@ SHARED_LAYERS = {"num_hidden_layers": 7, "num_kv_shared_layers": 4, "layer_types
 
 def sharded_folder(family: str, folder: Path, **options) -> Path:
     decoder(family, **options).save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def quantised_folder(folder: Path, part: str = "proj.weight") -> Path:
+    """A Llama whose weights named so are of fp8 and have scales, as its config says."""
+    sharded_folder("llama", folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if part in name]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.full((1, 1), 2.0)
+        save_file(tensors, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
     return folder
 
 

@@ -1,6 +1,7 @@
 """A run that reads its model layer by layer ends as one in memory."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_a_model_that_does_not_fit_is_streamed_by_itself(recipe, monkeypatch):
     monkeypatch.setattr(run_streamed, "COPIES", 10**9)
     assert run_streamed.reads_streamed(automatic, CPU)
     assert not run_streamed.reads_streamed(recipe.model_copy(update={"memory": "resident"}), CPU)
+
+
+def test_weights_that_are_no_safetensors_are_left_to_a_run_in_memory(recipe, tmp_path):
+    whole = load(recipe.model)
+    whole.config.save_pretrained(tmp_path / "pickled")
+    torch.save(whole.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    automatic = {"memory": "auto", "model": str(tmp_path / "pickled")}
+    assert not run_streamed.reads_streamed(recipe.model_copy(update=automatic), CPU)
+
+
+def test_a_model_of_the_hub_that_does_not_fit_is_streamed_too(recipe, monkeypatch):
+    monkeypatch.setattr(run_streamed, "COPIES", 10**9)
+    monkeypatch.setattr(run_streamed, "model_folder", lambda name: Path(recipe.model))
+    assert run_streamed.reads_streamed(recipe.model_copy(update={"memory": "auto", "model": "owner/name"}), CPU)
 
 
 def test_a_model_that_the_gpu_does_not_hold_is_streamed_through_it(recipe, monkeypatch):

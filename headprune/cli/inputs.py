@@ -89,7 +89,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The file to write.", callback=writable_file)]
 ModelOutputOption = Annotated[Path, typer.Option("--output", "-o", help="The model folder to write.")]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a model in the output folder that headprune did not write too.")
+    bool, typer.Option("--overwrite", help="Replace a model in the output folder that headprune did not write, or a file, too.")
 ]
 StreamedOption = Annotated[
     bool, typer.Option("--streamed", help="Read the weights layer by layer, for models that do not fit into memory.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from headprune.errors import UnsupportedModel
 
@@ -64,6 +66,17 @@ def refuse_quantised(model: nn.Module, doing: str) -> None:
         raise UnsupportedModel(
             f"{name} holds quantised weights, which {doing}; do that before the model is quantised, or train adapters on it "
             "with peft (docs/large-models.md)."
+        )
+
+
+def refuse_stored_quantised(config: PreTrainedConfig, folder: str | os.PathLike[str]) -> None:
+    """UnsupportedModel where the files of `folder` hold quantised weights, whose scales are read nowhere but in transformers."""
+    if getattr(config, "quantization_config", None) is not None:
+        how: Any = config.quantization_config
+        method = how.get("quant_method") if isinstance(how, Mapping) else getattr(how, "quant_method", None)
+        raise UnsupportedModel(
+            f"the weights in {folder} are quantised ({getattr(method, 'value', method)}), which are not read layer by layer; give "
+            "the model as it was before, or load it whole (hp.load)."
         )
 
 

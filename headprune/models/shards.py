@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from headprune.errors import CorruptCheckpoint, InvalidInput
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 HEADER_LIMIT = 100_000_000  # the format's own
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16,
+    "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
 }  # fmt: skip
 
 
@@ -57,13 +59,24 @@ class Shards(Mapping[str, Stored]):
         return sum(stored.nbytes for stored in self.tensors.values())
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the first weight by file and name, as transformers has it where the config does not say; fp32 where none is."""
+        in_order = sorted(self.tensors.items(), key=lambda item: (item[1].path, item[0]))
+        dtypes = (DTYPES[stored.dtype] for _, stored in in_order)
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+    @property
     def files(self) -> list[str]:
         return list(self.metadata)
 
     def sizes(self) -> dict[str, list[int]]:
-        """File name -> its size and when it was last written (nanoseconds): what tells one set of files from another."""
+        """File name -> its size and when it was last written (nanoseconds), of the config its size and CRC-32: what tells one model
+        from another."""
         found = {file: (self.folder / file).stat() for file in self.files}
-        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}
+        config = (self.folder / CONFIG).read_bytes()
+        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()} | {
+            CONFIG: [len(config), zlib.crc32(config)]
+        }
 
     def read(self, name: str, pinned: bool = False) -> Tensor:
         return read_stored(self.tensors[name], pinned)
@@ -105,7 +118,7 @@ def open_shards(folder: str | os.PathLike[str]) -> Shards:
     promised = index_of(folder)
     tensors: dict[str, Stored] = {}
     metadata: dict[str, dict[str, str]] = {}
-    for file in dict.fromkeys(promised.values()) if promised else [SINGLE]:
+    for file in sorted(set(promised.values())) if promised else [SINGLE]:  # of a tensor in two files transformers takes the last
         path = folder / file
         if not path.is_file():
             raise CorruptCheckpoint(f"{path} is missing; {INDEX} names it. Download or save the folder again.")
@@ -124,7 +137,10 @@ def index_of(folder: Path) -> dict[str, str]:
     if not (folder / INDEX).is_file():
         raise InvalidInput(f"{folder} holds neither {SINGLE} nor {INDEX}; give a model folder with safetensors weights.")
     try:
-        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        found = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        if not found or not all(isinstance(file, str) for file in found.values()):
+            raise ValueError("no names of files")
+        return found
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CorruptCheckpoint(f"{folder / INDEX} is no index of weights: {error!r}.") from None
 

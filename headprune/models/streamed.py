@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
@@ -47,7 +47,9 @@ class StreamedModel:
         self.trunk: Trunk = trunk_of(model)
         refuse_without_layers(self.trunk)
         self._transforms: list[Any] = get_model_conversion_mapping(model)
+        refuse_misfit(model, shards, memory_names(model, shards))
         self._stored = stored_by_part(model, self.trunk, shards)
+        self._not_stored = set(model.state_dict()) - {name for name, _ in known_names(model, shards).values()}
         self.instead: dict[str, Stored] = {}  # name in memory -> what is read in place of the model's own
         self._held: set[Part] = set()
         self._ahead: dict[Part, Future[dict[str, Tensor]]] = {}
@@ -92,8 +94,8 @@ class StreamedModel:
         with quiet_loading():
             config = LoadStateDictConfig(weight_mapping=copy.deepcopy(self._transforms), device_map={"": str(self.device)})
             convert_and_load_state_dict_in_model(self.model, state, config, **NO_PLAN)
-        if part is None:
-            self.model.tie_weights()
+        if part is None:  # as where the whole model is loaded: what is stored twice, and differs, is not tied
+            self.model.tie_weights(missing_keys=set(self._not_stored), recompute_mapping=False)
         missing = next((name for name, tensor in self._parameters(part) if tensor.is_meta), None)
         if missing is not None:
             raise CorruptCheckpoint(f"{self.shards.folder} lacks the weights of {missing}.")
@@ -156,6 +158,17 @@ def memory_names(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
     return {stored: name for stored, (name, same) in known_names(model, shards).items() if same}
 
 
+def refuse_misfit(model: nn.Module, shards: Shards, names: Mapping[str, str]) -> None:
+    """CorruptCheckpoint where a tensor has another shape in the files than in `model`. names: as `memory_names` gives them."""
+    expected = model.state_dict()
+    for stored, name in names.items():
+        if shards[stored].shape != tuple(expected[name].shape):
+            raise CorruptCheckpoint(
+                f"{shards.folder} does not fit its config, which asks for {name} {list(expected[name].shape)}: "
+                f"{shards[stored].path.name} holds {list(shards[stored].shape)}."
+            )
+
+
 def known_names(model: PreTrainedModel, shards: Shards) -> dict[str, tuple[str, bool]]:
     """Name in the files -> (name in memory, whether it is the same tensor there), as transformers would load it. Of a tensor that
     others are joined or split from, the first name in memory."""
@@ -184,6 +197,12 @@ def reader_of(model: nn.Module) -> StreamedModel:
     if reader is None:
         raise InvalidInput(f"this {type(model).__name__} is in memory; give what headprune.open_streamed opens.")
     return reader
+
+
+def refuse_streamed(model: nn.Module, doing: str, instead: str) -> None:
+    """InvalidInput where `model` is one that `open_streamed` gave, naming what is not done with it, and what is."""
+    if streamed_of(model) is not None:
+        raise InvalidInput(f"the weights of this {type(model).__name__} are on disk (open_streamed), {doing}; {instead}.")
 
 
 @contextmanager

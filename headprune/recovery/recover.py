@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from headprune.arguments import check_arguments, check_options, keywords
 from headprune.errors import whole_number
 from headprune.models.quantised import refuse_quantised
+from headprune.models.streamed import refuse_streamed
 from headprune.models.tokens import TokenMask
 from headprune.nn.given import plain_module
 from headprune.recovery.batches import as_dataset, first_batch
@@ -106,6 +107,7 @@ def recover(
     model = plain_module(model)
     check_arguments(recover, locals())
     refuse_quantised(model, "recovery does not train")
+    refuse_streamed(model, "where recovery does not train them", "recover what hp.load gives")
     chosen = get_method(method)
     chosen.refuse_unknown(method_options or {})
     if quantise is not None:

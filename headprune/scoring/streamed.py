@@ -221,7 +221,7 @@ class StreamedPass:
         shards = self.streamed.shards
         now = {
             "needs": [need.value for need in wanted], "batches": list(self.seen), "folder": str(shards.folder.resolve()),
-            "files": shards.sizes(),
+            "files": shards.sizes(), "dtype": str(self.setting.model.dtype),
         }  # fmt: skip
         other = claim(folder, WORK_KIND, now)
         if other is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -13,21 +14,22 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from headprune.arguments import check_arguments, check_options
-from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel, unknown_name
+from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from headprune.files import read_json
 from headprune.head_map import HeadMap
 from headprune.hub import local_folder
 from headprune.model_folder import refuse_replacing, whole_model
 from headprune.models import attention_sites
+from headprune.models.streamed import refuse_streamed
 from headprune.nn import VariableHeadAttention
 from headprune.nn.given import plain_module, refuse_wrapped
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions, origin_of, refuse_companion
 from headprune.surgery.cut import cut
+from headprune.surgery.load_options import check_load_options
 from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
 from headprune.surgery.record import SECTION, kept_heads, record_of
@@ -63,12 +65,14 @@ def save(
         overwrite: replace a model that headprune did not write too. Files of `folder` that are no part of a model stay.
         options: as for `save_pretrained` (max_shard_size, ...). With is_main_process=False nothing is written.
 
-    Raises UnsupportedModel where adapters are attached or weights are quantised, InvalidInput where `folder` holds other things
-    than a model, or one that headprune did not write, HeadpruneError where the disk refuses.
+    Raises UnsupportedModel where adapters are attached, weights are quantised, or modules share some that the class does not tie,
+    InvalidInput where `folder` holds other things than a model, or one that headprune did not write, HeadpruneError where the disk
+    refuses.
     """
     model = plain_module(model)
     refuse_wrapped(model)
     check_arguments(save, locals())
+    refuse_streamed(model, "in the folder that it was opened from", "copy that, or save what hp.load gives")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
             f"{type(model).__name__} has adapters attached, whose weights are not the model's. Call merge_and_unload() and save "
@@ -93,7 +97,8 @@ def save(
         return folder
     with whole_model(folder) as draft:
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained(draft, **options)
+            with shared_named(model):
+                model.save_pretrained(draft, **options)
             if not isinstance(model, SavedWithCode):
                 write_remote_code(model, draft)
         else:
@@ -106,6 +111,24 @@ def save(
         if isinstance(model, PreTrainedModel):
             write_manifest(draft)
     return folder
+
+
+@contextmanager
+def shared_named(model: nn.Module) -> Iterator[None]:
+    """UnsupportedModel in place of transformers' refusal of weights that lie in several modules, which lists all of them."""
+    try:
+        yield
+    except RuntimeError as error:
+        names: dict[int, list[str]] = {}
+        for name, weight in model.state_dict(keep_vars=True).items():
+            names.setdefault(id(weight), []).append(name)
+        shared = next((found for found in names.values() if len(found) > 1 and repr(found[0]) in str(error)), None)
+        if "shared tensors" not in str(error) or shared is None:
+            raise
+        raise UnsupportedModel(
+            f"{' and '.join(shared[:2])} are one, which {type(model).__name__} does not tie by itself, so that it would not load "
+            "again. Give each module its own (copy.deepcopy)."
+        ) from error
 
 
 def check_recorded(model: nn.Module) -> None:
@@ -156,7 +179,7 @@ def load(
     if model is not None:
         check_options("load with model=", {**options, **({"base": base} if base else {})}, ("verify",))
         return load_plain(folder, model, verify=verify)
-    check_attention(options.get("attn_implementation"))
+    check_load_options(options)
     taken = next((name for name in OWN_OPTIONS if name in options), None)
     if taken is not None:
         raise InvalidInput(f"load sets {taken} itself; leave it out. The config is the folder's own, and its weights must fit it.")
@@ -173,6 +196,8 @@ def load(
         )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{folder} does not load as {model_class.__name__}: {first_line(error)}") from error
+    except ImportError as error:
+        raise InvalidInput(f"{folder} does not load without another package: {first_line(error)}") from error
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
@@ -195,14 +220,6 @@ def load(
         save_with_code(found, model_class)
     loaded: PreTrainedModel = found
     return loaded
-
-
-def check_attention(chosen: Any) -> None:
-    """InvalidInput where `attn_implementation` is none that transformers has; of its hub ("owner/name") it finds them itself."""
-    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    for name in chosen.values() if isinstance(chosen, dict) else [chosen]:
-        if name is not None and name not in known and "/" not in str(name):
-            raise unknown_name("attn_implementation", name, known)
 
 
 def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from headprune.models.adapters import adapter_of, attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.site import AttentionSite, Foreign, HeadModules, ProjectionHeads, is_conv1d
 from headprune.models.specialise import empty_projection
+from headprune.models.streamed import refuse_streamed
 from headprune.nn.replace import on_own_attention
 from headprune.nn.weights import UNDO
 from headprune.surgery.gather import gathered, gathered_at_once
@@ -91,6 +92,7 @@ def checked_cut(
     """
     sites = {site.name: site for site in attention_sites(model)}
     refuse_other_record(model, sites)
+    refuse_streamed(model, "where a cut in memory does not change them", "prune its folder: hp.prune_folder, or --streamed")
     kept = checked_keep(sites, keep)
     if not any(len(kept.get(name, range(site.head_map.query_heads))) for name, site in sites.items()):
         raise InvalidPlan("every head of every attention would go; keep at least one in the model.")

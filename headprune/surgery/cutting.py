@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from headprune.errors import UnsupportedModel
 from headprune.models import attention_sites
 from headprune.models.shards import DTYPES, Shards, Stored, read_stored
-from headprune.models.streamed import known_names, memory_names
+from headprune.models.streamed import known_names, memory_names, refuse_misfit
 from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.cut import cut_site
 from headprune.surgery.shard_writer import Entry
+
+UNQUANTISED = ("F64", "F32", "F16", "BF16")
 
 
 def changed_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, tuple[int, ...] | None]:
@@ -40,7 +42,7 @@ class Cutting:
         base: bool = False,
     ) -> None:
         """shapes: as `changed_shapes` gives them; base: as in `hp.load`. UnsupportedModel where a tensor is in no file under a name
-        of its own, or is no attention's."""
+        of its own, is quantised, or is no attention's; CorruptCheckpoint where it is of another shape than the config's."""
         self.shards, self.kept, self.shapes = shards, kept, shapes
         self.solved: dict[str, Stored] = {}  # name in memory -> what takes the place of the model's own weights, before the cut
         self.model: PreTrainedModel = skeleton(source, base)
@@ -52,6 +54,14 @@ class Cutting:
         lacking = sorted(set(shapes) - set(self.in_memory.values()))
         if lacking:
             raise UnsupportedModel(f"{lacking[0]} is made from other tensors of the files when it is loaded; load the model whole.")
+        changing = {stored: memory for stored, memory in self.in_memory.items() if memory in shapes}
+        quantised = next((stored for stored in changing if shards[stored].dtype not in UNQUANTISED), None)
+        if quantised is not None:
+            raise UnsupportedModel(
+                f"{quantised} is stored as {shards[quantised].dtype}, quantised, and a cut in the files would leave its scales; "
+                "prune the model as it was, or load it whole."
+            )
+        refuse_misfit(self.model, shards, changing)
         owners = {id(part.module): name for name in kept for part in self.sites[name].projections}
         owners |= {id(part.module): name for name in kept for part in self.sites[name].extras}
         self._tensors: dict[str, dict[str, str]] = {}  # site -> names in the files, and in memory, of what changes with its cut
@@ -70,7 +80,7 @@ class Cutting:
         """What the file of this name is to hold."""
         found = []
         for name, stored in self.shards.items():
-            if stored.path.name != file or name in self.left_out:
+            if stored.path != self.shards.folder / file or name in self.left_out:
                 continue
             inside = self.in_memory.get(name, "")  # "": a tensor that the model does not know
             shape = self.shapes.get(inside, stored.shape)

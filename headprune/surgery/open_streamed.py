@@ -17,6 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from headprune.arguments import check_arguments
 from headprune.hub import local_folder
 from headprune.models.placement import refuse_absent
+from headprune.models.quantised import refuse_stored_quantised
 from headprune.models.shards import open_shards
 from headprune.models.site import Foreign
 from headprune.models.streamed import StreamedModel
@@ -61,20 +62,22 @@ def open_streamed(
 
     Args:
         device: where the layers run.
-        dtype: of the weights once they are read; default as the config says.
+        dtype: of the weights once they are read; default as the config says, or else the files.
         base: without the head of a language model, as in `hp.load`.
 
     Raises InvalidInput where the folder is no transformers model with safetensors weights, CorruptCheckpoint naming a weight file
-    that is missing or cut short, UnsupportedModel where the attentions do not lie in one stack of layers.
+    that is missing or cut short, or weights of other shapes than the config's, UnsupportedModel where the attentions do not lie in
+    one stack of layers or the weights are quantised.
     """
     check_arguments(open_streamed, locals())
     refuse_absent(device)
     folder = local_folder(folder)
     shards = open_shards(folder)
     config = load_config(folder)
+    refuse_stored_quantised(config, folder)
     built = pruned_class(class_of(config, base), getattr(config, SECTION, None))
     with empty_weights():
-        model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or shards.dtype)
     model.eval().requires_grad_(False)
     model.tie_weights()
     model.name_or_path = str(folder)

@@ -215,7 +215,7 @@ def check_folder(
 ) -> None:
     """HeadpruneError unless `draft` gives, in fp32, what `source` gives with the removed heads gated and the solved weights in
     place, which the files of `draft` have rounded to their own dtype."""
-    stored: Any = load_config(source).dtype or torch.float32
+    stored: Any = load_config(source).dtype or open_shards(source).dtype
     try:
         gated_model, pruned = (open_streamed(folder, device=device, dtype=torch.float32, base=base) for folder in (source, draft))
     except UnsupportedModel as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import only_error
 from letter_tokenizer import letter_tokenizer
+from tiny_decoders import decoder
 from tiny_models import bert, llama
 from transformers import BertModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -81,6 +82,22 @@ def test_a_model_that_headprune_did_not_write_is_replaced_on_request_alone(call,
         code, _, err = call(*command, "-o", "theirs", *([] if is_ours(Path("theirs")) else ["--overwrite"]))
         assert code == 0, err
     assert load("theirs").config.model_type == "bert"
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_a_file_is_replaced_by_an_export_on_request_alone(target, call):
+    pytest.importorskip(target)
+    save(decoder("llama", num_hidden_layers=1), "model")
+    output = Path(f"out.{target}")
+    output.write_bytes(b"mine")
+    command = ("export", "./model", "--to", target, "-o", str(output))
+    code, _, err = call(*command)
+    assert code == 2
+    assert f"{output} is there already; give another name, or --overwrite" in only_error(err)
+    assert output.read_bytes() == b"mine"
+    code, _, err = call(*command, "--overwrite")
+    assert code == 0, err
+    assert output.read_bytes() != b"mine"
 
 
 def test_diff_says_what_is_gone_and_what_that_saves(call):

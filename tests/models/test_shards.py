@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from streamed_models import sharded_folder
 
+import headprune as hp
 from headprune.errors import CorruptCheckpoint, InvalidInput
 from headprune.models.shards import INDEX, open_shards
 from headprune.surgery.shard_writer import copy_range
@@ -57,6 +58,21 @@ def test_a_tensor_that_the_index_promises_in_vain_is_named(folder):
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(CorruptCheckpoint, match=r"model\.ghost\.weight"):
         open_shards(folder)
+
+
+@pytest.mark.parametrize("names", [{}, {"model.norm.weight": 3}])
+def test_an_index_that_names_no_files_is_no_index(names, folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CorruptCheckpoint, match="no index of weights"):
+        open_shards(folder)
+
+
+def test_of_a_tensor_in_two_files_the_last_is_taken_as_transformers_does(folder):
+    name, files = "model.layers.0.self_attn.q_proj.weight", sorted(folder.glob("*.safetensors"))
+    assert open_shards(folder)[name].path == files[0]
+    save_file({**load_file(files[-1]), name: torch.ones(32, 32)}, files[-1], {"format": "pt"})
+    assert torch.equal(open_shards(folder).read(name), hp.load(folder).get_parameter(name))
+    assert torch.equal(open_shards(folder).read(name), torch.ones(32, 32))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

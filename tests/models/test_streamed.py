@@ -1,16 +1,19 @@
 """Models whose weights are read as they run."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from streamed_models import SHARED_LAYERS, SHARING, labelled, sharded_folder
+from safetensors.torch import load_file, save_file
+from streamed_models import SHARED_LAYERS, SHARING, labelled, quantised_folder, sharded_folder
 from tiny_decoders import decoder
 
 import headprune as hp
-from headprune.errors import CorruptCheckpoint, UnsupportedModel
+from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from headprune.models.trunk import enter, trunk_of
+from headprune.surgery.export import export
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
@@ -40,6 +43,32 @@ def test_the_dtype_can_be_chosen(tmp_path):
         assert torch.equal(model(**batch).logits, hp.load(folder, dtype=torch.float64)(**batch).logits)
 
 
+def test_where_the_config_names_no_dtype_it_is_that_of_the_files(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    hp.load(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert hp.open_streamed(folder).dtype is hp.load(folder).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("stored", ["head", "both"])
+def test_of_tied_weights_those_count_that_are_in_the_files(stored, tmp_path):
+    """As where the whole model is loaded: both are the one that is there, and two that differ are not tied."""
+    decoder("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    if stored == "head":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    model, batch = hp.open_streamed(tmp_path / "model"), labelled()
+    with torch.no_grad():
+        expected = hp.load(tmp_path / "model")(**batch).logits
+        for _ in range(2):
+            assert torch.equal(model(**batch).logits, expected)
+
+
 def test_weights_that_the_files_lack_are_named(tmp_path):
     folder = sharded_folder("llama", tmp_path / "model")
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -47,6 +76,43 @@ def test_weights_that_the_files_lack_are_named(tmp_path):
     config.save_pretrained(folder)
     with pytest.raises(CorruptCheckpoint, match=r"model\.layers\.2\."):
         hp.open_streamed(folder)(**labelled())
+
+
+def test_weights_of_another_shape_than_the_configs_are_named_before_any_is_read(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.intermediate_size = 40
+    config.save_pretrained(folder)
+    with pytest.raises(
+        CorruptCheckpoint, match=r"asks for model\.layers\.0\.mlp\.\w+\.weight \[.*40.*\]: model-.* holds \[.*48.*\]"
+    ):
+        hp.open_streamed(folder)
+
+
+def test_weights_that_were_quantised_are_refused(tmp_path):
+    """Without their scales they are other numbers."""
+    folder = quantised_folder(tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match=r"are quantised \(fp8\), which are not read layer by layer"):
+        hp.open_streamed(folder)
+
+
+@pytest.mark.parametrize(
+    ("work", "instead"),
+    [
+        (lambda model, folder: hp.prune(model, hp.PruningPlan.from_keep(model, {"model.layers.0.self_attn": [0]})), "prune_folder"),
+        (lambda model, folder: hp.cut(model, {"model.layers.0.self_attn": [0]}, verify=False), "prune_folder"),
+        (lambda model, folder: hp.save(model, folder), "copy that"),
+        (lambda model, folder: export(model, "stock", folder), "export what"),
+        (lambda model, folder: hp.recover(model, [labelled()], steps=1), "recover what"),
+    ],
+)
+def test_what_takes_weights_in_memory_says_so(work, instead, tmp_path):
+    model = hp.open_streamed(sharded_folder("llama", tmp_path / "model"))
+    with pytest.raises(InvalidInput, match=rf"the weights of this LlamaForCausalLM are on disk .*{instead}"):
+        work(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with torch.no_grad():
+        assert model(**labelled()).loss.isfinite()
 
 
 def test_a_model_of_two_stacks_is_refused(tmp_path):

@@ -140,6 +140,14 @@ def test_another_pass_in_the_same_folder_is_refused(tmp_path):
     hp.observe(hp.open_streamed(folder), [labelled()], ["gram"], checkpoint=tmp_path / "work")
     with pytest.raises(InvalidInput, match="other batches"):
         hp.observe(hp.open_streamed(folder), [labelled("left")], ["gram"], checkpoint=tmp_path / "work")
+    with pytest.raises(InvalidInput, match="other dtype"):
+        hp.observe(hp.open_streamed(folder, dtype=torch.float64), [labelled()], ["gram"], checkpoint=tmp_path / "work")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    with pytest.raises(InvalidInput, match="other files"):
+        hp.observe(hp.open_streamed(folder), [labelled()], ["gram"], checkpoint=tmp_path / "work")
+    (folder / "config.json").write_text(config)
+    hp.observe(hp.open_streamed(folder), [labelled()], ["gram"], checkpoint=tmp_path / "work")
 
 
 KILLED = """

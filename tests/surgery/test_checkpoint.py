@@ -13,7 +13,7 @@ import torch
 from tiny_encoders import SEQ2SEQ, VISION
 from tiny_models import bert, hidden, llama, padded, tokens
 
-from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
+from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
 from headprune.surgery import cut, load, save
 from headprune.surgery.checkpoint import skeleton
@@ -53,6 +53,47 @@ def test_ragged_groups_run_through_headprune_unless_another_attention_is_named(t
     eager = load(folder, attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
     assert torch.allclose(hidden(eager, **padded()), hidden(load(folder), **padded()), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": "foo"}, r"dtype is 'foo'; expected a torch\.dtype"),
+        ({"torch_dtype": 3}, "torch_dtype is 3; expected"),
+        ({"device_map": "foo"}, "device_map is 'foo'; expected a device"),
+        ({"device_map": {"": "cuda:77"}}, "device is 'cuda:77'; this machine has cpu"),
+        ({"device_map": []}, r"device_map is \[\]; expected a device"),
+    ],
+)
+def test_a_wrong_option_is_no_corrupt_folder(options, said, tmp_path):
+    folder = save(bert(), tmp_path / "model")
+    with pytest.raises(InvalidInput, match=said):
+        load(folder, **options)
+
+
+def test_dtypes_and_places_by_any_of_their_names_are_taken(tmp_path):
+    folder = save(bert(), tmp_path / "model")
+    for options in ({"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16, "device_map": "cpu"}):
+        assert load(folder, **options).dtype is torch.bfloat16
+    assert load(folder, dtype="auto", device_map={"": torch.device("cpu")}).dtype is torch.float32
+
+
+def test_a_package_that_is_not_here_is_named(tmp_path):
+    folder = save(bert(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "quanto", "weights": "int8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidInput, match=r"does not load without another package: .*quanto"):
+        load(folder)
+
+
+def test_weights_that_are_one_and_not_tied_are_named(tmp_path):
+    model = llama()
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    said = r"layers\.0\.self_attn\.\w+\.weight and model\.layers\.1\.self_attn\.\w+\.weight are one"
+    with pytest.raises(UnsupportedModel, match=said):
+        save(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loaded_model_can_be_pruned_further(tmp_path):

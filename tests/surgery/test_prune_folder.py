@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from child_process import environment
-from streamed_models import batches_of_tokens, sharded_folder
+from streamed_models import batches_of_tokens, quantised_folder, sharded_folder
 from tiny_decoders import FAMILIES, decoder
 
 import headprune as hp
 from headprune.errors import CorruptCheckpoint, InvalidInput, InvalidPlan, UnsupportedModel
+from headprune.models.shards import INDEX, open_shards
+from headprune.surgery.checkpoint import skeleton
 
 
 def random_plan(folder, seed: int = 0, emptied: bool = False):
@@ -50,6 +52,21 @@ def test_what_stands_at_padded_tokens_does_not_fail_the_check_of_ragged_groups(f
     assert not hp.attention_sites(hp.load(tmp_path / "pruned"))[1].head_map.is_uniform
 
 
+def test_weight_files_in_a_folder_of_their_own_stay_there(tmp_path):
+    folder = sharded_folder("llama", tmp_path / "model")
+    for path in folder.glob("*.safetensors"):
+        (folder / "weights").mkdir(exist_ok=True)
+        path.rename(folder / "weights" / path.name)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    plan, model = random_plan(folder), hp.load(folder)
+    hp.prune_folder(folder, plan, tmp_path / "pruned")
+    hp.prune(model, plan)
+    pruned = hp.load(tmp_path / "pruned").state_dict()
+    assert all(torch.equal(tensor, pruned[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_folder_of_one_file_and_tied_weights(tmp_path):
     sharded_folder("llama", tmp_path / "many", tie_word_embeddings=True)
     hp.save(hp.load(tmp_path / "many"), tmp_path / "one")
@@ -74,6 +91,24 @@ def test_modules_of_single_heads_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(UnsupportedModel, match="numbers modules by head"):
         hp.prune_folder(folder, plan, tmp_path / "pruned")
     assert not [path for path in tmp_path.iterdir() if "pruned" in path.name]
+
+
+def test_attentions_that_are_quantised_are_refused_and_nothing_is_written(tmp_path):
+    """A cut in the files alone would leave their scales as they are."""
+    folder = quantised_folder(tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match=r"self_attn.* is stored as F8_E4M3, quantised"):
+        hp.prune_folder(folder, hp.PruningPlan.from_keep(skeleton(folder), {"model.layers.0.self_attn": [0]}), tmp_path / "pruned")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_where_only_feed_forwards_are_quantised_the_attentions_are_cut(tmp_path, caplog):
+    folder = quantised_folder(tmp_path / "model", "mlp.down_proj.weight")
+    hp.prune_folder(folder, hp.PruningPlan.from_keep(skeleton(folder), {"model.layers.0.self_attn": [0]}), tmp_path / "pruned")
+    assert "was not checked by a forward pass" in caplog.text
+    before, after = open_shards(folder), open_shards(tmp_path / "pruned")
+    assert set(before) == set(after)
+    assert after["model.layers.0.self_attn.q_proj.weight"].shape == (8, 32)
+    assert after["model.layers.0.mlp.down_proj.weight"].dtype == "F8_E4M3"
 
 
 def test_a_gpu_that_is_not_here_is_refused_before_anything_is_written(tmp_path):

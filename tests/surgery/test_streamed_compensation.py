@@ -141,6 +141,21 @@ def test_solved_weights_of_nobody_are_not_taken_up(tmp_path, monkeypatch):
     assert_same_weights(hp.load(tmp_path / "pruned"), model)
 
 
+def test_what_was_solved_with_another_config_is_thrown_away(tmp_path, monkeypatch):
+    folder, batches = sharded_folder("llama", tmp_path / "model"), batches_of_tokens()
+    plan = plan_for(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["headprune.surgery.prune_folder"], "take_up", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            hp.prune_folder(folder, plan, tmp_path / "pruned", batches, compensation="bias")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    hp.prune_folder(folder, plan, tmp_path / "pruned", batches, compensation="bias")
+    model = hp.load(folder)
+    hp.prune(model, plan, batches, compensation="bias")
+    assert_same_weights(hp.load(tmp_path / "pruned"), model)
+
+
 def test_layers_before_the_first_cut_run_once_and_solved_ones_never_again(tmp_path, monkeypatch):
     folder, batches = sharded_folder("llama", tmp_path / "model", num_hidden_layers=4), batches_of_tokens()
     plan = hp.PruningPlan.from_keep(hp.load(folder), {"model.layers.3.self_attn": [0]})

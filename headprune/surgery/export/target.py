@@ -17,6 +17,7 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_unwritable, whole_file
 from headprune.model_folder import refuse_replacing, whole_model
+from headprune.models.streamed import refuse_streamed
 from headprune.nn.given import plain_module
 from headprune.surgery.companions import copy_companions, origin_of, refuse_companion
 from headprune.surgery.manifest import mark_exported
@@ -83,7 +84,7 @@ def export(
         output: a folder, or for targets of one file also its name ("model.gguf"). All of it is written or nothing.
         tokenizer: saved beside it; default the files of `source`, by default the folder that the model came from.
         keep_model: work on a copy; False saves the memory of one and leaves `model` unusable.
-        overwrite: as in `hp.save`, of a folder; one file replaces another.
+        overwrite: as in `hp.save`; a file that is there is replaced with it alone.
         options: of the target.
 
     Raises UnsupportedModel where the target cannot hold the model, InvalidInput for an unknown target or option and where a
@@ -102,6 +103,7 @@ def export(
             "torch.onnx.export(model, inputs, dynamo=True) and torch.export.export take a pruned plain module."
         )
     refuse_companion(tokenizer)
+    refuse_streamed(model, "which an export needs whole", "export what hp.load gives")
     output = Path(output)
     refuse_output(to, output, overwrite)
     origin = origin_of(model, source)
@@ -135,6 +137,8 @@ def refuse_output(to: str, output: Path, overwrite: bool) -> None:
     """InvalidInput where an export to the target `to` may not be written as `output`."""
     if writes_file(get_target(to), output):
         refuse_unwritable(output, file=True)
+        if output.exists() and not overwrite:
+            raise InvalidInput(f"{output} is there already; give another name, or --overwrite (overwrite=True) where it may go.")
     else:
         refuse_replacing(output, overwrite)
 
