@@ -287,6 +287,13 @@ def test_python_runs_the_package_as_the_command():
     assert "error:" in found.stderr
 
 
+def test_nothing_that_is_imported_talks():
+    pytest.importorskip("torchao")
+    command = [sys.executable, "-m", "headprune", "--quiet", "criteria", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+
+
 def test_nothing_is_fetched_unless_it_is_asked_for():
     for given, expected in ((None, "True"), ("0", "False")):
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
