@@ -122,7 +122,9 @@ def refuse_foreign(folder: Path, recipe: Recipe) -> None:
     existing = folder / "recipe.yaml"
     if existing.exists() and work_in(folder, load_recipe(existing)) != work_in(folder, recipe):
         raise InvalidInput(f"{folder} holds a run of another recipe; give another output (output=...), or remove that folder.")
-    if not existing.exists() and folder.exists() and any(folder.iterdir()):
+    if (
+        not existing.exists() and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    ):  # half-written
         raise InvalidInput(f"{folder} is not empty and holds no run; give another output (output=...).")
 
 

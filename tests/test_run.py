@@ -224,6 +224,12 @@ def test_a_run_carries_out_a_plan_by_hand(recipe, tmp_path):
         carried_out(recipe)
 
 
+def test_a_run_that_was_killed_at_its_first_file_begins_anew(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.yaml.x1y2z3").write_text("model:")
+    assert carried_out(recipe).report.exists()
+
+
 def test_a_folder_of_another_run_is_refused(recipe, tmp_path):
     carried_out(recipe)
     with pytest.raises(InvalidInput, match="another recipe"):
