@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,36 @@ def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = Non
         raise InvalidInput(f"cannot write {target}: {place} is a file, not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InvalidInput(f"cannot write {target}: you may not write into {place}.")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """In the block no other process may be in `folder` so, which is made where it is missing: InvalidInput. The lock ends with the
+    process, however that ends; a system or disk without locks refuses nothing."""
+    place = folder / ".lock"
+    with clear_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        lock(handle, folder)
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def lock(handle: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    with suppress(OSError):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(f"another process is at work in {folder}; wait until it is done, or give another folder.") from None
 
 
 def refuse_device(target: Path) -> None:

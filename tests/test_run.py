@@ -1,6 +1,8 @@
 """A run of a recipe: whole, taken up after a kill, and refused where the folder is another's."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -227,6 +229,22 @@ def test_a_run_carries_out_a_plan_by_hand(recipe, tmp_path):
 def test_a_run_that_was_killed_at_its_first_file_begins_anew(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".recipe.yaml.x1y2z3").write_text("model:")
+    assert carried_out(recipe).report.exists()
+
+
+def test_a_folder_has_one_process_at_a_time(recipe, tmp_path):
+    """Two that train for minutes each mixed their weights, checkpoints and results there. The lock of one that is killed goes."""
+    hold = (
+        "import pathlib, sys; from headprune.files import alone_in\nwith alone_in(pathlib.Path('run')): print(flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(InvalidInput, match=r"another process is at work in .*run; wait until it is done"):
+            carried_out(recipe)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        other.kill()
+    assert carried_out(recipe).report.exists()
     assert carried_out(recipe).report.exists()
 
 
