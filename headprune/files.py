@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator
 
     sync: wait until the disk has it, so that a machine that goes down leaves the old or the new one too."""
     target = path_of(target)
+    refuse_device(target)
     with clear_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -108,6 +109,7 @@ def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator
 def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = None) -> None:
     """InvalidInput where nothing could be written to `target`, which need not be there yet: a file, a folder or (None) either."""
     target = Path(target)
+    refuse_device(target)
     if os.path.exists(target) and file is target.is_dir():
         raise InvalidInput(f"{target} is a {'folder; give the name of a file' if file else 'file; give a folder'} to write to.")
     # os.path: where a folder on the way may not be read, Path.exists raises before Python 3.14.
@@ -116,6 +118,44 @@ def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = Non
         raise InvalidInput(f"cannot write {target}: {place} is a file, not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InvalidInput(f"cannot write {target}: you may not write into {place}.")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """In the block no other process may be in `folder` so, which is made where it is missing: InvalidInput. The lock ends with the
+    process, however that ends; a system or disk without locks refuses nothing."""
+    place = folder / ".lock"
+    with clear_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        lock(handle, folder)
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def lock(handle: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    with suppress(OSError):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(f"another process is at work in {folder}; wait until it is done, or give another folder.") from None
+
+
+def refuse_device(target: Path) -> None:
+    """InvalidInput where `target` is a device or a pipe: a file would take the place of /dev/null for all programs, where one may
+    write there. /dev/stdout is a link to what the process has open."""
+    device = os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target)
+    if device or (os.path.islink(target) and os.readlink(target).startswith("/proc/")):
+        raise InvalidInput(f"{target} is a device or a pipe, which would be replaced; give the name of a file.")
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:

@@ -12,14 +12,16 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from headprune.arguments import check_arguments
 from headprune.errors import HeadpruneError, InvalidInput, unknown_name
 from headprune.planning.allocation import get_allocation
 from headprune.planning.budget import Budget
 from headprune.planning.engine import get_engine
 from headprune.planning.units import GRANULARITIES
+from headprune.recipe_yaml import apply_override, read_yaml, write_yaml
 from headprune.recovery.methods import get_method
 from headprune.recovery.rounded_weights import refuse_untrainable
-from headprune.schedules import recipe_options
+from headprune.schedules import get_schedule, recipe_options
 from headprune.scoring.criterion import get_criterion
 from headprune.scoring.score import NORMALIZATIONS
 
@@ -159,6 +161,7 @@ class ScheduleSection(BaseModel):
         known = recipe_options(self.name)
         for option in self.options:
             one_of(f"option of {self.name}", option, known)
+        check_arguments(get_schedule(self.name), self.options)
         return self
 
 
@@ -208,6 +211,15 @@ class Recipe(Section):
     output: Place = Field(description="the folder of the run: scores, plan, model, report")
     seed: int = Field(default=0, description="of whatever is drawn")
 
+    @model_validator(mode="before")
+    @classmethod
+    def empty_sections(cls, content: Any) -> Any:
+        """A section of which all keys are commented out is one that is left out."""
+        defaults = {name for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
+        if not isinstance(content, dict):
+            return content
+        return {name: value for name, value in content.items() if value is not None or name not in defaults}
+
     @model_validator(mode="after")
     def one_plan(self) -> Recipe:
         if self.schedule is not None and self.plan.file:
@@ -219,7 +231,7 @@ class Recipe(Section):
         return self
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return write_yaml(self.model_dump())
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -229,10 +241,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidInput(f"recipe {path} does not exist; expected a YAML file such as recipes/minilm.yaml.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise InvalidInput(f"recipe {path} cannot be read: {error.strerror}.") from None
+    except InvalidInput as error:
+        raise InvalidInput(f"recipe {path}: {error}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidInput(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise InvalidInput(f"recipe {path} holds no keys; expected model, task, output and optional sections.")
@@ -245,22 +261,8 @@ def parse_recipe(content: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise InvalidInput(f"recipe {origin}: {explain(error.errors()[0])}") from None
-
-
-def apply_override(content: dict[str, Any], override: str) -> None:
-    key, found, value = override.partition("=")
-    if not found or not key:
-        raise InvalidInput(f"override {override!r}: expected section.key=value, for example plan.budget.heads=0.3.")
-    *parents, last = key.split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise InvalidInput(f"override {override!r}: {parent} is no section.")
-    try:
-        content[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InvalidInput(f"override {override!r}: {value!r} is not a YAML value.") from None
+        unknown = [problem for problem in error.errors() if problem["type"] == "extra_forbidden"]  # a misspelt key is missing too
+        raise InvalidInput(f"recipe {origin}: {explain([*unknown, *error.errors()][0])}") from None
 
 
 def explain(problem: ErrorDetails) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.evaluation import Comparison, compare
 from headprune.evaluation.tasks import Task, build_task, check_task_options
-from headprune.files import read_json, refuse_unwritable, write_json, write_text
+from headprune.files import alone_in, read_json, refuse_unwritable, write_json, write_text
 from headprune.models.placement import chosen_device
 from headprune.models.streamed import streamed_of
 from headprune.planning import PruningPlan
@@ -62,8 +62,8 @@ class RunResult:
 def run(recipe: Recipe, stages: Stages) -> RunResult:
     """Carries `recipe` out in `recipe.output`; what a killed run of the same recipe left there is taken up.
 
-    Raises InvalidInput where the folder holds a run of another recipe, or of other weights or data of the same names;
-    HeadpruneError where a check fails.
+    Raises InvalidInput where the folder holds a run of another recipe, or of other weights or data of the same names, or where
+    another process is at work in it; HeadpruneError where a check fails.
     """
     folder = Path(recipe.output)
     refuse_foreign(folder, recipe)
@@ -86,19 +86,21 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     if streamed:
         show_estimate(recipe, task, stages)
     inputs = run_inputs(recipe, task)
-    refuse_changed(recipe, inputs)
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
-    write_json(folder / FILE, KIND, inputs)
-    scores = scored(dense, task, recipe, stages)
-    chosen, pruned, checks = smaller_model(dense, task, scores, recipe, folder, stages)
-    with stages.stage("evaluate dense and pruned") as progress:
-        comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
-    write_json(
-        folder / "result.json", "run_result", {"checks": checks, "comparison": comparison.to_json(), "stages": stages.to_json()}
-    )
-    write_card(folder)
-    measure_for_report(dense, task, scores, recipe, stages)
-    return RunResult(folder, chosen, comparison, checks, report(folder), stages)
+    with alone_in(folder):
+        refuse_foreign(folder, recipe)  # once more: another process may have been here meanwhile
+        refuse_changed(recipe, inputs)
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        write_json(folder / FILE, KIND, inputs)
+        scores = scored(dense, task, recipe, stages)
+        chosen, pruned, checks = smaller_model(dense, task, scores, recipe, folder, stages)
+        with stages.stage("evaluate dense and pruned") as progress:
+            comparison = compare(dense, pruned, task, repeats=recipe.evaluate.repeats, progress=progress)
+        write_json(
+            folder / "result.json", "run_result", {"checks": checks, "comparison": comparison.to_json(), "stages": stages.to_json()}
+        )
+        write_card(folder)
+        measure_for_report(dense, task, scores, recipe, stages)
+        return RunResult(folder, chosen, comparison, checks, report(folder), stages)
 
 
 def smaller_model(
@@ -122,7 +124,9 @@ def refuse_foreign(folder: Path, recipe: Recipe) -> None:
     existing = folder / "recipe.yaml"
     if existing.exists() and work_in(folder, load_recipe(existing)) != work_in(folder, recipe):
         raise InvalidInput(f"{folder} holds a run of another recipe; give another output (output=...), or remove that folder.")
-    if not existing.exists() and folder.exists() and any(folder.iterdir()):
+    if (
+        not existing.exists() and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    ):  # half-written
         raise InvalidInput(f"{folder} is not empty and holds no run; give another output (output=...).")
 
 

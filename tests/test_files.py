@@ -69,6 +69,22 @@ def test_places_are_refused_before_the_work(tmp_path):
         refuse_unwritable("/", file=True)
 
 
+def test_devices_and_pipes_are_not_replaced_by_files(tmp_path):
+    """Where one may write to /dev, a plan saved to /dev/null took its place, and every program then wrote into that file."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "stdout", "link"):
+        before = os.lstat(tmp_path / name)
+        with pytest.raises(InvalidInput, match=f"{name} is a device or a pipe, which would be replaced"):
+            refuse_unwritable(tmp_path / name)
+        with pytest.raises(InvalidInput, match="is a device or a pipe"), whole_file(tmp_path / name):
+            raise AssertionError("a draft was given")
+        assert os.lstat(tmp_path / name) == before
+    with pytest.raises(InvalidInput, match="/dev/null is a device or a pipe"):
+        refuse_unwritable("/dev/null", file=True)
+
+
 def test_json_has_null_where_a_number_is_not_finite():
     assert finite({"a": [1.0, float("nan")], "b": (float("inf"), "x")}) == {"a": [1.0, None], "b": [None, "x"]}
 

@@ -1,6 +1,8 @@
 """A run of a recipe: whole, taken up after a kill, and refused where the folder is another's."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from headprune import run as run_module
 from headprune import run_values
 from headprune.errors import HeadpruneError, InvalidInput
 from headprune.planning import PruningPlan
-from headprune.recipe import RecoverSection, ReportSection, load_recipe, parse_recipe
+from headprune.recipe import PlanSection, RecoverSection, ReportSection, load_recipe, parse_recipe
 from headprune.report.progress import Stages
 from headprune.report.run_folder import read_run
 from headprune.run_recovery import as_asked
@@ -109,6 +111,14 @@ def test_a_run_may_train_for_rounded_weights(recipe):
         ("- model", (), "recipe .* holds no keys; expected model, task, output"),
         ("model: bert", ["plan.budget.heads"], r"override 'plan\.budget\.heads': expected section\.key=value, for example"),
         ("model: bert", ["model.name=3"], "override 'model.name=3': model is no section"),
+        ("plan: {trials: 1}\nmodel: bert\nplan: {trials: 2}", (), r"recipe .*\.yaml: 'plan' stands twice in the section of line 1"),
+        ("model: bert\nplan: {trials: 1, trials: 2}", (), "'trials' stands twice in the section of line 2"),
+        ("modle: bert\ntask: {name: t}\noutput: o", (), "unknown key 'modle'. Did you mean 'model'"),
+        (
+            "model: bert\ntask: {name: t}\noutput: o\nschedule: {name: iterative, steps: four}",
+            (),
+            "schedule: steps is 'four'; expected a whole number",
+        ),
         ("model: bert", ["output=["], r"override 'output=\[': '\[' is not a YAML value"),
         (
             "model: bert",
@@ -121,6 +131,32 @@ def test_a_recipe_that_cannot_be_read_says_where(tmp_path, text, overrides, mess
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(InvalidInput, match=message):
         load_recipe(tmp_path / "recipe.yaml", overrides)
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(InvalidInput, match="cannot be read: Is a directory"):
+        load_recipe(tmp_path)
+
+
+def test_a_section_may_be_left_empty_and_filled_by_an_override(tmp_path):
+    """Its keys commented out, or null, as recipe.yaml in a run's folder has them."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: bert\ntask: {name: t}\noutput: o\nplan:\n  # trials: 3\nrecover:\nreport:\n")
+    plain = load_recipe(path)
+    assert (plain.plan, plain.recover, plain.report) == (PlanSection(), None, ReportSection())
+    path.write_text(plain.to_yaml())
+    assert load_recipe(path, ["recover.steps=2"]).recover.steps == 2
+    assert load_recipe(path, ["schedule.name=iterative"]).schedule.name == "iterative"
+
+
+def test_numbers_need_no_point_before_their_exponent(tmp_path):
+    """As in YAML 1.2 and in Python; a folder of such a name is a name all the same."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: '1e5'\ntask: {name: t, options: {share: 1E-1}}\noutput: '2e+3'\n")
+    found = load_recipe(path, ["schedule.name=pruning_aware", "schedule.gate_lr=1e-2"])
+    assert (found.schedule.options, found.task.options) == ({"gate_lr": 0.01}, {"share": 0.1})
+    path.write_text(found.to_yaml())
+    assert load_recipe(path) == found
 
 
 def test_a_recipe_s_paths_may_start_at_home(monkeypatch):
@@ -188,6 +224,28 @@ def test_a_run_carries_out_a_plan_by_hand(recipe, tmp_path):
     PruningPlan.from_keep(bert(), {"encoder.layer.0.attention": [2]}).save(tmp_path / "mine.json")
     with pytest.raises(InvalidInput, match=r"mine\.json has changed since the run in .* began"):
         carried_out(recipe)
+
+
+def test_a_run_that_was_killed_at_its_first_file_begins_anew(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.yaml.x1y2z3").write_text("model:")
+    assert carried_out(recipe).report.exists()
+
+
+def test_a_folder_has_one_process_at_a_time(recipe, tmp_path):
+    """Two that train for minutes each mixed their weights, checkpoints and results there. The lock of one that is killed goes."""
+    hold = (
+        "import pathlib, sys; from headprune.files import alone_in\nwith alone_in(pathlib.Path('run')): print(flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(InvalidInput, match=r"another process is at work in .*run; wait until it is done"):
+            carried_out(recipe)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        other.kill()
+    assert carried_out(recipe).report.exists()
+    assert carried_out(recipe).report.exists()
 
 
 def test_a_folder_of_another_run_is_refused(recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -23,12 +24,17 @@ from headprune.when_imported import when_imported
 if os.environ.setdefault("HF_HUB_OFFLINE", "1") == "1":
     constants.HF_HUB_OFFLINE = True
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, writes to stderr otherwise
+for chatty in ("torchao", "torch.utils._pytree"):  # at the import of torchao, in each process: which kernels this machine lacks
+    logging.getLogger(chatty).setLevel(logging.ERROR)
 BROKEN, WRONG_INPUT, STOPPED = 1, 2, 130
 EXIT_CODES = (
     f"Exit codes: 0 done; {WRONG_INPUT} something that you can put right, said in one line on stderr; {STOPPED} stopped by Ctrl-C: "
     "nothing is half-written, and run, demo, recover, compare and score --streamed go on from there when called again; "
     f"{BROKEN} an error in headprune."
 )
+REFUSALS = {
+    getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENAMETOOLONG", "ELOOP")
+}
 app = typer.Typer(name="headprune", epilog=EXIT_CODES, no_args_is_help=True, pretty_exceptions_enable=False)
 log = logging.getLogger("headprune")
 
@@ -62,6 +68,7 @@ def options(
 
 def main() -> None:
     """Runs the command line: what the user can put right is one line on stderr and exit code 2."""
+    terminal.take_every_character()
     with terminal.log_shown() as shown:
         try:
             when_imported("transformers.utils.logging", quiet_transformers)
@@ -71,7 +78,7 @@ def main() -> None:
             say(f"[bold red]error:[/] {one_line(error)}")
             code = WRONG_INPUT
         except Exception as error:
-            code = misused(error) or broken()
+            code = misused(error) or refused(error) or broken()
     if code == STOPPED:  # typer ends so on Ctrl-C
         say("stopped; nothing is half-written, and a run goes on from here with the same command")
     sys.exit(code)
@@ -85,6 +92,15 @@ def misused(error: Exception) -> int | None:
     if message:  # without: headprune alone, which has shown its help
         command = "headprune" if context is None else context.command_path
         say(f"[bold red]error:[/] {message.rstrip('.')}. See {command} --help.")
+    return WRONG_INPUT
+
+
+def refused(error: Exception) -> int | None:
+    """Tells of what the system refuses to read or to print: a folder of somebody else, a full disk; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in REFUSALS:
+        return None
+    log.info("where the error comes from:", exc_info=error)
+    say(f"[bold red]error:[/] {one_line(error.filename or 'what was to be written')}: {error.strerror}.")
     return WRONG_INPUT
 
 

@@ -91,7 +91,7 @@ def carry_out(recipe: Recipe, json: bool) -> None:
 @contextlib.contextmanager
 def logged_to(folder: Path) -> Iterator[None]:
     """Keeps what headprune logs in `folder`/log.txt, once the run has made the folder its own."""
-    handler = logging.FileHandler(folder / "log.txt", delay=True)
+    handler = logging.FileHandler(folder / "log.txt", delay=True, encoding="utf-8", errors="backslashreplace")
     handler.addFilter(lambda record: (folder / "recipe.yaml").exists())  # a model may be trained before the run writes anything
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("headprune")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,12 @@ class LogLines(logging.Handler):
         progress_console.print(Text("\n".join(lines), style), soft_wrap=True)
 
 
+def take_every_character() -> None:
+    """Prints \\u25a0 where the encoding of stdout does not have ■, as stderr does, in place of an error when all work is done."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def log_shown() -> Iterator[LogLines]:
     """In the block warnings are shown; whoever wants more lowers the handler's level."""
@@ -56,7 +64,7 @@ def with_bar(title: str, work: Callable[[Callable[[int, int], None]], Result]) -
 def show(as_json: bool, document: Any, *shown: RenderableType) -> None:
     """Prints `document` as one JSON document, or else what is to be shown of it."""
     if as_json:
-        console.print_json(data=finite(document))
+        console.print_json(data=finite(document), ensure_ascii=not console.encoding.startswith("utf"))
     for one in () if as_json else shown:
         # A path is neither markup nor to be broken.
         console.print(one, markup=not isinstance(one, str), soft_wrap=isinstance(one, str))

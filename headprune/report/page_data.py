@@ -25,7 +25,7 @@ def page_data(run: RunFolder) -> Json:
     plan = run.plan
     whole: Json = finite({
         "task": run.comparison.task if run.comparison else (run.recipe.get("task") or {}).get("name"),
-        "model": run.recipe.get("model") or str(run.folder.name),
+        "model": run.recipe.get("model") or run.folder.resolve().name,
         "sites": sites(run),
         "criteria": [criterion(name, scores) for name, scores in run.scores.items()],
         "plan": None if plan is None else bits(run, plan.keep),

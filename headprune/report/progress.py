@@ -43,7 +43,7 @@ class Stages:
             table.add_column(column, justify="left" if column == "stage" else "right")
         for stage in self.done:
             peaks = [f"{peak / 1e6:,.0f}" for peak in (stage.peak_memory_bytes, stage.peak_device_bytes) if peak is not None]
-            table.add_row(stage.title, f"{stage.seconds:.1f}", " + GPU ".join(peaks) or "not known")
+            table.add_row(escape(stage.title), f"{stage.seconds:.1f}", " + GPU ".join(peaks) or "not known")
         return table
 
     @contextmanager

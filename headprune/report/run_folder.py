@@ -14,8 +14,10 @@ from headprune.files import read_json
 from headprune.planning import PruningPlan, Sensitivity
 from headprune.scoring import HeadScores, Portraits
 from headprune.scoring.site_shape import SiteShape
+from headprune.sweep import Sweep
 
 LOG_LINES = 400  # of the log's end
+SECTIONS = ("task", "plan", "prune", "recover", "schedule")  # of a recipe, which the report or the card looks into
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def read_run(folder: str | Path) -> RunFolder:
         plan=plan,
         comparison=comparison_of(folder, result),
         checks=checks.get("checks", {}),
-        sweep=document(folder / "sweep.json", "sweep"),
+        sweep=sweep_of(folder / "sweep.json"),
         sensitivity=Sensitivity.load(sensitivity) if sensitivity.exists() else None,
         portraits=Portraits.load(portraits) if portraits.exists() else None,
         log=log_of(folder / "log.txt"),
@@ -114,6 +116,13 @@ def comparison_of(folder: Path, result: dict[str, Any]) -> Comparison | None:
         raise InvalidInput(f"{folder / 'result.json'} is not a complete run_result file: {error!r}.") from None
 
 
+def sweep_of(path: Path) -> dict[str, Any] | None:
+    """Its content, once it is known to be complete."""
+    if path.exists():
+        Sweep.load(path)
+    return document(path, "sweep")
+
+
 def document(path: Path, kind: str) -> dict[str, Any] | None:
     return read_json(path, kind) if path.exists() else None
 
@@ -123,9 +132,14 @@ def recipe_of(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidInput(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    for name in SECTIONS:
+        if not isinstance(content.get(name) or {}, dict):
+            raise InvalidInput(f"{path}: {name} is {content[name]!r:.80}; expected a section, {name}.key: value.")
+    return content
 
 
 def log_of(path: Path) -> str:

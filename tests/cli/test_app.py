@@ -1,5 +1,7 @@
 """Bad input from outside: exit codes, one-line errors, and that nothing is written."""
 
+import errno
+import io
 import json
 import logging
 import os
@@ -14,7 +16,7 @@ from letter_tokenizer import letter_tokenizer
 from small_states import SmallStates
 from tiny_models import bert, tokens
 
-from headprune.cli import app
+from headprune.cli import app, main, terminal
 from headprune.scoring import score
 from headprune.surgery import save
 from headprune.version import __version__
@@ -55,8 +57,9 @@ def test_ctrl_c_ends_with_130_and_says_so(call, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def unsettled(tmp_path):
+def unsettled(tmp_path, monkeypatch):
     """scores.json of too few samples, of which a plan warns."""
+    monkeypatch.chdir(tmp_path)
     scores = score(bert(), [{"input_ids": tokens(2, 9)}], "fisher", loss_fn=hidden_loss)
     scores.save(tmp_path / "scores.json")
 
@@ -109,6 +112,52 @@ def test_an_error_in_headprune_ends_with_1_and_its_traceback(call, monkeypatch, 
     assert (code, out) == (1, "")
     assert "KeyError: 'nothing'" in err
     assert err.splitlines()[-1].startswith("error in headprune:")
+
+
+def test_what_the_system_refuses_is_one_line(call, monkeypatch, tmp_path):
+    """A folder of somebody else; root, as whom tests may run, reads everything."""
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "locked/model")
+
+    monkeypatch.setattr("headprune.sources.model_folder", refused)
+    code, out, err = call("inspect", "locked/model")
+    assert (code, out) == (2, "")
+    assert only_error(err) == "error: locked/model: Permission denied."
+    code, _, err = call("--verbose", "inspect", "locked/model")
+    assert "PermissionError" in err
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "headprune", "--version"]
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 2
+    assert only_error(found.stderr) == "error: what was to be written: No space left on device."
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_some_character_gets_its_number(monkeypatch, unsettled, encoding):
+    """The plan was saved, and telling so was an error in headprune."""
+    for more in ((), ("--json",)):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setattr(terminal, "console", type(terminal.console)(width=160))
+        monkeypatch.setattr("sys.argv", ["headprune", "--quiet", "plan", "scores.json", "--heads", "0.5", *more])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        told = out.buffer.getvalue().decode(encoding)
+        assert json.loads(told)["kind"] == "pruning_plan" if more else "heads (\\u25a0 stays" in told
+
+
+def test_json_is_json_in_any_encoding(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", out)
+    terminal.take_every_character()
+    monkeypatch.setattr(terminal, "console", type(terminal.console)())
+    terminal.show(True, {"folder": "mod\u00e8le \U0001f600"})
+    assert json.loads(out.buffer.getvalue().decode("ascii")) == {"folder": "mod\u00e8le \U0001f600"}
 
 
 def test_the_version_is_told(call):
@@ -236,6 +285,13 @@ def test_python_runs_the_package_as_the_command():
     found = subprocess.run([sys.executable, "-m", "headprune", "plan", "nowhere.json"], capture_output=True, text=True)
     assert found.returncode == 2
     assert "error:" in found.stderr
+
+
+def test_nothing_that_is_imported_talks():
+    pytest.importorskip("torchao")
+    command = [sys.executable, "-m", "headprune", "--quiet", "criteria", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stderr == ""
 
 
 def test_nothing_is_fetched_unless_it_is_asked_for():

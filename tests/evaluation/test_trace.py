@@ -1,7 +1,10 @@
 import json
+from pathlib import Path
 
+import pytest
 from tiny_models import bert, tokens
 
+from headprune.errors import HeadpruneError
 from headprune.evaluation import write_trace
 
 
@@ -12,3 +15,11 @@ def test_the_trace_has_a_span_for_every_pass_in_turn(tmp_path):
     assert [name for _, name in spans] == ["dense", "pruned", "dense", "pruned"]
     assert any(one.get("name") == "aten::addmm" for one in events)
     assert [found.name for found in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_a_trace_that_the_profiler_could_not_write_is_told(tmp_path, monkeypatch):
+    """On a full disk it leaves an empty file and a part of the trace under another name, and says nothing."""
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", lambda _, path: Path(f"{path}.tmp").write_text("{"))
+    with pytest.raises(HeadpruneError, match="the disk is full"):
+        write_trace({"dense": bert()}, {"input_ids": tokens(2, 8)}, tmp_path / "trace.json")
+    assert list(tmp_path.iterdir()) == []

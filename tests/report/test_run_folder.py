@@ -51,6 +51,25 @@ def test_values_of_another_model_are_refused(folder):
         read_run(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", b"task: retrieval", r"recipe\.yaml: task is 'retrieval'; expected a section, task\.key: value"),
+        ("recipe.yaml", b"model: m\nplan: [1]", r"recipe\.yaml: plan is \[1\]; expected a section"),
+        ("recipe.yaml", b"\xff\xfe", r"recipe\.yaml is not YAML: 'utf-8' codec"),
+        ("sweep.json", None, r"sweep\.json is not a complete sweep file: .*latency_p50_ms"),
+    ],
+)
+def test_files_edited_by_hand_are_refused_by_name(folder, name, content, message):
+    if content is None:
+        found = json.loads((folder / name).read_text())
+        del found["points"][1]["evaluation"]["latency_p50_ms"]
+        content = json.dumps(found).encode()
+    (folder / name).write_bytes(content)
+    with pytest.raises(InvalidInput, match=message):
+        read_run(folder)
+
+
 def test_an_empty_or_missing_folder_is_refused(tmp_path):
     with pytest.raises(InvalidInput, match=r"neither scores\.json nor plan\.json"):
         read_run(tmp_path)

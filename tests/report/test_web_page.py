@@ -102,6 +102,12 @@ def test_scores_alone_make_a_page(written, tmp_path):
     assert kept == list(range(8))
 
 
+def test_a_page_of_the_folder_one_is_in_has_its_name(written, tmp_path, monkeypatch):
+    shutil.copy(written[0] / "scores.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert f"<title>Heads of {tmp_path.name}</title>" in hp.report(".").read_text()
+
+
 def test_a_name_in_the_recipe_cannot_end_the_script(written, tmp_path):
     written[1]["fisher"].save(tmp_path / "scores.json")
     (tmp_path / "recipe.yaml").write_text("model: '</script><img src=x>'\n")
