@@ -62,7 +62,10 @@ class PlanSection(Section):
         default_factory=lambda: {"heads": 0.5}, description="the fraction to remove of one: heads, params, kv_cache or flops"
     )
     allocation: str | None = Field(default=None, description="global, uniform or optimal; by default global, uniform for stock")
-    granularity: str | None = Field(default=None, description="query_head or kv_group, as in hp.plan")
+    granularity: str | None = Field(
+        default=None,
+        description="query_head or kv_group, as in hp.plan; by default kv_group for a kv_cache budget, else query_head",
+    )
     target: str = Field(default="headprune", description="where the model will run: headprune, llama.cpp, vllm or stock")
     min_heads: int = Field(default=1, ge=0, description="query heads that every attention keeps")
     protect: dict[str, list[int] | None] = Field(

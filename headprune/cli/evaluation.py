@@ -151,8 +151,13 @@ def estimate_command(
         int | None, typer.Option(min=1, help="Of an encoder-decoder: tokens of its decoder; default as many, or as it takes.")
     ] = None,
     granularity: Annotated[
-        str, typer.Option(help="query_head or kv_group.", autocompletion=completion.one_of(completion.granularities))
-    ] = "query_head",
+        str | None,
+        typer.Option(
+            help="query_head or kv_group.",
+            show_default="kv_group with --kv-cache, else query_head",
+            autocompletion=completion.one_of(completion.granularities),
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """What a model costs before and after pruning, and what scoring it takes; from its config alone."""

@@ -58,7 +58,7 @@ def plan_command(
         str | None,
         typer.Option(
             help="query_head (ragged groups) or kv_group (whole groups).",
-            show_default="query_head",
+            show_default="kv_group with --kv-cache, else query_head",
             autocompletion=one_of(completion.granularities),
         ),
     ] = None,

@@ -154,7 +154,7 @@ def estimate(
     length: int | None = None,
     decoder_length: int | None = None,
     dtype: torch.dtype | None = None,
-    granularity: str = "query_head",
+    granularity: str | None = None,
     utilisation: float = UTILISATION,
 ) -> Estimate:
     """What the model of `folder` costs before and after, and what it takes to score it. Only its config.json is read.

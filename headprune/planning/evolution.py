@@ -114,7 +114,8 @@ class Space:
             if heads != plan[name]:
                 raise InvalidInput(
                     f"at {name} the plan keeps heads {list(plan[name])}, by its scores {list(heads)} would stay, which is what "
-                    "evolution goes by. Give a plan of hp.plan without protect or groups, or use hp.search_plan, which takes them."
+                    "evolution goes by. Give a plan of hp.plan without protect, granularity='query_head', or use hp.search_plan, "
+                    "which takes any."
                 )
         return found
 

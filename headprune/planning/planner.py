@@ -10,7 +10,7 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.planning.allocation import Selection, Unit, get_allocation
 from headprune.planning.budget import Budget
-from headprune.planning.engine import Engine, get_engine, refuse_conflicts
+from headprune.planning.engine import get_engine, refuse_conflicts
 from headprune.planning.pruning_plan import PruningPlan
 from headprune.planning.sensitivity import Sensitivity
 from headprune.planning.units import GRANULARITIES, removable_units
@@ -39,8 +39,9 @@ def plan(
     Args:
         allocation: "global" (the default) ranks all heads together, "uniform" takes the same fraction of every layer, "optimal"
             finds the counts per layer that lose least by dynamic programming.
-        granularity: "query_head" (the default) removes query heads one by one and leaves ragged groups; "kv_group" removes a
-            key/value head with all its query heads, so that groups stay equal.
+        granularity: "query_head" (the default) removes query heads one by one and leaves ragged groups; "kv_group" (the default for
+            a kv_cache budget) removes a key/value head with all its query heads, so that groups stay
+            equal.
         min_heads: query heads that every site keeps at least; with 0 whole attentions may go, though never all of them.
         protect: sites that lose nothing, or a mapping of site -> heads that must stay (None: all of them).
         multiple_of: every site that loses heads keeps a multiple of this many.
@@ -49,7 +50,7 @@ def plan(
         target: where the model will run, which constrains the plan: "headprune" (anything goes), "llama.cpp" (equal groups, a head
             in layer 0), "vllm" (equal groups, a head in every layer; multiple_of holds for key/value heads too, for tensor
             parallelism), "stock" (all layers alike, so allocation is "uniform"). With equal groups "query_head" takes one head of
-            every group or (not for "stock") a whole group at a time; "kv_group" is the default for a kv_cache budget.
+            every group or (not for "stock") a whole group at a time.
 
     Raises InfeasibleBudget where the constraints leave too little to remove; InvalidInput for unknown names and for what
     contradicts the target.
@@ -60,7 +61,9 @@ def plan(
     check_arguments(plan, locals())
     engine = get_engine(target)
     allocation = allocation or engine.allocation
-    granularity = granularity_for(granularity, engine, budget)
+    if sensitivity is not None:
+        granularity = granularity or "query_head"  # of which its curves are
+    granularity = granularity_for(granularity, budget)
     refuse_conflicts(engine, scores, allocation, min_heads)
     if sensitivity is not None and allocation != "optimal":
         raise InvalidInput(f'sensitivity is given, which allocation="{allocation}" does not read; plan with allocation="optimal".')
@@ -112,9 +115,10 @@ def check_scores_and_budget(scores: Any, budget: Any) -> None:
         raise InvalidInput(f"the budget is {budget!r:.80}; expected what is to be removed, such as hp.Budget(heads=0.5).")
 
 
-def granularity_for(granularity: str | None, engine: Engine, budget: Budget) -> str:
-    """The one that is asked for, or what suits the engine and the budget."""
-    found = granularity or ("kv_group" if engine.even_groups and budget.quantity == "kv_cache" else "query_head")
+def granularity_for(granularity: str | None, budget: Budget) -> str:
+    """The one that is asked for, or what suits the budget: the cache shrinks by whole groups, and query heads that go one by one
+    until enough groups are empty are most of the model's."""
+    found = granularity or ("kv_group" if budget.quantity == "kv_cache" else "query_head")
     if found not in GRANULARITIES:
         raise unknown_name("granularity", found, GRANULARITIES)
     return found

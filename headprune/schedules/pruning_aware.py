@@ -15,7 +15,6 @@ from headprune.errors import InvalidInput, whole_number
 from headprune.models.gating import sites_by_name
 from headprune.nn.replace import own_attention, replace_multihead_attention
 from headprune.planning import Budget, plan
-from headprune.planning.engine import get_engine
 from headprune.planning.planner import granularity_for, protected_heads
 from headprune.recovery import Distillation, Objective
 from headprune.schedules.composition import shapes_of
@@ -132,8 +131,7 @@ def layout_for(setting: Setting) -> GateLayout:
     shapes = shapes_of(setting.dense)
     equal = HeadScores("equal", {name: torch.zeros(shape.head_map.query_heads) for name, shape in shapes.items()}, shapes)
     protected = protected_heads(equal, setting.planning.get("protect", ()))
-    engine = get_engine(setting.planning.get("target", "headprune"))
-    granularity = granularity_for(setting.planning.get("granularity"), engine, setting.budget)
+    granularity = granularity_for(setting.planning.get("granularity"), setting.budget)
     return GateLayout.of(shapes, setting.budget, granularity, {name: sorted(heads) for name, heads in protected.items()})
 
 

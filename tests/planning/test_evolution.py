@@ -28,7 +28,7 @@ def test_the_fitness_of_a_plan_is_its_loss_on_the_data():
 def test_the_search_finds_planted_counts_and_never_costs_more(quantity):
     """Fitness is the distance to counts that the start is far from."""
     scores = score(llama(layers=3), criterion="random")
-    origin = plan(scores, Budget(**{quantity: 0.5}), allocation="uniform")
+    origin = plan(scores, Budget(**{quantity: 0.5}), allocation="uniform", granularity="query_head")
     wanted = (7, 4, 1)
     distance = lambda plans: [sum(abs(len(h) - w) for h, w in zip(one.values(), wanted)) for one in plans]  # noqa: E731
     found = evolve(origin, distance, generations=40, children=12)
