@@ -92,37 +92,53 @@ def get_allocation(name: str) -> Allocation:
 @allocation("global")
 def global_ranking(selection: Selection, units: list[Unit]) -> None:
     """All heads of the model in one ranking."""
-    remove_lowest(selection, units, list(selection.kept))
+    sites = list(selection.kept)
+    refuse_infeasible(selection, sites, remove_lowest(selection, units, sites), budget_target(selection, sites))
 
 
 @allocation("uniform")
 def uniform(selection: Selection, units: list[Unit]) -> None:
     """The same fraction in every layer."""
-    for site in selection.kept:
-        remove_lowest(selection, [unit for unit in units if unit.site == site], [site])
+    left = {site: remove_lowest(selection, [unit for unit in units if unit.site == site], [site]) for site in selection.kept}
+    short = [site for site, cost in left.items() if cost > budget_target(selection, [site])]
+    if short:  # the one that can spare least says what all can meet
+        worst = min(short, key=lambda site: most_that_goes(selection, [site], left[site]))
+        refuse_infeasible(selection, [worst], left[worst], budget_target(selection, [worst]))
 
 
-def remove_lowest(selection: Selection, units: list[Unit], sites: list[str]) -> None:
-    """Removes units, lowest score first, until `sites` together cost no more than the budget leaves them."""
+def remove_lowest(selection: Selection, units: list[Unit], sites: list[str]) -> int:
+    """Removes units, lowest score first, until `sites` together cost no more than the budget leaves them, or nothing is left to
+    remove: what they then cost."""
     target = budget_target(selection, sites)
     cost = sum(selection.cost(site) for site in sites)
     for unit in units:
         if cost <= target:
-            return
+            break
         if selection.may_remove(unit):
             before = selection.cost(unit.site)
             selection.remove(unit)
             cost += selection.cost(unit.site) - before
-    refuse_infeasible(selection, sites, cost, target)
+    return cost
 
 
 def budget_target(selection: Selection, sites: list[str]) -> int:
     """What `sites` may cost together at most; a fixed cost of the rest of the model is shared out by their full cost."""
-    full = sum(selection.full_cost(site) for site in sites)
-    everything = sum(selection.full_cost(site) for site in selection.kept)
-    fixed = selection.budget.fixed_cost * full // max(everything, 1)
+    full, fixed = full_costs(selection, sites)
     # Rounded so that half of 7 heads is met by 3 of them, whatever the float says.
     return full - int(selection.budget.fraction * (full + fixed) + 1e-9)
+
+
+def full_costs(selection: Selection, sites: list[str]) -> tuple[int, int]:
+    """What `sites` cost before anything goes, and their share of the fixed cost."""
+    full = sum(selection.full_cost(site) for site in sites)
+    everything = sum(selection.full_cost(site) for site in selection.kept)
+    return full, selection.budget.fixed_cost * full // max(everything, 1)
+
+
+def most_that_goes(selection: Selection, sites: list[str], cost: int) -> float:
+    """The fraction of the budget's quantity that is away where `sites` cost `cost`."""
+    full, fixed = full_costs(selection, sites)
+    return (full - cost) / max(full + fixed, 1)
 
 
 def refuse_infeasible(selection: Selection, sites: list[str], cost: int, target: int) -> None:
@@ -130,8 +146,7 @@ def refuse_infeasible(selection: Selection, sites: list[str], cost: int, target:
     if cost <= target:
         return
     budget, full = selection.budget, sum(selection.full_cost(site) for site in sites)
-    everything = sum(selection.full_cost(site) for site in selection.kept)
-    most = (full - cost) / max(full + budget.fixed_cost * full // max(everything, 1), 1)
+    most = most_that_goes(selection, sites, cost)
     where = f"over {len(sites)} sites" if len(sites) > 1 else f"at {sites[0]}"
     unit, size = UNITS.get(budget.quantity, (budget.quantity, 1))
     least, whole, allowed = (f"{amount / size:.3g}" if size > 1 else str(amount) for amount in (cost, full, target))

@@ -36,12 +36,21 @@ def optimal(selection: Selection, units: Sequence[Unit]) -> None:
         by_site[unit.site].append(unit)
     options = {site: options_of(selection, site, by_site[site]) for site in selection.kept}
     target = budget_target(selection, list(selection.kept))
-    refuse_infeasible(selection, list(selection.kept), sum(min(one.cost for one in found) for found in options.values()), target)
+    refuse_infeasible(selection, list(selection.kept), least_cost(selection, options), target)
     chosen = cheapest(list(options.values()), target)
     if all(option.removed == selection.kept[site] for site, option in zip(options, chosen)):
         chosen = cheapest_with_a_head(selection, options, target)
     for site, option in zip(options, chosen):
         selection.kept[site] -= option.removed
+
+
+def least_cost(selection: Selection, options: Mapping[str, Sequence[Option]]) -> int:
+    """That of the cheapest choice that leaves some site a head."""
+    least = {site: min(option.cost for option in found) for site, found in options.items()}
+    with_a_head = (
+        option.cost - least[site] for site, found in options.items() for option in found if option.removed != selection.kept[site]
+    )
+    return sum(least.values()) + min(with_a_head, default=0)
 
 
 def cheapest_with_a_head(selection: Selection, options: Mapping[str, Sequence[Option]], target: int) -> list[Option]:
@@ -53,15 +62,6 @@ def cheapest_with_a_head(selection: Selection, options: Mapping[str, Sequence[Op
         sites[index] = own
         if own and sum(min(option.cost for option in each) for each in sites) <= target:
             found.append(cheapest(sites, target))
-    if not found:
-        least = sum(min(option.cost for option in each) for each in options.values())
-        one = min(
-            option.cost - min(other.cost for other in each)
-            for site, each in options.items()
-            for option in each
-            if option.removed != selection.kept[site]
-        )
-        refuse_infeasible(selection, list(options), least + one, target)
     return min(found, key=lambda choice: sum(option.error for option in choice))
 
 

@@ -27,6 +27,7 @@ def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKE
 
     Args:
         batch: "labels" [n, length] beside what the model reads; -100 counts for nothing. They are shifted here, as in transformers.
+            A sample without any has the loss 0; where no sample has one, all are NaN, as the model's own loss is.
         tokens: how many tokens of the batch go through the head together.
 
     Raises InvalidInput where the batch has no labels or the model no head, UnsupportedModel where the layers do not form one stack,
@@ -51,7 +52,8 @@ def causal_losses(model: nn.Module, batch: Mapping[str, Any], tokens: int = TOKE
     for start in range(0, states.shape[1], step):
         part, wanted = states[:, start : start + step], targets[:, start : start + step]
         total = total + checkpoint(of_part, part, wanted, start, use_reentrant=False, preserve_rng_state=False)
-    return total / (targets != IGNORED_LABEL).sum(dim=1).clamp(min=1)
+    counted = (targets != IGNORED_LABEL).sum(dim=1)
+    return total / torch.where(counted.any(), counted.clamp(min=1), counted)
 
 
 @dataclass(frozen=True)

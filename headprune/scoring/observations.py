@@ -67,6 +67,7 @@ class SiteObservations:
     weight_count: fp32 [4, query_heads]: the number of weights behind them, divided likewise.
     weight_gradient_dot, weight_gradient_abs, weight_gradient_square: fp32 [batches, 4, query_heads]: sum w g, sum |w g| and
         sum (w g)^2 over each head's slice, g the gradient of that batch's mean loss; divided likewise.
+    weight_gradient_samples: fp32 [batches]: how many samples that mean is over.
     movement: fp32 [4, query_heads]: -sum w g added up over training steps, divided likewise.
     gate_gradient: fp32 [samples, query_heads]: dL_n/dgate of each sample's loss.
     input_gram: fp64 [features, features]: sum over valid tokens of x x^T, x the output projection's input; features of
@@ -110,6 +111,7 @@ class SiteObservations:
     weight_gradient_dot: Tensor = measured(Need.WEIGHT_GRADIENT, "samples")
     weight_gradient_abs: Tensor = measured(Need.WEIGHT_GRADIENT, "samples")
     weight_gradient_square: Tensor = measured(Need.WEIGHT_GRADIENT, "samples")
+    weight_gradient_samples: Tensor | None = measured(Need.WEIGHT_GRADIENT, "samples")
     movement: Tensor = measured(Need.MOVEMENT, "sum")
     gate_gradient: Tensor = measured(Need.GATE_GRADIENT, "samples")
     input_gram: Tensor = measured(Need.GRAM, "sum")

@@ -86,6 +86,28 @@ def test_a_cache_budget_takes_no_head_that_frees_nothing():
     assert len(plan(scores, Budget(kv_cache=0.25), granularity="query_head")["a"]) == 3  # 1, 2, 3 for nothing
 
 
+@pytest.mark.parametrize("allocation", ["global", "uniform", "optimal"])
+def test_a_cache_budget_takes_groups_and_no_head_that_leaves_its_group_behind(allocation):
+    values = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)).tolist()
+    scores = scores_of({f"layer{index}": found for index, found in enumerate(values)}, kv_heads=8)
+    chosen = plan(scores, Budget(kv_cache=0.5), allocation=allocation)
+    assert (chosen.removed_heads, sum(chosen.head_map(name).kv_heads for name in chosen)) == (64, 16)
+    assert all(chosen.head_map(name).is_uniform for name in chosen)
+    assert plan(scores, Budget(kv_cache=0.5), allocation=allocation, granularity="query_head").removed_heads > 64
+
+
+def test_the_nearest_budget_of_uniform_plans_is_one_that_every_site_can_meet():
+    scores = scores_of({"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0], "c": [1.0, 2.0, 3.0, 4.0]})
+    with pytest.raises(InfeasibleBudget, match=r"left at b.*nearest budget that can be met is heads=0;"):
+        plan(scores, Budget(heads=0.7), allocation="uniform", min_heads=2)
+
+
+def test_the_nearest_budget_of_optimal_plans_leaves_a_head():
+    scores = scores_of({"a": [1.0, 2.0, 3.0, 4.0], "b": [1.0, 2.0, 3.0, 4.0]})
+    with pytest.raises(InfeasibleBudget, match=r"nearest budget that can be met is heads=0\.875;"):
+        plan(scores, Budget(heads=0.99999999999), allocation="optimal", min_heads=0)
+
+
 def test_protected_heads_stay():
     scores = scores_of(TWO_LAYERS)
     assert plan(scores, Budget(heads=0.25), protect=["a"]).keep == {"a": (0, 1, 2, 3), "b": (1, 3)}

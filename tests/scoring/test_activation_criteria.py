@@ -49,7 +49,7 @@ def test_criteria_follow_their_formulas_on_valid_tokens(make, side):
 
 def test_heads_that_give_large_constants_neither_vary_nor_resemble_another_nor_cost_the_others_digits():
     """Their squares are 10^4 times what varies: rounded to fp32 with it they left covariances of noise, none to factorise."""
-    model, names = bert(), ["fluctuation_raw", "redundancy", "diversity", "least_squares"]
+    model, names = bert(), ["fluctuation_raw", "redundancy", "redundancy_mean", "diversity", "least_squares"]
     values = model.encoder.layer[1].attention.self.value
     with torch.no_grad():
         values.weight[:16], values.bias[:16] = 0.0, 30 * torch.randn(16, generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,9 @@ def test_heads_that_give_large_constants_neither_vary_nor_resemble_another_nor_c
     raw = (inputs.var(dim=0, correction=0) * weight.square().sum(dim=0)).sum(dim=1)
     assert (found["fluctuation_raw"][:2] == 0).all()
     assert torch.allclose(found["fluctuation_raw"][2:].double(), raw[2:], rtol=1e-4)
-    assert found["redundancy"].tolist()[:2] == [1.0, 1.0]
+    for name in ("redundancy", "redundancy_mean"):  # what a bias gives as well goes first
+        assert found[name].tolist()[:2] == [0.0, 0.0]
+        assert (found[name][2:] > 0).all()
     assert (found["diversity"][:2] == 0).all()
     assert found["least_squares"][:2].max() < 0.01 < found["least_squares"][2:].min()
 

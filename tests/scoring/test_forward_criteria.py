@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from scoring.attention_by_definition import divergence, eager_attentions, entropy, row_means
+from tiny_decoders import decoder
 from tiny_models import VOCABULARY, bert, llama, padded, tokens
 
 from headprune import scoring
@@ -163,6 +164,19 @@ def test_a_uniform_head_has_the_previous_token_score_of_chance():
 def test_what_cannot_be_probed_is_named(make, names):
     with pytest.raises(InvalidInput, match=names):
         scoring.score(make(), criterion="induction")
+
+
+def test_attention_that_a_model_computes_by_itself_is_named_not_data_that_no_probe_reads():
+    with pytest.raises(InvalidInput, match=r"0\.self_attention \(BloomAttention\) computes its attention by itself"):
+        scoring.score(decoder("bloom"), criterion="induction")
+
+
+@pytest.mark.parametrize("name", ["induction", "previous_token", "retrieval"])
+def test_no_probe_scores_heads_behind_nan(name):
+    model = llama()
+    model.model.layers[1].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(InvalidInput, match=r"NaN for heads \[0\]"):
+        scoring.score(model, criterion=name)
 
 
 def test_special_tokens_are_not_generated():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from child_process import environment
 from streamed_models import SHARED_LAYERS, SHARING, labelled, sharded_folder
+from tiny_decoders import decoder
 
 import headprune as hp
 from headprune.errors import InvalidInput
@@ -186,6 +187,16 @@ def test_the_causal_loss_in_parts_is_the_loss_of_each_sample(family, tmp_path):
     with torch.no_grad():
         expected = torch.stack([model(**{name: value[row : row + 1] for name, value in batch.items()}).loss for row in range(3)])
         torch.testing.assert_close(causal_losses(model, batch, 7), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_causal_loss_of_a_batch_without_labels_is_nan_as_the_models_own_is():
+    """As 0 it made every score 0, by which plans took the first heads."""
+    model, batch = decoder("llama"), labelled()
+    one = batch["labels"].clone()
+    one[0] = -100
+    assert causal_losses(model, batch | {"labels": one}).ne(0).tolist() == [False, True, True]
+    with pytest.raises(InvalidInput, match="empty labels"):
+        hp.score(model, [batch | {"labels": torch.full_like(batch["labels"], -100)}], "fisher", loss_fn=causal_losses)
 
 
 def test_streamed_scores_of_the_causal_loss_equal_those_in_memory(tmp_path):

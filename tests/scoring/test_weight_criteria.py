@@ -1,5 +1,7 @@
 """Criteria of weights and their gradients, each against its formula by plain autograd."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from weight_models import CASES, Case, head_parts
 from headprune import scoring
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
+from headprune.scoring.batch_means import over_batches
 
 TAYLOR = ["taylor_weight", "taylor_element", "taylor_second_order", "snip"]
 
@@ -91,6 +94,33 @@ def test_a_mean_loss_and_per_sample_losses_give_the_same():
     for name in mean:
         for field in ("weight_gradient_dot", "weight_gradient_abs", "weight_gradient_square"):
             torch.testing.assert_close(getattr(mean[name], field), getattr(per_sample[name], field), rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("of_mean", [False, True])
+def test_batches_count_by_their_samples(of_mean):
+    """The last batch of a data set is often one of few: as a whole one it counted as much as all the others' samples."""
+    case = CASES["bert"]()
+    loss_fn = (lambda model, batch: case.loss_fn(model, batch).mean()) if of_mean else case.loss_fn
+    (batch,) = case.batches(1, 5)
+    parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 4), slice(4, 5))]
+    apart = [scoring.score(case.model, [part], TAYLOR, loss_fn=loss_fn) for part in parts]
+    found = scoring.score(case.model, parts, TAYLOR, loss_fn=loss_fn)
+    for name in ("taylor_weight", "taylor_element"):
+        few, many = (one[name][case.site] for one in apart)
+        torch.testing.assert_close(found[name][case.site], 0.8 * few + 0.2 * many, rtol=1e-4, atol=0)
+    share = found["snip"][case.site] / found["taylor_element"][case.site]
+    torch.testing.assert_close(share, share[:1].expand_as(share), rtol=1e-4, atol=0)
+    both, whole = (scoring.observe(case.model, data, {"weight_gradient"}, loss_fn=loss_fn)[case.site] for data in (parts, [batch]))
+    dot = over_batches(both.weight_gradient_dot, both)  # of the same mean loss, however its samples are batched
+    torch.testing.assert_close(dot, whole.weight_gradient_dot[0], rtol=1e-3, atol=1e-7)
+
+
+def test_observations_without_numbers_of_samples_weigh_batches_alike():
+    case = CASES["bert"]()
+    observed = scoring.observe(case.model, case.batches(2), {"weight_gradient"}, loss_fn=case.loss_fn)
+    old = scoring.Observations({name: replace(site, weight_gradient_samples=None) for name, site in observed.items()})
+    expected = observed[case.site].weight_gradient_abs.sum(dim=1).mean(dim=0)
+    torch.testing.assert_close(scoring.score_observations(old, "taylor_element")[case.site], expected)
 
 
 def test_only_projections_get_gradients_and_all_is_as_before_afterwards():

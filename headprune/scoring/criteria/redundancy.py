@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from headprune.scoring.activations import head_similarity
+from headprune.scoring.activations import by_head, head_similarity, input_covariance
 from headprune.scoring.criterion import criterion
 from headprune.scoring.observations import Need, SiteObservations
 
@@ -12,16 +12,22 @@ SOURCE = "linear CKA: Kornblith et al. 2019, Similarity of Neural Network Repres
 
 @criterion("redundancy", needs={Need.GRAM}, source=f"{SOURCE}; Bian et al. 2021", cost="one forward pass")
 def redundancy(observed: SiteObservations) -> Tensor:
-    """1 - the largest similarity to another head of the layer."""
-    similarity = head_similarity(observed).fill_diagonal_(0.0)
-    return 1.0 - similarity.amax(dim=1) if len(similarity) else similarity.new_zeros(0)
+    """1 - the largest similarity to another head of the layer; 0 for a constant head, which a bias can give instead."""
+    similarity, varies = head_similarity(observed), varying(observed)
+    return varies * (1.0 - similarity.fill_diagonal_(0.0).amax(dim=1)) if len(similarity) else similarity.new_zeros(0)
 
 
 @criterion("redundancy_mean", needs={Need.GRAM}, source=f"{SOURCE}; Bian et al. 2021", cost="one forward pass")
 def redundancy_mean(observed: SiteObservations) -> Tensor:
-    """1 - the mean similarity to the other heads of the layer."""
+    """1 - the mean similarity to the other heads of the layer; 0 for a constant head, which a bias can give instead."""
     similarity = head_similarity(observed).fill_diagonal_(0.0)
-    return 1.0 - similarity.sum(dim=1) / max(len(similarity) - 1, 1)
+    return varying(observed) * (1.0 - similarity.sum(dim=1) / max(len(similarity) - 1, 1))
+
+
+def varying(observed: SiteObservations) -> Tensor:
+    """[query_heads]: 0 for the heads whose output is the same for every token, else 1."""
+    variance = by_head(input_covariance(observed).diagonal(), observed).sum(dim=1)
+    return variance.sign()
 
 
 @criterion(

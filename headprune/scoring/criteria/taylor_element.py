@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from headprune.scoring.batch_means import over_batches
 from headprune.scoring.criterion import criterion
 from headprune.scoring.observations import Need, SiteObservations
 
@@ -13,5 +14,5 @@ from headprune.scoring.observations import Need, SiteObservations
     cost="one backward pass with gradients of the attentions' weights",
 )
 def taylor_element(observed: SiteObservations) -> Tensor:
-    """Mean over batches of sum |w dL/dw|: unlike taylor_weight, weights of a head cannot make up for each other."""
-    return observed.weight_gradient_abs.sum(dim=1).mean(dim=0)
+    """Mean over batches, by their samples, of sum |w dL/dw|: unlike in taylor_weight, no weight of a head makes up for another."""
+    return over_batches(observed.weight_gradient_abs.sum(dim=1), observed)

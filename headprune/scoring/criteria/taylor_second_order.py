@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from headprune.scoring.batch_means import over_batches
 from headprune.scoring.criterion import criterion
 from headprune.scoring.observations import Need, SiteObservations
 
@@ -13,10 +14,10 @@ from headprune.scoring.observations import Need, SiteObservations
     cost="one backward pass with gradients of the attentions' weights",
 )
 def taylor_second_order(observed: SiteObservations) -> Tensor:
-    """|-sum w g + sum (w g)^2 / 2|, both as means over batches: the change of the loss when the head's weights become 0.
+    """|-sum w g + sum (w g)^2 / 2|, means over batches by their samples: the change of the loss when the head's weights become 0.
 
     The Fisher information is that of the batches' mean losses; with batches of one sample it is the usual one.
     """
-    first = observed.weight_gradient_dot.sum(dim=1).mean(dim=0)
-    second = observed.weight_gradient_square.sum(dim=1).mean(dim=0)
+    first = over_batches(observed.weight_gradient_dot.sum(dim=1), observed)
+    second = over_batches(observed.weight_gradient_square.sum(dim=1), observed)
     return (0.5 * second - first).abs()

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from headprune.scoring.batch_means import over_batches
 from headprune.scoring.criterion import criterion
 from headprune.scoring.observations import Need, SiteObservations
 
@@ -14,5 +15,5 @@ from headprune.scoring.observations import Need, SiteObservations
     cost="one backward pass with gradients of the attentions' weights",
 )
 def taylor_weight(observed: SiteObservations) -> Tensor:
-    """Mean over batches of |sum w dL/dw| over the head's query, key, value and output weights."""
-    return observed.weight_gradient_dot.sum(dim=1).abs().mean(dim=0)
+    """Mean over batches, by their samples, of |sum w dL/dw| over the head's query, key, value and output weights."""
+    return over_batches(observed.weight_gradient_dot.sum(dim=1).abs(), observed)

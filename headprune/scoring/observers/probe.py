@@ -21,6 +21,7 @@ from headprune.ops.stats import HeadStats
 from headprune.ops.watch import Watcher
 from headprune.scoring.observations import Need
 from headprune.scoring.observer import Observer, Setting, observes
+from headprune.scoring.observers.watched_attention import refusing_unwatched
 from headprune.scoring.passes import in_eval_mode
 
 SEQUENCES, REPEATED, HAYSTACK, NEEDLE = 4, 48, 256, 8
@@ -31,7 +32,8 @@ FUTURE = 1e-6  # attention on later tokens above which a head is not causal
 class Probe(Observer):
     """Repeated random sequences (Olsson et al. 2022) and needles in random haystacks (after Wu et al. 2024), for decoders.
 
-    Raises InvalidInput for a model that reads no token ids, is an encoder-decoder, or attends to later tokens.
+    Raises InvalidInput for a model that reads no token ids, is an encoder-decoder, attends to later tokens, or computes its
+    attention by itself.
     """
 
     runs = "nothing"
@@ -71,8 +73,9 @@ class Probe(Observer):
         def looking_up(site: AttentionSite, rows: Rows) -> None:
             cue = slice(haystacks.shape[1] - width, haystacks.shape[1] - 1)
             wanted = needles[rows.sample] + 1 + torch.arange(width - 1, device=rows.probs.device)
-            hits = rows.probs[:, cue].argmax(dim=2) == wanted
-            sums[site.name]["probe_retrieval"] += hits.float().mean(dim=1).cpu() / SEQUENCES
+            probs = rows.probs[:, cue]
+            hits = (probs.argmax(dim=2) == wanted) + 0 * probs.sum(dim=2)  # NaN where the attention is
+            sums[site.name]["probe_retrieval"] += hits.mean(dim=1).float().cpu() / SEQUENCES
 
         for sequences, look in ((repeated, copying), (haystacks, looking_up)):
             with self._looking(look):
@@ -89,7 +92,7 @@ class Probe(Observer):
 
             return Watcher(seen)
 
-        with watching(self.setting.sites, watcher):
+        with watching(self.setting.sites, watcher), refusing_unwatched(self.setting.sites, self._seen):
             yield
 
 

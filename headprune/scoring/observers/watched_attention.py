@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headprune.errors import InvalidInput
-from headprune.models.gating import output_input_hook
+from headprune.models.gating import output_input_hooks
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.models.watching import through_headprune, watching
@@ -18,6 +18,25 @@ from headprune.ops.call import AttentionCall
 from headprune.ops.stats import HeadStats
 from headprune.ops.watch import Watcher
 from headprune.scoring.observer import Observer, Setting
+
+
+@contextmanager
+def refusing_unwatched(sites: Sequence[AttentionSite], seen: Set[str]) -> Iterator[None]:
+    """InvalidInput at the end of the block where a site ran whose attention nobody saw. seen: the names of those that were."""
+    arrived: list[AttentionSite] = []
+
+    def noting(site: AttentionSite) -> Callable[[Tensor], None]:
+        return lambda _inputs: arrived.append(site)
+
+    with output_input_hooks(sites, noting):
+        yield
+    for site in arrived:
+        if site.name not in seen:
+            raise InvalidInput(
+                f"{site.name} ({type(site.dispatcher).__name__}) computes its attention by itself, so its pattern cannot be "
+                "observed: it neither calls transformers' attention interface nor is it a headprune.nn.VariableHeadAttention "
+                "(headprune.nn.replace_multihead_attention gives one). Choose a criterion of gradients or of outputs."
+            )
 
 
 class WatchedAttention(Observer):
@@ -41,23 +60,9 @@ class WatchedAttention(Observer):
 
     @contextmanager
     def watching_forward(self, batch: Any) -> Iterator[None]:
-        arrived: list[AttentionSite] = []
-
-        def noting(site: AttentionSite) -> Callable[[Tensor], None]:
-            return lambda _inputs: arrived.append(site)
-
-        with ExitStack() as stack:
-            stack.enter_context(watching(self.setting.sites, lambda site: self._watcher(site, batch)))
-            for site in self.setting.sites:
-                stack.enter_context(output_input_hook(site, noting(site)))
+        sites = self.setting.sites
+        with watching(sites, lambda site: self._watcher(site, batch)), refusing_unwatched(sites, self._seen):
             yield
-        for site in arrived:
-            if site.name not in self._seen:
-                raise InvalidInput(
-                    f"{site.name} ({type(site.dispatcher).__name__}) computes its attention by itself, so its pattern cannot be "
-                    "observed: it neither calls transformers' attention interface nor is it a headprune.nn.VariableHeadAttention "
-                    "(headprune.nn.replace_multihead_attention gives one). Choose a criterion of gradients or of outputs."
-                )
 
     def counted(self, site: AttentionSite, batch: Any, query: Tensor) -> Tensor | None:
         """bool [batch, query_len]: the rows of `query` [batch, query_heads, query_len, head_dim] that are no padding."""

@@ -16,6 +16,7 @@ from headprune.ops import head_weight_stats
 from headprune.scoring.head_weights import ROLES, head_slices, rows_of, weights_of
 from headprune.scoring.observations import Need
 from headprune.scoring.observer import Observer, Setting, observes
+from headprune.scoring.observers.gate_gradient import rows_of as rows_in
 
 FIELDS = {"weight_gradient_dot": "dot", "weight_gradient_abs": "dot_abs", "weight_gradient_square": "dot_square"}
 
@@ -31,6 +32,7 @@ class WeightGradients(Observer):
         self._slices = head_slices(setting.sites)
         self._weights = weights_of(self._slices)
         self._rows: dict[str, dict[str, list[Tensor]]] = {site.name: {name: [] for name in FIELDS} for site in setting.sites}
+        self._samples: list[float] = []
         self._grads: dict[int, Tensor | None] = {}
         self._reached: set[str] = set()
 
@@ -57,6 +59,7 @@ class WeightGradients(Observer):
         self._grads = {}
         assert loss is not None  # of a backward pass
         mean = 1.0 / max(loss.numel(), 1)  # the pass differentiates the sum of the losses
+        self._samples.append(float(max(loss.numel() if loss.dim() else rows_in(batch), 1)))
         for index, site in enumerate(self.setting.sites):
             own = slice(index * len(ROLES), (index + 1) * len(ROLES))
             if any(reached[own]):
@@ -66,11 +69,13 @@ class WeightGradients(Observer):
                 self._rows[site.name][name].append(scale * rows_of(site, [getattr(one, statistic) for one in stats[own]]))
 
     def found(self) -> dict[str, dict[str, Tensor]]:
+        samples = torch.tensor(self._samples)
         return {
             site.name: {
                 name: torch.stack(rows) if rows else torch.zeros(0, len(ROLES), site.head_map.query_heads)
                 for name, rows in self._rows[site.name].items()
             }
+            | {"weight_gradient_samples": samples}
             for site in self.setting.sites
         }
 
