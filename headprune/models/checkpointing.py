@@ -27,8 +27,12 @@ CACHES = {"past_key_values": None, "past_key_value": None, "layer_past": None, "
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block every layer that transformers can checkpoint is, in eval mode too (transformers' own switch works in
-    training alone, with its dropout). Raises InvalidInput where the model has no such layer."""
+    training alone, with its dropout); inside another such block it changes nothing. Raises InvalidInput where the model has no
+    such layer."""
     layers = outermost(model)
+    if any(is_wrapped(layer) for layer in layers):
+        yield model
+        return
     if not layers:
         raise InvalidInput(
             f"{type(model).__name__} has no layer that transformers can checkpoint; leave checkpointing=True out, or call "
@@ -48,6 +52,11 @@ def checkpointed(model: nn.Module) -> Iterator[nn.Module]:
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = forward
+
+
+def is_wrapped(layer: nn.Module) -> bool:
+    forward = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is run_twice
 
 
 def outermost(model: nn.Module) -> list[nn.Module]:

@@ -23,7 +23,8 @@ def gated(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Iterator[nn.Mo
     """The same model with the gates of all other heads at 0; nothing is cut, and it is as before afterwards.
 
     keep: site name -> the query heads that stay open; sites left out keep all. Inside the block every
-    torch.nn.MultiheadAttention is a VariableHeadAttention with the same weights, and a compiled model runs uncompiled.
+    torch.nn.MultiheadAttention is a VariableHeadAttention with a copy of its weights (to train with gates, call
+    `hp.nn.replace_multihead_attention` first, or what these learn is lost), and a compiled model runs uncompiled.
     Raises InvalidInput for an unknown site or head.
     """
     inside = plain_module(model)

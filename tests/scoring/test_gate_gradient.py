@@ -127,6 +127,17 @@ def test_checkpointing_is_gone_afterwards_even_after_an_error():
         assert model(input_ids=language_batches(1)[0]["input_ids"], use_cache=True).past_key_values.get_seq_length() == 10
 
 
+def test_checkpointing_inside_checkpointing_changes_nothing():
+    model = llama()
+    batch = language_batches(1)[0]
+    expected = model(**batch).logits
+    with checkpointed(model):
+        with checkpointed(model):
+            torch.testing.assert_close(model(**batch).logits, expected)
+        assert all("forward" in vars(layer) for layer in model.model.layers)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_model_without_layers_to_checkpoint_is_named():
     with (
         pytest.raises(InvalidInput, match="Linear has no layer that transformers can checkpoint"),
