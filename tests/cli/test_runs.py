@@ -32,6 +32,7 @@ def test_a_run_that_was_stopped_before_it_began_is_not_taken_for_another_s(tmp_p
 def test_the_log_takes_every_name(tmp_path, monkeypatch):
     """Whatever the locale's encoding is: the report reads it as UTF-8."""
     monkeypatch.setattr("io.text_encoding", lambda encoding, level=2: encoding or "ascii")
+    monkeypatch.setattr(logging.getLogger("headprune"), "propagate", False)  # pytest-xdist cannot tell of such a name
     (tmp_path / "recipe.yaml").write_text("")
     with logged_to(tmp_path):
         logging.getLogger("headprune").info("taking up modèle/scores.json and \udcff")
