@@ -52,7 +52,7 @@ def reads_streamed(recipe: Recipe, device: torch.device) -> bool:
 
 def fits(name: str, device: torch.device) -> bool:
     """Whether a run in memory fits; what is no folder of safetensors is left to the run to refuse, to make, or to load whole."""
-    if name in EMBEDDED:
+    if name in EMBEDDED or not (Path(name).is_dir() or "/" in name):
         return True
     folder = model_folder(name)
     if not any((folder / file).is_file() for file in (SINGLE, INDEX)):

@@ -13,7 +13,7 @@ LAYERS = [
     {"api"},
     {"run", "run_inputs", "run_recovery", "run_schedule", "run_streamed", "run_values", "sources", "embedded", "demo", "sweep"},
     {"report"},
-    {"recipe"},
+    {"recipe", "recipe_yaml"},
     {"comparison"},
     {"schedules"},
     {"recovery"},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from next_token import NextToken
 from small_states import SmallStates
+from tiny_decoders import decoder
 from tiny_models import bert, llama
 from torch import nn
 
@@ -142,6 +143,14 @@ def test_quantised_rows_say_what_is_missing_or_quantise(subject, form):
     assert found.form == form
     assert nonzero_parameters(found.model) is None
     assert found.compact_bytes < file_bytes(subject.model)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_model_of_which_no_layer_is_rounded_has_no_row_of_rounded_weights(form):
+    """It was the dense model under another name."""
+    pytest.importorskip("torchao")
+    with pytest.raises(Refused, match=f"none of its linear layers can be rounded to {form}: it is a Conv1D"):
+        compressed(form, subject_of(decoder("gpt2"), NextToken(), {"transformer.h.0.attn": [0, 2]}))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ def quantised(subject: Subject, form: str) -> Compressed:
         done = quantise(model, form)
     except InvalidInput as error:
         raise Refused(str(error)) from None
+    if not done.layers:
+        why = next(iter(done.left.values()), "it has none")
+        raise Refused(f"none of its linear layers can be rounded to {form}: {why}")
     note = f"{FORMS[form]} in {len(done.layers)} linear layers; nothing is removed, whatever the fraction"
     return Compressed(
         model,
