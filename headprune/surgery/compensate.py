@@ -48,7 +48,7 @@ Keep = Mapping[str, Sequence[int]]  # site name -> the query heads that stay
 Reached = tuple[Tensor, Tensor | None]  # the input of a linear layer, and the stream that its result is added to
 TYPICAL_LENGTH = 64.0  # tokens; a constant, which only keeps the sums of usual batches near sums over tokens
 FEED_FORWARD_TOKENS = 2  # as many tokens for each input, at least
-HELD_OUT_EVERY = 5  # each fifth batch chooses the ridge and guards against a re-solve that does not help
+HELD_OUT_EVERY = 5  # each fifth batch (of fewer the last) chooses the ridge and guards against a re-solve that does not help
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,21 @@ def gather(
         with passes.pruned(before, solved):
             calls = passes.reached(part, pruned_walk)
         for target, reached in zip(targets, calls, strict=True):
-            valid = passes.valid(part, index, reached[0])
-            add_tokens(passes.sums_for(index, train, held_out), columns, kept_weight, target, reached, valid)
+            shares = passes.shares(index, passes.valid(part, index, reached[0]))
+            add_tokens(zip((train, held_out), shares), columns, kept_weight, target, reached)
     return train, held_out
 
 
 def add_tokens(
-    sums: Sequence[NormalEquations], columns: Tensor, kept_weight: Tensor, target: Target, reached: Reached, valid: Tensor
+    sums: Iterable[tuple[NormalEquations, Tensor]], columns: Tensor, kept_weight: Tensor, target: Target, reached: Reached
 ) -> None:
-    """Adds one batch to `sums`: what the kept columns leave of `target`, against their inputs in the pruned model."""
+    """Adds one batch to `sums`, to each the tokens that it is given with: what the kept columns leave of `target`, against their
+    inputs in the pruned model."""
     inputs, stream = reached
     kept_inputs = inputs[..., columns.to(inputs.device)]
     residual = target.missing(stream) - kept_inputs.float() @ kept_weight.T.float()
-    for equations in sums:
-        equations.add(kept_inputs[valid], residual[valid], sample_weights(valid))
+    for equations, tokens in sums:
+        equations.add(kept_inputs[tokens], residual[tokens], sample_weights(tokens))
 
 
 def sample_weights(valid: Tensor) -> Tensor:
@@ -145,16 +146,29 @@ def sample_weights(valid: Tensor) -> Tensor:
     return (TYPICAL_LENGTH / counts).view(-1, *[1] * (valid.dim() - 1)).expand(valid.shape)[valid]
 
 
-def sums_for(
-    index: int, batches: int, train: NormalEquations, held_out: NormalEquations, every: int = HELD_OUT_EVERY
-) -> list[NormalEquations]:
-    """Which sums the batch `index` goes into; the last of few batches into both."""
-    found = [held_out if batches > 1 and is_held_out(index, every) else train]
-    return [*found, held_out] if batches < every and index == batches - 1 else found
+def shares_of(
+    valid: Tensor, index: int, batches: int, every: int = HELD_OUT_EVERY, rows: Tensor | None = None, samples: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Those of the `valid` tokens [samples, tokens] of the batch `index` that are learnt from, and those that are held out: of
+    several batches all or none, of a single one those of some samples.
+
+    rows, samples: which samples of how many in the batch these are, by default all.
+    """
+    count = len(valid) if samples is None else samples
+    if batches > 1:
+        held_out = torch.tensor(is_held_out(index, batches, every))
+    elif count > 1 and valid.dim() > 1:
+        numbers = range(len(valid)) if rows is None or len(rows) != len(valid) else rows.tolist()
+        held_out = torch.tensor([is_held_out(number, count, every) for number in numbers])
+    else:  # one sample, or packed ones
+        return valid, torch.zeros_like(valid)
+    held_out = held_out.to(valid.device).view(-1, *[1] * (valid.dim() - 1))
+    return valid & ~held_out, valid & held_out
 
 
-def is_held_out(index: int, every: int = HELD_OUT_EVERY) -> bool:
-    return index % every == every - 1
+def is_held_out(index: int, count: int, every: int = HELD_OUT_EVERY) -> bool:
+    """Whether one of `count` batches, or samples, is: of few the last."""
+    return index % every == every - 1 if count >= every else index == count - 1
 
 
 @dataclass(frozen=True)
@@ -229,11 +243,11 @@ class Passes:
         """A pass of each piece, before its first step."""
         return [Walk(self.model, partial(self.forward, self.model, piece.batch), self.keeping) for piece in self.pieces]
 
-    def sums_for(
-        self, index: int, train: NormalEquations, held_out: NormalEquations, every: int = HELD_OUT_EVERY
-    ) -> list[NormalEquations]:
-        """Which sums the piece `index` goes into: those of its batch."""
-        return sums_for(self.pieces[index].of, self.pieces[-1].of + 1, train, held_out, every)
+    def shares(self, index: int, valid: Tensor, every: int = HELD_OUT_EVERY) -> tuple[Tensor, Tensor]:
+        """`shares_of` of the piece `index`."""
+        piece = self.pieces[index]
+        samples = sum(len(one.rows) for one in self.pieces if one.rows is not None) or None
+        return shares_of(valid, piece.of, self.pieces[-1].of + 1, every, piece.rows, samples)
 
     def names_before(self, part: Part) -> list[str]:
         """The parts that are re-solved before this one."""
@@ -284,13 +298,17 @@ def resolve(
     weight, bias = old
     columns = columns_of(part, {} if keep is None else {part.name: keep}, weight).to(weight.device)
     layer = Layer(weight[:, columns], 1 if keep is None else len(keep), bias is not None)
+    whole = train + held_out
+    if not train.tokens or not held_out.tokens:  # a single sample, packed ones, or a batch without a token that counts
+        train = held_out = whole
     if keep is None:
         solver = get_solver("least_squares")
-        if train.tokens < FEED_FORWARD_TOKENS * solver.unknowns(layer):
+        if whole.tokens < FEED_FORWARD_TOKENS * solver.unknowns(layer):
             return Resolved(part.name, 1.0, 1.0, None), old
-    if len(columns) == weight.shape[1] and train.tokens < solver.unknowns(layer):  # as of a pool over patches, one a picture
+    if len(columns) == weight.shape[1] and whole.tokens < solver.unknowns(layer):  # as of a pool over patches, one a picture
         return Resolved(part.name, 1.0, 1.0, None), old
-    refuse_too_few(part.name, train.tokens, solver.unknowns(layer))
+    refuse_too_few(part.name, whole.tokens, solver.unknowns(layer))
+    whole.refuse_infinite()
     before = held_out.error(torch.zeros_like(held_out.cross))
     best, last = before, math.inf
     ridge: float | None = None
@@ -307,7 +325,7 @@ def resolve(
     if change is None or ridge is None:
         return report, old
     if join:
-        change = dict(solver.solve(train + held_out, layer, (ridge,))).get(ridge, change)
+        change = dict(solver.solve(whole, layer, (ridge,))).get(ridge, change)
     new_weight = weight.clone()
     new_weight[:, columns] += change[:-1].T.to(weight)
     new_bias = None if bias is None else bias + change[-1].to(bias)
@@ -323,6 +341,6 @@ def refuse_uncompensated(calibration: Iterable[Any] | None, feed_forward: bool) 
 def refuse_too_few(name: str, tokens: int, needed: int) -> None:
     if tokens < needed:
         raise InvalidInput(
-            f"compensation has {tokens} calibration tokens at {name} (beside those that are held out); its {needed} unknowns need "
-            f"at least {needed}, better {10 * needed}. Give more calibration batches, or compensation='mask_tuning' or 'bias'."
+            f"compensation has {tokens} calibration tokens at {name}; its {needed} unknowns need at least {needed}, better "
+            f"{10 * needed}. Give more calibration batches, or compensation='mask_tuning' or 'bias'."
         )

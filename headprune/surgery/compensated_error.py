@@ -35,8 +35,9 @@ class CompensatedError:
     """Plans -> one number each, lower is better: how far the pruned, compensated model is from the dense one on held-out batches.
 
     The distance is of the model's output: mean KL divergence of its logits, or the relative squared error of its first output
-    (states, embeddings); over tokens that count, each sample alike. Each `held_out_every`th batch (of fewer the last) is held out;
-    layers are re-solved as `resolve_outputs` does it. Plans with the same heads in their first layers share what is run there.
+    (states, embeddings); over tokens that count, each sample alike. Each `held_out_every`th batch (of fewer the last) is held out,
+    and all of a single one is measured; layers are re-solved as `resolve_outputs` does it. Plans with the same heads in their first
+    layers share what is run there.
     Keeps what the dense model has at every site in memory, so give it few batches. Use it inside `own_attention(model)`.
     """
 
@@ -56,9 +57,9 @@ class CompensatedError:
         self._path: list[tuple[Heads, Stand]] = []
         with pass_of(model), torch.no_grad():
             self.passes = Passes.of(model, sites, batches, forward, token_mask)
-            last = self.passes.pieces[-1].of
-            chosen = {piece.of for piece in self.passes.pieces if is_held_out(piece.of, held_out_every)} or {last}
-            self._held_out = [index for index, piece in enumerate(self.passes.pieces) if piece.of in chosen]
+            count = self.passes.pieces[-1].of + 1
+            held_out = [is_held_out(piece.of, count, held_out_every) for piece in self.passes.pieces]
+            self._held_out = [index for index, held in enumerate(held_out) if held]
             self._targets, self._outputs = self._dense()
 
     def __call__(self, plans: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
@@ -98,9 +99,9 @@ class CompensatedError:
             with passes.pruned(kept, solved):
                 calls = passes.reached(site, walk)
             for target, (inputs, stream) in zip(self._targets[at][index], calls, strict=True):
-                valid = passes.valid(site, index, inputs)
-                for equations in passes.sums_for(index, train, held_out, self._every):
-                    equations.add(inputs[valid], target.missing(stream)[valid], sample_weights(valid))
+                shares = passes.shares(index, passes.valid(site, index, inputs), self._every)
+                for equations, tokens in zip((train, held_out), shares):
+                    equations.add(inputs[tokens], target.missing(stream)[tokens], sample_weights(tokens))
         return Stand(walks, train, held_out, solved)
 
     def _solved(self, site: AttentionSite, kept: Mapping[str, Heads], stand: Stand) -> Weights:

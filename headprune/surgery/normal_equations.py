@@ -16,6 +16,7 @@ log = logging.getLogger("headprune")
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # tried in this order while the held-out error falls
 LARGEST_FACTOR = 10.0  # of a head, by mask tuning
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # of the mean diagonal, tried in turn where a Gram matrix is singular
+INFINITE = "calibration activations are NaN or infinite; look for overflow in low precision, or run in fp32."
 
 
 @dataclass
@@ -38,6 +39,8 @@ class NormalEquations:
     def add(self, inputs: Tensor, residual: Tensor, weights: Tensor | None = None) -> None:
         """inputs [tokens, inputs], residual [tokens, outputs]: what the present weights leave to be explained; weights [tokens]:
         how much each token counts, by default 1."""
+        if not len(inputs):
+            return
         padded = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1).float()
         residual = residual.float()
         weighted = padded if weights is None else padded * weights[:, None].to(padded)
@@ -46,6 +49,11 @@ class NormalEquations:
         squares = residual.square() if weights is None else residual.square() * weights[:, None].to(padded)
         self.squares += squares.sum(dim=0).cpu()
         self.tokens += len(inputs)
+
+    def refuse_infinite(self) -> None:
+        """InvalidInput where a sum is not finite."""
+        if not all(bool(torch.isfinite(sums).all()) for sums in (self.gram, self.cross, self.squares)):
+            raise InvalidInput(INFINITE)
 
     def about(self, columns: Tensor, weight: Tensor) -> NormalEquations:
         """The equations of these inputs alone, for the residual that `weight` [outputs, columns] leaves of this one."""
@@ -84,7 +92,7 @@ def factored(gram: Tensor) -> tuple[Tensor, float]:
     Raises InvalidInput where the matrix is not finite, or not even the largest jitter makes it positive definite.
     """
     if not bool(torch.isfinite(gram).all()):
-        raise InvalidInput("calibration activations are NaN or infinite; look for overflow in low precision, or run in fp32.")
+        raise InvalidInput(INFINITE)
     diagonal = gram.diagonal()
     mean = float(diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny))
     for jitter in JITTERS:

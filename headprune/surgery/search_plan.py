@@ -22,7 +22,7 @@ from headprune.scoring.scores import HeadScores
 from headprune.surgery.compensate import HELD_OUT_EVERY
 from headprune.surgery.compensated_error import CompensatedError
 
-FEW_BATCHES = 4  # from so many on, the one that is held out and learnt from as well is a small part of what is learnt
+FEW_BATCHES = 4  # of fewer, the one that is held out is a large part of what could be learnt
 FEW_HELD_OUT_EVERY = 3
 THINNED_TOKENS = 1.5  # times as many tokens: with 36 held-out texts the choice at half of MiniLM's heads was noise
 
@@ -77,8 +77,8 @@ def search_plan(
 def search_batches(batches: Iterable[Any], tokens: int | None) -> tuple[list[Any], int]:
     """What a search reads of `batches`, and how many batches there are to each held-out one.
 
-    Of two or three large batches none could be held out: heads would be chosen by an error on what was learnt. So then every batch
-    gives some of its samples, and a third of the batches is held out, which leaves enough samples to tell plans apart.
+    Of two or three large batches half or a third would be held out, all of it of one batch. So then every batch gives some of its
+    samples, and a third of the batches is held out, which leaves enough samples to tell plans apart.
     """
     given = list(several(batches))
     first = first_batches(given, tokens)

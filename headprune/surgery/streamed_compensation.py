@@ -32,7 +32,7 @@ from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import LayerStates, take_over
 from headprune.scoring.passed_keys import PassedKeys
 from headprune.scoring.passes import pass_of
-from headprune.surgery.compensate import Reached, Resolved, Target, add_tokens, resolve, sums_for
+from headprune.surgery.compensate import Reached, Resolved, Target, add_tokens, resolve, shares_of
 from headprune.surgery.normal_equations import NormalEquations, get_solver
 from headprune.surgery.parts import Part, Weights, columns_of, masked_to, parts_of, weight_and_bias, weights_in_place
 from headprune.surgery.walk import Walk
@@ -158,9 +158,8 @@ class StreamedCompensation:
             target = Target.of(self._reached(layer, index, "dense", part, stream), weight)
             with weights_in_place(parts, solved), self._gates(others):
                 reached = self._reached(layer, index, "pruned", part, stream)
-            valid = valid_tokens(reached[0], self.masks(part.name, batch))
-            sums = sums_for(index, len(self.batches), train, held_out)
-            add_tokens(sums, columns, weight[:, columns.to(weight.device)], target, reached, valid)
+            shares = shares_of(valid_tokens(reached[0], self.masks(part.name, batch)), index, len(self.batches))
+            add_tokens(zip((train, held_out), shares), columns, weight[:, columns.to(weight.device)], target, reached)
         return train, held_out
 
     def _reached(self, layer: int, index: int, kind: str, part: Part, stream: nn.Module | None) -> Reached:

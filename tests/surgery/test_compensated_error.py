@@ -170,7 +170,7 @@ def test_a_call_that_was_broken_off_leaves_no_wrong_number_behind(monkeypatch):
     assert measured([keep]) == [expected]
 
 
-def test_of_two_batches_the_last_is_held_out_and_learnt_from_as_in_compensation(monkeypatch):
+def test_of_two_batches_the_last_is_held_out_as_in_compensation(monkeypatch):
     monkeypatch.setattr(compensate, "resolve", partial(compensate.resolve, join=False))
     model, batches = bert(), batches_for(2)
     sites = attention_sites(model)
