@@ -8,7 +8,9 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 def letter_tokenizer(begin: bool = False) -> PreTrainedTokenizerFast:
     """begin: puts <s> before every text, as Llama's does."""
-    vocabulary = {"[UNK]": 0, "</s>": 1, **{letter: number + 2 for number, letter in enumerate(LETTERS)}, **({"<s>": 29} if begin else {})}
+    vocabulary = {"[UNK]": 0, "</s>": 1, **{letter: number + 2 for number, letter in enumerate(LETTERS)}}
+    if begin:
+        vocabulary["<s>"] = 29
     letters = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     if begin:

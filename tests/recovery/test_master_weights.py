@@ -27,7 +27,7 @@ def test_what_stays_is_the_rounded_result_of_a_training_in_fp32(method, tmp_path
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config.dtype == torch.bfloat16
     rounded = single.to(torch.bfloat16).state_dict()
-    # The layers between compute in the type that they hold: a gradient that is nearly 0 may get the other sign, and Adam steps as far.
+    # Frozen layers compute in the type that they hold: a gradient that is nearly 0 may get the other sign, and Adam steps as far.
     alike = [torch.isclose(found, rounded[name], rtol=2**-7, atol=1e-6).flatten() for name, found in model.state_dict().items()]
     assert float(torch.cat(alike).float().mean()) > 0.999
     hp.save(model, tmp_path / "saved")
