@@ -60,7 +60,8 @@ class Sweep:
             raise InvalidInput(f"{path} is not a complete sweep file: {error!r}.") from None
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.task}, heads by {self.criterion} (* on the Pareto front)", title_justify="left")
+        title, machine = f"{self.task}, heads by {self.criterion} (* on the Pareto front)", self.points[0].evaluation.machine
+        table = Table(title=title, title_justify="left", caption=machine, caption_justify="left")
         for column in ("budget", self.headline, "of dense", "parameters", "latency p50, ms", "of dense", "heads kept by layer"):
             table.add_column(column, overflow="fold", no_wrap=column == "budget")
         dense = self.points[0].evaluation.quality[self.headline]

@@ -12,6 +12,7 @@ from headprune.planning import Budget, PruningPlan, plan, sensitivity
 from headprune.scoring import HeadScores, observe, portrait_needs, portraits, score_observations
 from headprune.sweep import Point, Sweep
 
+MACHINE = "a made-up processor, 2 threads"
 LENGTH = 12
 CRITERIA = ("fisher", "magnitude_l1")
 
@@ -25,6 +26,7 @@ def evaluation(model, quality: float, latency: float) -> Evaluation:
     return Evaluation(
         {"perplexity": quality}, sum(one.numel() for one in model.parameters()), attention_flops(sites, LENGTH), LENGTH,
         kv_cache_bytes_per_token(sites), latency, 1.1 * latency, 1e3 / latency, 1000,
+        machine=MACHINE,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from headprune.evaluation import Interval, paired_bootstrap
 from headprune.evaluation.cost import model_flops
 from headprune.evaluation.evaluate import count_of, tell_few, values_of
 from headprune.evaluation.latency import measure_latency
+from headprune.evaluation.machine import machine_name
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.tasks import Task
 from headprune.models.placement import device_of, trainer_options
@@ -87,12 +88,12 @@ class Bench:
 
     def as_compressed(self, row: MethodRow, found: Compressed) -> MethodRow:
         quality, difference = self.quality(found.model)
-        in_file, times = file_bytes(found.model), dict[str, Any](self.latency(found.model))
+        in_file = file_bytes(found.model)
         return replace(
             row, note=found.note, parameters=count_parameters(found.model), nonzero=nonzero_parameters(found.model),
             file_bytes=in_file, compact_bytes=compact_bytes(found, in_file), compact=found.compact, quality=quality,
             difference=None if row.method == "dense" else difference, loss=self.loss(found.model),
-            flops_share=self.flops_share(found.model), **times,
+            flops_share=self.flops_share(found.model), **self.latency(found.model),
         )  # fmt: skip
 
     def tuned(self, row: MethodRow, found: Compressed, progress: Progress | None) -> MethodRow:
@@ -136,11 +137,12 @@ class Bench:
         inputs = self.task.latency_inputs()
         return model_flops(model, inputs) / model_flops(self.subject.model, inputs) if plain(model) else None
 
-    def latency(self, model: nn.Module) -> dict[str, float]:
-        """Nothing for 0 repeats."""
+    def latency(self, model: nn.Module) -> dict[str, Any]:
+        """The fields of a row; none for 0 repeats."""
         if not self.repeats:
             return {}
         models = {"dense": self.subject.model, "model": model}
         with in_eval_mode(self.subject.model):
             timed = measure_latency(models, self.task.latency_inputs(), self.repeats)
-        return {"latency_p50_ms": timed["model"].p50_ms, "latency_share": timed["model"].p50_ms / timed["dense"].p50_ms}
+        share = timed["model"].p50_ms / timed["dense"].p50_ms
+        return {"latency_p50_ms": timed["model"].p50_ms, "latency_share": share, "machine": machine_name(device_of(model))}

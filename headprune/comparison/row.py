@@ -25,7 +25,7 @@ class MethodRow:
     flops_share: FLOPs of a forward pass with dense kernels over the dense model's; None where they cannot be counted.
     quality, loss: on test data, and on training batches that no method saw. tuned_...: after the same fine-tune. difference: of
     the headline from the dense model's, on the same examples. latency_share: median time of a forward pass over the dense
-    model's, both timed in turn with dense kernels.
+    model's, both timed in turn with dense kernels; machine: device, threads and torch that it is of.
     """
 
     method: str
@@ -51,6 +51,7 @@ class MethodRow:
     tuned_steps: int | None = None
     latency_p50_ms: float | None = None
     latency_share: float | None = None
+    machine: str | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> MethodRow:
@@ -84,9 +85,10 @@ class MethodComparison:
 
     def title(self) -> str:
         before, after = self.heads
+        machines = " and ".join(dict.fromkeys(row.machine for row in self.rows if row.machine))
         return (
             f"{self.model}, {self.task}. {before - after} of {before} heads are {self.removed:,} parameters; the others remove "
-            "or zero about as many."
+            f"or zero about as many.{f' Latency on {machines}.' if machines else ''}"
         )
 
     def ratio(self, quality: Mapping[str, float] | None) -> str:

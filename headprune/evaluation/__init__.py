@@ -6,8 +6,9 @@ from headprune.evaluation.classification import Classification, ImageClassificat
 from headprune.evaluation.data import EvaluationData
 from headprune.evaluation.estimate import Estimate, estimate
 from headprune.evaluation.evaluate import Comparison, Evaluation, compare, evaluate
-from headprune.evaluation.latency_table import machines_here, measure_latency_table
+from headprune.evaluation.latency_table import measure_latency_table
 from headprune.evaluation.lm_harness import LanguageModelHarness
+from headprune.evaluation.machine import machines_here
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.perplexity import Perplexity
 from headprune.evaluation.retrieval import Retrieval

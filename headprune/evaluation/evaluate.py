@@ -22,10 +22,12 @@ from headprune.evaluation.cost import attention_flops, cached_bytes_per_token, m
 from headprune.evaluation.data import EvaluationData, Progress, placed
 from headprune.evaluation.energy import measure_energy
 from headprune.evaluation.latency import measure_generation, measure_latency
+from headprune.evaluation.machine import machine_name
 from headprune.evaluation.memory import peak_activation_bytes
 from headprune.evaluation.metric import Metric
 from headprune.evaluation.token_counts import count_tokens_of_sites
 from headprune.models import attention_sites
+from headprune.models.placement import device_of
 from headprune.nn.replace import own_attention
 from headprune.scoring.passes import in_eval_mode
 from headprune.surgery.savings import count_parameters
@@ -41,7 +43,8 @@ class Evaluation:
     kv_cache_bytes_per_token: None for models that keep no cache (encoders).
     generation_ms_per_token: with a cache, prompt and all; None for models that do not generate. energy_joules: of the GPU, per
     sequence; None where it has no counter. test_examples: those that quality is measured on, None where there are only totals;
-    calibration_examples: those that the task has for scoring heads, None for other data.
+    calibration_examples: those that the task has for scoring heads, None for other data. machine: device, threads and torch that
+    the times are of; None in older files.
     """
 
     quality: dict[str, float]
@@ -59,6 +62,7 @@ class Evaluation:
     energy_joules: float | None = None
     test_examples: int | None = None
     calibration_examples: int | None = None
+    machine: str | None = None
 
     def data(self) -> str:
         """How much quality rests on, in words; empty where nothing tells."""
@@ -69,7 +73,7 @@ class Evaluation:
         return ", ".join(f"{count:,} {name}" for count, name in counts if count is not None)
 
     def __rich__(self) -> Table:
-        table = Table("", "model", title=self.data() or None, title_justify="left")
+        table = Table("", "model", title=self.data() or None, title_justify="left", caption=self.machine, caption_justify="left")
         for metric, value in self.quality.items():
             table.add_row(metric, f"{value:.4f}")
         for name, (label, form) in COSTS.items():
@@ -148,9 +152,8 @@ class Comparison:
         return [row[: len(self.columns())] for row in rows]
 
     def __rich__(self) -> Table:
-        table = Table(
-            *self.columns(), title=", ".join(filter(None, (self.task, "one run", self.dense.data()))), title_justify="left"
-        )
+        title = ", ".join(filter(None, (self.task, "one run", self.dense.data())))
+        table = Table(*self.columns(), title=title, title_justify="left", caption=self.dense.machine, caption_justify="left")
         for row in self.rows():
             table.add_row(*row)
         return table
@@ -250,6 +253,7 @@ def evaluations_in_eval_mode(
             energy_joules=energy[name],
             test_examples=count_of(data, metrics),
             calibration_examples=data.calibration_examples,
+            machine=machine_name(device_of(model)),
         )
     tell_few(data, count_of(data, metrics))
     return found, examples

@@ -20,6 +20,7 @@ from headprune.errors import InvalidInput
 from headprune.evaluation.cost import sequence_length
 from headprune.evaluation.data import placed
 from headprune.evaluation.latency import synchronize
+from headprune.evaluation.machine import machine_name
 from headprune.models import attention_sites
 from headprune.models.adapters import find_site
 from headprune.models.placement import device_of
@@ -27,25 +28,11 @@ from headprune.models.site import AttentionSite, Foreign
 from headprune.models.uncompiled import uncompiled
 from headprune.nn.replace import own_attention
 from headprune.planning.latency_table import LatencyTable, key_of
-from headprune.processor import processor_name
 from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
 from headprune.surgery.cut import cut_site
 
 REPEATS = 5
-
-
-def machine_name(device: torch.device) -> str:
-    """`device` and what runs on it: what a latency is good for."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, {torch.get_num_threads()} threads"
-    beside = "" if device.type in ("cpu", "cuda") else f", {device.type}"  # Apple's GPU is a part of its processor
-    return f"{name}{beside}, torch {torch.__version__}"
-
-
-def machines_here() -> list[str]:
-    """The names of this machine's devices."""
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    return [machine_name(torch.device(device)) for device in devices]
 
 
 def measure_latency_table(

@@ -57,6 +57,7 @@ def model_card(run: RunFolder, model: Path) -> str:
     if run.comparison is not None:
         table = [run.comparison.columns(), ("---",) * len(run.comparison.columns()), *run.comparison.rows()]
         parts += [f"## Measured\n{run.comparison.task}, dense and pruned in one run{about(run)}:\n", *map(row_of, table), ""]
+        parts += [f"Measured on {run.comparison.dense.machine}.\n"] if run.comparison.dense.machine else []
     parts += ["## Heads\n", row_of(("attention", "query heads", "of", "key/value heads", "of")), row_of(("---",) * 5)]
     for site, shape in run.shapes.items():
         kept = shape.head_map if site not in run.plan else shape.head_map.keep(run.plan[site])

@@ -11,6 +11,7 @@ from tiny_models import bert
 import headprune as hp
 from headprune.comparison import MethodRow, Refused, bench, comparison_method, method
 from headprune.errors import InvalidInput
+from headprune.evaluation.machine import machine_name
 from headprune.evaluation.metric import Metric, mean
 
 NAMES = ["heads", "unstructured", "semi-structured", "layers"]
@@ -64,6 +65,7 @@ def test_it_is_shown_in_full(done):
     assert f"{found.row('heads').quality['norm'] / found.row('dense').quality['norm']:.3f}" in text
     assert "2:4 sparse matrix products" in text
     assert len(found.notes()) == len(found.rows) - 1
+    assert f"Latency on {machine_name(torch.device('cpu'))}." in text
 
 
 def test_a_finished_comparison_is_read_back_and_more_methods_join_it(done, monkeypatch):

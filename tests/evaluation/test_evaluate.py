@@ -15,6 +15,7 @@ from headprune.errors import InvalidInput
 from headprune.evaluation import Comparison, Evaluation, Perplexity, compare, evaluate
 from headprune.evaluation.cost import attention_flops, model_flops
 from headprune.evaluation.data import EvaluationData
+from headprune.evaluation.machine import machine_name
 from headprune.evaluation.metric import Metric, mean
 from headprune.models import attention_sites
 from headprune.surgery import cut
@@ -155,6 +156,15 @@ def test_ratios_are_pruned_over_dense():
     names = ("accuracy", "parameters", "attention_flops", "kv_cache_bytes_per_token", "latency_p50_ms", "throughput")
     assert [found.ratio(name) for name in names] == pytest.approx([0.75, 0.75, 0.4, 0.25, 0.25, 4.0])
     assert all(math.isnan(found.ratio(name)) for name in ("energy_joules", "model_flops", "f1"))  # not measured, of one or of both
+
+
+def test_times_go_with_the_machine_that_they_are_of():
+    found = compare(llama(), pruned(), lambda model: 1.0, inputs=INPUTS, repeats=1)
+    assert found.dense.machine == found.pruned.machine == found.__rich__().caption == machine_name(torch.device("cpu"))
+    assert found.dense.machine == found.dense.__rich__().caption == found.to_json()["dense"]["machine"]
+    older = found.to_json()
+    del older["dense"]["machine"], older["pruned"]["machine"]
+    assert Comparison.from_json(older).dense.machine is None
 
 
 def test_a_quality_of_0_has_no_ratio():

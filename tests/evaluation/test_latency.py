@@ -4,7 +4,7 @@ from tiny_decoders import decoder
 from tiny_models import llama, tokens
 
 from headprune.evaluation.latency import measure_generation, measure_latency, synchronize
-from headprune.evaluation.latency_table import machine_name
+from headprune.evaluation.machine import machine_name
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])

@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers
 from huggingface_hub import ModelCard
-from reported_run import write_run
+from reported_run import MACHINE, write_run
 
 from headprune.errors import InvalidInput
 from headprune.files import write_text
@@ -29,6 +29,7 @@ def test_a_card_tells_what_is_gone_and_what_was_measured(tmp_path):
         "`llama` without 8 of its 16 query heads (50%): scored by fisher, cut out of the weights, outputs re-solved on "
         "calibration data.",
         "| perplexity (lower is better) | 10.0000 | 12.0000 | 1.200 |",
+        f"Measured on {MACHINE}.",
         "| attention | query heads | of | key/value heads | of |",
     ):
         assert line in card.text.splitlines()

@@ -6,7 +6,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from reported_run import evaluation, pruned, write_run
+from reported_run import MACHINE, evaluation, pruned, write_run
 from tiny_models import llama
 
 import headprune as hp
@@ -56,6 +56,7 @@ def test_the_page_is_one_well_formed_file_that_fetches_nothing(written):
     assert {"map", "budget", "criterion", "download", "chart", "sensitivity", "agreement", "criteria"} <= set(page.ids)
     assert not re.search(r"@import|url\((?!data:)|fetch\(|XMLHttpRequest", text)
     assert len(text) < 200_000
+    assert f"Measured on {MACHINE}." in text
     assert "one line with &lt;b&gt;markup&lt;/b&gt; &amp; &lt;/script&gt;" in text
 
 
