@@ -113,13 +113,23 @@ void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel&
   for (int64_t r = 0; r < panel.width(); ++r) gate[r] = problem.gate_of(group.batch, panel.head[r]);
   std::copy_n(panel.sum, panel.width(), total);
   if (problem.sinks) add_sinks(problem, panel, total);
+  Vec factor[Vecs];
   for (int v = 0; v < Vecs; ++v) {
     const Vec sum = load(total + v * kLanes);
-    store(factors + v * kLanes, Vec::blendv(load(gate + v * kLanes) / sum, Vec(0.f), sum == Vec(0.f)));
+    factor[v] = Vec::blendv(load(gate + v * kLanes) / sum, Vec(0.f), sum == Vec(0.f));
+    store(factors + v * kLanes, factor[v]);
     store(lse + v * kLanes, sum.log());
   }
   // In fp64: the backward pass takes the exponential of what is lost here.
-  for (int64_t r = 0; r < panel.rows; ++r) lse[r] = static_cast<Real>(panel.high[r] / static_cast<double>(kLog2e) + lse[r]);
+  constexpr double unit = 1 / static_cast<double>(kLog2e);
+  for (int64_t r = 0; r < panel.rows; ++r) lse[r] = static_cast<Real>(panel.high[r] * unit + lse[r]);
+  if (Real* in_place = panel.thin() ? nullptr : panel_in_place(problem, problem.output, group, panel)) {
+    rescale<Vecs>(panel.output, problem.value_dim, factor);
+    transpose(panel.output, panel.width(), problem.value_dim, panel.width(), in_place, problem.output.row);
+    std::copy_n(lse, panel.rows, problem.lse + problem.number_of(group.batch, panel.head[0], panel.query[0]));
+    if (stats) record_stats(problem, group, panel, total, in_place, problem.output.row, *stats);
+    return;
+  }
   if (panel.thin()) {
     read_thin_output(thin_kind, problem, panel, buffer);
   } else {
@@ -131,7 +141,7 @@ void close_panel(const Forward& problem, const Group& group, const SoftmaxPanel&
     scale_row(row, problem.value_dim, factors[r]);
     write_row(row, problem.value_dim, problem.type, query_row(problem, problem.output, group.batch, panel.head[r], panel.query[r]));
   }
-  if (stats) record_stats(problem, group, panel, total, buffer, *stats);
+  if (stats) record_stats(problem, group, panel, total, buffer, problem.value_dim, *stats);
 }
 
 void close(const Forward& problem, const Group& group, const SoftmaxPanel& panel, Workplace& place, RowStats* stats) {
@@ -155,7 +165,7 @@ void walk_wide(const Forward& problem, const Group& group, const Keys& keys, int
                Workplace& place) {
   for (int64_t slot = from, end; slot < to; slot = end) {
     end = std::min(to, (slot / kKeyBlock + 1) * kKeyBlock);
-    const WideBlock block = Products::read(problem, group, keys, slot, end - slot, place.wide);
+    WideBlock block = Products::read(problem, group, keys, slot, end - slot, place.wide);
     for (int64_t p = 0; p < panels; ++p) {
       const SoftmaxPanel& panel = place.panels[p];
       const int64_t first = std::max(slot, panel.slots_from), last = std::min(end, panel.slots_to);
@@ -163,6 +173,7 @@ void walk_wide(const Forward& problem, const Group& group, const Keys& keys, int
       const auto run = panel.vecs == 1 ? (stats ? attend<Products, 1, true> : attend<Products, 1, false>)
                                        : (stats ? attend<Products, kPanelVecs, true> : attend<Products, kPanelVecs, false>);
       run(problem, group, panel, keys, first, last - first, block, place);
+      block.met = true;
     }
   }
 }

@@ -25,10 +25,11 @@ inline void place_panel(const Problem& problem, const Group& group, const Keys& 
   const int64_t heads = static_cast<int64_t>(group.heads.size());
   panel.rows = rows;
   panel.vecs = rows <= kLanes ? 1 : kPanelVecs;
+  int64_t query = first / heads, member = first % heads;
   for (int64_t r = 0; r < panel.width(); ++r) {
-    const int64_t row = first + std::min(r, rows - 1);
-    panel.query[r] = row / heads;
-    panel.head[r] = group.heads[row % heads];
+    panel.query[r] = query;
+    panel.head[r] = group.heads[member];
+    if (r < rows - 1 && ++member == heads) ++query, member = 0;
     panel.position[r] = static_cast<Real>(sequence.position(panel.query[r]));
     panel.slope[r] = problem.alibi_slopes ? problem.alibi_slopes[panel.head[r]] * kLog2e : 0.f;
   }
@@ -43,9 +44,9 @@ inline Real query_factor(const Problem& problem) {
 }
 
 // Where all rows of the panel, equally far apart, lie in the type that we compute in; null where they do not.
-inline const Real* panel_in_place(const Problem& problem, const Operand& operand, const Group& group, const Panel& panel) {
+inline Real* panel_in_place(const Problem& problem, const Operand& operand, const Group& group, const Panel& panel) {
   if (problem.type != kRealType || group.heads.size() != 1 || panel.rows != panel.width()) return nullptr;
-  return reinterpret_cast<const Real*>(query_row(problem, operand, group.batch, panel.head[0], panel.query[0]));
+  return reinterpret_cast<Real*>(query_row(problem, operand, group.batch, panel.head[0], panel.query[0]));
 }
 
 // The panel's rows of the query or what is laid out like it, as fp32 rows `width` >= dim floats wide, filled up with 0.

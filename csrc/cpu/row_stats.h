@@ -25,8 +25,9 @@ inline Real norm(const Real* row, int64_t dim) {
   return std::sqrt(sum);
 }
 
-// Of the rows of a panel; `total`: their sums with the sinks, `output`: theirs, [row][value_dim].
-inline void record_stats(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const Real* total, const Real* output, RowStats& stats) {
+// Of the rows of a panel; `total`: their sums with the sinks, `output`: theirs, `stride` apart.
+inline void record_stats(const Forward& problem, const Group& group, const SoftmaxPanel& panel, const Real* total, const Real* output,
+                         int64_t stride, RowStats& stats) {
   for (int64_t r = 0; r < panel.rows; ++r) {
     const bool wanted = !problem.query_mask || problem.query_mask[group.batch * problem.sequences[group.batch].query_len + panel.query[r]];
     if (!wanted || panel.stats.top[r] == -kInfinity) continue;
@@ -39,7 +40,7 @@ inline void record_stats(const Forward& problem, const Group& group, const Softm
     stats.at(RowStats::max_logit, row) = panel.stats.top[r] * kLn2;
     stats.at(RowStats::first_mass, row) = panel.stats.first[r] * inverse;
     stats.at(RowStats::distance, row) = panel.stats.distance[r] * inverse;
-    stats.at(RowStats::output_norm, row) = norm(output + r * problem.value_dim, problem.value_dim);
+    stats.at(RowStats::output_norm, row) = norm(output + r * stride, problem.value_dim);
   }
 }
 

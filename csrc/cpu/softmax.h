@@ -80,7 +80,7 @@ void softmax_step(const SoftmaxPanel& panel, const Keys& keys, int64_t slot, int
     shift[v] = max_second(Vec(kFaintest), old - high[v]);
     factor[v] = exp2(shift[v]);
     sum[v] = Vec(0.f);  // of this block
-    grew = grew || (factor[v] == Vec(1.f)).zero_mask() != 0;
+    grew = grew || ((factor[v] == Vec(1.f)) | (old == Vec(-kInfinity))).zero_mask() != 0;  // before any key there is nothing to scale
   }
   if (grew) rescale<Vecs>(panel.output, value_dim, factor);
   Vec weighted[Vecs], distance[Vecs];

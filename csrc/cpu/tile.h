@@ -62,21 +62,25 @@ struct Coming {
   const Real* rows;
   int64_t stride, width;
   void ask_for(int64_t from, int64_t to) const {
+    if (!width) return;
     for (int64_t row = from; row < to; ++row) {
       for (int64_t x = 0; x < width; x += kLine) __builtin_prefetch(rows + row * stride + x, 0, 2);
     }
   }
 };
 
+// How many of the rows that are left the next tile takes. One of one or two rows waits for its few sums: the last two share theirs.
+inline int64_t tile_of(int64_t left) { return left > kTile && left < kTile + kTile / 2 ? (left + 1) / 2 : std::min<int64_t>(kTile, left); }
+
 // scores[key][row] = sum_x keys[key][x] * queries[x][row]; `coming` has one row for each key.
 template <int Vecs>
 void score_block(
     const Real* keys, int64_t stride, int64_t count, const Real* queries, int64_t head_dim, Real* scores, const Coming& coming = {}) {
   constexpr int rows = Vecs * kLanes;
-  for (int64_t key = 0; key < count; key += kTile) {
-    coming.ask_for(key, std::min(key + kTile, count));
-    multiply_tail<Vecs, false, false>(
-        std::min<int64_t>(kTile, count - key), keys + key * stride, stride, queries, rows, head_dim, scores + key * rows, rows);
+  for (int64_t key = 0, tile; key < count; key += tile) {
+    tile = tile_of(count - key);
+    coming.ask_for(key, key + tile);
+    multiply_tail<Vecs, false, false>(tile, keys + key * stride, stride, queries, rows, head_dim, scores + key * rows, rows);
   }
 }
 
@@ -84,9 +88,9 @@ void score_block(
 template <int Vecs>
 void value_block(const Real* values, int64_t stride, int64_t count, const Real* probs, int64_t value_dim, Real* output) {
   constexpr int rows = Vecs * kLanes;
-  for (int64_t column = 0; column < value_dim; column += kTile) {
-    multiply_tail<Vecs, true, true>(
-        std::min<int64_t>(kTile, value_dim - column), values + column, stride, probs, rows, count, output + column * rows, rows);
+  for (int64_t column = 0, tile; column < value_dim; column += tile) {
+    tile = tile_of(value_dim - column);
+    multiply_tail<Vecs, true, true>(tile, values + column, stride, probs, rows, count, output + column * rows, rows);
   }
 }
 

@@ -14,10 +14,11 @@ struct WidePlace {
   uint32_t *probs, *edge;  // what wide_pairs.h makes of them, and of a pair of values
 };
 
-// A block of keys: its first slot, and its rows.
+// A block of keys: its first slot, its rows, and whether a panel has met them, so that they are in the cache.
 struct WideBlock {
   int64_t slot;
   RowBlock key, value;
+  bool met = false;
 };
 
 // In the type that we compute in. Other products have the same functions; a panel sees `count` keys of a block, from its key `first` on.
@@ -45,8 +46,8 @@ struct WideProducts {
   template <int Vecs>
   static void score(const Problem& problem, const SoftmaxPanel& panel, const WideBlock& block, int64_t first, int64_t count, const WidePlace& place) {
     const RowBlock key = block.key.from(first), value = block.value.from(first);
-    score_block<Vecs>(
-        key.data, key.stride, count, panel.queries, problem.head_dim, place.scores, {value.data, value.stride, problem.value_dim});
+    const Coming coming{value.data, value.stride, block.met ? 0 : problem.value_dim};
+    score_block<Vecs>(key.data, key.stride, count, panel.queries, problem.head_dim, place.scores, coming);
   }
 
   // Probabilities as add_values takes them.
