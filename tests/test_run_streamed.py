@@ -15,6 +15,7 @@ from headprune.evaluation.tasks import Task, register_task
 from headprune.models.shards import open_shards
 from headprune.recipe import parse_recipe
 from headprune.report.progress import Stages
+from headprune.report.run_folder import read_run
 from headprune.surgery import load
 
 CPU = torch.device("cpu")
@@ -119,6 +120,23 @@ def test_a_gpu_is_known_by_what_it_says(monkeypatch, told, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: told)
     assert run_streamed.known_name(torch.device("cuda")) == name
     assert run_streamed.known_name(CPU) == "cpu"
+
+
+def test_portraits_of_a_streamed_decoder_are_without_induction(recipe):
+    wanting = recipe.model_copy(update={"report": recipe.report.model_copy(update={"portraits": True})})
+    found = read_run(carried_out(wanting).folder).portraits
+    assert found
+    assert not any("probe_induction" in head.evidence for heads in found.values() for head in heads)
+
+
+def test_a_criterion_that_was_refused_may_be_exchanged(recipe, tmp_path):
+    """Nothing was made by it yet."""
+    wrong = recipe.model_copy(update={"score": recipe.score.model_copy(update={"criterion": "shapley"})})
+    with pytest.raises(InvalidInput, match="shapley cannot be observed layer by layer; choose criteria of"):
+        carried_out(wrong)
+    assert carried_out(recipe).report.exists()
+    with pytest.raises(InvalidInput, match="another recipe"):
+        carried_out(wrong)
 
 
 def test_what_takes_the_whole_model_is_refused_at_once(recipe, tmp_path):
