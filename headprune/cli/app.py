@@ -27,7 +27,7 @@ from headprune.when_imported import when_imported
 if os.environ.setdefault("HF_HUB_OFFLINE", "1") == "1":
     constants.HF_HUB_OFFLINE = True
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, writes to stderr otherwise
-for chatty in ("torchao", "torch.utils._pytree"):  # at the import of torchao, in each process: which kernels this machine lacks
+for chatty in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):  # when imported: which kernels this machine lacks
     logging.getLogger(chatty).setLevel(logging.ERROR)
 BROKEN, WRONG_INPUT, STOPPED, TERMINATED = 1, 2, 130, 143
 EXIT_CODES = (

@@ -298,6 +298,12 @@ def test_nothing_that_is_imported_talks():
     assert found.stderr == ""
 
 
+def test_kernels_that_bitsandbytes_lacks_are_no_news():
+    """Which it tells of where the processor has AVX-512 with bf16."""
+    told = "import headprune.cli, logging; logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load CPU gemm')"
+    assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stderr == ""
+
+
 def test_nothing_is_fetched_unless_it_is_asked_for():
     for given, expected in ((None, "True"), ("0", "False")):
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
