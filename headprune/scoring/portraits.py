@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json
+from headprune.models.name_cell import NameCell
 from headprune.models.streamed import streamed_of
 from headprune.scoring.observations import Need, Observations, SiteObservations
 
@@ -99,7 +100,7 @@ class Portraits(Mapping[str, tuple[HeadPortrait, ...]]):
         table = Table("attention", "head", "attends to", title="portraits: label and the share behind it", title_justify="left")
         for name, heads in self.items():
             for number, head in enumerate(heads):
-                table.add_row("" if number else name, str(number), str(head), end_section=number == len(heads) - 1)
+                table.add_row("" if number else NameCell(name), str(number), str(head), end_section=number == len(heads) - 1)
         return table
 
 
