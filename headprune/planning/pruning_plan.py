@@ -138,7 +138,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
             scores, made_for = None, ModelIdentity.from_json(document.get("model"))
             if sites and all("scores" in site for site in sites.values()):
                 scores = replace(HeadScores.from_json(document["criterion"], sites), made_for=made_for)
-            keep = {name: tuple(site["keep"]) for name, site in sites.items()}
+            keep = {name: site["keep"] for name, site in sites.items()}
             return cls(keep, shapes, budget, document["criterion"], scores, made_for)
         except HeadpruneError:
             raise
