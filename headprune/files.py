@@ -196,7 +196,9 @@ def read_json(source: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     if found != kind:
         raise InvalidInput(f"{source} holds {found or 'something else'}; expected a {kind} file.")
     version = content.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if type(version) is not int or version < 1:
+        raise InvalidInput(f"{source}: schema_version is {version!r}; expected {SCHEMA_VERSION}, as headprune writes it.")
+    if version > SCHEMA_VERSION:
         raise CorruptCheckpoint(
             f"{source} has schema version {version}; this headprune reads up to {SCHEMA_VERSION}. Update headprune to read it."
         )

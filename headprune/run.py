@@ -26,14 +26,15 @@ from headprune.run_inputs import FILE, KIND, refuse_changed, run_inputs
 from headprune.run_recovery import recovered_model
 from headprune.run_schedule import scheduled_model
 from headprune.run_streamed import pruned_in_files, reads_streamed, show_estimate
-from headprune.run_values import kept, loaded_beside, measure_for_report, plan_of, refuse_infeasible, scored
+from headprune.run_values import STATES, kept, loaded_beside, measure_for_report, plan_of, refuse_infeasible, scored
 from headprune.scoring import HeadScores
 from headprune.sources import open_from_disk, open_model, opening
 from headprune.surgery import prune, save
 from headprune.surgery.verify import cut_error, relative_difference, same_tokens
 
 log = logging.getLogger("headprune")
-AFTER_SCORES = ("plan", "prune", "recover", "schedule", "evaluate")  # sections of a recipe
+AFTER_SCORES = {"plan", "prune", "recover", "schedule", "evaluate"}  # sections of a recipe
+BEFORE_SCORES = {"recipe.yaml", FILE, "log.txt", STATES}  # files of a run; the states know themselves which pass they are of
 TOLERANCE, STEPS = 1e-4, 32  # relative: cutting reorders sums; so many steps of a dtype that is coarser than fp32
 
 
@@ -131,10 +132,11 @@ def refuse_foreign(folder: Path, recipe: Recipe) -> None:
 
 
 def work_in(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Of the recipe what `folder` was made by: not what its report shows beside the run, which may be asked for later, and before
-    there is a plan, nothing that comes after the scores."""
-    planned = any((folder / name).exists() for name in ("plan.json", "schedule"))
-    return recipe.model_dump(exclude={"report"} if planned else {"report", *AFTER_SCORES})
+    """Of the recipe what `folder` was made by: not what its report shows beside the run, which may be asked for later; before there
+    is a plan, nothing that comes after the scores; and before there are scores, not how they are made."""
+    made = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    later = set() if made & {"plan.json", "schedule"} else AFTER_SCORES if made - BEFORE_SCORES else AFTER_SCORES | {"score"}
+    return recipe.model_dump(exclude={"report", *later})
 
 
 def planned(dense: PreTrainedModel, task: Task, scores: HeadScores, recipe: Recipe, stages: Stages) -> PruningPlan:

@@ -58,12 +58,13 @@ def loaded_beside(dense: nn.Module, folder: Path) -> PreTrainedModel:
 
 
 def scored(model: nn.Module, task: Task, recipe: Recipe, stages: Stages) -> HeadScores:
-    """The run's scores. Those by the report's further criteria and the portraits come out of the same pass; of all these files,
-    only the missing ones are made."""
+    """The run's scores. Those by the report's further criteria and the portraits come out of the same pass: all of these files are
+    made where the run's own scores are missing, whatever a killed pass has left, and later only the missing ones."""
     folder, main = Path(recipe.output), recipe.score.criterion
     paths = {name: folder / f"scores-{name}.json" for name in recipe.report.criteria} | {main: folder / "scores.json"}
-    missing = [name for name, path in paths.items() if not path.exists()]
-    portray = recipe.report.portraits and not (folder / "portraits.json").exists()
+    whole = not paths[main].exists()
+    missing = [name for name, path in paths.items() if whole or not path.exists()]
+    portray = recipe.report.portraits and (whole or not (folder / "portraits.json").exists())
     needs = frozenset().union(*(get_criterion(name).needs for name in missing), portrait_needs(model) if portray else ())
     if missing or portray:
         batches = task.calibration[: recipe.score.batches] if needs else ()

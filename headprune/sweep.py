@@ -62,8 +62,9 @@ class Sweep:
     def __rich__(self) -> Table:
         title, machine = f"{self.task}, heads by {self.criterion} (* on the Pareto front)", self.points[0].evaluation.machine
         table = Table(title=title, title_justify="left", caption=machine, caption_justify="left")
-        for column in ("budget", self.headline, "of dense", "parameters", "latency p50, ms", "of dense", "heads kept by layer"):
-            table.add_column(column, overflow="fold", no_wrap=column == "budget")
+        for column in ("budget", self.headline, "of\ndense", "parameters", "latency\np50, ms", "of\ndense"):
+            table.add_column(column, no_wrap=True)
+        table.add_column("heads kept by layer")
         dense = self.points[0].evaluation.quality[self.headline]
         for point in self.points:
             found, budget = point.evaluation, " ".join(f"{name}={value:g}" for name, value in point.budget.items())

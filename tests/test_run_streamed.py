@@ -9,12 +9,14 @@ from rich.console import Console
 from streamed_models import SHARED_LAYERS, SHARING, batches_of_tokens, sharded_folder
 
 from headprune import run as run_module
-from headprune import run_streamed, sources
+from headprune import run_streamed, run_values, sources
 from headprune.errors import InvalidInput
 from headprune.evaluation.tasks import Task, register_task
 from headprune.models.shards import open_shards
 from headprune.recipe import parse_recipe
 from headprune.report.progress import Stages
+from headprune.report.run_folder import read_run
+from headprune.scoring import score_observations
 from headprune.surgery import load
 
 CPU = torch.device("cpu")
@@ -119,6 +121,43 @@ def test_a_gpu_is_known_by_what_it_says(monkeypatch, told, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: told)
     assert run_streamed.known_name(torch.device("cuda")) == name
     assert run_streamed.known_name(CPU) == "cpu"
+
+
+def test_portraits_of_a_streamed_decoder_are_without_induction(recipe):
+    wanting = recipe.model_copy(update={"report": recipe.report.model_copy(update={"portraits": True})})
+    found = read_run(carried_out(wanting).folder).portraits
+    assert found
+    assert not any("probe_induction" in head.evidence for heads in found.values() for head in heads)
+
+
+def test_a_criterion_that_was_refused_may_be_exchanged(recipe, tmp_path):
+    """Nothing was made by it yet."""
+    wrong = recipe.model_copy(update={"score": recipe.score.model_copy(update={"criterion": "shapley"})})
+    with pytest.raises(InvalidInput, match="shapley cannot be observed layer by layer; choose criteria of"):
+        carried_out(wrong)
+    assert carried_out(recipe).report.exists()
+    with pytest.raises(InvalidInput, match="another recipe"):
+        carried_out(wrong)
+
+
+def test_a_run_that_was_killed_between_its_files_of_scores_makes_the_same_pass_again(recipe, monkeypatch):
+    """With fewer needs its states would be another pass's, and sums may be rounded otherwise."""
+    wanting = recipe.model_copy(update={"report": recipe.report.model_copy(update={"criteria": ["entropy"], "portraits": True})})
+    expected = carried_out(wanting.model_copy(update={"output": recipe.output + "-whole"}))
+
+    def killed(observed, name, *options):
+        if name == recipe.score.criterion:
+            raise KeyboardInterrupt
+        return score_observations(observed, name, *options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_values, "score_observations", killed)
+        with pytest.raises(KeyboardInterrupt):
+            carried_out(wanting)
+    assert {"portraits.json", "scores-entropy.json"} < {path.name for path in Path(recipe.output).iterdir()}
+    result = carried_out(wanting)
+    for name in ("scores.json", "scores-entropy.json", "portraits.json", "plan.json"):
+        assert (result.folder / name).read_bytes() == (expected.folder / name).read_bytes()
 
 
 def test_what_takes_the_whole_model_is_refused_at_once(recipe, tmp_path):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -24,13 +27,13 @@ from headprune.when_imported import when_imported
 if os.environ.setdefault("HF_HUB_OFFLINE", "1") == "1":
     constants.HF_HUB_OFFLINE = True
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, writes to stderr otherwise
-for chatty in ("torchao", "torch.utils._pytree"):  # at the import of torchao, in each process: which kernels this machine lacks
+for chatty in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):  # when imported: which kernels this machine lacks
     logging.getLogger(chatty).setLevel(logging.ERROR)
-BROKEN, WRONG_INPUT, STOPPED = 1, 2, 130
+BROKEN, WRONG_INPUT, STOPPED, TERMINATED = 1, 2, 130, 143
 EXIT_CODES = (
-    f"Exit codes: 0 done; {WRONG_INPUT} something that you can put right, said in one line on stderr; {STOPPED} stopped by Ctrl-C: "
-    "nothing is half-written, and run, demo, recover, compare and score --streamed go on from there when called again; "
-    f"{BROKEN} an error in headprune."
+    f"Exit codes: 0 done; {WRONG_INPUT} something that you can put right, said in one line on stderr; {STOPPED} stopped by Ctrl-C, "
+    f"{TERMINATED} by SIGTERM: nothing is half-written, and run, demo, recover, compare and score --streamed go on from there when "
+    f"called again; {BROKEN} an error in headprune."
 )
 REFUSALS = {
     getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENAMETOOLONG", "ELOOP")
@@ -69,7 +72,7 @@ def options(
 def main() -> None:
     """Runs the command line: what the user can put right is one line on stderr and exit code 2."""
     terminal.take_every_character()
-    with terminal.log_shown() as shown:
+    with terminal.log_shown() as shown, unwound_by_sigterm():
         try:
             when_imported("transformers.utils.logging", quiet_transformers)
             code = app(prog_name="headprune", standalone_mode=False, obj=shown) or 0
@@ -79,9 +82,25 @@ def main() -> None:
             code = WRONG_INPUT
         except Exception as error:
             code = misused(error) or refused(error) or broken()
-    if code == STOPPED:  # typer ends so on Ctrl-C
+        except SystemExit as ended:
+            code = ended.code
+    if code in (STOPPED, TERMINATED):  # typer ends with the former on Ctrl-C
         say("stopped; nothing is half-written, and a run goes on from here with the same command")
     sys.exit(code)
+
+
+@contextmanager
+def unwound_by_sigterm() -> Iterator[None]:
+    """In the block SIGTERM, by which batch systems and containers end a process, leaves as little behind as Ctrl-C."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def misused(error: Exception) -> int | None:

@@ -18,6 +18,7 @@ from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.gating import checked_keep
 from headprune.models.identity import ModelIdentity
+from headprune.models.name_cell import NameCell
 from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.planning.budget import Budget
@@ -137,7 +138,7 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
             scores, made_for = None, ModelIdentity.from_json(document.get("model"))
             if sites and all("scores" in site for site in sites.values()):
                 scores = replace(HeadScores.from_json(document["criterion"], sites), made_for=made_for)
-            keep = {name: tuple(site["keep"]) for name, site in sites.items()}
+            keep = {name: site["keep"] for name, site in sites.items()}
             return cls(keep, shapes, budget, document["criterion"], scores, made_for)
         except HeadpruneError:
             raise
@@ -153,15 +154,15 @@ class PruningPlan(Mapping[str, tuple[int, ...]]):
         """Layer by head: a filled square stays, a dot goes."""
         title = f"plan: {self.removed_heads} of {self.total_heads} query heads go, {self.removed_parameters:,} parameters"
         table = Table(title=title, title_justify="left")
-        table.add_column("attention", overflow="fold")
-        table.add_column("heads (■ stays, · goes)", overflow="fold")
+        table.add_column("attention")
+        table.add_column("■ stays, · goes", overflow="fold")
         table.add_column("before")
         table.add_column("after")
         for name, heads in self.items():
             row = Text()
             for head in range(self.shapes[name].head_map.query_heads):
                 row.append("■ " if head in heads else "· ", style="green" if head in heads else "dim")
-            table.add_row(name, row, str(self.shapes[name].head_map), str(self.head_map(name)))
+            table.add_row(NameCell(name), row, str(self.shapes[name].head_map), str(self.head_map(name)))
         return table
 
 

@@ -19,6 +19,7 @@ from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json, write_text
 from headprune.models import attention_sites
 from headprune.models.batches import several
+from headprune.models.name_cell import NameCell
 from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.scoring.masked_losses import MaskedLosses
@@ -91,19 +92,19 @@ class Sensitivity:
     def __rich__(self) -> Table:
         """Per attention: how many heads may go for little, the loss at quarters of its heads, its least and most needed one."""
         table = Table(title=f"loss with heads gone, by {self.criterion}; dense {self.dense:.4g}", title_justify="left")
-        for column in ("attention", "free heads", "25 %", "50 %", "75 %", "all", "least and most needed head"):
-            table.add_column(column, overflow="fold")
+        table.add_column("attention")
+        for column in ("free\nheads", "25 %", "50 %", "75 %", "all", "least and\nmost needed"):
+            table.add_column(column, no_wrap=True)
         for name, curve in self.curves.items():
             free = sum(1 for loss in curve[1:] if loss <= self.dense + 0.01 * abs(self.dense))
             quarters = [curve[round(share * (len(curve) - 1))] for share in (0.25, 0.5, 0.75, 1.0)]
-            table.add_row(
-                name, f"{free} of {len(curve) - 1}", *(f"{loss - self.dense:+.4g}" for loss in quarters), self.extremes(name)
-            )
+            increases = (f"{loss - self.dense:+.2g}" for loss in quarters)
+            table.add_row(NameCell(name), f"{free}/{len(curve) - 1}", *increases, self.extremes(name))
         return table
 
     def extremes(self, name: str) -> str:
         ranked = sorted((loss - self.dense, head) for head, loss in enumerate(self.heads.get(name, ())))
-        return ", ".join(f"{head} ({increase:+.2g})" for increase, head in (ranked[:1] + ranked[-1:]))
+        return "\n".join(f"{head}: {increase:+.2g}" for increase, head in (ranked[:1] + ranked[-1:]))
 
 
 def removal_order(scores: list[float]) -> tuple[int, ...]:

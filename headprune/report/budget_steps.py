@@ -52,9 +52,10 @@ def planned_steps(run: RunFolder, ranking: HeadScores, quantity: str, options: d
             chosen = plan(scores, Budget.of({quantity: fraction, "sequence_length": length}), **options)
         except InfeasibleBudget:
             break
-        found[round(fraction, 6)] = chosen.keep
-    found |= own_step(run, quantity)
-    return BudgetSteps(quantity, options.get("allocation", "global"), dict(sorted(found.items())))
+        found[fraction] = chosen.keep
+    steps = [*found.items(), *own_step(run, quantity).items()]
+    near = {round(fraction, 6): (fraction, keep) for fraction, keep in steps}  # rounded itself, it would be another plan's budget
+    return BudgetSteps(quantity, options.get("allocation", "global"), dict(sorted(near.values())))
 
 
 def fractions(run: RunFolder) -> list[float]:
@@ -77,7 +78,7 @@ def own_step(run: RunFolder, quantity: str) -> dict[float, Keep]:
         return {}
     budget = run.plan.budget
     of_heads = run.plan.removed_heads / run.plan.total_heads
-    return {round(budget.fraction if budget is not None and budget.quantity == quantity else of_heads, 6): run.plan.keep}
+    return {budget.fraction if budget is not None and budget.quantity == quantity else of_heads: run.plan.keep}
 
 
 def planning_options(run: RunFolder) -> dict[str, Any]:

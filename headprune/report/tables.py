@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import nn
 
 from headprune.models import attention_sites
+from headprune.models.name_cell import NameCell
 from headprune.nn.replace import own_attention
 from headprune.surgery.record import record_of
 
@@ -19,16 +20,20 @@ def sites_table(model: nn.Module) -> Table:
     """Every attention of `model`: kind, head map, sizes, parameters of its heads, and which heads of the original are there."""
     pruned = bool(record_of(model).get("sites"))
     table = Table(title=type(model).__name__, title_justify="left")
-    left = ("attention", "kind", "group sizes", "■ there, · gone")
-    columns = ("attention", "kind", "query heads", "kv heads", "group sizes", "head_dim", "parameters", *left[3:][:pruned])
-    for column in columns:
-        table.add_column(column, overflow="fold", justify="left" if column in left else "right")
+    for column in ("attention", "kind"):
+        table.add_column(column)
+    for column in ("query\nheads", "kv\nheads", "head\ndim", "parameters"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("group\nsizes", "■ there,\n· gone")[: 1 + pruned]:
+        table.add_column(column, overflow="fold")
     for row in site_rows(model):
         sizes, original = row["group_sizes"], row["original_query_heads"]
         groups = f"{sizes[0]} each" if sizes and len(set(sizes)) == 1 else " ".join(map(str, sizes)) or "none"
         heads = f"{row['query_heads']}/{original}" if pruned else str(row["query_heads"])
-        cells = (row["attention"], row["kind"], heads, str(row["kv_heads"]), groups, str(row["head_dim"]), f"{row['parameters']:,}")
-        table.add_row(*cells, *([head_row(original, row["kept"])] if pruned else []))
+        counts = (heads, str(row["kv_heads"]), str(row["head_dim"]), f"{row['parameters']:,}")
+        table.add_row(
+            NameCell(row["attention"]), row["kind"], *counts, groups, *([head_row(original, row["kept"])] if pruned else [])
+        )
     return table
 
 

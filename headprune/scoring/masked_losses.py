@@ -96,6 +96,8 @@ class MaskedLosses:
             if self.folds and not self.fits(found):
                 self.learn(batch, found)
                 found = self.dense_pass(batch)
+                if self.folds and not self.fits(found):  # hp.causal_losses
+                    self.run_singly("the loss runs parts of the model beside its call")
         return MaskedBatch(self, batch, found, self.structure)
 
     def dense_pass(self, batch: Any) -> DensePass:
@@ -127,7 +129,6 @@ class MaskedLosses:
 
     def learn(self, batch: Any, dense: DensePass) -> None:
         """Finds the structure of this batch's pass, or says why there is none and folds no more."""
-        self.structure = None
         if len(dense.calls) != 1:
             return self.run_singly(f"the loss calls the model {len(dense.calls)} times")
         structure = run_structure(self.model, self.sites, dense.calls[0], tolerance_of(self.model))
@@ -143,7 +144,7 @@ class MaskedLosses:
         return None
 
     def run_singly(self, why: str) -> None:
-        self.folds = False
+        self.folds, self.structure = False, None
         self.say(f"{why}: each mask is run by itself, which is slower")
 
     def say(self, what: str) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
 from headprune.files import read_json, write_json
+from headprune.models.name_cell import NameCell
+from headprune.models.streamed import streamed_of
 from headprune.scoring.observations import Need, Observations, SiteObservations
 
 
@@ -98,14 +100,15 @@ class Portraits(Mapping[str, tuple[HeadPortrait, ...]]):
         table = Table("attention", "head", "attends to", title="portraits: label and the share behind it", title_justify="left")
         for name, heads in self.items():
             for number, head in enumerate(heads):
-                table.add_row("" if number else name, str(number), str(head), end_section=number == len(heads) - 1)
+                table.add_row("" if number else NameCell(name), str(number), str(head), end_section=number == len(heads) - 1)
         return table
 
 
 def portrait_needs(model: nn.Module) -> set[Need]:
-    """What to observe for portraits of `model`: induction is looked for in decoders that read tokens."""
+    """What to observe for portraits of `model`: induction is looked for in decoders that read tokens, unless they are read layer by
+    layer."""
     decodes = getattr(model, "can_generate", bool)() and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return {Need.ATTENTION, Need.ATTENTION_PATTERN} | ({Need.PROBE} if decodes else set())
+    return {Need.ATTENTION, Need.ATTENTION_PATTERN} | ({Need.PROBE} if decodes and streamed_of(model) is None else set())
 
 
 def portraits(observed: Observations) -> Portraits:

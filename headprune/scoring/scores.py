@@ -16,6 +16,7 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.files import read_json, write_json
 from headprune.models.identity import ModelIdentity
+from headprune.models.name_cell import NameCell
 from headprune.scoring.agreement import Agreement, agreement
 from headprune.scoring.site_shape import SiteShape
 
@@ -116,7 +117,7 @@ class HeadScores(Mapping[str, Tensor]):
         """A heat map, layer by head: number and shade are the percentile of the score in the whole model."""
         everything = torch.cat([torch.zeros(0), *(self[name] for name in self if name not in self.unreached)])
         table = Table(title=f"{self.criterion}: percentile of each head in the model (higher = keep)", title_justify="left")
-        table.add_column("attention", overflow="fold")
+        table.add_column("attention")
         table.add_column("query heads 0, 1, 2 ...", overflow="fold")
         for name in self:
             row = Text("not reached by the data" if name in self.unreached else "")
@@ -125,7 +126,7 @@ class HeadScores(Mapping[str, Tensor]):
                 level = int(40 + 215 * rank)
                 ink = "black" if rank > 0.5 else "white"
                 row.append(f"{100 * rank:3.0f}", style=f"{ink} on rgb({level // 3},{level},{int(level * 0.7)})")
-            table.add_row(name, row)
+            table.add_row(NameCell(name), row)
         return table
 
 

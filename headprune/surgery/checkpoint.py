@@ -31,6 +31,7 @@ from headprune.surgery.companions import copy_companions, origin_of, refuse_comp
 from headprune.surgery.cut import cut
 from headprune.surgery.load_options import check_load_options
 from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
+from headprune.surgery.per_layer_config import validated_quietly
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
 from headprune.surgery.record import SECTION, kept_heads, record_of
 from headprune.surgery.remote_code import write_remote_code
@@ -246,7 +247,8 @@ def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig
         reason = "it has no config.json" if folder.is_dir() else "it is a file" if folder.exists() else "it does not exist"
         raise InvalidInput(f"{folder} is no model folder: {reason}. Give {way_out}.")
     try:
-        config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with validated_quietly():
+            config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InvalidInput(f"{folder} is no model folder that transformers knows: {first_line(error)}") from error
     return config

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from headprune.head_map import HeadMap
 from headprune.surgery.modeling_headprune import differs_by_itself, forget_counts, say_counts
+
+GLOBAL_COUNTS = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+
+
+@contextmanager
+def validated_quietly() -> Iterator[None]:
+    """In the block transformers does not warn of itself: its own checks of a config look at the global counts, which a pruned model
+    keeps for them."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "per-layer attribute" not in str(record.msg)
+
+    GLOBAL_COUNTS.addFilter(other)
+    try:
+        yield
+    finally:
+        GLOBAL_COUNTS.removeFilter(other)
 
 
 def set_layer_config(config: PreTrainedConfig, head_maps: Mapping[str, HeadMap], head_dims: Mapping[str, int]) -> None:

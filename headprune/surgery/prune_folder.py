@@ -38,6 +38,7 @@ from headprune.surgery.cutting import Cutting, changed_shapes
 from headprune.surgery.manifest import file_digest, write_manifest
 from headprune.surgery.normal_equations import get_solver
 from headprune.surgery.open_streamed import open_streamed
+from headprune.surgery.per_layer_config import validated_quietly
 from headprune.surgery.prune import PruneReport
 from headprune.surgery.rehearse import TOLERANCE
 from headprune.surgery.remote_code import write_remote_code
@@ -253,7 +254,8 @@ def take_up(draft: Path, shards: Shards, plan: PruningPlan, compensated: tuple[s
 def finish(draft: Path, cutting: Cutting, model: PreTrainedModel, digests: Mapping[str, str]) -> None:
     """What a folder has beside its weights."""
     shards = cutting.shards
-    model.config.save_pretrained(draft)
+    with validated_quietly():
+        model.config.save_pretrained(draft)
     write_remote_code(model, draft)
     copy_companions(shards.folder, draft)
     if shards.files != [SINGLE]:

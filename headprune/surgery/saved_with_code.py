@@ -13,6 +13,7 @@ from headprune.errors import InvalidInput
 from headprune.models.behaviour import Behaviour, behave, combined
 from headprune.models.paged import batched_continuously
 from headprune.surgery import manifest
+from headprune.surgery.per_layer_config import validated_quietly
 from headprune.surgery.remote_code import write_remote_code
 
 
@@ -30,7 +31,8 @@ class SavedWithCode(Behaviour):
         if push_to_hub:
             raise InvalidInput("save_pretrained(push_to_hub=True) uploads before the model's code is there; call push_to_hub().")
         stock: Any = super()
-        stock.save_pretrained(save_directory, is_main_process, *arguments, **options)
+        with validated_quietly():
+            stock.save_pretrained(save_directory, is_main_process, *arguments, **options)
         folder, model = Path(save_directory), self
         alone = getattr(self, "_hf_peft_config_loaded", False)  # adapters, without the model
         if is_main_process and not alone and isinstance(model, PreTrainedModel) and (folder / "config.json").is_file():

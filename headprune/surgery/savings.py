@@ -10,6 +10,7 @@ from torch import nn
 
 from headprune.head_map import HeadMap
 from headprune.models.caching import caching_sites
+from headprune.models.name_cell import NameCell
 from headprune.models.site import AttentionSite
 
 
@@ -90,9 +91,9 @@ class Savings:
             table.add_row(name, f"{before:,}", f"{after:,}", saved(before, after))
         return table
 
-    def site_row(self, name: str) -> tuple[str, str, str, str]:
+    def site_row(self, name: str) -> tuple[NameCell, str, str, str]:
         before, after = self.head_maps[name]
-        return name, str(before), str(after), saved(before.query_heads, after.query_heads)
+        return NameCell(name), str(before), str(after), saved(before.query_heads, after.query_heads)
 
 
 def saved(before: int, after: int) -> str:

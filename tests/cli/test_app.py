@@ -40,7 +40,11 @@ def test_the_help_tells_the_exit_codes_and_completion(call):
     code, out, _ = call("--help")
     assert code == 0
     text = " ".join(out.split())
-    for told in ("Exit codes: 0 done; 2 something that you can put right", "130 stopped by Ctrl-C", "1 an error in headprune."):
+    for told in (
+        "Exit codes: 0 done; 2 something that you can put right",
+        "130 stopped by Ctrl-C, 143 by SIGTERM",
+        "1 an error in headprune.",
+    ):
         assert told in text
     assert "--install-completion" in out
 
@@ -292,6 +296,12 @@ def test_nothing_that_is_imported_talks():
     command = [sys.executable, "-m", "headprune", "--quiet", "criteria", "--json"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stderr == ""
+
+
+def test_kernels_that_bitsandbytes_lacks_are_no_news():
+    """Which it tells of where the processor has AVX-512 with bf16."""
+    told = "import headprune.cli, logging; logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load CPU gemm')"
+    assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stderr == ""
 
 
 def test_nothing_is_fetched_unless_it_is_asked_for():

@@ -134,10 +134,11 @@ def test_a_plan_can_be_edited_by_hand(tmp_path):
     document["sites"]["encoder.layer.1.attention"]["keep"] = [2]
     path.write_text(json.dumps(document))
     assert PruningPlan.load(path).keep == {"encoder.layer.0.attention": (1, 3), "encoder.layer.1.attention": (2,)}
-    document["sites"]["encoder.layer.1.attention"]["keep"] = [4]
-    path.write_text(json.dumps(document))
-    with pytest.raises(InvalidPlan, match="query head 4"):
-        PruningPlan.load(path)
+    for wrong, told in (([4], "query head 4"), (3, "layer.1.attention: query heads are 3; expected"), (None, "heads are None")):
+        document["sites"]["encoder.layer.1.attention"]["keep"] = wrong
+        path.write_text(json.dumps(document))
+        with pytest.raises(InvalidPlan, match=told):
+            PruningPlan.load(path)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,8 @@ def test_a_plan_can_be_edited_by_hand(tmp_path):
         ('{"kind": "pruning_plan", "schema_version": 9}', CorruptCheckpoint, "schema version 9"),
         ('{"kind": "pruning_plan", "schema_version": 1}', InvalidInput, "not a complete"),
         ('{"kind": "pruning_plan", "schema_version": 1, "criterion": null, "budget": null, "sites": []}', InvalidInput, "complete"),
+        ('{"kind": "pruning_plan", "schema_version": "1"}', InvalidInput, "schema_version is '1'; expected 1"),
+        ('{"kind": "pruning_plan"}', InvalidInput, "schema_version is None; expected 1"),
         ("[]", InvalidInput, "something else"),
     ],
 )

@@ -47,7 +47,7 @@ def test_the_curves_are_written_as_the_points_of_a_plot(tmp_path):
         "a,head,1,0,2.0,1.0",
         "a,head,1,1,1.5,0.5",
     ]
-    assert found.extremes("a") == "1 (+0.5), 0 (+1)"
+    assert found.extremes("a") == "1: +0.5\n0: +1"
     found.save(tmp_path / "sensitivity.json")
     assert Sensitivity.load(tmp_path / "sensitivity.json") == found
 

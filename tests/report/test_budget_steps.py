@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from reported_run import write_run
+from reported_run import batches, write_run
+from tiny_models import llama
 
 from headprune.planning import Budget, PruningPlan, Sensitivity, plan
 from headprune.report.budget_steps import budget_steps
 from headprune.report.run_folder import read_run
+from headprune.scoring import score
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,16 @@ def test_every_step_is_the_plan_of_its_budget(run):
     assert len(steps.steps) == 15  # 16 heads; each of two attentions keeps one, so that 15 of 16 cannot go
     for fraction, keep in steps.steps.items():
         assert keep == plan(run.ranking, Budget(heads=fraction)).keep
+
+
+def test_thirds_of_the_heads_are_whole_budgets_too(tmp_path):
+    """0.083333 of 24 heads is one, and 2/24 are two."""
+    scores = score(llama(layers=3), batches(), "fisher")
+    scores.save(tmp_path / "scores.json")
+    steps = budget_steps(read_run(tmp_path)).steps
+    assert len(steps) == 22
+    for fraction, keep in steps.items():
+        assert keep == plan(scores, Budget(heads=fraction)).keep
 
 
 def test_the_recipes_options_are_kept_to(run):

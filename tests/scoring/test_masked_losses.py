@@ -8,6 +8,7 @@ from tiny_models import llama, padded, tokens
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites
 from headprune.models.gating import gate_columns, output_input_hook
+from headprune.scoring.causal_losses import causal_losses
 from headprune.scoring.head_masks import by_site, head_counts, one_out, random_masks
 from headprune.scoring.masked_losses import MaskedLosses, masked_losses
 from headprune.scoring.sample_losses import OwnLoss
@@ -66,6 +67,14 @@ def test_a_model_that_cannot_be_folded_says_so_once(caplog):
     assert [record.message for record in caplog.records if "by itself" in record.message] == [
         "BatchCoupled: masks cannot be folded into its batch: each mask is run by itself, which is slower"
     ]
+
+
+def test_a_loss_that_runs_the_layers_itself_is_taken_mask_by_mask(caplog):
+    """hp.causal_losses runs the layers, then the model's call for the head alone: no replay can start in that call."""
+    model, batch = llama(), padded() | {"labels": padded()["input_ids"]}
+    found, own = (masked_losses(model, batch, masks_for(model), loss_fn=loss_fn) for loss_fn in (causal_losses, None))
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
+    assert "the loss runs parts of the model beside its call: each mask is run by itself" in caplog.text
 
 
 def test_batches_of_other_sizes_use_what_the_first_one_showed():

@@ -12,10 +12,12 @@ import pytest
 import torch
 from tiny_encoders import SEQ2SEQ, VISION
 from tiny_models import bert, hidden, llama, padded, tokens
+from transformers.utils.logging import warning_once
 
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
-from headprune.surgery import cut, load, save
+from headprune.planning import PruningPlan
+from headprune.surgery import cut, load, prune_folder, save
 from headprune.surgery.checkpoint import skeleton
 
 PLANS = {
@@ -45,6 +47,16 @@ def test_a_pruned_model_survives_the_disk(tmp_path, family):
     save(again, tmp_path / "again")
     assert torch.equal(hidden(load(tmp_path / "again"), **padded()), hidden(model, **padded()))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["again", "model"]
+
+
+def test_transformers_does_not_warn_of_its_own_checks(tmp_path, caplog):
+    """Which read counts that each layer has of its own."""
+    warning_once.cache_clear()
+    save(pruned("llama"), tmp_path / "model")
+    load(tmp_path / "model").save_pretrained(tmp_path / "again")
+    save(llama(), tmp_path / "dense")
+    prune_folder(tmp_path / "dense", PruningPlan.from_keep(llama(), PLANS["llama"][1]), tmp_path / "in-files")
+    assert not [record.getMessage() for record in caplog.records if "per-layer" in record.getMessage()]
 
 
 def test_ragged_groups_run_through_headprune_unless_another_attention_is_named(tmp_path):
