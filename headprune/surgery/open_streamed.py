@@ -21,7 +21,8 @@ from headprune.models.quantised import refuse_stored_quantised
 from headprune.models.shards import open_shards
 from headprune.models.site import Foreign
 from headprune.models.streamed import StreamedModel
-from headprune.surgery.checkpoint import class_of, load_config, pruned_class
+from headprune.surgery.checkpoint import class_of, pruned_class
+from headprune.surgery.config_file import built_as, load_config
 from headprune.surgery.record import SECTION
 
 
@@ -75,8 +76,9 @@ def open_streamed(
     shards = open_shards(folder)
     config = load_config(folder)
     refuse_stored_quantised(config, folder)
-    built = pruned_class(class_of(config, base), getattr(config, SECTION, None))
-    with empty_weights():
+    model_class = class_of(config, base)
+    built = pruned_class(model_class, getattr(config, SECTION, None))
+    with empty_weights(), built_as(model_class, folder):
         model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or shards.dtype)
     model.eval().requires_grad_(False)
     model.tie_weights()
