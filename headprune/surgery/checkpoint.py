@@ -29,6 +29,7 @@ from headprune.surgery.companions import copy_companions, origin_of, refuse_comp
 from headprune.surgery.config_file import built_as, load_config
 from headprune.surgery.cut import cut
 from headprune.surgery.load_options import check_load_options
+from headprune.surgery.loading_report import check_report
 from headprune.surgery.manifest import check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
 from headprune.surgery.record import SECTION, kept_heads, record_of
@@ -198,18 +199,7 @@ def load(
             if "unexpected keyword argument" not in str(error):
                 raise
             raise InvalidInput(f"load: {error}; expected options of from_pretrained (dtype, device_map, ...).") from None
-    wrong = sorted(report["mismatched_keys"])  # transformers would only say that there are some
-    if wrong:
-        name, have, expected = wrong[0]
-        raise CorruptCheckpoint(
-            f"{folder} does not load as {model_class.__name__}: its config asks for {name} {list(expected)}, the weights hold "
-            f"{list(have)}{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}."
-        )
-    # A head that a task adds later (a pooler, say) may be missing in stock folders; an attention weight may not.
-    cut_ones = modeling_headprune.renamed(found, kept)
-    missing = sorted(key for key in report["missing_keys"] if any(key.startswith(f"{name}.") for name in cut_ones))
-    if missing:
-        raise CorruptCheckpoint(f"{folder} lacks weights that its config promises: {', '.join(missing[:3])}.")
+    check_report(found, report, folder, modeling_headprune.renamed(found, kept), base)
     if options.get("attn_implementation") not in (None, found.config._attn_implementation):
         found.set_attn_implementation(options["attn_implementation"])  # the cut chose what runs ragged groups best
     if section:
