@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import bert, hidden, padded
 
 from headprune.errors import CorruptCheckpoint
-from headprune.surgery import cut, load, save
+from headprune.planning import PruningPlan
+from headprune.surgery import cut, load, prune_folder, save
 
 
 @pytest.fixture
@@ -43,6 +45,22 @@ def test_a_truncated_and_a_missing_shard_are_named(folder):
     first.unlink()
     assert f"{first} is missing" in refused(folder)
     assert second.exists()
+
+
+def test_a_weight_file_in_a_folder_inside_is_checked_too(tmp_path):
+    """Of an embedder with a dense layer, whether it is saved or pruned in its files."""
+    source = tmp_path / "source"
+    bert().save_pretrained(source)
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "config.json").write_text("{}")
+    save_file({"linear.weight": torch.ones(2, 2)}, source / "2_Dense" / "model.safetensors")
+    model = load(source)
+    plan = PruningPlan.from_keep(model, {"encoder.layer.0.attention": [1, 2]})
+    prune_folder(source, plan, tmp_path / "pruned")
+    for target in (save(model, tmp_path / "saved"), tmp_path / "pruned"):
+        load(target)
+        (target / "2_Dense" / "model.safetensors").write_bytes(b"")
+        assert f"{target}/2_Dense/model.safetensors has 0 bytes" in refused(target)
 
 
 def test_an_edited_head_count_is_found(folder):
