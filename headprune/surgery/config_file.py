@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from headprune.drafts import set_aside
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
 from headprune.files import read_json
 from headprune.surgery.load_options import check_dtype
@@ -50,8 +51,9 @@ def not_a_model(folder: Path) -> InvalidInput:
             return InvalidInput(f"{folder} is for {document['exported']}, which load does not read; give the model it is of.")
         name = document.get("class_name", "module")
         return InvalidInput(f"{folder} holds a {name}, which is not of transformers: hp.load(folder, model=an unpruned {name}).")
-    inside = folder / "model"  # where runs and schedules keep theirs
-    way_out = inside if (inside / NAME).is_file() else "a folder that save_pretrained wrote, or a name on the Hub"
+    # Where runs and schedules keep theirs, and what a killed process was about to replace.
+    inside = (path for path in (folder / "model", *set_aside(folder)) if (path / NAME).is_file())
+    way_out = next(inside, "a folder that save_pretrained wrote, or a name on the Hub")
     reason = f"it has no {NAME}" if folder.is_dir() else "it is a file" if folder.exists() else "it does not exist"
     return InvalidInput(f"{folder} is no model folder: {reason}. Give {way_out}.")
 
