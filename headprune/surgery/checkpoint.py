@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from headprune.arguments import check_arguments, check_options
+from headprune.arguments import check_arguments, check_options, is_whole
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.hub import local_folder
@@ -37,9 +38,9 @@ from headprune.surgery.remote_code import write_remote_code
 from headprune.surgery.saved_with_code import SavedWithCode, save_with_code
 
 Plain = TypeVar("Plain", bound=nn.Module)
-SAVE_OPTIONS = {*signature(PreTrainedModel.save_pretrained).parameters, *signature(PreTrainedModel.push_to_hub).parameters}
-SAVE_OPTIONS -= {"self", "save_directory", "kwargs"}
+SAVE_OPTIONS = set(signature(PreTrainedModel.save_pretrained).parameters) - {"self", "save_directory", "kwargs"}
 SAVE_OPTIONS |= {"safe_serialization"}  # transformers 5 knows no other way
+SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 OWN_OPTIONS = ("config", "local_files_only", "output_loading_info", "ignore_mismatched_sizes")  # of from_pretrained
 LANGUAGE_HEADS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
 
@@ -86,7 +87,7 @@ def save(
             "are not saved. Save the model before quantising it, and quantise what load gives: the rounding needs no data."
         )
     if isinstance(model, PreTrainedModel):
-        check_options("save", options, SAVE_OPTIONS)
+        check_save_options(options)
     for companion in (tokenizer, processor):
         refuse_companion(companion)
     folder = refuse_replacing(folder, overwrite)
@@ -111,6 +112,16 @@ def save(
         if isinstance(model, PreTrainedModel):
             write_manifest(draft)
     return folder
+
+
+def check_save_options(options: Mapping[str, Any]) -> None:
+    """InvalidInput where they are none of `save_pretrained`, or `save` cannot hand them on."""
+    check_options("save", options, SAVE_OPTIONS)
+    if options.get("push_to_hub"):
+        raise InvalidInput("save with push_to_hub=True would upload half of the folder; call push_to_hub(name) on what load gives.")
+    size = options.get("max_shard_size", 1)
+    if not (SIZE.fullmatch(size) if isinstance(size, str) else is_whole(size) and size > 0):
+        raise InvalidInput(f"max_shard_size is {size!r:.80}; expected a number of bytes, 1 or more, or a size such as '5GB'.")
 
 
 @contextmanager

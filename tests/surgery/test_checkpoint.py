@@ -160,6 +160,28 @@ def test_shards_and_dtype_are_kept(tmp_path):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_shard_size": "abc"}, "max_shard_size is 'abc'; expected a number of bytes, 1 or more, or a size such as '5GB'"),
+        ({"max_shard_size": "5"}, "max_shard_size is '5'; expected"),
+        ({"max_shard_size": None}, "max_shard_size is None; expected"),
+        ({"max_shard_size": -1}, "max_shard_size is -1; expected"),
+        ({"push_to_hub": True}, r"would upload half of the folder; call push_to_hub\(name\)"),
+        ({"commit_message": "mine"}, "unknown option of save 'commit_message'"),
+    ],
+)
+def test_a_wrong_option_of_save_is_told_before_anything_is_written(options, said, tmp_path):
+    with pytest.raises(InvalidInput, match=said):
+        save(bert(), tmp_path / "model", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["0.02mb", " 20 KB", 20_000])
+def test_sizes_of_weight_files_as_transformers_takes_them(size, tmp_path):
+    assert len(list(save(bert(), tmp_path / "model", max_shard_size=size).glob("*.safetensors"))) > 1
+
+
 def test_the_skeleton_has_the_shapes_and_no_weights(tmp_path):
     model = pruned("llama")
     save(model, tmp_path / "model")
