@@ -14,19 +14,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from headprune.drafts import set_aside
-from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
+from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput, UnsupportedModel
 from headprune.files import read_json
 from headprune.surgery.load_options import check_dtype
 from headprune.surgery.manifest import FILE, KIND
 from headprune.surgery.record import SECTION, kept_heads
 
-NAME = "config.json"
+NAME, ADAPTERS = "config.json", "adapter_config.json"
+MERGE = "Attach them with peft (PeftModel.from_pretrained(model, folder)) and save what merge_and_unload() gives."
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 def load_config(folder: str | os.PathLike[str]) -> PreTrainedConfig:
-    """Raises InvalidInput where `folder` is no model folder, or its config.json holds what cannot be, CorruptCheckpoint where its
-    headprune section is not what `save` writes."""
+    """Raises InvalidInput where `folder` is no model folder, or its config.json holds what cannot be, UnsupportedModel where it is
+    of a type that comes with its own code, CorruptCheckpoint where its headprune section is not what `save` writes."""
     path = Path(folder) / NAME
     if not path.is_file():
         raise not_a_model(Path(folder))
@@ -51,11 +52,22 @@ def not_a_model(folder: Path) -> InvalidInput:
             return InvalidInput(f"{folder} is for {document['exported']}, which load does not read; give the model it is of.")
         name = document.get("class_name", "module")
         return InvalidInput(f"{folder} holds a {name}, which is not of transformers: hp.load(folder, model=an unpruned {name}).")
+    if (folder / ADAPTERS).is_file():
+        return InvalidInput(f"{folder} holds adapters without their model. {MERGE}")
     # Where runs and schedules keep theirs, and what a killed process was about to replace.
     inside = (path for path in (folder / "model", *set_aside(folder)) if (path / NAME).is_file())
     way_out = next(inside, "a folder that save_pretrained wrote, or a name on the Hub")
     reason = f"it has no {NAME}" if folder.is_dir() else "it is a file" if folder.exists() else "it does not exist"
     return InvalidInput(f"{folder} is no model folder: {reason}. Give {way_out}.")
+
+
+def refuse_adapters(folder: str | os.PathLike[str]) -> None:
+    """UnsupportedModel where adapters lie beside the weights, which change what the model gives."""
+    if (Path(folder) / ADAPTERS).is_file():
+        raise UnsupportedModel(
+            f"{folder} holds adapters beside the model ({ADAPTERS}), which are not read from its files. Move them into a folder of "
+            f"their own, if they are to go, or: {MERGE}"
+        )
 
 
 def check_values(path: Path) -> None:
@@ -66,6 +78,12 @@ def check_values(path: Path) -> None:
         return  # which transformers says
     if not isinstance(document, dict):
         raise InvalidInput(f"it holds {json.dumps(document):.80}; expected a JSON object.")
+    kind, code = document.get("model_type"), document.get("auto_map")
+    if isinstance(code, dict) and "AutoConfig" in code and kind not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"model_type {kind!r:.80} comes with its own code, which load does not run. Load the model with transformers "
+            "(AutoModel.from_pretrained(folder, trust_remote_code=True)), and give that to hp.score and hp.prune."
+        )
     check_sizes(document)
     for name in ("dtype", "torch_dtype"):
         check_dtype(name, document.get(name))

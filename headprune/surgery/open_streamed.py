@@ -22,7 +22,7 @@ from headprune.models.shards import open_shards
 from headprune.models.site import Foreign
 from headprune.models.streamed import StreamedModel
 from headprune.surgery.checkpoint import class_of, pruned_class
-from headprune.surgery.config_file import built_as, load_config
+from headprune.surgery.config_file import built_as, load_config, refuse_adapters
 from headprune.surgery.record import SECTION
 
 
@@ -73,9 +73,10 @@ def open_streamed(
     check_arguments(open_streamed, locals())
     refuse_absent(device)
     folder = local_folder(folder)
-    shards = open_shards(folder)
     config = load_config(folder)
+    shards = open_shards(folder)
     refuse_stored_quantised(config, folder)
+    refuse_adapters(folder)
     model_class = class_of(config, base)
     built = pruned_class(model_class, getattr(config, SECTION, None))
     with empty_weights(), built_as(model_class, folder):

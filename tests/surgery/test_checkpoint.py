@@ -58,8 +58,12 @@ def test_ragged_groups_run_through_headprune_unless_another_attention_is_named(t
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dtype": "foo"}, r"dtype is 'foo'; expected a torch\.dtype"),
+        ({"dtype": "foo"}, r"dtype is 'foo'; expected a floating-point torch\.dtype"),
         ({"torch_dtype": 3}, "torch_dtype is 3; expected"),
+        ({"dtype": torch.int8}, r"dtype is torch\.int8; expected a floating-point torch\.dtype"),
+        ({"revision": "v1"}, "revision is 'v1'; leave it out and give it with the name, as owner/name@revision"),
+        ({"subfolder": "inside"}, "subfolder is 'inside'; leave it out and give the path of that folder"),
+        ({"device_map": {}}, "device_map is {}; expected a device for each module"),
         ({"device_map": "foo"}, "device_map is 'foo'; expected a device"),
         ({"device_map": {"": "cuda:77"}}, "device is 'cuda:77'; this machine has cpu"),
         ({"device_map": []}, r"device_map is \[\]; expected a device"),

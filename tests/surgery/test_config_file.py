@@ -7,8 +7,9 @@ from tiny_decoders import decoder
 from tiny_encoders import VISION
 from tiny_models import bert, llama
 
-from headprune.errors import CorruptCheckpoint, InvalidInput
-from headprune.surgery import cut, load, open_streamed, save
+from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
+from headprune.planning import PruningPlan
+from headprune.surgery import cut, load, open_streamed, prune_folder, save
 from headprune.surgery.checkpoint import skeleton
 
 READERS = (skeleton, load, open_streamed)
@@ -36,8 +37,8 @@ def refused(folder, kind, match):
         ("hidden_size", "big", "a value that transformers does not take: Field 'hidden_size' expected int, got str"),
         ("hidden_size", None, "a value that transformers does not take: Field 'hidden_size' expected int"),
         ("vocab_size", 1e4, "a value that transformers does not take: Field 'vocab_size' expected int, got float"),
-        ("torch_dtype", "float9", r"torch_dtype is 'float9'; expected a torch\.dtype"),
-        ("dtype", 7, r"dtype is 7; expected a torch\.dtype"),
+        ("torch_dtype", "float9", r"torch_dtype is 'float9'; expected a floating-point torch\.dtype"),
+        ("dtype", 7, r"dtype is 7; expected a floating-point torch\.dtype"),
         ("architectures", "BertModel", "architectures is 'BertModel'; expected a list of names"),
         ("id2label", 7, "a value that transformers does not take: 'int' object has no attribute 'items'"),
     ],
@@ -95,3 +96,23 @@ def test_a_section_with_heads_that_the_model_has_not_is_told_with_its_folder(tmp
     section = json.loads((tmp_path / "model" / "config.json").read_text())["headprune"]
     section["sites"]["encoder.layer.0.attention"]["kept"] = [1, 99]
     refused(written(tmp_path / "model", headprune=section), CorruptCheckpoint, f"{tmp_path}/model: .* query head 99 does not exist")
+
+
+def test_a_type_with_its_own_code_is_told_and_nobody_is_asked_whether_to_run_it(tmp_path, monkeypatch):
+    bert().save_pretrained(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    changed = written(tmp_path, model_type="mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"})
+    refused(changed, UnsupportedModel, r"config\.json: model_type 'mine' comes with its own code, which load does not run")
+
+
+def test_adapters_are_told_where_they_would_be_left_out(tmp_path):
+    """transformers attaches them to a model that is loaded whole."""
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
+    refused(tmp_path / "adapters", InvalidInput, r"holds adapters without their model\. Attach them with peft")
+    bert().save_pretrained(tmp_path / "both")
+    (tmp_path / "both" / "adapter_config.json").write_text("{}")
+    plan = PruningPlan.from_keep(bert(), {"encoder.layer.0.attention": [0]})
+    for read in (open_streamed, lambda folder: prune_folder(folder, plan, tmp_path / "pruned")):
+        with pytest.raises(UnsupportedModel, match=r"both holds adapters beside the model \(adapter_config\.json\)"):
+            read(tmp_path / "both")
