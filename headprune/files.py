@@ -40,7 +40,7 @@ def whole_folder(target: str | os.PathLike[str], parts: Sequence[str] | None = N
             raise InvalidInput(f"{target} is a file; give a folder to write to.")
         target.parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(target.parent) as place:
-            draft = place / target.name
+            draft = place / "draft"
             draft.mkdir()
             yield draft
             rights = draft.stat().st_mode & 0o666
@@ -113,7 +113,7 @@ def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator
     with clear_disk_errors(given):
         target.parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(target.parent) as place:
-            draft = place / target.name
+            draft = place / "draft"
             draft.touch()
             rights = (target if target.exists() else draft).stat().st_mode & 0o777
             yield draft

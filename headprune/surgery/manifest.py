@@ -49,7 +49,10 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptCheckpoint(
             f"{folder}/config.json: its sections {' and '.join(SECTIONS)} are not those that were saved. {otherwise}"
         )
-    weights = document.get("weights", {})
+    weights: Any = document.get("weights", {})
+    entries = list(weights.values()) if isinstance(weights, dict) else [None]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in entries):
+        raise CorruptCheckpoint(f"{folder / FILE} is damaged: its weights are not as they were written. {otherwise}")
     for name, entry in weights.items():
         path = folder / name
         if not path.is_file():

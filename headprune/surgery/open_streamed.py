@@ -85,7 +85,8 @@ def open_streamed(
     model.tie_weights()
     model.name_or_path = str(folder)
     if model.can_generate() and (Path(folder) / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
+        with built_as(model_class, folder):
+            model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
     opened: Foreign = model
     opened.headprune_streamed = StreamedModel(model, shards, device)
     return model

@@ -116,3 +116,11 @@ def test_adapters_are_told_where_they_would_be_left_out(tmp_path):
     for read in (open_streamed, lambda folder: prune_folder(folder, plan, tmp_path / "pruned")):
         with pytest.raises(UnsupportedModel, match=r"both holds adapters beside the model \(adapter_config\.json\)"):
             read(tmp_path / "both")
+
+
+def test_settings_for_generation_that_cannot_be_read_are_told_by_the_reader_that_needs_them(tmp_path):
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("7")
+    for read in (load, open_streamed):
+        with pytest.raises(CorruptCheckpoint, match=f"{tmp_path} does not load as LlamaForCausalLM: 'int' object"):
+            read(tmp_path)

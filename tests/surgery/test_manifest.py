@@ -88,6 +88,13 @@ def test_a_manifest_of_a_newer_headprune_is_refused(folder):
     assert "schema version 99" in refused(folder)
 
 
+@pytest.mark.parametrize("weights", [7, [], {"model.safetensors": 7}, {"model.safetensors": {"bytes": "many"}}])
+def test_a_damaged_manifest_is_named(folder, weights):
+    document = json.loads((folder / "headprune.json").read_text())
+    (folder / "headprune.json").write_text(json.dumps(document | {"weights": weights}))
+    assert f"{folder}/headprune.json is damaged" in refused(folder)
+
+
 def test_a_folder_without_a_manifest_loads(folder):
     expected = hidden(load(folder), **padded())
     (folder / "headprune.json").unlink()
