@@ -211,6 +211,7 @@ def load(
                 raise
             raise InvalidInput(f"load: {error}; expected options of from_pretrained (dtype, device_map, ...).") from None
     check_report(found, report, folder, modeling_headprune.renamed(found, kept), base)
+    found.name_or_path = os.path.abspath(folder)  # its tokenizer is looked for there when it is saved, maybe from another folder
     if options.get("attn_implementation") not in (None, found.config._attn_implementation):
         found.set_attn_implementation(options["attn_implementation"])  # the cut chose what runs ragged groups best
     if section:

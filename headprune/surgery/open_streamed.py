@@ -83,7 +83,7 @@ def open_streamed(
         model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or shards.dtype)
     model.eval().requires_grad_(False)
     model.tie_weights()
-    model.name_or_path = str(folder)
+    model.name_or_path = os.path.abspath(folder)
     if model.can_generate() and (Path(folder) / GENERATION_CONFIG_NAME).is_file():
         with built_as(model_class, folder):
             model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
