@@ -6,15 +6,14 @@ import errno
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from headprune.arguments import is_path
+from headprune.drafts import OLD, discard, draft_folder, hidden_folder, lock, locked, set_aside
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
 
 SCHEMA_VERSION = 1
@@ -40,33 +39,52 @@ def whole_folder(target: str | os.PathLike[str], parts: Sequence[str] | None = N
         if target.exists() and not target.is_dir():
             raise InvalidInput(f"{target} is a file; give a folder to write to.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        with clear_disk_errors(target):
+        with draft_folder(target.parent) as place:
+            draft = place / "draft"
+            draft.mkdir()
             yield draft
-            draft.chmod(0o755)
+            rights = draft.stat().st_mode & 0o666
+            for path in draft.rglob("*"):  # safetensors lets nobody else read its files
+                if path.is_file():
+                    path.chmod(rights)
             replace_folder(draft, target, parts)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def replace_folder(draft: Path, target: Path, parts: Sequence[str] | None = None) -> None:
-    if not target.exists():
+    put_back(target, parts)
+    if not os.path.lexists(target):
         os.replace(draft, target)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    try:
-        os.replace(target, aside / "old")
-        os.replace(draft, target)
-    except BaseException:  # Ctrl-C too
-        if not target.exists():
-            os.replace(aside / "old", target)
-        if not any(aside.iterdir()):
-            aside.rmdir()
-        raise
-    if parts is not None and not (aside / "old").is_symlink():  # where a link led to, all stays
-        take_along(aside / "old", target, parts)
-    shutil.rmtree(aside, ignore_errors=True)
+    with hidden_folder(target.parent, OLD) as aside:
+        old = aside / target.name
+        try:
+            os.replace(target, old)
+            os.replace(draft, target)
+        except BaseException:  # Ctrl-C too
+            if not os.path.lexists(target):
+                os.replace(old, target)
+            if not any(aside.iterdir()):
+                aside.rmdir()
+            raise
+        let_go(old, target, parts)
+
+
+def put_back(target: Path, parts: Sequence[str] | None = None) -> None:
+    """Ends what a killed process began when it replaced `target`: what was there is there again, unless the new one is already."""
+    for old in set_aside(target):
+        with clear_disk_errors(target), locked(old.parent) as alone:
+            if alone and os.path.lexists(target):
+                let_go(old, target, parts)
+            elif alone:
+                os.replace(old, target)
+                old.parent.rmdir()
+
+
+def let_go(old: Path, target: Path, parts: Sequence[str] | None) -> None:
+    """Removes what `target` has replaced; parts: as in `whole_folder`."""
+    if parts is not None and not old.is_symlink():  # where a link led to, all stays
+        take_along(old, target, parts)
+    discard(old.parent)
 
 
 def take_along(old: Path, target: Path, parts: Sequence[str]) -> None:
@@ -85,25 +103,25 @@ def take_along(old: Path, target: Path, parts: Sequence[str]) -> None:
 @contextmanager
 def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
     """An empty file beside `target` to write into, which takes `target`'s place when the block ends well: a killed run
-    leaves the old one or the new one. A failure leaves `target` as it was; HeadpruneError says what happened.
+    leaves the old one or the new one. A failure leaves `target` as it was; HeadpruneError says what happened. Of a link it is the
+    file that it leads to.
 
     sync: wait until the disk has it, so that a machine that goes down leaves the old or the new one too."""
-    target = path_of(target)
-    refuse_device(target)
-    with clear_disk_errors(target):
+    given = path_of(target)
+    refuse_device(given)
+    target = Path(os.path.realpath(given))
+    with clear_disk_errors(given):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(handle)
-        draft = Path(name)
-        try:
+        with draft_folder(target.parent) as place:
+            draft = place / "draft"
+            draft.touch()
+            rights = (target if target.exists() else draft).stat().st_mode & 0o777
             yield draft
             if sync:
                 with draft.open("rb+") as file:
                     os.fsync(file.fileno())
-            draft.chmod(0o644)
+            draft.chmod(rights)  # safetensors lets nobody else read its files
             os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = None) -> None:
@@ -113,7 +131,8 @@ def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = Non
     if os.path.exists(target) and file is target.is_dir():
         raise InvalidInput(f"{target} is a {'folder; give the name of a file' if file else 'file; give a folder'} to write to.")
     # os.path: where a folder on the way may not be read, Path.exists raises before Python 3.14.
-    place = next((folder for folder in target.absolute().parents if os.path.exists(folder)), target.absolute())
+    where = target.absolute() if os.path.isdir(target) else Path(os.path.realpath(target))  # a link to a file leads there
+    place = next((folder for folder in where.parents if os.path.exists(folder)), where)
     if not place.is_dir():
         raise InvalidInput(f"cannot write {target}: {place} is a file, not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -129,25 +148,14 @@ def alone_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        lock(handle, folder)
+        if lock(handle) is False:
+            raise InvalidInput(f"another process is at work in {folder}; wait until it is done, or give another folder.")
         try:
             yield
         finally:
             place.unlink(missing_ok=True)
     finally:
         os.close(handle)
-
-
-def lock(handle: int, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    with suppress(OSError):
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInput(f"another process is at work in {folder}; wait until it is done, or give another folder.") from None
 
 
 def refuse_device(target: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headprune.errors import InvalidInput
-from headprune.files import refuse_unwritable, replace_folder, whole_folder
+from headprune.files import put_back, refuse_unwritable, replace_folder, whole_folder
 
 MANIFEST = "headprune.json"
 MARKS = ("config.json", MANIFEST, "*.safetensors", "*.gguf", "*.onnx")  # by which a folder is a model's
@@ -30,6 +30,7 @@ def refuse_replacing(target: str | os.PathLike[str], overwrite: bool = False) ->
     that headprune did not write, of which there may be no other copy."""
     target = Path(target)
     refuse_unwritable(target, file=False)
+    put_back(target, PARTS)
     if target.exists() and target.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise InvalidInput(f"{target} is, or holds, the folder that this runs in, which would be replaced; give a folder in it.")
     if (target / ".git").exists():

@@ -13,7 +13,8 @@ from headprune.embedded import EMBEDDED, Progress
 from headprune.errors import CorruptCheckpoint, InvalidInput, unknown_name
 from headprune.hub import local_folder
 from headprune.surgery import load, open_streamed
-from headprune.surgery.checkpoint import class_of, load_config
+from headprune.surgery.checkpoint import class_of
+from headprune.surgery.config_file import load_config
 
 SOUND = ("input_features", "input_values")  # what models of sound read
 TRIALS = 10  # plans that a demo tries

@@ -4,9 +4,11 @@ import json
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from headprune.errors import HeadpruneError, InvalidInput
-from headprune.files import finite, refuse_unwritable, whole_file, whole_folder
+from headprune.files import finite, refuse_unwritable, whole_file, whole_folder, write_text
 from headprune.planning import Sensitivity
 from headprune.planning.latency_table import LatencyTable
 from headprune.scoring import HeadScores, Portraits
@@ -48,13 +50,46 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place_unless_that_is_not_aske
     assert done == [("synced", str(draft))] * sync + [("renamed", str(draft))]
 
 
-def test_files_and_folders_can_be_read_by_others(tmp_path):
-    """mkstemp and mkdtemp, which drafts come from, let nobody else read."""
-    with whole_file(tmp_path / "plan.json") as draft:
-        draft.write_text("{}")
-    with whole_folder(tmp_path / "model"):
-        pass
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("plan.json", "model")] == [0o644, 0o755]
+@pytest.fixture(params=[0o022, 0o002, 0o077])
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def rights(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_who_may_read_is_as_the_umask_says(tmp_path, umask):
+    """Also of files by safetensors, which lets nobody else read them."""
+    with whole_file(tmp_path / "weights") as draft:
+        save_file({"one": torch.ones(1)}, draft)
+    with whole_folder(tmp_path / "model") as draft:
+        (draft / "inside").mkdir()
+        save_file({"one": torch.ones(1)}, draft / "inside" / "weights")
+    files, folders = [tmp_path / "weights", tmp_path / "model/inside/weights"], [tmp_path / "model", tmp_path / "model/inside"]
+    assert [rights(path) for path in files] == [0o666 & ~umask] * 2
+    assert [rights(path) for path in folders] == [0o777 & ~umask] * 2
+
+
+def test_a_file_that_is_replaced_keeps_who_may_read_it(tmp_path):
+    write_text(tmp_path / "plan.json", "old")
+    (tmp_path / "plan.json").chmod(0o640)
+    write_text(tmp_path / "plan.json", "new")
+    assert rights(tmp_path / "plan.json") == 0o640
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_file_stays_and_the_file_that_it_leads_to_is_written(tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "plan.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "disk" / "plan.json")
+    write_text(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "disk" / "plan.json").read_text() == "new"
+    assert [path.name for path in tmp_path.glob("*/*")] == ["plan.json"]
 
 
 def test_places_are_refused_before_the_work(tmp_path):

@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_moved_back_is_named_with_its_place(tmp_path, monk
         whole_folder(target, PARTS) as draft,
     ):
         (draft / "config.json").write_text("{}")
-    (left,) = tmp_path.glob(".model.old.*/old/notes.txt")
+    (left,) = tmp_path.glob(".headprune-old-*/model/notes.txt")
     assert str(left.parent) in str(told.value)
     assert left.read_text() == "mine"
 

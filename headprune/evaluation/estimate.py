@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from headprune.surgery.checkpoint import skeleton
 from headprune.surgery.cut import cut
 from headprune.surgery.savings import count_parameters
 
+log = logging.getLogger("headprune")
 GIB = 2**30
 
 
@@ -193,6 +195,8 @@ def estimate(
             f"decoder_length is {decoder_length}, and {type(model).__name__} has no decoder of its own; give length."
         )
     decoder_length = usual_decoder_length(model, length) if decoder_length is None else decoder_length
+    warn_of_longer("length", length, positions(model), model)
+    warn_of_longer("decoder_length", decoder_length, decoder_positions(model), model)
     lengths = Lengths(length, decoder_length)
     weights: torch.dtype = dtype or config.dtype or torch.float32
     kind = str(weights).removeprefix("torch.")
@@ -240,14 +244,28 @@ def usual_length(model: PreTrainedModel) -> int:
     size, patch = (getattr(getattr(config, "encoder", config), name, None) for name in ("image_size", "patch_size"))
     if model.main_input_name == "pixel_values" and isinstance(size, int) and isinstance(patch, int):
         return (size // patch) ** 2 + 1
-    own = (getattr(config, name, None) for name in ("max_source_positions", "max_encoder_position_embeddings"))
-    return min(LENGTH, next(filter(None, own), None) or position_limit(model) or LENGTH)
+    return min(LENGTH, positions(model) or LENGTH)
 
 
 def usual_decoder_length(model: PreTrainedModel, length: int) -> int:
     """`length`, or where the decoder of `model` takes no more, its positions."""
-    names = ("max_target_positions", "max_decoder_position_embeddings")
-    return min(length, next(filter(None, (getattr(model.config, name, None) for name in names)), length))
+    return min(length, decoder_positions(model) or length)
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The most tokens that `model`, or its encoder, takes; None where its config does not say."""
+    own = (getattr(model.config, name, None) for name in ("max_source_positions", "max_encoder_position_embeddings"))
+    return next(filter(None, own), None) or position_limit(model)
+
+
+def decoder_positions(model: PreTrainedModel) -> int | None:
+    own = (getattr(model.config, name, None) for name in ("max_target_positions", "max_decoder_position_embeddings"))
+    return next(filter(None, own), None)
+
+
+def warn_of_longer(name: str, length: int, most: int | None, model: PreTrainedModel) -> None:
+    if most is not None and length > most:
+        log.warning("%s is %s, and %s has positions for %s tokens", name, f"{length:,}", type(model).__name__, f"{most:,}")
 
 
 def cost_of(model: PreTrainedModel, lengths: Lengths, dtype: torch.dtype, runs: Mapping[str, int]) -> Cost:

@@ -36,6 +36,5 @@ def write_trace(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], t
     with whole_file(target) as draft:
         found.export_chrome_trace(str(draft))
         if not draft.stat().st_size:  # the profiler leaves it so on a full disk, and says nothing
-            draft.with_name(f"{draft.name}.tmp").unlink(missing_ok=True)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return Path(target)

@@ -20,7 +20,7 @@ from headprune.hub import local_folder
 from headprune.models.adapters import attention_sites
 from headprune.nn.replace import replace_multihead_attention
 from headprune.surgery import cut, load
-from headprune.surgery.checkpoint import load_config
+from headprune.surgery.config_file import load_config
 from headprune.surgery.modeling_headprune import whole
 from headprune.surgery.record import SECTION, kept_heads, record_of
 

@@ -56,8 +56,11 @@ def take_over(folder: Path, kind: str, content: dict[str, Any]) -> None:
     """Makes `folder` that of the run that `content` describes: what lies there under the same claim stays, but for what was only
     half written; anything else is thrown away, also what has no claim (half thrown away itself)."""
     if (folder / CLAIM).exists() and claim(folder, kind, content) is None:
-        for half_written in (path for path in folder.rglob(".*") if path.is_file()):
-            half_written.unlink()
+        for half_written in list(folder.rglob(".*")):
+            if half_written.is_dir():
+                shutil.rmtree(half_written)
+            else:
+                half_written.unlink(missing_ok=True)
         return
     shutil.rmtree(folder, ignore_errors=True)
     claim(folder, kind, content)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -11,14 +12,12 @@ from typing import Any, TypeVar, overload
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from headprune.arguments import check_arguments, check_options
+from headprune.arguments import check_arguments, check_options, is_whole
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
-from headprune.files import read_json
 from headprune.head_map import HeadMap
 from headprune.hub import local_folder
 from headprune.model_folder import refuse_replacing, whole_model
@@ -28,19 +27,20 @@ from headprune.nn import VariableHeadAttention
 from headprune.nn.given import plain_module, refuse_wrapped
 from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions, origin_of, refuse_companion
+from headprune.surgery.config_file import built_as, load_config
 from headprune.surgery.cut import cut
 from headprune.surgery.load_options import check_load_options
-from headprune.surgery.manifest import FILE, KIND, check_manifest, write_manifest
-from headprune.surgery.per_layer_config import validated_quietly
+from headprune.surgery.loading_report import check_report
+from headprune.surgery.manifest import check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
 from headprune.surgery.record import SECTION, kept_heads, record_of
 from headprune.surgery.remote_code import write_remote_code
 from headprune.surgery.saved_with_code import SavedWithCode, save_with_code
 
 Plain = TypeVar("Plain", bound=nn.Module)
-SAVE_OPTIONS = {*signature(PreTrainedModel.save_pretrained).parameters, *signature(PreTrainedModel.push_to_hub).parameters}
-SAVE_OPTIONS -= {"self", "save_directory", "kwargs"}
+SAVE_OPTIONS = set(signature(PreTrainedModel.save_pretrained).parameters) - {"self", "save_directory", "kwargs"}
 SAVE_OPTIONS |= {"safe_serialization"}  # transformers 5 knows no other way
+SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 OWN_OPTIONS = ("config", "local_files_only", "output_loading_info", "ignore_mismatched_sizes")  # of from_pretrained
 LANGUAGE_HEADS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
 
@@ -87,7 +87,7 @@ def save(
             "are not saved. Save the model before quantising it, and quantise what load gives: the rounding needs no data."
         )
     if isinstance(model, PreTrainedModel):
-        check_options("save", options, SAVE_OPTIONS)
+        check_save_options(options)
     for companion in (tokenizer, processor):
         refuse_companion(companion)
     folder = refuse_replacing(folder, overwrite)
@@ -112,6 +112,16 @@ def save(
         if isinstance(model, PreTrainedModel):
             write_manifest(draft)
     return folder
+
+
+def check_save_options(options: Mapping[str, Any]) -> None:
+    """InvalidInput where they are none of `save_pretrained`, or `save` cannot hand them on."""
+    check_options("save", options, SAVE_OPTIONS)
+    if options.get("push_to_hub"):
+        raise InvalidInput("save with push_to_hub=True would upload half of the folder; call push_to_hub(name) on what load gives.")
+    size = options.get("max_shard_size", 1)
+    if not (SIZE.fullmatch(size) if isinstance(size, str) else is_whole(size) and size > 0):
+        raise InvalidInput(f"max_shard_size is {size!r:.80}; expected a number of bytes, 1 or more, or a size such as '5GB'.")
 
 
 @contextmanager
@@ -172,8 +182,9 @@ def load(
         options: as for `from_pretrained` (dtype, device_map, attn_implementation, ...). Where groups are ragged the attention
             is "headprune" unless you name another.
 
-    Raises InvalidInput where the folder is no model, CorruptCheckpoint, naming the file, where it is not what was saved or
-    its weights do not fit its config.
+    Raises InvalidInput where the folder is no model, UnsupportedModel where it is of a type with its own code, CorruptCheckpoint,
+    naming the file, where it is not what was saved, or its weights do not fit its config or lack some of a layer. What a task adds
+    to the base model (a classifier, a pooler) may be missing, and is warned of.
     """
     check_arguments(load, locals())
     folder = local_folder(folder)
@@ -190,31 +201,18 @@ def load(
     if verify:
         check_manifest(folder)
     model_class = class_of(config, base)
-    try:
-        built: Any = pruned_class(model_class, section)  # what from_pretrained returns depends on output_loading_info
-        found, report = built.from_pretrained(
-            folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise CorruptCheckpoint(f"{folder} does not load as {model_class.__name__}: {first_line(error)}") from error
-    except ImportError as error:
-        raise InvalidInput(f"{folder} does not load without another package: {first_line(error)}") from error
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise InvalidInput(f"load: {error}; expected options of from_pretrained (dtype, device_map, ...).") from None
-    wrong = sorted(report["mismatched_keys"])  # transformers would only say that there are some
-    if wrong:
-        name, have, expected = wrong[0]
-        raise CorruptCheckpoint(
-            f"{folder} does not load as {model_class.__name__}: its config asks for {name} {list(expected)}, the weights hold "
-            f"{list(have)}{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}."
-        )
-    # A head that a task adds later (a pooler, say) may be missing in stock folders; an attention weight may not.
-    cut_ones = modeling_headprune.renamed(found, kept)
-    missing = sorted(key for key in report["missing_keys"] if any(key.startswith(f"{name}.") for name in cut_ones))
-    if missing:
-        raise CorruptCheckpoint(f"{folder} lacks weights that its config promises: {', '.join(missing[:3])}.")
+    built: Any = pruned_class(model_class, section)  # what from_pretrained returns depends on output_loading_info
+    with built_as(model_class, folder):
+        try:
+            found, report = built.from_pretrained(
+                folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise InvalidInput(f"load: {error}; expected options of from_pretrained (dtype, device_map, ...).") from None
+    check_report(found, report, folder, modeling_headprune.renamed(found, kept), base)
+    found.name_or_path = os.path.abspath(folder)  # its tokenizer is looked for there when it is saved, maybe from another folder
     if options.get("attn_implementation") not in (None, found.config._attn_implementation):
         found.set_attn_implementation(options["attn_implementation"])  # the cut chose what runs ragged groups best
     if section:
@@ -225,41 +223,24 @@ def load(
 
 def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedModel:
     """The model of `folder` without its weights (on the meta device): sites, head maps and sizes at no cost."""
-    config = load_config(local_folder(folder, weights=False))
-    with torch.device("meta"):
-        built: Any = pruned_class(class_of(config, base), getattr(config, SECTION, None))
+    folder = local_folder(folder, weights=False)
+    config = load_config(folder)
+    model_class = class_of(config, base)
+    built: Any = pruned_class(model_class, getattr(config, SECTION, None))
+    with torch.device("meta"), built_as(model_class, folder):
         made: Any = built(config)
     model: PreTrainedModel = made.to("meta", config.dtype or torch.float32)  # XLNet's weights are made on the CPU nevertheless
     return model
 
 
-def load_config(folder: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        if (folder / FILE).is_file():
-            document = read_json(folder / FILE, KIND)
-            if "exported" in document:
-                raise InvalidInput(f"{folder} is for {document['exported']}, which load does not read; give the model it is of.")
-            name = document.get("class_name", "module")
-            raise InvalidInput(f"{folder} holds a {name}, which is not of transformers: hp.load(folder, model=an unpruned {name}).")
-        inside = folder / "model"  # where runs and schedules keep theirs
-        way_out = inside if (inside / "config.json").is_file() else "a folder that save_pretrained wrote, or a name on the Hub"
-        reason = "it has no config.json" if folder.is_dir() else "it is a file" if folder.exists() else "it does not exist"
-        raise InvalidInput(f"{folder} is no model folder: {reason}. Give {way_out}.")
-    try:
-        with validated_quietly():
-            config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InvalidInput(f"{folder} is no model folder that transformers knows: {first_line(error)}") from error
-    return config
-
-
 def class_of(config: transformers.PreTrainedConfig, base: bool = False) -> type[PreTrainedModel]:
     """The class that the config names, else the base model of its type. base: that too where the config names a language model."""
-    for name in getattr(config, "architectures", None) or ():
+    for name in config.architectures or ():
         name = name.removeprefix(modeling_headprune.PREFIX)
-        named: type[PreTrainedModel] | None = getattr(transformers, name, None)
-        if named is not None and not (base and name in LANGUAGE_HEADS and not getattr(config, "is_encoder_decoder", False)):
+        named: Any = getattr(transformers, name, None)
+        if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
+            continue
+        if not (base and name in LANGUAGE_HEADS and not getattr(config, "is_encoder_decoder", False)):
             return named
     mapping: Any = AutoModel._model_mapping
     try:
@@ -294,14 +275,9 @@ def pruned_class(model_class: type[PreTrainedModel], section: dict[str, Any] | N
         with modeling_headprune.whole(config):
             model_class.__init__(self, config, *args, **options)
         try:
-            here = modeling_headprune.renamed(self, kept)
-        except ValueError as error:
-            raise CorruptCheckpoint(str(error)) from None
-        cut(self, here, proven=True)
+            cut(self, modeling_headprune.renamed(self, kept), proven=True)
+        except ValueError as error:  # InvalidInput too
+            raise CorruptCheckpoint(f"the headprune section of the config does not fit: {error}") from None
         setattr(config, SECTION, saved)
 
     return type(name, (model_class,), {"__init__": __init__, "__module__": module})
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]

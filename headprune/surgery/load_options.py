@@ -11,11 +11,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models.placement import refuse_absent
 
+NAMED = {"revision": "it with the name, as owner/name@revision", "subfolder": "the path of that folder"}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_load_options(options: Mapping[str, Any]) -> None:
-    """InvalidInput where the attention, the dtype or the place that they name is none."""
+    """InvalidInput where the attention, the dtype or the place that they name is none, or the name alone says what they say."""
+    for name, way_out in NAMED.items():
+        if options.get(name):
+            raise InvalidInput(f"{name} is {options[name]!r:.80}; leave it out and give {way_out}.")
     check_attention(options.get("attn_implementation"))
     for name in ("dtype", "torch_dtype"):
         check_dtype(name, options.get(name))
@@ -33,13 +37,15 @@ def check_attention(chosen: Any) -> None:
 def check_dtype(name: str, chosen: Any) -> None:
     """InvalidInput where `chosen` is no dtype for from_pretrained: one of torch's or its name, "auto", or one for each part."""
     for one in chosen.values() if isinstance(chosen, Mapping) else [chosen]:
-        known = one is None or one == "auto" or isinstance(getattr(torch, one, None) if isinstance(one, str) else one, torch.dtype)
-        if not known:
-            raise InvalidInput(f"{name} is {one!r:.80}; expected a torch.dtype, its name ('bfloat16') or 'auto'.")
+        found = getattr(torch, one, None) if isinstance(one, str) else one
+        if not (one is None or one == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)):
+            raise InvalidInput(f"{name} is {one!r:.80}; expected a floating-point torch.dtype, its name ('bfloat16') or 'auto'.")
 
 
 def check_device_map(chosen: Any) -> None:
     """InvalidInput where `chosen` is no device_map for from_pretrained, or names a GPU that is not here."""
+    if chosen == {}:
+        raise InvalidInput("device_map is {}; expected a device for each module, or leave it out.")
     for one in chosen.values() if isinstance(chosen, Mapping) else [chosen]:
         if one is None or one in DEVICE_MAPS or (one == "disk" and one is not chosen):
             continue

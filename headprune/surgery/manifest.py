@@ -23,13 +23,13 @@ CHUNK = 1 << 20
 
 
 def write_manifest(folder: Path, digests: Mapping[str, str] | None = None, **content: Any) -> None:
-    """Records the weight files of `folder` and the head sections of its config, beside `content`. digests: file name -> its
-    `file_digest`, where that is known already."""
-    files = sorted(folder.glob(WEIGHTS))
-    if digests is None:
-        with ThreadPoolExecutor() as pool:
-            digests = dict(zip((path.name for path in files), pool.map(file_digest, files)))
-    weights = {path.name: {"bytes": path.stat().st_size, "crc32": digests[path.name]} for path in files}
+    """Records the weight files of `folder`, those of folders in it (sentence-transformers' dense layers) too, and the head sections
+    of its config, beside `content`. digests: file name -> its `file_digest`, where that is known already."""
+    known = digests or {}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob(WEIGHTS))}
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(files, pool.map(lambda name: known.get(name) or file_digest(files[name]), files)))
+    weights = {name: {"bytes": path.stat().st_size, "crc32": found[name]} for name, path in files.items()}
     write_json(folder / FILE, KIND, {**content, "config_sha256": config_digest(folder), "weights": weights})
 
 
@@ -49,7 +49,10 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptCheckpoint(
             f"{folder}/config.json: its sections {' and '.join(SECTIONS)} are not those that were saved. {otherwise}"
         )
-    weights = document.get("weights", {})
+    weights: Any = document.get("weights", {})
+    entries = list(weights.values()) if isinstance(weights, dict) else [None]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in entries):
+        raise CorruptCheckpoint(f"{folder / FILE} is damaged: its weights are not as they were written. {otherwise}")
     for name, entry in weights.items():
         path = folder / name
         if not path.is_file():

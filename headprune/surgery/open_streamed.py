@@ -21,7 +21,8 @@ from headprune.models.quantised import refuse_stored_quantised
 from headprune.models.shards import open_shards
 from headprune.models.site import Foreign
 from headprune.models.streamed import StreamedModel
-from headprune.surgery.checkpoint import class_of, load_config, pruned_class
+from headprune.surgery.checkpoint import class_of, pruned_class
+from headprune.surgery.config_file import built_as, load_config, refuse_adapters
 from headprune.surgery.record import SECTION
 
 
@@ -72,17 +73,20 @@ def open_streamed(
     check_arguments(open_streamed, locals())
     refuse_absent(device)
     folder = local_folder(folder)
-    shards = open_shards(folder)
     config = load_config(folder)
+    shards = open_shards(folder)
     refuse_stored_quantised(config, folder)
-    built = pruned_class(class_of(config, base), getattr(config, SECTION, None))
-    with empty_weights():
+    refuse_adapters(folder)
+    model_class = class_of(config, base)
+    built = pruned_class(model_class, getattr(config, SECTION, None))
+    with empty_weights(), built_as(model_class, folder):
         model: PreTrainedModel = built._from_config(config, dtype=dtype or config.dtype or shards.dtype)
     model.eval().requires_grad_(False)
     model.tie_weights()
-    model.name_or_path = str(folder)
+    model.name_or_path = os.path.abspath(folder)
     if model.can_generate() and (Path(folder) / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
+        with built_as(model_class, folder):
+            model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
     opened: Foreign = model
     opened.headprune_streamed = StreamedModel(model, shards, device)
     return model

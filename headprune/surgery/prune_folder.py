@@ -30,9 +30,10 @@ from headprune.models.tiny_inputs import tiny_inputs, without_padding
 from headprune.planning.pruning_plan import PruningPlan, check_plan
 from headprune.scoring.batch_identity import checksum
 from headprune.scoring.layer_states import CLAIM, take_over
-from headprune.surgery.checkpoint import load_config, names_base, skeleton
+from headprune.surgery.checkpoint import names_base, skeleton
 from headprune.surgery.companions import copy_companions
 from headprune.surgery.compensate import Resolved, refuse_uncompensated
+from headprune.surgery.config_file import load_config, refuse_adapters
 from headprune.surgery.cut import cut
 from headprune.surgery.cutting import Cutting, changed_shapes
 from headprune.surgery.manifest import file_digest, write_manifest
@@ -94,6 +95,7 @@ def prune_folder(
     refuse_replacing(target, overwrite)
     get_solver(compensation)
     refuse_uncompensated(calibration, feed_forward)
+    refuse_adapters(source)
     base = names_base(source, plan)
     shards, model = open_shards(source), skeleton(source, base)
     check_plan(plan, model)

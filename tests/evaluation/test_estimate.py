@@ -230,7 +230,7 @@ def test_an_encoder_decoder_runs_two_lengths_and_cross_attention_both(name, conf
     assert alike.resident_bytes > found.resident_bytes
 
 
-def test_an_encoder_decoder_takes_as_many_frames_and_words_as_it_has_positions_for(tmp_path):
+def test_an_encoder_decoder_takes_as_many_frames_and_words_as_it_has_positions_for(tmp_path, caplog):
     config = transformers.WhisperConfig(
         d_model=64,
         encoder_layers=1,
@@ -239,8 +239,15 @@ def test_an_encoder_decoder_takes_as_many_frames_and_words_as_it_has_positions_f
         decoder_attention_heads=4,
         max_target_positions=100,
     )
-    found = hp.estimate(saved(config, "WhisperForConditionalGeneration", tmp_path), hp.Budget(heads=0.5), device="h100")
+    folder = saved(config, "WhisperForConditionalGeneration", tmp_path)
+    found = hp.estimate(folder, hp.Budget(heads=0.5), device="h100")
     assert (found.length, found.decoder_length) == (1500, 100)
+    assert caplog.messages == []
+    hp.estimate(folder, hp.Budget(heads=0.5), device="h100", length=1600, decoder_length=101)
+    assert caplog.messages == [
+        "length is 1,600, and WhisperForConditionalGeneration has positions for 1,500 tokens",
+        "decoder_length is 101, and WhisperForConditionalGeneration has positions for 100 tokens",
+    ]
 
 
 def test_a_decoder_length_is_for_encoder_decoders(folder):

@@ -70,8 +70,12 @@ def test_ragged_groups_run_through_headprune_unless_another_attention_is_named(t
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dtype": "foo"}, r"dtype is 'foo'; expected a torch\.dtype"),
+        ({"dtype": "foo"}, r"dtype is 'foo'; expected a floating-point torch\.dtype"),
         ({"torch_dtype": 3}, "torch_dtype is 3; expected"),
+        ({"dtype": torch.int8}, r"dtype is torch\.int8; expected a floating-point torch\.dtype"),
+        ({"revision": "v1"}, "revision is 'v1'; leave it out and give it with the name, as owner/name@revision"),
+        ({"subfolder": "inside"}, "subfolder is 'inside'; leave it out and give the path of that folder"),
+        ({"device_map": {}}, "device_map is {}; expected a device for each module"),
         ({"device_map": "foo"}, "device_map is 'foo'; expected a device"),
         ({"device_map": {"": "cuda:77"}}, "device is 'cuda:77'; this machine has cpu"),
         ({"device_map": []}, r"device_map is \[\]; expected a device"),
@@ -170,6 +174,28 @@ def test_shards_and_dtype_are_kept(tmp_path):
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     again = load(tmp_path / "model", dtype=torch.bfloat16)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_shard_size": "abc"}, "max_shard_size is 'abc'; expected a number of bytes, 1 or more, or a size such as '5GB'"),
+        ({"max_shard_size": "5"}, "max_shard_size is '5'; expected"),
+        ({"max_shard_size": None}, "max_shard_size is None; expected"),
+        ({"max_shard_size": -1}, "max_shard_size is -1; expected"),
+        ({"push_to_hub": True}, r"would upload half of the folder; call push_to_hub\(name\)"),
+        ({"commit_message": "mine"}, "unknown option of save 'commit_message'"),
+    ],
+)
+def test_a_wrong_option_of_save_is_told_before_anything_is_written(options, said, tmp_path):
+    with pytest.raises(InvalidInput, match=said):
+        save(bert(), tmp_path / "model", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["0.02mb", " 20 KB", 20_000])
+def test_sizes_of_weight_files_as_transformers_takes_them(size, tmp_path):
+    assert len(list(save(bert(), tmp_path / "model", max_shard_size=size).glob("*.safetensors"))) > 1
 
 
 def test_the_skeleton_has_the_shapes_and_no_weights(tmp_path):

@@ -56,6 +56,15 @@ def test_a_source_or_tokenizer_that_is_none_is_refused_before_anything_is_writte
     assert list(tmp_path.iterdir()) == []
 
 
+def test_they_are_found_from_another_folder_too(tmp_path, dense, monkeypatch):
+    monkeypatch.chdir(dense.parent)
+    model = load(dense.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert AutoTokenizer.from_pretrained(save(model, "pruned")).get_vocab() == tokenizer().get_vocab()
+    assert str(tmp_path) not in (tmp_path / "elsewhere" / "pruned" / "config.json").read_text()
+
+
 def test_exports_keep_how_the_model_generates(tmp_path, dense):
     model = load(dense)
     cut(model, {"model.layers.0.self_attn": [1]})

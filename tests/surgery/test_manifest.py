@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import bert, hidden, padded
 
 from headprune.errors import CorruptCheckpoint
-from headprune.surgery import cut, load, save
+from headprune.planning import PruningPlan
+from headprune.surgery import cut, load, prune_folder, save
 
 
 @pytest.fixture
@@ -45,6 +47,22 @@ def test_a_truncated_and_a_missing_shard_are_named(folder):
     assert second.exists()
 
 
+def test_a_weight_file_in_a_folder_inside_is_checked_too(tmp_path):
+    """Of an embedder with a dense layer, whether it is saved or pruned in its files."""
+    source = tmp_path / "source"
+    bert().save_pretrained(source)
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "config.json").write_text("{}")
+    save_file({"linear.weight": torch.ones(2, 2)}, source / "2_Dense" / "model.safetensors")
+    model = load(source)
+    plan = PruningPlan.from_keep(model, {"encoder.layer.0.attention": [1, 2]})
+    prune_folder(source, plan, tmp_path / "pruned")
+    for target in (save(model, tmp_path / "saved"), tmp_path / "pruned"):
+        load(target)
+        (target / "2_Dense" / "model.safetensors").write_bytes(b"")
+        assert f"{target}/2_Dense/model.safetensors has 0 bytes" in refused(target)
+
+
 def test_an_edited_head_count_is_found(folder):
     config = json.loads((folder / "config.json").read_text())
     config["per_layer_config"]["0"]["num_attention_heads"] = 3
@@ -68,6 +86,13 @@ def test_a_manifest_of_a_newer_headprune_is_refused(folder):
     document = json.loads((folder / "headprune.json").read_text())
     (folder / "headprune.json").write_text(json.dumps(document | {"schema_version": 99}))
     assert "schema version 99" in refused(folder)
+
+
+@pytest.mark.parametrize("weights", [7, [], {"model.safetensors": 7}, {"model.safetensors": {"bytes": "many"}}])
+def test_a_damaged_manifest_is_named(folder, weights):
+    document = json.loads((folder / "headprune.json").read_text())
+    (folder / "headprune.json").write_text(json.dumps(document | {"weights": weights}))
+    assert f"{folder}/headprune.json is damaged" in refused(folder)
 
 
 def test_a_folder_without_a_manifest_loads(folder):
