@@ -108,6 +108,7 @@ A_MODULE = r"model is .*; expected a torch\.nn\.Module"
         (lambda: hp.RecoverySettings(method="lorra"), "unknown recovery method 'lorra'. Did you mean 'lora'"),
         (lambda: hp.RecoverySettings(last=0), "last is 0; expected .* above 0"),
         (lambda: hp.RecoverySettings(options={"distill": None}), "unknown option of recovery 'distill'. Did you mean 'distil'"),
+        (lambda: hp.RecoverySettings(options={"learning_rate": 1e-3}), "does not read learning_rate .*; give lr"),
         (lambda: hp.RecoverySettings(options={"seed": 1}), "unknown option of recovery 'seed'"),
         (lambda: hp.one_shot(MODEL, BATCHES, 0.5), r"budget is 0\.5; expected Budget \(hp\.Budget"),
         (lambda: hp.one_shot(MODEL, BATCHES, HALF, metric=0.5), r"metric is 0\.5; expected a function or None"),

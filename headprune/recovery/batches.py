@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,6 +34,24 @@ def as_dataset(data: Any, name: str) -> Any:
     if hasattr(found, "__len__") and not len(found):
         raise InvalidInput(f"{name} is empty; give at least one batch.")
     return found
+
+
+def refuse_batching(name: str, data: Any, options: Mapping[str, Any]) -> None:
+    """InvalidInput where training arguments ask for batches of what is batches already, of which all but one would be left out."""
+    option = f"per_device_{name}_batch_size"
+    if isinstance(data, Batches) and options.get(option, 1) != 1:
+        raise InvalidInput(
+            f"{option} is {options[option]!r}, and {name} holds batches already; make larger ones, or accumulate several in a step "
+            f"(gradient_accumulation_steps={options[option]!r}), or give a dataset of rows."
+        )
+
+
+def steps_per_pass(data: Any, options: Mapping[str, Any]) -> int | None:
+    """How many steps see all of `data` once, under these training arguments; None where it does not tell how much there is."""
+    if not hasattr(data, "__len__"):
+        return None
+    rows = options.get("per_device_train_batch_size", 1) * int(os.environ.get("WORLD_SIZE", "1"))
+    return math.ceil(math.ceil(len(data) / rows) / options.get("gradient_accumulation_steps", 1))
 
 
 def is_rows(data: Any) -> bool:

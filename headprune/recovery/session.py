@@ -27,6 +27,7 @@ from headprune.recovery.result import BEST, BEST_PART, WENT_BACK, Recovery
 from headprune.recovery.sharding import OPTIONS as FSDP
 
 log = logging.getLogger("headprune")
+PREPARED = "_is_accelerate_prepared"  # what has it an Accelerator returns as it is: not wrapped, compiled or put on a device
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
 
 
@@ -147,6 +148,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     config: Any = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
     forward = model.__dict__.get("forward")
+    prepared = PREPARED in vars(model)
     verbosity = transformers.utils.logging.get_verbosity()
     try:
         yield
@@ -159,6 +161,8 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         model.__dict__.pop("_original_forward", None)
         if forward is not None:
             model.forward = forward
+        if not prepared:
+            vars(model).pop(PREPARED, None)
         model.zero_grad(set_to_none=True)
         transformers.utils.logging.set_verbosity(verbosity)
 

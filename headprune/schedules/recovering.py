@@ -14,7 +14,7 @@ from headprune.errors import InvalidInput
 from headprune.recovery import Recovery, recover
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.methods import get_method
-from headprune.recovery.recover import recover_options
+from headprune.recovery.recover import recover_options, refuse_decided
 
 Progress = Callable[[int, int], None]
 
@@ -60,6 +60,7 @@ class RecoverySettings:
         if not self.last > 0:
             raise InvalidInput(f"last is {self.last}; expected how many times as much the last round trains, above 0.")
         if self.options:
+            refuse_decided(self.options)
             check_options("recovery", self.options, set(recover_options()) - GIVEN)
 
     def __call__(self, model: nn.Module, round: Round) -> Recovery:

@@ -17,7 +17,7 @@ from tiny_models import hidden
 import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.recovery import training
-from headprune.recovery.batches import Batches, on_the_host
+from headprune.recovery.batches import Batches, on_the_host, steps_per_pass
 from headprune.recovery.budget import TrainingBudget
 
 
@@ -146,19 +146,49 @@ def test_a_plain_module_recovers_with_a_loss_function():
     assert plain.best > plain.evaluations[0][1]
 
 
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        ids = text_batches(10)[index]["input_ids"][0]
+        return {"input_ids": ids, "labels": ids}
+
+
 def test_a_dataset_of_rows_is_made_into_batches():
     _, model = pruned_llama()
-
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 10
-
-        def __getitem__(self, index):
-            ids = text_batches(10)[index]["input_ids"][0]
-            return {"input_ids": ids, "labels": ids}
-
     result = hp.recover(model, Rows(), steps=5, lr=5e-3, per_device_train_batch_size=4)
     assert result.losses[-1][1] < result.losses[0][1]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "ranks", "steps"),
+    [
+        (Batches(range(6)), {}, 1, 6),
+        (Batches(range(6)), {"gradient_accumulation_steps": 4}, 1, 2),  # 4 batches, and the 2 that are left
+        (Rows(), {"per_device_train_batch_size": 4}, 1, 3),
+        (Rows(), {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, 2, 2),
+    ],
+)
+def test_a_step_takes_what_accumulation_and_ranks_make_of_a_batch(data, options, ranks, steps, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert steps_per_pass(data, options) == steps
+
+
+def test_by_default_each_row_is_seen_three_times():
+    seen = []
+    _, model = pruned_llama()
+    model.register_forward_pre_hook(lambda _model, _args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+    hp.recover(model, Rows(), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert sum(seen) == 3 * len(Rows())
+
+
+def test_a_recovered_model_is_new_to_accelerate():
+    """Which would neither wrap, compile nor place one that it takes for prepared."""
+    _, model = pruned_llama()
+    before = set(vars(model))
+    hp.recover(model, text_batches(), steps=1)
+    assert set(vars(model)) == before
 
 
 def test_the_best_evaluation_is_what_stays():
@@ -359,7 +389,12 @@ def test_mixed_precision_and_checkpointing_leave_the_model_as_it_was():
         ({"teacher": 3}, r"teacher is 3; expected a torch\.nn\.Module .* or a path or None"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"lr": "1e-3"}, "lr is '1e-3'"),
-        ({"steps": 2, "learn_rate": 3}, "unknown option of recover 'learn_rate'. Did you mean 'learning_rate'"),
+        ({"steps": 2, "weight_decai": 3}, "unknown option of recover 'weight_decai'. Did you mean 'weight_decay'"),
+        ({"learning_rate": 1e-3}, "recover does not read learning_rate of transformers.TrainingArguments; give lr."),
+        ({"num_train_epochs": 1}, "does not read num_train_epochs .*; give steps or minutes"),
+        ({"lr_scheduler_type": "cosine"}, "does not read lr_scheduler_type .*; give lr as a function of the step"),
+        ({"per_device_train_batch_size": 4}, "is 4, and train holds batches already; .*gradient_accumulation_steps=4"),
+        ({"eval": text_batches(1), "per_device_eval_batch_size": 2}, "is 2, and eval holds batches already"),
         ({"distil": hp.Distillation(logits=1.0)}, "without a teacher"),
     ],
 )
