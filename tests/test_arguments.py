@@ -107,6 +107,7 @@ A_MODULE = r"model is .*; expected a torch\.nn\.Module"
         (lambda: hp.RecoverySettings(steps=-1), "steps is -1; expected more than 0"),
         (lambda: hp.RecoverySettings(method="lorra"), "unknown recovery method 'lorra'. Did you mean 'lora'"),
         (lambda: hp.RecoverySettings(last=0), "last is 0; expected .* above 0"),
+        (lambda: hp.RecoverySettings(last=7), "last=7 is so many times the steps or minutes of a round; give one of them"),
         (lambda: hp.RecoverySettings(options={"distill": None}), "unknown option of recovery 'distill'. Did you mean 'distil'"),
         (lambda: hp.RecoverySettings(options={"learning_rate": 1e-3}), "does not read learning_rate .*; give lr"),
         (lambda: hp.RecoverySettings(options={"seed": 1}), "unknown option of recovery 'seed'"),

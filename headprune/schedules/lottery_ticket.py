@@ -73,7 +73,7 @@ def lottery_ticket(
     goals = targets(budget.fraction, 4 if steps is None and per_step is None else steps, per_step, spacing)
     own = {"targets": goals, "rewind": rewind, "rewind_step": rewind_step, "early": named(early), "control": control}
     record = Record(setting.dense, folder, NAME, {**setting.to_json(), **own})
-    first = first_weights(setting, record, rewind_step, early)
+    first = first_weights(setting, record, rewind_step, early, len(goals))
     again = setting.with_recovery(repeated_from(recover, rewind_step))
     trained = record.restore()
     for number in range(record.steps[-1].number + 1, len(goals) + 1):
@@ -113,8 +113,11 @@ def named(early: Source | None) -> Any:
     return None if early is None else str(early) if isinstance(early, (str, Path)) else told_apart(early)
 
 
-def first_weights(setting: Setting, record: Record, rewind_step: int, early: Source | None) -> Callable[[], nn.Module]:
-    """Step 0, unless it is done: the whole model trained. Gives the whole model with the weights to go back to."""
+def first_weights(
+    setting: Setting, record: Record, rewind_step: int, early: Source | None, rounds: int
+) -> Callable[[], nn.Module]:
+    """Step 0, unless it is done: the whole model trained. Gives the whole model with the weights to go back to. rounds: how many
+    follow."""
     dense, weights = setting.dense, EarlyWeights(setting.dense, record.folder)
     if early is not None:
         found = earlier_model(dense, early)
@@ -126,7 +129,7 @@ def first_weights(setting: Setting, record: Record, rewind_step: int, early: Sou
             model, training = record.restore(), setting
             if rewind_step:
                 training = setting.with_recovery(keeping_step(setting.recover, rewind_step, weights.keep))
-            report = recovered(training, model, 0, 0, record.recovery_folder(0), clock)
+            report = recovered(training, model, 0, rounds, record.recovery_folder(0), clock)
             quality = measured(setting, model, clock)
         keep = whole(record.shapes)
         step = described_step(setting, 0, 0.0, keep, quality, clock, recovery=summary(report))
@@ -135,7 +138,7 @@ def first_weights(setting: Setting, record: Record, rewind_step: int, early: Sou
 
 
 def controlled(setting: Setting, record: Record, initialise: Initialise | None) -> dict[str, Any]:
-    """The same heads from fresh weights, trained as the whole model was."""
+    """The same heads from fresh weights, trained as long as the last ticket."""
     keep, place = record.present.keep, None if record.folder is None else record.folder / "control.safetensors"
     if place is not None and place.exists():
         return {"control": loaded(setting.dense, keep, place), "control_quality": record.present.details["control_quality"]}
@@ -143,7 +146,7 @@ def controlled(setting: Setting, record: Record, initialise: Initialise | None) 
     with failing(setting, record, NAME, clock):
         model = framed(with_fresh_weights(setting.dense, setting.seed + 1, initialise), keep)
         number = record.present.number + 1
-        recovered(setting, model, number, number - 1, record.recovery_folder(number), clock)
+        recovered(setting, model, number, number, record.recovery_folder(number), clock)
         quality = measured(setting, model, clock)
     record.note(control_quality=quality)
     if place is not None:
