@@ -113,9 +113,7 @@ def named(early: Source | None) -> Any:
     return None if early is None else str(early) if isinstance(early, (str, Path)) else told_apart(early)
 
 
-def first_weights(
-    setting: Setting, record: Record, rewind_step: int, early: Source | None, rounds: int
-) -> Callable[[], nn.Module]:
+def first_weights(setting: Setting, record: Record, rewind_step: int, early: Source | None, rounds: int) -> Callable[[], nn.Module]:
     """Step 0, unless it is done: the whole model trained. Gives the whole model with the weights to go back to. rounds: how many
     follow."""
     dense, weights = setting.dense, EarlyWeights(setting.dense, record.folder)

@@ -50,8 +50,8 @@ def check_rewindable(recover: Recover | None, step: int) -> RecoverySettings:
         )
     if recover.last != 1:
         raise InvalidInput(
-            f"last={recover.last:g} trains the last round longer, and rewind_step={step} repeats the rates of one training; leave one "
-            "of them out."
+            f"last={recover.last:g} trains the last round longer, and rewind_step={step} repeats the rates of one training; "
+            "leave one of them out."
         )
     return recover
 
