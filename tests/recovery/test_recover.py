@@ -104,6 +104,31 @@ def test_adapters_of_a_rank_change_weights_by_that_rank():
     assert torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
 
 
+def test_evaluations_see_the_adapters_of_torchs_own_layers():
+    dense, _, batches, loss_fn = pruned_classifier()
+    result = hp.recover(dense, batches, batches, loss_fn=loss_fn, method="lora", steps=6, lr=1e-2, eval_steps=6)
+    with torch.no_grad():
+        merged = -sum(float(loss_fn(dense, batch)) for batch in batches) / len(batches)
+    assert result.best == pytest.approx(merged, rel=1e-4)
+
+
+def test_adapters_are_put_on_the_named_layers_alone():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.inner = torch.nn.Linear(4, 4), torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4)})
+
+        def forward(self, x):
+            return self.inner["proj"](self.proj(x))
+
+    model, batch = Twice(), torch.randn(3, 4)
+    before = copy.deepcopy(model)
+    options = {"rank": 2, "targets": ["proj"]}
+    hp.recover(model, [batch], loss_fn=lambda model, x: model(x).square().mean(), method="lora", steps=3, method_options=options)
+    assert torch.equal(model.inner["proj"].weight, before.inner["proj"].weight)
+    assert not torch.equal(model.proj.weight, before.proj.weight)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
