@@ -21,14 +21,46 @@ from headprune.schedules.result import ScheduleResult
 from headprune.schedules.rewound import EarlyWeights, check_rewindable, earlier_model, keeping_step, repeated_from
 from headprune.schedules.schedule import failing, finished, measure_dense, schedule
 from headprune.schedules.setting import Setting
-from headprune.schedules.spacing import targets
+from headprune.schedules.spacing import check_spread, targets
 from headprune.schedules.step import Clock, described_step, measured, plan_of, planned, pruned, recovered, summary
 
 NAME = "lottery_ticket"
 REWINDS = ("weights", "learning_rate")
 
 
-@schedule(NAME)
+def check_lottery_ticket(
+    recover: Recover | None,
+    steps: int | None,
+    per_step: float | None,
+    spacing: str,
+    rewind: str,
+    rewind_step: int,
+    early: Source | None,
+) -> None:
+    if recover is None:
+        raise InvalidInput(
+            "a lottery ticket is trained again after each cut; give recover=RecoverySettings(steps=...) or a function."
+        )
+    check_spread(steps, per_step, spacing)
+    check_rewind(recover, rewind, rewind_step, early)
+
+
+def check_rewind(recover: Recover, rewind: str, rewind_step: int, early: Source | None) -> None:
+    whole_number("rewind_step", rewind_step, least=0)
+    if rewind not in REWINDS:
+        raise unknown_name("rewind", rewind, REWINDS)
+    if early is not None and rewind_step:
+        raise InvalidInput(f"early and rewind_step={rewind_step} both say where to go back to; give one of them.")
+    if rewind_step:
+        settings = check_rewindable(recover, rewind_step)
+        if rewind == "weights" and settings.method == "lora":
+            raise InvalidInput(
+                f"rewind_step={rewind_step} goes back to the weights of that step, and method='lora' trains adapters beside them; "
+                "give early=, rewind='learning_rate' or another method."
+            )
+
+
+@schedule(NAME, check_lottery_ticket)
 def lottery_ticket(
     model: nn.Module,
     batches: Any,
@@ -63,14 +95,10 @@ def lottery_ticket(
     The rest is as in `one_shot`.
     """
     check_arguments(lottery_ticket, locals())
-    if recover is None:
-        raise InvalidInput(
-            "a lottery ticket is trained again after each cut; give recover=RecoverySettings(steps=...) or a function."
-        )
+    check_lottery_ticket(recover, steps, per_step, spacing, rewind, rewind_step, early)
     options = {"criterion": "magnitude_l2", "compensate": False, **options}
     setting = Setting.of(model, batches, budget, {**options, "recover": recover})
-    check_rewind(recover, rewind, rewind_step, early)
-    goals = targets(budget.fraction, 4 if steps is None and per_step is None else steps, per_step, spacing)
+    goals = targets(budget.fraction, steps, per_step, spacing)
     own = {"targets": goals, "rewind": rewind, "rewind_step": rewind_step, "early": named(early), "control": control}
     record = Record(setting.dense, folder, NAME, {**setting.to_json(), **own})
     first = first_weights(setting, record, rewind_step, early, len(goals))
@@ -91,21 +119,6 @@ def lottery_ticket(
         record.accept(step, trained, plan_of(setting, keep))
     extras = controlled(setting, record, initialise) if control else {}
     return finished(setting, record, NAME, trained, **extras)
-
-
-def check_rewind(recover: Recover, rewind: str, rewind_step: int, early: Source | None) -> None:
-    whole_number("rewind_step", rewind_step, least=0)
-    if rewind not in REWINDS:
-        raise unknown_name("rewind", rewind, REWINDS)
-    if early is not None and rewind_step:
-        raise InvalidInput(f"early and rewind_step={rewind_step} both say where to go back to; give one of them.")
-    if rewind_step:
-        settings = check_rewindable(recover, rewind_step)
-        if rewind == "weights" and settings.method == "lora":
-            raise InvalidInput(
-                f"rewind_step={rewind_step} goes back to the weights of that step, and method='lora' trains adapters beside them; "
-                "give early=, rewind='learning_rate' or another method."
-            )
 
 
 def named(early: Source | None) -> Any:
