@@ -28,6 +28,7 @@ from headprune.recovery.sharding import OPTIONS as FSDP
 
 log = logging.getLogger("headprune")
 PREPARED = "_is_accelerate_prepared"  # what has it an Accelerator returns as it is: not wrapped, compiled or put on a device
+FEW = 10  # steps, which teach next to nothing
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
 
 
@@ -118,16 +119,19 @@ def trained(model: nn.Module, session: Session) -> Recovery:
         training.leave_deepspeed(trainer)
         if hook is not None:
             hook.remove()
+    steps, minutes, warmup = trainer.state.global_step, session.budget.minutes, session.budget.warmup
+    if minutes is not None and broken is None and steps < max(FEW, warmup):
+        log.warning("recovery: %d steps fit into minutes=%g, the first %d at a rising rate; give more", steps, minutes, warmup)
     went_back = broken is not None or good.value is not None
     if went_back:
         good.restore()
     return Recovery(
         losses=training.history(trainer, "loss"),
         evaluations=training.history(trainer, "eval_quality"),
-        steps=trainer.state.global_step,
+        steps=steps,
         seconds=trainer.clock.seconds(),
         best=good.value,
-        best_step=good.step if went_back else trainer.state.global_step,
+        best_step=good.step if went_back else steps,
         stopped_because=broken or watch.reason or "the budget is used up",
     )
 

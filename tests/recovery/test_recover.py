@@ -370,6 +370,14 @@ def test_minutes_bound_the_time_and_bring_the_rate_to_zero():
     assert max(rates) < 1e-3
 
 
+def test_minutes_that_are_over_before_anything_is_learnt_are_told(caplog):
+    for minutes, few in ((1, True), (50, False)):
+        ticks = iter(range(10_000))
+        caplog.clear()
+        hp.recover(pruned_llama()[1], text_batches(), minutes=minutes, warmup=2, clock=lambda ticks=ticks: 10.0 * next(ticks))
+        assert any("steps fit into minutes=1" in record.message for record in caplog.records) == few
+
+
 def test_accumulated_batches_are_one_larger_batch():
     ids = text_batches(1, batch=8)[0]["input_ids"]
     halves = [{"input_ids": part, "labels": part} for part in ids.chunk(2)]
