@@ -39,7 +39,7 @@ class TinyTask:
 
 @pytest.fixture
 def tiny_task(monkeypatch):
-    monkeypatch.setattr(scoring, "opened", lambda *_: (bert(), TinyTask()))
+    monkeypatch.setattr(scoring, "opened", lambda *_, **__: (bert(), TinyTask()))
 
 
 def test_score_shows_heat_maps_agreement_stability_and_portraits(call, tiny_task):
