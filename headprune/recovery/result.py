@@ -117,8 +117,8 @@ SUMS, AWAY = 8, 3  # of them; so many norms away from 0, about which they lie, a
 
 
 def told_apart(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
-    """What tells `model`, or a state_dict, from others: names and shapes, and a few entries of each tensor, summed with signs drawn once
-    and for all (their norm would hardly feel a fine-tune). A run that goes on has made its model again, to rounding."""
+    """What tells `model`, or a state_dict, from others: names and shapes, and a few entries of each tensor, summed with signs drawn
+    once and for all (their norm would hardly feel a fine-tune). A run that goes on has made its model again, to rounding."""
     state = model.state_dict() if isinstance(model, nn.Module) else model
     shapes = [(name, list(tensor.shape)) for name, tensor in state.items()]
     tensors = (part for tensor in state.values() for part in parts_of(tensor))
