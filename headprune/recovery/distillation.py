@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from headprune.arguments import check_arguments, is_number
 from headprune.errors import InvalidInput, unknown_name, whole_number
@@ -23,6 +24,7 @@ from headprune.recovery.divergence import (
     top_divergence,
 )
 from headprune.recovery.features import Features
+from headprune.settings import described
 
 Embed = Callable[[Any, Any], Tensor]
 
@@ -87,7 +89,7 @@ class Distillation:
         return {
             "weights": {**self.weights, "task": self.task}, "temperature": self.temperature, "relative": self.relative,
             "relation_sites": None if self.relation_sites is None else list(self.relation_sites),
-            "relation_heads": self.relation_heads,
+            "relation_heads": self.relation_heads, "embed": described(self.embed),
         }  # fmt: skip
 
 
@@ -300,7 +302,9 @@ class TopLogits:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of a model's output, [..., classes]."""
+    """The logits of a model's output, [..., classes]; of a segmented picture [batch, height, width, classes]."""
+    if isinstance(output, SemanticSegmenterOutput) and output.logits is not None:
+        return output.logits.movedim(1, -1)
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if found is None and isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         found = output[0]

@@ -86,6 +86,8 @@ def pruning_aware(
     """
     check_arguments(pruning_aware, locals())
     check_training(method, steps, lr, gate_lr, weight_decay, ramp, warm_up)
+    if distil is not None and not teacher:
+        raise InvalidInput("distil is given without a teacher; give teacher=True, which is the dense model.")
     setting = Setting.of(model, batches, budget, options)
     training = GateTraining(steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout, setting.seed)
     own = {"method": method, "training": asdict(training), "teacher": teacher, "distil": described(distil)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
 from tiny_decoders import decoder
-from tiny_encoders import ENCODERS, SEQ2SEQ
+from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
 from tiny_models import bert, tokens
 
 import headprune as hp
@@ -321,6 +321,19 @@ def test_logits_are_of_words_where_attentions_run_more(name):
     valid = batch["attention_mask"].bool() if name != "prophetnet" else batch["labels"] != -100
     assert rows.shape == valid.shape
     torch.testing.assert_close(ours, rows[valid].mean(), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_classes_of_a_segmented_picture_are_compared_place_by_place():
+    from transformers import MobileViTForSemanticSegmentation
+
+    config = VISION["mobilevit"].make().config
+    torch.manual_seed(0)
+    dense, student = (MobileViTForSemanticSegmentation(config).eval() for _ in range(2))
+    batch = {"pixel_values": VISION["mobilevit"].batch("right")["pixel_values"]}
+    expected, found = (model(**batch).logits.softmax(dim=1) for model in (dense, student))
+    ours = hp.recovery.loss(student, batch, dense, hp.Distillation(logits=1.0, temperature=1.0))
+    torch.testing.assert_close(ours, (expected * (expected / found).log()).sum(dim=1).mean(), rtol=1e-4, atol=1e-7)
 
 
 def test_a_loss_past_the_model_is_named():

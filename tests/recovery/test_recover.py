@@ -1,6 +1,7 @@
 """Recovery lowers the loss, keeps the heads, stops for a reason, and goes on after a kill."""
 
 import copy
+import math
 import random
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from tiny_models import hidden
 
 import headprune as hp
 from headprune.errors import InvalidInput
-from headprune.recovery import training
+from headprune.recovery import RateRewind, training
 from headprune.recovery.batches import Batches, on_the_host, steps_per_pass
 from headprune.recovery.budget import TrainingBudget
 
@@ -341,6 +342,30 @@ def test_a_recovery_by_another_teacher_or_other_data_is_another(other, named, tm
     assert hp.recover(pruned_llama()[1], **options) == result
     with pytest.raises(InvalidInput, match=rf"with other settings \({named}"):
         hp.recover(pruned_llama()[1], **options | other)
+
+
+def of_first_token(output, batch):
+    return output.logits[:, 0]
+
+
+def of_last_token(output, batch):
+    return output.logits[:, -1]
+
+
+@pytest.mark.parametrize(
+    ("option", "one", "other", "named"),
+    [
+        ("rewind", RateRewind(math.cos, 0, 2), RateRewind(math.cos, 3, 5), "lr"),
+        ("lr", math.cos, math.sin, "lr"),
+        ("distil", *(hp.Distillation(embedding=1.0, embed=embed) for embed in (of_first_token, of_last_token)), "distil"),
+    ],
+)
+def test_recoveries_by_other_functions_are_others(option, one, other, named, tmp_path):
+    dense, model = pruned_llama()
+    given = {"teacher": dense, "output_dir": tmp_path} | ({} if option == "rewind" else {"steps": 2})
+    hp.recover(model, text_batches(), **given, **{option: one})
+    with pytest.raises(InvalidInput, match=rf"with other settings \({named}"):
+        hp.recover(pruned_llama()[1], text_batches(), **given, **{option: other})
 
 
 @pytest.mark.parametrize(
