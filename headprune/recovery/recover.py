@@ -49,6 +49,9 @@ DECIDED = {
     "resume_from_checkpoint": "give output_dir, where a recovery that was killed goes on by itself",
 }
 
+# What counts steps or rows here; transformers also takes shares of the steps.
+COUNTS = {"eval_steps", "save_steps", "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"}
+
 
 def recover(
     model: nn.Module,
@@ -131,6 +134,8 @@ def recover(
     if training_arguments:
         refuse_decided(training_arguments)
         check_options("recover", training_arguments, recover_options())
+        for name in COUNTS & {name for name, value in training_arguments.items() if value is not None}:
+            whole_number(name, training_arguments[name])
     shards, mixed = wants_sharding(training_arguments), mixed_precision(model, training_arguments)
     training_arguments |= mixed
     if isinstance(rewind, RateRewind):

@@ -29,7 +29,7 @@ def keeping_step(recover: Recover | None, step: int, keep: Callable[[nn.Module],
     return replace(settings, options={**settings.options, "callbacks": callbacks})
 
 
-def repeated_from(recover: Recover, step: int) -> Recover:
+def repeated_from(recover: Recover | None, step: int) -> Recover | None:
     """`recover` without its first `step` steps: the learning rates that followed them (Renda, Frankle, Carbin 2020)."""
     if not step:
         return recover

@@ -187,6 +187,16 @@ def test_a_dataset_of_rows_is_made_into_batches():
     assert result.losses[-1][1] < result.losses[0][1]
 
 
+def test_a_stream_of_rows_is_made_into_batches():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return map(Rows().__getitem__, range(len(Rows())))
+
+    _, model = pruned_llama()
+    result = hp.recover(model, Stream(), steps=5, lr=5e-3, per_device_train_batch_size=4)
+    assert result.losses[-1][1] < result.losses[0][1]
+
+
 @pytest.mark.parametrize(
     ("data", "options", "ranks", "steps"),
     [
@@ -448,6 +458,8 @@ def test_mixed_precision_and_checkpointing_leave_the_model_as_it_was():
         ({"lr": -1.0}, "lr is -1.0"),
         ({"lr": "1e-3"}, "lr is '1e-3'"),
         ({"steps": 2, "weight_decai": 3}, "unknown option of recover 'weight_decai'. Did you mean 'weight_decay'"),
+        ({"eval_steps": 0.5}, r"eval_steps is 0\.5; expected a whole number, 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expected a whole number, 1 or more"),
         ({"learning_rate": 1e-3}, "recover does not read learning_rate of transformers.TrainingArguments; give lr."),
         ({"num_train_epochs": 1}, "does not read num_train_epochs .*; give steps or minutes"),
         ({"lr_scheduler_type": "cosine"}, "does not read lr_scheduler_type .*; give lr as a function of the step"),
