@@ -24,7 +24,7 @@ from headprune.report.progress import Stages
 from headprune.report.web_page import report
 from headprune.run_inputs import FILE, KIND, refuse_changed, run_inputs
 from headprune.run_recovery import recovered_model
-from headprune.run_schedule import scheduled_model
+from headprune.run_schedule import refuse_schedule, scheduled_model
 from headprune.run_streamed import pruned_in_files, reads_streamed, show_estimate
 from headprune.run_values import STATES, kept, loaded_beside, measure_for_report, plan_of, refuse_infeasible, scored
 from headprune.scoring import HeadScores
@@ -68,6 +68,7 @@ def run(recipe: Recipe, stages: Stages) -> RunResult:
     """
     folder = Path(recipe.output)
     refuse_foreign(folder, recipe)
+    refuse_schedule(recipe)
     kind = check_task_options(recipe.task.name, recipe.task.options)
     if recipe.plan.file:
         PruningPlan.load(recipe.plan.file)  # refused before anything is measured

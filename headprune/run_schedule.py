@@ -17,7 +17,7 @@ from headprune.recipe import Recipe, RecoverSection
 from headprune.report.progress import Stages
 from headprune.run_recovery import as_asked
 from headprune.run_values import loaded_beside, planning_options
-from headprune.schedules import RecoverySettings, get_schedule
+from headprune.schedules import RecoverySettings, check_schedule, get_schedule
 from headprune.schedules.quality import mean_loss
 from headprune.schedules.setting import ShowProgress
 from headprune.surgery import save
@@ -66,6 +66,13 @@ def scheduled_model(
         save(result.model, target, source=origin_of(dense))
         loaded = loaded_beside(dense, target)
     return result.plan, loaded, {"reload": relative_difference(task.outputs(loaded), expected)}
+
+
+def refuse_schedule(recipe: Recipe) -> None:
+    """InvalidInput for values of the recipe's schedule that it would refuse behind the scores."""
+    if recipe.schedule is not None:
+        recover = recovery_settings(recipe.recover, recipe.device)
+        check_schedule(recipe.schedule.name, {**recipe.schedule.options, "recover": recover})
 
 
 def calibration(task: Task, limited: bool) -> tuple[list[Any], list[Any]]:

@@ -85,6 +85,14 @@ def test_a_recovery_needs_one_budget():
         parse_recipe({**content, "recover": {"minuts": 2}}, "test")
 
 
+@pytest.mark.parametrize(
+    "section", [{"seed": True}, {"recover": {"steps": True}}, {"recover": {"minutes": True}}, {"evaluate": {"repeats": True}}]
+)
+def test_a_switch_is_no_number(section):
+    with pytest.raises(InvalidInput, match=r"(seed|steps|minutes|repeats): true is no number"):
+        parse_recipe({"model": "bert", "task": {"name": SmallStates.name}, "output": "out", **section}, "test")
+
+
 def test_a_run_may_train_for_rounded_weights(recipe):
     """As hp.recover(quantise=...) trains what the run has cut; the model that is saved is not rounded."""
     pytest.importorskip("torchao")

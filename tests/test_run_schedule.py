@@ -95,6 +95,31 @@ def test_unknown_schedules_and_options_are_named_before_anything_runs(recipe):
         )
 
 
+@pytest.mark.parametrize(
+    ("schedule", "named"),
+    [
+        ({"name": "iterative", "steps": 0}, "steps is 0"),
+        ({"name": "iterative", "spacing": "cubik"}, "Did you mean 'cubic'"),
+        ({"name": "iterative", "max_drop": -1.0}, "max_drop is -1"),
+        ({"name": "lottery_ticket", "rewind": "weight"}, "Did you mean 'weights'"),
+        ({"name": "lottery_ticket", "rewind_step": 2}, "rewind_step=2 needs"),  # of as many steps
+        ({"name": "pruning_aware", "method": "subsets"}, "Did you mean 'subset'"),
+        ({"name": "pruning_aware", "ramp": 2.0}, "ramp=2.0"),
+    ],
+)
+def test_values_that_a_schedule_cannot_have_are_named_before_the_model_is_opened(recipe, schedule, named, monkeypatch):
+    monkeypatch.setattr(run_module, "open_model", lambda *_: pytest.fail("opened"))
+    with pytest.raises(InvalidInput, match=named):
+        carried_out(recipe(**schedule))
+
+
+def test_a_ticket_without_training_is_refused_before_the_model_is_opened(recipe, monkeypatch):
+    monkeypatch.setattr(run_module, "open_model", lambda *_: pytest.fail("opened"))
+    untrained = recipe(name="lottery_ticket").model_copy(update={"recover": None})
+    with pytest.raises(InvalidInput, match="a lottery ticket is trained again after each cut"):
+        carried_out(untrained)
+
+
 def test_the_command_lists_schedules_and_gate_methods():
     shown = CliRunner().invoke(app, ["schedules"], env={"COLUMNS": "200"}).output
     for name in ("one_shot", "iterative", "lottery_ticket", "pruning_aware", "max_drop", "rewind_step", "hard_concrete", "subset"):

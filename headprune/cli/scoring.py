@@ -104,6 +104,9 @@ def sensitivity_command(
     model: ModelArgument,
     scores: Annotated[Path, typer.Argument(help="scores.json: the order in which the heads of a layer go.")],
     task: TaskOption = None,
+    batches: Annotated[
+        int | None, typer.Option(min=1, help="Measure on so many calibration batches, the first ones; by default on all.")
+    ] = None,
     csv: Annotated[
         Path | None, typer.Option(help="Also the curves as a table, one point a line, for a plot.", callback=writable_file)
     ] = None,
@@ -117,9 +120,9 @@ def sensitivity_command(
 
     order = HeadScores.load(scores)
     dense, data = opened(model, task, device=device)
+    read = data.calibration[:batches]
     found = with_bar("measure sensitivity", lambda progress: sensitivity(
-        dense, data.calibration, order, loss_fn=data.loss,
-        progress=lambda done: progress(done, len(data.calibration)),
+        dense, read, order, loss_fn=data.loss, progress=lambda done: progress(done, len(read)),
     ))  # fmt: skip
     found.save(output)
     if csv is not None:

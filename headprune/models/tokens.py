@@ -16,14 +16,15 @@ SiteTokenMask = Callable[[str, Any], Tensor | None]
 IGNORED_LABEL = -100
 
 
-def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTokenMask:
+def token_masks(model: nn.Module, token_mask: TokenMask | None = None, *, logits: bool = False) -> SiteTokenMask:
     """(site name, batch) -> bool or 0/1 [batch, tokens] of the tokens that count at that attention of `model`; None: all do.
 
     token_mask(batch) counts for all attentions. By default it is the batch's 2-D "attention_mask"; in the decoder of an
     encoder-decoder its "decoder_attention_mask", else the positions that have a label; in a Q-Former that of its own text behind
     its queries; in a part of the model that reads pictures or sound there is none; behind the words of a page the places of its
     picture count too. In a model of torch's own encoders and decoders
-    it is what "src_key_padding_mask" or "tgt_key_padding_mask" leave, named as their forwards name them.
+    it is what "src_key_padding_mask" or "tgt_key_padding_mask" leave, named as their forwards name them. logits: of those of the
+    model, which are of words alone, of one stream.
     """
     if token_mask is not None:
         return lambda site, batch: token_mask(batch)
@@ -40,8 +41,10 @@ def token_masks(model: nn.Module, token_mask: TokenMask | None = None) -> SiteTo
         if around is None and "attention_mask" not in batch:
             return unpadded(model, site, batch)
         if is_inside(site, decoder):
-            return in_streams(around, plane(batch, "decoder_attention_mask", target_mask(batch)))
-        return in_streams(around, before_picture(around, batch, plane(batch, "attention_mask")))
+            words = plane(batch, "decoder_attention_mask", target_mask(batch))
+        else:
+            words = plane(batch, "attention_mask")
+        return words if logits else in_streams(around, before_picture(around, batch, words))
 
     return mask
 

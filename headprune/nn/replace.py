@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
+import torch
 from torch import nn
 
 from headprune.arguments import check_arguments
@@ -76,6 +77,18 @@ def own_attention(model: nn.Module, keep: bool = False) -> Iterator[nn.Module]:
             raise
         if not keep:
             undo()
+
+
+@contextmanager
+def through_modules() -> Iterator[None]:
+    """Inside the block torch's encoder layers call their parts where no gradient is asked for too: their fused kernel reads the
+    weights, past what stands around them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def give_layers(model: nn.Module) -> Callable[[], None]:

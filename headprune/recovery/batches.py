@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from headprune.errors import InvalidInput
 from headprune.models.batches import several
@@ -34,13 +36,37 @@ def as_dataset(data: Any, name: str) -> Any:
     return found
 
 
+def refuse_batching(name: str, data: Any, options: Mapping[str, Any]) -> None:
+    """InvalidInput where training arguments ask for batches of what is batches already, of which all but one would be left out."""
+    option = f"per_device_{name}_batch_size"
+    if isinstance(data, Batches) and options.get(option, 1) != 1:
+        raise InvalidInput(
+            f"{option} is {options[option]!r}, and {name} holds batches already; make larger ones, or accumulate several in a step "
+            f"(gradient_accumulation_steps={options[option]!r}), or give a dataset of rows."
+        )
+
+
+def steps_per_pass(data: Any, options: Mapping[str, Any]) -> int | None:
+    """How many steps see all of `data` once, under these training arguments; None where it does not tell how much there is."""
+    if not hasattr(data, "__len__"):
+        return None
+    rows: int = options.get("per_device_train_batch_size", 1) * int(os.environ.get("WORLD_SIZE", "1"))
+    batches, together = math.ceil(len(data) / rows), int(options.get("gradient_accumulation_steps", 1))
+    return math.ceil(batches / together)
+
+
 def is_rows(data: Any) -> bool:
     return (isinstance(data, Dataset) and not isinstance(data, DataLoader)) or hasattr(data, "column_names")
 
 
+def has_items(dataset: Any) -> bool:
+    """Whether its items have numbers: not those of a stream."""
+    return hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+
+
 def on_the_host(dataset: Any) -> bool:
     """Whether the tensors of its first item lie on the CPU, as a loader that pins their memory takes for granted."""
-    first = dataset[0] if dataset is not None and hasattr(dataset, "__getitem__") else None
+    first = dataset[0] if has_items(dataset) else None
     return all(leaf.device.type == "cpu" for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
 
 
@@ -67,5 +93,5 @@ def first_batch(dataset: Any, collator: Callable[..., Any] | None) -> Any:
         return dataset[0]
     from transformers import default_data_collator
 
-    rows = [dataset[0]] if hasattr(dataset, "__getitem__") else [next(iter(dataset))]
+    rows = [dataset[0]] if has_items(dataset) else [next(iter(dataset))]
     return (collator or default_data_collator)(rows)

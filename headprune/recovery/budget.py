@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from headprune.errors import InvalidInput, whole_number
+from headprune.settings import described
 
 EPOCHS = 3  # where neither steps nor minutes are given
 UNBOUNDED = 10**9  # steps, where the clock decides
@@ -78,8 +79,7 @@ class TrainingBudget:
         return min(1.0, (step + 1) / (self.warmup + 1)) * (1 - self.fraction(step, seconds))
 
     def to_json(self) -> dict[str, Any]:
-        lr = "a function of the step" if callable(self.lr) else self.lr
-        return {"steps": self.steps, "minutes": self.minutes, "warmup": self.warmup, "lr": lr}
+        return {"steps": self.steps, "minutes": self.minutes, "warmup": self.warmup, "lr": described(self.lr)}
 
 
 class TrainingClock:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from headprune.arguments import check_arguments, is_number
 from headprune.errors import InvalidInput, unknown_name, whole_number
@@ -23,6 +24,7 @@ from headprune.recovery.divergence import (
     top_divergence,
 )
 from headprune.recovery.features import Features
+from headprune.settings import described
 
 Embed = Callable[[Any, Any], Tensor]
 
@@ -31,7 +33,8 @@ Embed = Callable[[Any, Any], Tensor]
 class Distillation:
     """The weight of each term in the loss; 0 leaves it out.
 
-    logits: temperature^2 KL(teacher || student) of the softened logits (Hinton et al. 2015).
+    logits: temperature^2 KL(teacher || student) of the softened logits (Hinton et al. 2015); of a single one, as a regression has,
+    the squared difference.
     hidden: squared difference of the output of each block that holds an attention.
     attention: squared difference of what each attention adds to the residual stream.
     relations: MiniLMv2 (Wang et al. 2021): KL of softmax(Q Q^T / sqrt(d)), and of keys and values, at `relation_sites`.
@@ -86,7 +89,7 @@ class Distillation:
         return {
             "weights": {**self.weights, "task": self.task}, "temperature": self.temperature, "relative": self.relative,
             "relation_sites": None if self.relation_sites is None else list(self.relation_sites),
-            "relation_heads": self.relation_heads,
+            "relation_heads": self.relation_heads, "embed": described(self.embed),
         }  # fmt: skip
 
 
@@ -95,8 +98,8 @@ OWN_TERMS = ("logits", "hidden", "attention", "relations", "embedding", "similar
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both models' Features of one batch, and what a term needs to read them. valid: (site name, states) -> bool [batch,
-    tokens] of the tokens that count."""
+    """Both models' Features of one batch, and what a term needs to read them. valid: (site name, states) -> bool [batch, tokens] of
+    the tokens that count; valid_logits: the same of logits, whose site is the last."""
 
     student: Features
     teacher: Features
@@ -104,6 +107,7 @@ class Comparison:
     batch: Any
     setting: Distillation
     valid: Callable[[str, Tensor], Tensor]
+    valid_logits: Callable[[str, Tensor], Tensor]
 
 
 Function = Callable[[Comparison], Tensor]
@@ -200,9 +204,11 @@ def logits_term(comparison: Comparison) -> Tensor:
         student = logits_of(mine)
         if isinstance(theirs, TopLogits):
             rows = theirs.divergence(student, temperature)
+        elif student.shape[-1] == 1:  # of which every softmax is 1
+            rows = (student.float() - logits_of(theirs).float()).square().squeeze(-1)
         else:
             rows = softened_divergence(student, logits_of(theirs), temperature)
-        found.append(rows[comparison.valid(last, student)] if rows.dim() == 2 else rows.flatten())
+        found.append(rows[comparison.valid_logits(last, student)] if rows.dim() == 2 else rows.flatten())
     return torch.cat(found).mean()
 
 
@@ -296,7 +302,9 @@ class TopLogits:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of a model's output, [..., classes]."""
+    """The logits of a model's output, [..., classes]; of a segmented picture [batch, height, width, classes]."""
+    if isinstance(output, SemanticSegmenterOutput) and output.logits is not None:
+        return output.logits.movedim(1, -1)
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if found is None and isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         found = output[0]

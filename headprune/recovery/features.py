@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from headprune.errors import InvalidInput
 from headprune.models.site import AttentionSite
 from headprune.models.stream import first_tensor
 from headprune.models.uncompiled import uncompiled
@@ -48,7 +49,7 @@ def catching(model: nn.Module, sites: Iterable[AttentionSite], wanted: Mapping[s
         stack.callback(model.register_forward_hook(lambda _m, _a, output: found.outputs.append(output)).remove)
         for kind, names in wanted.items():
             for name in names:
-                module = model.get_submodule(PLACE[kind](by_name[name]))
+                module = module_at(model, PLACE[kind](by_name[name]), kind)
                 stack.callback(module.register_forward_hook(appending(getattr(found, kind), name)).remove)
         yield found
     # Behind the pass, not in it: a checkpointed layer that runs again in the backward pass does so without hooks, and must save as
@@ -60,6 +61,17 @@ def catching(model: nn.Module, sites: Iterable[AttentionSite], wanted: Mapping[s
             features = site.projection(role).features
             features = features[:, : site.head_dim if role == "query" else None].flatten()
             caught[name] = [output.index_select(-1, features.to(output.device)) for output in outputs]
+
+
+def module_at(model: nn.Module, path: str, kind: str) -> nn.Module:
+    """InvalidInput where a projection is no module, whose output a hook could see."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise InvalidInput(
+            f"{path} of {type(model).__name__} is a parameter, not a layer, so that {kind} is not seen there; distil logits or "
+            "hidden states."
+        ) from None
 
 
 def appending(caught: Caught, name: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name, whole_number
 from headprune.models.adapters import attention_sites
 from headprune.models.site import PLAIN_LINEAR, is_conv1d
+from headprune.nn.replace import through_modules
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ def projections(model: nn.Module) -> Iterator[None]:
     sites = attention_sites(model)
     if not sites:
         raise InvalidInput(f"{type(model).__name__} has no attention whose projections could be trained.")
+    modules = set(model.modules())
+    for site in sites:
+        if any(part.module not in modules for part in site.projections):
+            raise InvalidInput(
+                f"{site.name} ({type(site.module).__name__}) holds its projections as parameters of its own, not as layers that "
+                "could be trained alone; give method='full'."
+            )
     model.requires_grad_(False)
     for site in sites:
         for part in site.projections:
@@ -108,12 +117,13 @@ def lora(
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     settings = LoraConfig(
         r=rank, lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # a fraction works too
-        lora_dropout=dropout, target_modules=names,
+        lora_dropout=dropout, target_modules="|".join(map(re.escape, names)),  # of a list peft takes every name that ends so
         fan_in_fan_out=any(is_conv1d(model.get_submodule(name)) for name in names),
     )  # fmt: skip
     tuner = LoraModel(model, settings, "recovery")
     try:
-        yield
+        with through_modules():
+            yield
         tuner.merge_and_unload(progressbar=False)
     except BaseException:
         tuner.unload()

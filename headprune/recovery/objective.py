@@ -59,7 +59,7 @@ class Objective:
         needs_sites = {"hidden", "attention", "relations", "logits", "embedding", "similarity", *self.distil.more}
         self.sites = attention_sites(self.model) if needs_sites & set(self.distil.weights) else ()
         self.wanted = wanted_features(self.distil, self.sites)
-        self.site_mask = token_masks(self.model, self.token_mask)
+        self.masks = [token_masks(self.model, self.token_mask, logits=of_logits) for of_logits in (False, True)]
         if isinstance(self.source, nn.Module):
             self.teacher = ModelTeacher(self.source, self.wanted, self.loss_fn, shards)
         else:
@@ -82,7 +82,8 @@ class Objective:
         if not self.checked:
             check_outputs(student, teacher, distil.weights)
             self.checked = True
-        comparison = Comparison(student, teacher, tuple(self.sites), batch, distil, valid_of(self.site_mask, batch))
+        valid = [valid_of(mask, batch) for mask in self.masks]
+        comparison = Comparison(student, teacher, tuple(self.sites), batch, distil, *valid)
         total = distillation_loss(comparison)
         if distil.task:
             total = total + distil.task * own_loss(model, returned, self.loss_fn)

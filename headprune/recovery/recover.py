@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from headprune.arguments import check_arguments, check_options, keywords
-from headprune.errors import whole_number
+from headprune.errors import InvalidInput, whole_number
 from headprune.models.quantised import refuse_quantised
 from headprune.models.streamed import refuse_streamed
 from headprune.models.tokens import TokenMask
 from headprune.nn.given import plain_module
-from headprune.recovery.batches import as_dataset, first_batch
+from headprune.recovery.batches import as_dataset, first_batch, refuse_batching, steps_per_pass
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
 from headprune.recovery.master_weights import master_weights, mixed_precision
@@ -34,6 +34,23 @@ from headprune.recovery.sharding import sharded, wants_sharding
 from headprune.scoring.batch_identity import data_identity
 from headprune.scoring.observer import LossFunction
 from headprune.settings import described, write_settings
+
+# Arguments of transformers that recovery decides itself, and what to do instead.
+BY_TENTHS = "it evaluates at each tenth of the budget or every eval_steps, and the best evaluation stays"
+DECIDED = {
+    **dict.fromkeys(("max_steps", "num_train_epochs"), "give steps or minutes"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs"), "give lr as a function of the step"),
+    **dict.fromkeys(("eval_strategy", "eval_delay", "eval_on_start"), BY_TENTHS),
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), BY_TENTHS),
+    "learning_rate": "give lr",
+    "warmup_steps": "give warmup",
+    "label_smoothing_factor": "give a loss_fn that smoothes labels",
+    "save_strategy": "give output_dir, and save_steps for checkpoints at other times than each minute",
+    "resume_from_checkpoint": "give output_dir, where a recovery that was killed goes on by itself",
+}
+
+# What counts steps or rows here; transformers also takes shares of the steps.
+COUNTS = {"eval_steps", "save_steps", "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"}
 
 
 def recover(
@@ -74,7 +91,8 @@ def recover(
         loss_fn: `loss_fn(model, batch)` gives a loss (a tensor, of which the mean counts); default the output's `loss`.
         teacher: the dense model, also a quantised one, which is used as it is and never trained, or a folder of `store_logits`.
         method: "full", "projections" (of attention alone) or "lora" (method_options: rank, alpha, dropout, targets).
-        steps, minutes: the budget, one of them; default three passes over `train`. Minutes are by `clock`, evaluation included.
+        steps, minutes: the budget, one of them; default three passes over `train`, all ranks together. Minutes are by `clock`,
+            evaluation included.
         lr: peak learning rate (default: the method's), reached after `warmup` steps, then falling linearly to 0; or the rate
             itself as a function of the step.
         distil: weights of the distillation terms; default with a teacher: the logits, or of an encoder without a head its
@@ -114,16 +132,20 @@ def recover(
         refuse_untrainable(quantise, method)
         rounded_layers(model, quantise, GROUP)
     if training_arguments:
+        refuse_decided(training_arguments)
         check_options("recover", training_arguments, recover_options())
+        for name in COUNTS & {name for name, value in training_arguments.items() if value is not None}:
+            whole_number(name, training_arguments[name])
     shards, mixed = wants_sharding(training_arguments), mixed_precision(model, training_arguments)
     training_arguments |= mixed
     if isinstance(rewind, RateRewind):
         lr, steps, warmup = rewind if lr is None else lr, steps or (None if minutes else rewind.steps), warmup or 0
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
-    batches = len(data) if hasattr(data, "__len__") else None
+    for name, given in (("train", data), ("eval", held_out)):
+        refuse_batching(name, given, training_arguments)
     whole_number("patience", patience)
     whole_number("seed", seed, least=0)
-    budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, batches)
+    budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, steps_per_pass(data, training_arguments))
     objective = Objective(model, loss_fn=loss_fn, teacher=teacher, distil=distil, token_mask=token_mask)
     folder = None if output_dir is None else Path(output_dir)
     rewound = None if rewind is None or isinstance(rewind, RateRewind) else rewound_state(model, rewind)
@@ -173,10 +195,17 @@ def recover(
 
 
 def recover_options() -> list[str]:
-    """What `recover` takes by name: its own arguments and those of transformers."""
+    """What `recover` takes by name: its own arguments and those of transformers that it hands on."""
     from transformers import TrainingArguments  # takes a second to import
 
-    return ["eval", *keywords(recover), *(entry.name for entry in fields(TrainingArguments))]
+    return ["eval", *keywords(recover), *(entry.name for entry in fields(TrainingArguments) if entry.name not in DECIDED)]
+
+
+def refuse_decided(options: Iterable[str]) -> None:
+    """InvalidInput for an argument of transformers that would be taken and not read."""
+    for name in options:
+        if name in DECIDED:
+            raise InvalidInput(f"recover does not read {name} of transformers.TrainingArguments; {DECIDED[name]}.")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

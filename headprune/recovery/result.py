@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -114,16 +113,19 @@ def first_rank() -> bool:
 
 
 SAMPLES = 64  # entries of each tensor that tell one model from another
+SUMS, AWAY = 8, 3  # of them; so many norms away from 0, about which they lie, as they are compared by their ratio
 
 
 def told_apart(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
-    """What tells `model`, or a state_dict, from others: names and shapes, and the norm of a few entries of each tensor. A run that
-    goes on has made its model again, to rounding."""
+    """What tells `model`, or a state_dict, from others: names and shapes, and a few entries of each tensor, summed with signs drawn
+    once and for all (their norm would hardly feel a fine-tune). A run that goes on has made its model again, to rounding."""
     state = model.state_dict() if isinstance(model, nn.Module) else model
     shapes = [(name, list(tensor.shape)) for name, tensor in state.items()]
     tensors = (part for tensor in state.values() for part in parts_of(tensor))
-    entries = [sampled(tensor).double().norm().item() for tensor in tensors if tensor.is_floating_point()]
-    return {"model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16], "weights": math.hypot(*entries)}
+    entries = torch.cat([torch.empty(0), *(sampled(tensor).double().cpu() for tensor in tensors if tensor.is_floating_point())])
+    signs = 2.0 * torch.randint(2, (SUMS, len(entries)), generator=torch.Generator().manual_seed(0)).double() - 1
+    sums = signs @ entries.double() + AWAY * entries.norm()
+    return {"model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16], "weights": [float(f"{found:.6g}") for found in sums]}
 
 
 def sampled(tensor: Tensor) -> Tensor:

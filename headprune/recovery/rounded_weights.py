@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput
+from headprune.nn.replace import through_modules
 from headprune.recovery.quantise import GROUP, in_seven_bits, refuse_unknown_form, rounded_layers
 
 
@@ -44,7 +45,8 @@ def rounded_weights(model: nn.Module, form: str = "int8", *, group: int = GROUP)
     try:
         for module in chosen.values():
             vars(module)["forward"] = MethodType(forward, module)
-        yield tuple(chosen)
+        with through_modules():
+            yield tuple(chosen)
     finally:
         for module in chosen.values():
             vars(module).pop("forward", None)

@@ -27,6 +27,8 @@ from headprune.recovery.result import BEST, BEST_PART, WENT_BACK, Recovery
 from headprune.recovery.sharding import OPTIONS as FSDP
 
 log = logging.getLogger("headprune")
+PREPARED = "_is_accelerate_prepared"  # what has it an Accelerator returns as it is: not wrapped, compiled or put on a device
+FEW = 10  # steps, which teach next to nothing
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
 
 
@@ -117,16 +119,19 @@ def trained(model: nn.Module, session: Session) -> Recovery:
         training.leave_deepspeed(trainer)
         if hook is not None:
             hook.remove()
+    steps, minutes, warmup = trainer.state.global_step, session.budget.minutes, session.budget.warmup
+    if minutes is not None and broken is None and steps < max(FEW, warmup):
+        log.warning("recovery: %d steps fit into minutes=%g, the first %d at a rising rate; give more", steps, minutes, warmup)
     went_back = broken is not None or good.value is not None
     if went_back:
         good.restore()
     return Recovery(
         losses=training.history(trainer, "loss"),
         evaluations=training.history(trainer, "eval_quality"),
-        steps=trainer.state.global_step,
+        steps=steps,
         seconds=trainer.clock.seconds(),
         best=good.value,
-        best_step=good.step if went_back else trainer.state.global_step,
+        best_step=good.step if went_back else steps,
         stopped_because=broken or watch.reason or "the budget is used up",
     )
 
@@ -147,6 +152,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     config: Any = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
     forward = model.__dict__.get("forward")
+    prepared = PREPARED in vars(model)
     verbosity = transformers.utils.logging.get_verbosity()
     try:
         yield
@@ -159,6 +165,8 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         model.__dict__.pop("_original_forward", None)
         if forward is not None:
             model.forward = forward
+        if not prepared:
+            vars(model).pop(PREPARED, None)
         model.zero_grad(set_to_none=True)
         transformers.utils.logging.set_verbosity(verbosity)
 

@@ -86,6 +86,10 @@ def likeliest(
     tensors: dict[str, Tensor] = {}
     for call, output in enumerate(found.outputs):
         logits = logits_of(output)
+        if logits.shape[-1] == 1:
+            raise InvalidInput(
+                "the teacher gives one number, no classes to store the likeliest of; train with teacher=the model itself."
+            )
         values, indices = F.log_softmax(logits.float() / temperature, dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
         tensors |= {f"{call}/log_probabilities": values.cpu().contiguous(), f"{call}/indices": indices.int().cpu().contiguous()}
     return tensors, logits.shape[-1]

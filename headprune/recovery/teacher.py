@@ -19,6 +19,8 @@ from headprune.recovery.sharding import sharded
 from headprune.scoring.observer import LossFunction
 from headprune.scoring.passes import pass_of
 
+OF_OUTPUTS = {"logits", "embedding", "similarity"}  # terms
+
 
 class ModelTeacher:
     """A model beside the student. wanted: as in `catching`. shards: over the ranks."""
@@ -85,7 +87,11 @@ def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_outputs(student: Features, teacher: Features, terms: Iterable[str]) -> None:
-    """InvalidInput where the two models' logits cannot be compared."""
+    """InvalidInput where the two models' outputs cannot be compared."""
+    if not student.outputs and OF_OUTPUTS & set(terms):
+        raise InvalidInput(
+            "loss_fn does not call the model itself, so that there are no outputs to compare; call model(...) in it."
+        )
     if len(student.outputs) != len(teacher.outputs):
         raise InvalidInput(f"the loss calls the student {len(student.outputs)} times, the teacher {len(teacher.outputs)} times.")
     if "logits" not in terms:

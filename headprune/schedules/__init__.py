@@ -6,7 +6,7 @@ from headprune.schedules.lottery_ticket import lottery_ticket
 from headprune.schedules.pruning_aware import pruning_aware
 from headprune.schedules.recovering import RecoverySettings, Round
 from headprune.schedules.result import ScheduleResult, Step
-from headprune.schedules.schedule import ScheduleFailed, get_schedule, recipe_options, schedule, schedules
+from headprune.schedules.schedule import ScheduleFailed, check_schedule, get_schedule, recipe_options, schedule, schedules
 from headprune.schedules.spacing import spacing
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ScheduleFailed",
     "ScheduleResult",
     "Step",
+    "check_schedule",
     "gate_method",
     "gate_methods",
     "get_schedule",

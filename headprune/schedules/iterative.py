@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from headprune.arguments import check_arguments
+from headprune.errors import InvalidInput
 from headprune.planning import Budget
 from headprune.schedules.quality import drop
 from headprune.schedules.record import Record
 from headprune.schedules.result import ScheduleResult
 from headprune.schedules.schedule import failing, finished, measure_dense, schedule
 from headprune.schedules.setting import Setting, check_limit
-from headprune.schedules.spacing import targets
+from headprune.schedules.spacing import check_spread, targets
 from headprune.schedules.step import Clock, carry_out, plan_of
 
 
@@ -35,7 +36,13 @@ def one_shot(model: nn.Module, batches: Any, budget: Budget, *, folder: str | Pa
     return stepwise("one_shot", Setting.of(model, batches, budget, options), [budget.fraction], None, folder)
 
 
-@schedule("iterative")
+def check_iterative(steps: int | None, per_step: float | None, spacing: str, max_drop: float | None) -> None:
+    check_spread(steps, per_step, spacing)
+    if max_drop is not None and max_drop < 0:
+        raise InvalidInput(f"max_drop is {max_drop}; expected the share of the quality that may be lost, 0 or more (0.02).")
+
+
+@schedule("iterative", check_iterative)
 def iterative(
     model: nn.Module,
     batches: Any,
@@ -59,9 +66,10 @@ def iterative(
     The rest is as in `one_shot`.
     """
     check_arguments(iterative, locals())
+    check_iterative(steps, per_step, spacing, max_drop)
     setting = Setting.of(model, batches, budget, options)
     check_limit(setting, max_drop)
-    goals = targets(budget.fraction, 4 if steps is None and per_step is None else steps, per_step, spacing)
+    goals = targets(budget.fraction, steps, per_step, spacing)
     return stepwise("iterative", setting, goals, max_drop, folder)
 
 

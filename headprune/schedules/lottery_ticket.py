@@ -21,14 +21,46 @@ from headprune.schedules.result import ScheduleResult
 from headprune.schedules.rewound import EarlyWeights, check_rewindable, earlier_model, keeping_step, repeated_from
 from headprune.schedules.schedule import failing, finished, measure_dense, schedule
 from headprune.schedules.setting import Setting
-from headprune.schedules.spacing import targets
+from headprune.schedules.spacing import check_spread, targets
 from headprune.schedules.step import Clock, described_step, measured, plan_of, planned, pruned, recovered, summary
 
 NAME = "lottery_ticket"
 REWINDS = ("weights", "learning_rate")
 
 
-@schedule(NAME)
+def check_lottery_ticket(
+    recover: Recover | None,
+    steps: int | None,
+    per_step: float | None,
+    spacing: str,
+    rewind: str,
+    rewind_step: int,
+    early: Source | None,
+) -> None:
+    if recover is None:
+        raise InvalidInput(
+            "a lottery ticket is trained again after each cut; give recover=RecoverySettings(steps=...) or a function."
+        )
+    check_spread(steps, per_step, spacing)
+    check_rewind(recover, rewind, rewind_step, early)
+
+
+def check_rewind(recover: Recover, rewind: str, rewind_step: int, early: Source | None) -> None:
+    whole_number("rewind_step", rewind_step, least=0)
+    if rewind not in REWINDS:
+        raise unknown_name("rewind", rewind, REWINDS)
+    if early is not None and rewind_step:
+        raise InvalidInput(f"early and rewind_step={rewind_step} both say where to go back to; give one of them.")
+    if rewind_step:
+        settings = check_rewindable(recover, rewind_step)
+        if rewind == "weights" and settings.method == "lora":
+            raise InvalidInput(
+                f"rewind_step={rewind_step} goes back to the weights of that step, and method='lora' trains adapters beside them; "
+                "give early=, rewind='learning_rate' or another method."
+            )
+
+
+@schedule(NAME, check_lottery_ticket)
 def lottery_ticket(
     model: nn.Module,
     batches: Any,
@@ -63,17 +95,13 @@ def lottery_ticket(
     The rest is as in `one_shot`.
     """
     check_arguments(lottery_ticket, locals())
-    if recover is None:
-        raise InvalidInput(
-            "a lottery ticket is trained again after each cut; give recover=RecoverySettings(steps=...) or a function."
-        )
+    check_lottery_ticket(recover, steps, per_step, spacing, rewind, rewind_step, early)
     options = {"criterion": "magnitude_l2", "compensate": False, **options}
     setting = Setting.of(model, batches, budget, {**options, "recover": recover})
-    check_rewind(recover, rewind, rewind_step, early)
-    goals = targets(budget.fraction, 4 if steps is None and per_step is None else steps, per_step, spacing)
+    goals = targets(budget.fraction, steps, per_step, spacing)
     own = {"targets": goals, "rewind": rewind, "rewind_step": rewind_step, "early": named(early), "control": control}
     record = Record(setting.dense, folder, NAME, {**setting.to_json(), **own})
-    first = first_weights(setting, record, rewind_step, early)
+    first = first_weights(setting, record, rewind_step, early, len(goals))
     again = setting.with_recovery(repeated_from(recover, rewind_step))
     trained = record.restore()
     for number in range(record.steps[-1].number + 1, len(goals) + 1):
@@ -93,28 +121,14 @@ def lottery_ticket(
     return finished(setting, record, NAME, trained, **extras)
 
 
-def check_rewind(recover: Recover, rewind: str, rewind_step: int, early: Source | None) -> None:
-    whole_number("rewind_step", rewind_step, least=0)
-    if rewind not in REWINDS:
-        raise unknown_name("rewind", rewind, REWINDS)
-    if early is not None and rewind_step:
-        raise InvalidInput(f"early and rewind_step={rewind_step} both say where to go back to; give one of them.")
-    if rewind_step:
-        settings = check_rewindable(recover, rewind_step)
-        if rewind == "weights" and settings.method == "lora":
-            raise InvalidInput(
-                f"rewind_step={rewind_step} goes back to the weights of that step, and method='lora' trains adapters beside them; "
-                "give early=, rewind='learning_rate' or another method."
-            )
-
-
 def named(early: Source | None) -> Any:
     """What the settings say of it."""
     return None if early is None else str(early) if isinstance(early, (str, Path)) else told_apart(early)
 
 
-def first_weights(setting: Setting, record: Record, rewind_step: int, early: Source | None) -> Callable[[], nn.Module]:
-    """Step 0, unless it is done: the whole model trained. Gives the whole model with the weights to go back to."""
+def first_weights(setting: Setting, record: Record, rewind_step: int, early: Source | None, rounds: int) -> Callable[[], nn.Module]:
+    """Step 0, unless it is done: the whole model trained. Gives the whole model with the weights to go back to. rounds: how many
+    follow."""
     dense, weights = setting.dense, EarlyWeights(setting.dense, record.folder)
     if early is not None:
         found = earlier_model(dense, early)
@@ -126,7 +140,7 @@ def first_weights(setting: Setting, record: Record, rewind_step: int, early: Sou
             model, training = record.restore(), setting
             if rewind_step:
                 training = setting.with_recovery(keeping_step(setting.recover, rewind_step, weights.keep))
-            report = recovered(training, model, 0, 0, record.recovery_folder(0), clock)
+            report = recovered(training, model, 0, rounds, record.recovery_folder(0), clock)
             quality = measured(setting, model, clock)
         keep = whole(record.shapes)
         step = described_step(setting, 0, 0.0, keep, quality, clock, recovery=summary(report))
@@ -135,7 +149,7 @@ def first_weights(setting: Setting, record: Record, rewind_step: int, early: Sou
 
 
 def controlled(setting: Setting, record: Record, initialise: Initialise | None) -> dict[str, Any]:
-    """The same heads from fresh weights, trained as the whole model was."""
+    """The same heads from fresh weights, trained as long as the last ticket."""
     keep, place = record.present.keep, None if record.folder is None else record.folder / "control.safetensors"
     if place is not None and place.exists():
         return {"control": loaded(setting.dense, keep, place), "control_quality": record.present.details["control_quality"]}
@@ -143,7 +157,7 @@ def controlled(setting: Setting, record: Record, initialise: Initialise | None) 
     with failing(setting, record, NAME, clock):
         model = framed(with_fresh_weights(setting.dense, setting.seed + 1, initialise), keep)
         number = record.present.number + 1
-        recovered(setting, model, number, number - 1, record.recovery_folder(number), clock)
+        recovered(setting, model, number, number, record.recovery_folder(number), clock)
         quality = measured(setting, model, clock)
     record.note(control_quality=quality)
     if place is not None:

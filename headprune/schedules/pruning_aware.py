@@ -33,7 +33,21 @@ from headprune.surgery import fold_gates
 NAME = "pruning_aware"
 
 
-@schedule(NAME)
+def check_training(
+    method: str, steps: int, lr: float, gate_lr: float | None, weight_decay: float, ramp: float, warm_up: float
+) -> None:
+    get_gate_method(method)
+    whole_number("steps", steps)
+    if lr < 0 or weight_decay < 0 or not 0 <= ramp <= 1 or not 0 <= warm_up <= 1:
+        raise InvalidInput(
+            f"lr={lr}, weight_decay={weight_decay}, ramp={ramp}, warm_up={warm_up}: expected a rate and a decay of 0 or more, and "
+            "shares between 0 and 1."
+        )
+    if gate_lr is not None and not gate_lr > 0:
+        raise InvalidInput(f"gate_lr is {gate_lr}; expected the gates' learning rate, above 0, or None.")
+
+
+@schedule(NAME, check_training)
 def pruning_aware(
     model: nn.Module,
     batches: Any,
@@ -71,9 +85,11 @@ def pruning_aware(
     The rest is as in `one_shot`; criterion and trials are not read.
     """
     check_arguments(pruning_aware, locals())
+    check_training(method, steps, lr, gate_lr, weight_decay, ramp, warm_up)
+    if distil is not None and not teacher:
+        raise InvalidInput("distil is given without a teacher; give teacher=True, which is the dense model.")
     setting = Setting.of(model, batches, budget, options)
     training = GateTraining(steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout, setting.seed)
-    check_training(training, method)
     own = {"method": method, "training": asdict(training), "teacher": teacher, "distil": described(distil)}
     record = Record(setting.dense, folder, NAME, {**setting.to_json(), **own})
     measure_dense(setting, record, NAME)
@@ -101,18 +117,6 @@ def pruning_aware(
     if state is not None:
         state.unlink(missing_ok=True)
     return finished(setting, record, NAME, model)
-
-
-def check_training(training: GateTraining, method: str) -> None:
-    get_gate_method(method)
-    whole_number("steps", training.steps)
-    if training.lr < 0 or training.weight_decay < 0 or not 0 <= training.ramp <= 1 or not 0 <= training.warm_up <= 1:
-        raise InvalidInput(
-            f"lr={training.lr}, weight_decay={training.weight_decay}, ramp={training.ramp}, warm_up={training.warm_up}: expected a "
-            "rate and a decay of 0 or more, and shares between 0 and 1."
-        )
-    if training.gate_lr is not None and not training.gate_lr > 0:
-        raise InvalidInput(f"gate_lr is {training.gate_lr}; expected the gates' learning rate, above 0, or None.")
 
 
 def trainer_for(

@@ -14,7 +14,7 @@ from headprune.errors import InvalidInput
 from headprune.recovery import Recovery, recover
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.methods import get_method
-from headprune.recovery.recover import recover_options
+from headprune.recovery.recover import recover_options, refuse_decided
 
 Progress = Callable[[int, int], None]
 
@@ -59,7 +59,10 @@ class RecoverySettings:
         TrainingBudget.of(self.steps, self.minutes, None, 0.0 if self.lr is None else self.lr, 1)
         if not self.last > 0:
             raise InvalidInput(f"last is {self.last}; expected how many times as much the last round trains, above 0.")
+        if self.last != 1 and self.steps is None and self.minutes is None:
+            raise InvalidInput(f"last={self.last:g} is so many times the steps or minutes of a round; give one of them too.")
         if self.options:
+            refuse_decided(self.options)
             check_options("recovery", self.options, set(recover_options()) - GIVEN)
 
     def __call__(self, model: nn.Module, round: Round) -> Recovery:

@@ -29,7 +29,7 @@ def keeping_step(recover: Recover | None, step: int, keep: Callable[[nn.Module],
     return replace(settings, options={**settings.options, "callbacks": callbacks})
 
 
-def repeated_from(recover: Recover, step: int) -> Recover:
+def repeated_from(recover: Recover | None, step: int) -> Recover | None:
     """`recover` without its first `step` steps: the learning rates that followed them (Renda, Frankle, Carbin 2020)."""
     if not step:
         return recover
@@ -42,11 +42,16 @@ def repeated_from(recover: Recover, step: int) -> Recover:
 
 
 def check_rewindable(recover: Recover | None, step: int) -> RecoverySettings:
-    """`recover`; InvalidInput where it says no number of steps, or fewer."""
+    """`recover`; InvalidInput where it says no number of steps, or fewer, or that the last round has more."""
     if not isinstance(recover, RecoverySettings) or recover.steps is None or not 0 < step < recover.steps:
         raise InvalidInput(
             f"rewind_step={step} needs recover=RecoverySettings(steps=...) with more steps than that; with a training of your own "
             "give early=, the weights to go back to."
+        )
+    if recover.last != 1:
+        raise InvalidInput(
+            f"last={recover.last:g} trains the last round longer, and rewind_step={step} repeats the rates of one training; "
+            "leave one of them out."
         )
     return recover
 

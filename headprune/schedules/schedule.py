@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec
 
@@ -22,13 +22,18 @@ from headprune.surgery import save
 P = ParamSpec("P")
 NOT_IN_RECIPES = ("folder", "recover", "distil", "initialise")  # a run gives them, or no file can
 _schedules: dict[str, Callable[..., ScheduleResult]] = {}
+_checks: dict[str, Callable[..., None]] = {}
 
 
-def schedule(name: str) -> Callable[[Callable[P, ScheduleResult]], Callable[P, ScheduleResult]]:
-    """Registers a schedule under `name`."""
+def schedule(
+    name: str, check: Callable[..., None] | None = None
+) -> Callable[[Callable[P, ScheduleResult]], Callable[P, ScheduleResult]]:
+    """Registers a schedule under `name`. check: raises InvalidInput for values that its own options of these names cannot have."""
 
     def register(function: Callable[P, ScheduleResult]) -> Callable[P, ScheduleResult]:
         _schedules[name] = function
+        if check is not None:
+            _checks[name] = check
         return function
 
     return register
@@ -51,6 +56,14 @@ def recipe_options(name: str) -> list[str]:
     parameters = inspect.signature(get_schedule(name)).parameters.items()
     own = [key for key, found in parameters if found.kind is found.KEYWORD_ONLY]
     return [key for key in own if key not in NOT_IN_RECIPES]
+
+
+def check_schedule(name: str, options: Mapping[str, Any]) -> None:
+    """InvalidInput for a value among `options` that the schedule `name` would refuse, before there is a model."""
+    check = _checks.get(name)
+    if check is not None:
+        defaults = {key: found.default for key, found in inspect.signature(get_schedule(name)).parameters.items()}
+        check(**{key: {**defaults, **options}[key] for key in inspect.signature(check).parameters})
 
 
 class ScheduleFailed(HeadpruneError):

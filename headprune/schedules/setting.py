@@ -135,9 +135,5 @@ PLANNING = [name for name in inspect.signature(plan).parameters if name not in O
 
 
 def check_limit(setting: Setting, max_drop: float | None) -> None:
-    if max_drop is None:
-        return
-    if max_drop < 0:
-        raise InvalidInput(f"max_drop is {max_drop}; expected the share of the quality that may be lost, 0 or more (0.02).")
-    if setting.metric is None and not has_loss(setting.batches, setting.loss_fn):
+    if max_drop is not None and setting.metric is None and not has_loss(setting.batches, setting.loss_fn):
         raise InvalidInput("max_drop needs a quality: give metric=, loss_fn=, or batches with labels.")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from headprune.errors import InvalidInput, unknown_name, whole_number
 
+STEPS = 4  # where it is not said how many
 Spacing = Callable[[float, float], float]
 _spacings: dict[str, Spacing] = {}
 
@@ -46,18 +47,26 @@ def geometric(target: float, done: float) -> float:
     return 1 - left
 
 
+def check_spread(steps: int | None, per_step: float | None, spacing: str) -> None:
+    """InvalidInput where both steps and per_step are given, one is out of range, or the spacing is unknown."""
+    get_spacing(spacing)
+    if steps is not None and per_step is not None:
+        raise InvalidInput(f"steps={steps}, per_step={per_step}: give one of them.")
+    if steps is not None:
+        whole_number("steps", steps)
+    if per_step is not None and not 0 < per_step < 1:
+        raise InvalidInput(f"per_step is {per_step}; expected a fraction of the original, above 0 and below 1.")
+
+
 def targets(target: float, steps: int | None, per_step: float | None, spacing: str) -> list[float]:
     """The fraction to have removed after each step; the last is `target` itself.
 
-    steps: how many, spread by `spacing`; or per_step: this much more at each step (0.1: a tenth of the original's).
-    Raises InvalidInput where both or neither is given, or one is out of range.
+    steps: how many (default 4), spread by `spacing`; or per_step: this much more at each step (0.1: a tenth of the original's).
+    Raises InvalidInput as `check_spread`.
     """
-    if (steps is None) == (per_step is None):
-        raise InvalidInput(f"steps={steps}, per_step={per_step}: give one of them.")
+    check_spread(steps, per_step, spacing)
     if per_step is not None:
-        if not 0 < per_step < 1:
-            raise InvalidInput(f"per_step is {per_step}; expected a fraction of the original, above 0 and below 1.")
         count = max(1, math.ceil(target / per_step - 1e-9))
         return [min(target, per_step * number) for number in range(1, count)] + [target]
-    steps, reached = whole_number("steps", steps), get_spacing(spacing)
+    steps, reached = STEPS if steps is None else steps, get_spacing(spacing)
     return [reached(target, number / steps) for number in range(1, steps)] + [target]

@@ -177,7 +177,7 @@ def test_headprune_alone_shows_its_help(call):
 TASK = ("--task", SmallStates.name)
 STORY = {  # every command on a tiny model, each on what those before it have written; demo is a run of its own recipe
     "score": ("./dense", "--criterion", "fisher", *TASK),
-    "sensitivity": ("./dense", "scores.json", *TASK),
+    "sensitivity": ("./dense", "scores.json", "--batches", "1", *TASK),
     "plan": ("scores.json", "--heads", "0.5"),
     "sweep": ("./dense", "scores.json", "--budgets", "0.25", *TASK),
     "latency": ("./dense", *TASK),

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headprune.cli import scoring
 from headprune.errors import InvalidPlan
-from headprune.planning import Budget, plan
+from headprune.planning import Budget, Sensitivity, plan
 from headprune.scoring import HeadScores, score
 from headprune.scoring import criteria as scoring_criteria
 
@@ -39,7 +39,7 @@ class TinyTask:
 
 @pytest.fixture
 def tiny_task(monkeypatch):
-    monkeypatch.setattr(scoring, "opened", lambda *_: (bert(), TinyTask()))
+    monkeypatch.setattr(scoring, "opened", lambda *_, **__: (bert(), TinyTask()))
 
 
 def test_score_shows_heat_maps_agreement_stability_and_portraits(call, tiny_task):
@@ -74,6 +74,16 @@ def test_scores_of_the_command_line_name_their_model_so_that_plans_of_them_are_r
     other.config.model_type = "roberta"
     with pytest.raises(InvalidPlan, match="its model_type is bert, the given model's is roberta"):
         chosen.check_fits(other)
+
+
+def test_sensitivity_is_measured_on_the_first_batches_where_that_is_asked(call, tiny_task):
+    assert call("score", "tiny", "--criterion", "magnitude_l2")[0] == 0
+    samples = []
+    for some in ((), ("--batches", "1")):
+        code, _, err = call("sensitivity", "tiny", "scores.json", *some)
+        assert code == 0, err
+        samples.append(Sensitivity.load("sensitivity.json").samples)
+    assert 0 < samples[1] < samples[0]
 
 
 def test_a_model_in_four_bits_ranks_the_heads_of_the_model_itself(call, tmp_path):

@@ -132,5 +132,7 @@ def test_the_command_line_names_tasks_with_options():
         named_task("text,own.txt")
     with pytest.raises(InvalidInput, match="is not a YAML value"):
         named_task("text,window=[1")
+    with pytest.raises(InvalidInput, match="window is given twice"):
+        named_task("text,window=3,calibration=own.txt,window=4")
     with pytest.raises(InvalidInput, match="unknown task 'texts'"):
         named_task("texts,window=3")

@@ -1,11 +1,14 @@
 """Each distillation loss against its formula, written out."""
 
+import copy
 import math
 
 import pytest
 import torch
 from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
 from tiny_decoders import decoder
+from tiny_encoders import ENCODERS, SEQ2SEQ, VISION
+from tiny_models import bert, tokens
 
 import headprune as hp
 from headprune.errors import InvalidInput
@@ -282,3 +285,68 @@ def test_weights_that_say_nothing_are_refused():
 def test_a_relative_difference_is_over_the_teachers_mean_square():
     teacher, valid = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3, dtype=torch.bool)
     assert float(squared_difference(3 * teacher, teacher, valid, relative=True)) == pytest.approx(4.0)
+
+
+@torch.no_grad()
+def test_a_single_logit_is_compared_by_its_square():
+    dense, pruned = regressions()
+    batch = {"input_ids": tokens(4, 9)}
+    ours = hp.recovery.loss(pruned, batch, dense)
+    torch.testing.assert_close(ours, (pruned(**batch).logits - dense(**batch).logits).square().mean())
+
+
+def test_a_teacher_of_one_number_is_not_stored(tmp_path):
+    with pytest.raises(InvalidInput, match="gives one number, no classes to store"):
+        hp.recovery.store_logits(regressions()[0], [{"input_ids": tokens(4, 9)}], tmp_path / "logits")
+
+
+def regressions():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    dense = BertForSequenceClassification(BertConfig(**{**bert().config.to_dict(), "num_labels": 1})).eval()
+    pruned = copy.deepcopy(dense)
+    hp.cut(pruned, {"bert.encoder.layer.0.attention": [0]})
+    return dense, pruned
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["layoutlmv2", "layoutlmv3_seen", "prophetnet"])
+def test_logits_are_of_words_where_attentions_run_more(name):
+    """Places of a page's picture behind its words, or a stream for each word ahead. Padding does not count."""
+    case = {**ENCODERS, **SEQ2SEQ}[name]
+    dense, student, batch = case.make(), case.make(seed=1), case.batch("right")
+    ours = hp.recovery.loss(student, batch, dense, hp.Distillation(logits=1.0, temperature=1.0))
+    expected, found = dense(**batch).logits.softmax(-1), student(**batch).logits.softmax(-1)
+    rows = (expected * (expected / found).log()).sum(-1)
+    valid = batch["attention_mask"].bool() if name != "prophetnet" else batch["labels"] != -100
+    assert rows.shape == valid.shape
+    torch.testing.assert_close(ours, rows[valid].mean(), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_classes_of_a_segmented_picture_are_compared_place_by_place():
+    from transformers import MobileViTForSemanticSegmentation
+
+    config = VISION["mobilevit"].make().config
+    torch.manual_seed(0)
+    dense, student = (MobileViTForSemanticSegmentation(config).eval() for _ in range(2))
+    batch = {"pixel_values": VISION["mobilevit"].batch("right")["pixel_values"]}
+    expected, found = (model(**batch).logits.softmax(dim=1) for model in (dense, student))
+    ours = hp.recovery.loss(student, batch, dense, hp.Distillation(logits=1.0, temperature=1.0))
+    torch.testing.assert_close(ours, (expected * (expected / found).log()).sum(dim=1).mean(), rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_past_the_model_is_named():
+    dense, pruned, batches, _ = pruned_classifier()
+    past = lambda model, batch: model.head(model.encoder(batch[0]).mean(dim=1)).sum()  # noqa: E731
+    with pytest.raises(InvalidInput, match=r"loss_fn does not call the model itself, .* no outputs to compare"):
+        hp.recovery.loss(pruned, batches[0], dense, hp.Distillation(logits=1.0), loss_fn=past)
+
+
+def test_projections_that_are_parameters_are_named():
+    case = ENCODERS["xlnet"]
+    dense, student, batch = case.make(), case.make(), case.batch("right")
+    with pytest.raises(InvalidInput, match=r"rel_attn\.o of XLNet.* is a parameter, not a layer, so that attention is not seen"):
+        hp.recovery.loss(student, batch, dense, hp.Distillation(attention=1.0))
+    with pytest.raises(InvalidInput, match=r"holds its projections as parameters of its own.*method='full'"):
+        hp.recover(student, [batch], method="projections", steps=1)

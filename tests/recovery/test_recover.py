@@ -1,6 +1,7 @@
 """Recovery lowers the loss, keeps the heads, stops for a reason, and goes on after a kill."""
 
 import copy
+import math
 import random
 import signal
 import subprocess
@@ -16,8 +17,8 @@ from tiny_models import hidden
 
 import headprune as hp
 from headprune.errors import InvalidInput
-from headprune.recovery import training
-from headprune.recovery.batches import Batches, on_the_host
+from headprune.recovery import RateRewind, training
+from headprune.recovery.batches import Batches, on_the_host, steps_per_pass
 from headprune.recovery.budget import TrainingBudget
 
 
@@ -104,6 +105,31 @@ def test_adapters_of_a_rank_change_weights_by_that_rank():
     assert torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
 
 
+def test_evaluations_see_the_adapters_of_torchs_own_layers():
+    dense, _, batches, loss_fn = pruned_classifier()
+    result = hp.recover(dense, batches, batches, loss_fn=loss_fn, method="lora", steps=6, lr=1e-2, eval_steps=6)
+    with torch.no_grad():
+        merged = -sum(float(loss_fn(dense, batch)) for batch in batches) / len(batches)
+    assert result.best == pytest.approx(merged, rel=1e-4)
+
+
+def test_adapters_are_put_on_the_named_layers_alone():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.inner = torch.nn.Linear(4, 4), torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4)})
+
+        def forward(self, x):
+            return self.inner["proj"](self.proj(x))
+
+    model, batch = Twice(), torch.randn(3, 4)
+    before = copy.deepcopy(model)
+    options = {"rank": 2, "targets": ["proj"]}
+    hp.recover(model, [batch], loss_fn=lambda model, x: model(x).square().mean(), method="lora", steps=3, method_options=options)
+    assert torch.equal(model.inner["proj"].weight, before.inner["proj"].weight)
+    assert not torch.equal(model.proj.weight, before.proj.weight)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -146,19 +172,59 @@ def test_a_plain_module_recovers_with_a_loss_function():
     assert plain.best > plain.evaluations[0][1]
 
 
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        ids = text_batches(10)[index]["input_ids"][0]
+        return {"input_ids": ids, "labels": ids}
+
+
 def test_a_dataset_of_rows_is_made_into_batches():
     _, model = pruned_llama()
-
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 10
-
-        def __getitem__(self, index):
-            ids = text_batches(10)[index]["input_ids"][0]
-            return {"input_ids": ids, "labels": ids}
-
     result = hp.recover(model, Rows(), steps=5, lr=5e-3, per_device_train_batch_size=4)
     assert result.losses[-1][1] < result.losses[0][1]
+
+
+def test_a_stream_of_rows_is_made_into_batches():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return map(Rows().__getitem__, range(len(Rows())))
+
+    _, model = pruned_llama()
+    result = hp.recover(model, Stream(), steps=5, lr=5e-3, per_device_train_batch_size=4)
+    assert result.losses[-1][1] < result.losses[0][1]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "ranks", "steps"),
+    [
+        (Batches(range(6)), {}, 1, 6),
+        (Batches(range(6)), {"gradient_accumulation_steps": 4}, 1, 2),  # 4 batches, and the 2 that are left
+        (Rows(), {"per_device_train_batch_size": 4}, 1, 3),
+        (Rows(), {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, 2, 2),
+    ],
+)
+def test_a_step_takes_what_accumulation_and_ranks_make_of_a_batch(data, options, ranks, steps, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert steps_per_pass(data, options) == steps
+
+
+def test_by_default_each_row_is_seen_three_times():
+    seen = []
+    _, model = pruned_llama()
+    model.register_forward_pre_hook(lambda _model, _args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+    hp.recover(model, Rows(), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert sum(seen) == 3 * len(Rows())
+
+
+def test_a_recovered_model_is_new_to_accelerate():
+    """Which would neither wrap, compile nor place one that it takes for prepared."""
+    _, model = pruned_llama()
+    before = set(vars(model))
+    hp.recover(model, text_batches(), steps=1)
+    assert set(vars(model)) == before
 
 
 def test_the_best_evaluation_is_what_stays():
@@ -288,6 +354,30 @@ def test_a_recovery_by_another_teacher_or_other_data_is_another(other, named, tm
         hp.recover(pruned_llama()[1], **options | other)
 
 
+def of_first_token(output, batch):
+    return output.logits[:, 0]
+
+
+def of_last_token(output, batch):
+    return output.logits[:, -1]
+
+
+@pytest.mark.parametrize(
+    ("option", "one", "other", "named"),
+    [
+        ("rewind", RateRewind(math.cos, 0, 2), RateRewind(math.cos, 3, 5), "lr"),
+        ("lr", math.cos, math.sin, "lr"),
+        ("distil", *(hp.Distillation(embedding=1.0, embed=embed) for embed in (of_first_token, of_last_token)), "distil"),
+    ],
+)
+def test_recoveries_by_other_functions_are_others(option, one, other, named, tmp_path):
+    dense, model = pruned_llama()
+    given = {"teacher": dense, "output_dir": tmp_path} | ({} if option == "rewind" else {"steps": 2})
+    hp.recover(model, text_batches(), **given, **{option: one})
+    with pytest.raises(InvalidInput, match=rf"with other settings \({named}"):
+        hp.recover(pruned_llama()[1], text_batches(), **given, **{option: other})
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"), [({"max_grad_nrm": 1.0}, "max_grad_nrm"), ({"method_options": {"rnk": 2}, "method": "lora"}, "rnk")]
 )
@@ -313,6 +403,14 @@ def test_minutes_bound_the_time_and_bring_the_rate_to_zero():
     assert 5 < result.steps < 60
     assert rates[-1] < 0.1 * max(rates)
     assert max(rates) < 1e-3
+
+
+def test_minutes_that_are_over_before_anything_is_learnt_are_told(caplog):
+    for minutes, few in ((1, True), (50, False)):
+        ticks = iter(range(10_000))
+        caplog.clear()
+        hp.recover(pruned_llama()[1], text_batches(), minutes=minutes, warmup=2, clock=lambda ticks=ticks: 10.0 * next(ticks))
+        assert any("steps fit into minutes=1" in record.message for record in caplog.records) == few
 
 
 def test_accumulated_batches_are_one_larger_batch():
@@ -359,7 +457,14 @@ def test_mixed_precision_and_checkpointing_leave_the_model_as_it_was():
         ({"teacher": 3}, r"teacher is 3; expected a torch\.nn\.Module .* or a path or None"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"lr": "1e-3"}, "lr is '1e-3'"),
-        ({"steps": 2, "learn_rate": 3}, "unknown option of recover 'learn_rate'. Did you mean 'learning_rate'"),
+        ({"steps": 2, "weight_decai": 3}, "unknown option of recover 'weight_decai'. Did you mean 'weight_decay'"),
+        ({"eval_steps": 0.5}, r"eval_steps is 0\.5; expected a whole number, 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expected a whole number, 1 or more"),
+        ({"learning_rate": 1e-3}, "recover does not read learning_rate of transformers.TrainingArguments; give lr."),
+        ({"num_train_epochs": 1}, "does not read num_train_epochs .*; give steps or minutes"),
+        ({"lr_scheduler_type": "cosine"}, "does not read lr_scheduler_type .*; give lr as a function of the step"),
+        ({"per_device_train_batch_size": 4}, "is 4, and train holds batches already; .*gradient_accumulation_steps=4"),
+        ({"eval": text_batches(1), "per_device_eval_batch_size": 2}, "is 2, and eval holds batches already"),
         ({"distil": hp.Distillation(logits=1.0)}, "without a teacher"),
     ],
 )

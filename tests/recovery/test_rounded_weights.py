@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from pruned_pairs import padded_batches, pruned_bert, pruned_llama, text_batches
+from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
 from tiny_models import hidden, tokens
 from torch import nn
 
 import headprune as hp
 from headprune.errors import InvalidInput
 from headprune.recovery import rounded_weights
+from headprune.recovery.quantise import in_seven_bits
 from headprune.recovery.rounded_weights import fake_quantiser
 
 pytest.importorskip("torchao")
@@ -34,6 +35,16 @@ def test_passes_compute_what_the_quantised_model_computes(form):
     torch.testing.assert_close(inside, hidden(other, input_ids=tokens()), rtol=1e-5, atol=1e-5)
     assert float((plain - inside).abs().max()) > 1e-3
     torch.testing.assert_close(hidden(model, input_ids=tokens()), plain, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_torchs_own_layers_are_rounded_without_gradients_too():
+    """Where they would run their fused kernel, which reads the weights themselves."""
+    dense, _, batches, _ = pruned_classifier()
+    with rounded_weights(dense, "int8"):
+        inside = dense(batches[0][0])
+    torch.testing.assert_close(inside, quantised(dense, "int8")(batches[0][0]), rtol=1e-5, atol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_layer_computes_what_it_will_in_w8a8():
@@ -76,7 +87,7 @@ def test_gradients_pass_the_rounding_of_activations():
     with rounded_weights(layer, "w8a8"):
         layer(x).backward(of_output)
         assert layer(x[:0]).shape == (0, 7, 5)
-    weight = fake_quantiser("int8", 32)(layer[0].weight.detach())
+    weight = fake_quantiser("int8", 32, in_seven_bits(layer))(layer[0].weight.detach())
     torch.testing.assert_close(x.grad, of_output @ weight)
 
 

@@ -1,5 +1,8 @@
 """Logits on disk teach as the model itself does."""
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 from pruned_pairs import pruned_classifier, pruned_llama, text_batches
@@ -88,6 +91,21 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(InvalidInput, match="does not call the model itself"):
         hp.recovery.store_logits(dense, batches, tmp_path / "none", loss_fn=lambda model, batch: torch.tensor(0.0))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_teacher_that_was_trained_on_is_another_one(tmp_path):
+    """However little the norms of its weights tell of it; the same one, made again to rounding, goes on."""
+    dense, _ = pruned_llama()
+    batches = text_batches(1)
+    folder = hp.recovery.store_logits(dense, batches, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for share, other in ((1e-7, False), (1e-2, True)):
+        trained = copy.deepcopy(dense)
+        with torch.no_grad():
+            for weight in trained.parameters():
+                weight += share * weight.square().mean().sqrt() * torch.randn(weight.shape, generator=generator)
+        with pytest.raises(InvalidInput, match=r"with other settings \(weights") if other else nullcontext():
+            hp.recovery.store_logits(trained, batches, folder)
 
 
 def test_the_teacher_s_modes_are_as_they_were(tmp_path):

@@ -112,6 +112,14 @@ def test_the_control_has_the_heads_and_fresh_weights(tmp_path):
     assert again.extras["control_quality"] == found.extras["control_quality"]
 
 
+def test_the_last_ticket_and_its_control_train_longer_than_the_whole_model():
+    rounds = []
+    schedules.lottery_ticket(
+        tiny(), batches(), HALF, recover=lambda model, around: rounds.append(around), steps=2, control=True, loss_fn=loss
+    )
+    assert [around.number == around.of for around in rounds] == [False, False, True, True]
+
+
 def test_fresh_weights_of_any_module_or_a_clear_refusal():
     from headprune.schedules.fresh_weights import with_fresh_weights
 
@@ -143,6 +151,8 @@ def test_bad_input_is_refused_before_training():
         schedules.lottery_ticket(rewind_step=3, early=tiny(), **calls)
     with pytest.raises(InvalidInput, match=r"is trained again after each cut; give recover=RecoverySettings\(steps=\.\.\.\)"):
         schedules.lottery_ticket(**{**calls, "recover": None})
+    with pytest.raises(InvalidInput, match="last=2 trains the last round longer"):
+        schedules.lottery_ticket(rewind_step=3, **{**calls, "recover": hp.RecoverySettings(steps=6, last=2)})
     with pytest.raises(InfeasibleBudget):
         schedules.lottery_ticket(min_heads=3, **calls)
     with pytest.raises(InvalidInput, match="does not fit"):

@@ -138,6 +138,8 @@ def test_bad_input_is_named_before_training():
         schedules.pruning_aware(tiny(), method="hard_concret", **calls)
     with pytest.raises(InvalidInput, match="steps is 0; expected a whole number, 1 or more"):
         schedules.pruning_aware(tiny(), steps=0, **calls)
+    with pytest.raises(InvalidInput, match="distil is given without a teacher; give teacher=True"):
+        schedules.pruning_aware(tiny(), distil=hp.Distillation(logits=1.0), **calls)
     with pytest.raises(InfeasibleBudget):
         schedules.pruning_aware(tiny(), min_heads=3, **calls)
     with pytest.raises(InvalidInput, match="training data is empty"):

@@ -35,7 +35,19 @@ def test_equal_steps_end_at_the_target_without_one_too_many(target, per_step, ex
     assert targets(target, None, per_step, "linear") == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("wrong", [(None, None), (2, 0.1)])
-def test_one_of_steps_and_per_step_is_asked_for(wrong):
-    with pytest.raises(InvalidInput, match="give one of them"):
-        targets(0.5, *wrong, "linear")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ((2, 0.1, "linear"), "give one of them"),
+        ((0, None, "linear"), "steps is 0; expected a whole number"),
+        ((None, 1.0, "linear"), r"per_step is 1\.0; expected a fraction"),
+        ((None, 0.1, "cubik"), "unknown spacing 'cubik'. Did you mean 'cubic'"),
+    ],
+)
+def test_what_spreads_nothing_is_named(wrong, message):
+    with pytest.raises(InvalidInput, match=message):
+        targets(0.5, *wrong)
+
+
+def test_four_steps_where_nothing_is_said():
+    assert targets(0.4, None, None, "linear") == targets(0.4, 4, None, "linear")

@@ -127,6 +127,8 @@ def named_task(text: str) -> tuple[str, dict[str, Any]]:
                 f"task {text!r}: {part!r} is no option; expected {name},option=value, as in calibration=train.txt, and double "
                 "quotes around a value with a comma."
             )
+        if key.strip() in options:
+            raise InvalidInput(f"task {text!r}: {key.strip()} is given twice; leave one of them out.")
         try:
             found = yaml.safe_load(value)
         except yaml.YAMLError:
