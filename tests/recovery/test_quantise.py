@@ -11,6 +11,7 @@ from torch import nn
 
 import headprune as hp
 from headprune.errors import InvalidInput, UnsupportedModel
+from headprune.recovery.quantise import in_seven_bits
 
 pytest.importorskip("torchao")
 
@@ -43,13 +44,15 @@ def test_int4_leaves_layers_whose_inputs_do_not_divide():
 
 
 def test_w8a8_rounds_the_inputs_of_each_token_too():
-    """Against the formula: whole numbers of a row's scale, its largest over 127.5, multiplied."""
+    """Against the formula: whole numbers of a row's scale, its largest over 127.5, multiplied; 7 bits on a CPU without VNNI."""
     layer = nn.Sequential(nn.Linear(64, 40))
     weight, bias, x = layer[0].weight.detach(), layer[0].bias.detach(), torch.randn(2, 3, 64)
 
+    largest = 64 if in_seven_bits(layer) else 128
+
     def rounded(rows):
-        scale = rows.abs().amax(dim=-1, keepdim=True) / 127.5
-        return (rows * (1 / scale)).round().clamp(-128, 127) * scale
+        scale = rows.abs().amax(dim=-1, keepdim=True) / (largest - 0.5)
+        return (rows * (1 / scale)).round().clamp(-largest, largest - 1) * scale
 
     assert str(hp.recovery.quantise(layer, "w8a8")) == "weights and activations in int8 in 1 linear layers"
     expected = rounded(x) @ rounded(weight).t() + bias
