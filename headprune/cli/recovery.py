@@ -41,7 +41,12 @@ def recover_command(
     method: Annotated[
         str, typer.Option(help="full, projections or lora.", autocompletion=completion.one_of(completion.recovery_methods))
     ] = "full",
-    steps: Annotated[int | None, typer.Option(help="How many steps to train; by default three passes over the data.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="How many steps to train; by default three passes over the data, more where over half of the heads went."
+        ),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="How long to train, in place of steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default the method's own.")] = None,
     quantise: Annotated[

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from headprune.errors import InvalidInput, whole_number
 from headprune.settings import described
 
-EPOCHS = 3  # where neither steps nor minutes are given
+# Passes over the data where neither steps nor minutes are given. The more of the heads went the more is to be learnt again; with
+# fewer passes than three little comes back, however little went (bench/NOTES.md).
+PASSES, PASSES_FOR_ALL = 3, 6
 UNBOUNDED = 10**9  # steps, where the clock decides
 
 
@@ -36,9 +38,11 @@ class TrainingBudget:
         minutes: float | None,
         warmup: int | None,
         lr: float | Callable[[int], float],
-        steps_per_epoch: int | None,
+        steps_per_pass: int | None,
+        gone: float = 0.0,
     ) -> TrainingBudget:
-        """Raises InvalidInput for a budget that is both or not above 0, for a rate below 0."""
+        """gone: the share of the model's heads that went. Raises InvalidInput for a budget that is both or not above 0, for a rate
+        below 0."""
         if steps is not None and minutes is not None:
             raise InvalidInput(f"steps={steps} and minutes={minutes}: give one of them.")
         for name, value in (("steps", steps), ("minutes", minutes)):
@@ -51,9 +55,9 @@ class TrainingBudget:
         if not callable(lr) and not (isinstance(lr, Real) and lr >= 0 and math.isfinite(lr)):
             raise InvalidInput(f"lr is {lr!r}; expected a learning rate, 0 or more, or a function of the step.")
         if steps is None and minutes is None:
-            if steps_per_epoch is None:
+            if steps_per_pass is None:
                 raise InvalidInput("the data do not tell how many they are; give steps or minutes.")
-            steps = EPOCHS * steps_per_epoch
+            steps = math.ceil(max(PASSES, PASSES_FOR_ALL * gone) * steps_per_pass)
         if warmup is None:
             warmup = 20 if steps is None else min(100, steps // 10)
         return cls(steps, minutes, warmup, lr)

@@ -34,6 +34,7 @@ from headprune.recovery.sharding import sharded, wants_sharding
 from headprune.scoring.batch_identity import data_identity
 from headprune.scoring.observer import LossFunction
 from headprune.settings import described, write_settings
+from headprune.surgery.record import share_gone
 
 # Arguments of transformers that recovery decides itself, and what to do instead.
 BY_TENTHS = "it evaluates at each tenth of the budget or every eval_steps, and the best evaluation stays"
@@ -91,8 +92,8 @@ def recover(
         loss_fn: `loss_fn(model, batch)` gives a loss (a tensor, of which the mean counts); default the output's `loss`.
         teacher: the dense model, also a quantised one, which is used as it is and never trained, or a folder of `store_logits`.
         method: "full", "projections" (of attention alone) or "lora" (method_options: rank, alpha, dropout, targets).
-        steps, minutes: the budget, one of them; default three passes over `train`, all ranks together. Minutes are by `clock`,
-            evaluation included.
+        steps, minutes: the budget, one of them; default three passes over `train`, all ranks together, and where more than half of
+            the original's heads went six times their share (4.5 for 75 %). Minutes are by `clock`, evaluation included.
         lr: peak learning rate (default: the method's), reached after `warmup` steps, then falling linearly to 0; or the rate
             itself as a function of the step.
         distil: weights of the distillation terms; default with a teacher: the logits, or of an encoder without a head its
@@ -145,7 +146,8 @@ def recover(
         refuse_batching(name, given, training_arguments)
     whole_number("patience", patience)
     whole_number("seed", seed, least=0)
-    budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, steps_per_pass(data, training_arguments))
+    per_pass, rate = steps_per_pass(data, training_arguments), chosen.lr if lr is None else lr
+    budget = TrainingBudget.of(steps, minutes, warmup, rate, per_pass, share_gone(model))
     objective = Objective(model, loss_fn=loss_fn, teacher=teacher, distil=distil, token_mask=token_mask)
     folder = None if output_dir is None else Path(output_dir)
     rewound = None if rewind is None or isinstance(rewind, RateRewind) else rewound_state(model, rewind)

@@ -96,6 +96,13 @@ def with_parts(model: nn.Module, record: Mapping[str, Any]) -> Mapping[str, Any]
     return {"version": VERSION, **record, "sites": {**sites, **record.get("sites", {})}} if sites else record
 
 
+def share_gone(model: nn.Module) -> float:
+    """Of the original's query heads, how many earlier cuts took; 0 where the model does not tell."""
+    sites = record_of(model).get("sites", {}).values()
+    heads = sum(HeadMap.from_json(site["original"]).query_heads for site in sites)
+    return 1 - sum(len(site["kept"]) for site in sites) / heads if heads else 0.0
+
+
 def set_record(model: nn.Module, record: dict[str, Any]) -> None:
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):

@@ -29,6 +29,6 @@ def test_a_rate_of_ones_own_is_taken_as_it_is():
     [((None, None, None), 21, 2), ((2000, None, None), 2000, 100), ((5, None, None), 5, 0), ((None, 1, None), None, 20)],
 )
 def test_what_is_not_given_follows_from_the_data_and_the_length(given, steps, warmup):
-    """Three epochs of 7 steps; a tenth of the steps to warm up, 100 at most, and 20 where the clock decides."""
+    """Three passes of 7 steps; a tenth of the steps to warm up, 100 at most, and 20 where the clock decides."""
     budget = TrainingBudget.of(*given, 1e-3, 7)
     assert (budget.steps, budget.warmup) == (steps, warmup)

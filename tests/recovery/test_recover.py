@@ -13,7 +13,7 @@ import torch
 import transformers
 from child_process import environment
 from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
-from tiny_models import hidden
+from tiny_models import hidden, llama
 
 import headprune as hp
 from headprune.errors import InvalidInput
@@ -211,12 +211,18 @@ def test_a_step_takes_what_accumulation_and_ranks_make_of_a_batch(data, options,
     assert steps_per_pass(data, options) == steps
 
 
-def test_by_default_each_row_is_seen_three_times():
-    seen = []
-    _, model = pruned_llama()
+@pytest.mark.parametrize(("keep", "together", "rows"), [((8, 8), 2, 30), ((8, 6), 1, 30), ((4, 4), 2, 30), ((2, 3), 1, 42)])
+def test_by_default_passes_are_in_proportion_to_the_heads_that_went(keep, together, rows):
+    """Of 16; three passes over 10 rows at least. 21 steps of 2 rows are 6 * 11 / 16 passes."""
+    seen, model = [], llama()
+    if sum(keep) < 16:
+        first, *more = ({f"model.layers.{layer}.self_attn": [*range(count)]} for layer, count in enumerate(keep) if count < 8)
+        hp.cut(model, first)
+        for cut in more:  # after which the share is of the original still
+            hp.cut(model, cut)
     model.register_forward_pre_hook(lambda _model, _args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
-    hp.recover(model, Rows(), per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    assert sum(seen) == 3 * len(Rows())
+    hp.recover(model, Rows(), per_device_train_batch_size=2, gradient_accumulation_steps=together)
+    assert sum(seen) == rows
 
 
 def test_a_recovered_model_is_new_to_accelerate():
