@@ -214,5 +214,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
+        made_of = getattr(batch, "_make", type(batch))  # _make: of a named tuple
+        return made_of(to_device(value, device) for value in batch)
     return batch

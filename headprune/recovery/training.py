@@ -65,6 +65,11 @@ class RecoveryTrainer(Trainer):
             raise NotFinite(f"the loss is NaN or infinite at step {self.state.global_step + 1}")
         return loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        if hasattr(data, "_make"):  # a named tuple, for which transformers would give all values as the first one
+            return data._make(map(self._prepare_input, data))
+        return super()._prepare_input(data)
+
     def everywhere(self, fact: bool) -> bool:
         """Whether it holds on every rank."""
         if self.args.world_size == 1:

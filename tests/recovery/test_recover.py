@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 from functools import partial
 
 import pytest
@@ -170,6 +171,19 @@ def test_a_plain_module_recovers_with_a_loss_function():
     assert result.losses[-1][1] < 0.8 * result.losses[0][1]
     plain = hp.recover(model, batches, batches, loss_fn=loss_fn, method="lora", steps=12, lr=5e-3)
     assert plain.best > plain.evaluations[0][1]
+
+
+def test_named_tuples_are_batches_as_tuples_are():
+    pair = namedtuple("pair", "tokens labels")
+    dense, model = pruned_llama()
+    other = copy.deepcopy(model)
+    batches = [pair(batch["input_ids"], batch["labels"]) for batch in text_batches()]
+    options = {"teacher": dense, "steps": 2, "lr": 1e-3}
+    named = lambda model, batch: model(input_ids=batch.tokens, labels=batch.labels).loss  # noqa: E731
+    hp.recover(model, batches, batches[:1], loss_fn=named, **options)
+    plain = lambda model, batch: model(input_ids=batch[0], labels=batch[1]).loss  # noqa: E731
+    hp.recover(other, list(map(tuple, batches)), [tuple(batches[0])], loss_fn=plain, **options)
+    same_state(model, other)
 
 
 class Rows(torch.utils.data.Dataset):
