@@ -107,7 +107,7 @@ def recover(
         metric: `metric(model)`, higher is better, in place of the loss on `eval`.
         patience: stop after so many evaluations without a better one. They happen at each tenth of the budget, or every
             `eval_steps`.
-        dropout: train in training mode, with dropout; default: where there is no teacher.
+        dropout: train in training mode, with dropout; default: where there is no teacher. What method adds is always trained so.
         clock: gives seconds; time.process_time counts CPU minutes, which do not hang on what else the machine does.
         token_mask: which tokens count in distillation, as for `observe`.
         callbacks: more of transformers' TrainerCallback.
@@ -179,6 +179,7 @@ def recover(
         stack.callback(model.to, place)
         stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), at_first), shards))
         spread = sharded(model, device) if shards else nullcontext()
+        still = () if session.dropout else tuple(model.modules())
         with ExitStack() as inside:
             inside.enter_context(chosen.prepare(model, **(method_options or {})))
             inside.enter_context(nullcontext() if quantise is None else rounded_weights(model, quantise))
@@ -188,7 +189,7 @@ def recover(
             inside.enter_context(session.checkpointing(model))
             if folder is not None and first_rank():
                 write_settings(folder, WHAT, settings)
-            result = trained(model, session)
+            result = trained(model, session, still)
     if not result.diverged:  # what went wrong may be put right, and then the training goes on
         keep_result(model, folder, result)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,15 @@ class NotFinite(Exception):
 
 class RecoveryTrainer(Trainer):
     """objective(model, batch): the loss, a scalar. measure(model): how good the model is, higher is better, instead of the loss
-    on eval_dataset. dropout: train in training mode, else in eval mode. budget, clock, good: when to stop, and what to go
-    back to."""
+    on eval_dataset. still: modules that are trained in eval mode, without dropout. budget, clock, good: when to stop, and what to
+    go back to."""
 
     def __init__(
         self,
         *,
         objective: Callable[[nn.Module, Any], Tensor],
         measure: Callable[[nn.Module], float] | None,
-        dropout: bool,
+        still: Sequence[nn.Module],
         budget: TrainingBudget,
         clock: TrainingClock,
         good: GoodState,
@@ -50,14 +50,14 @@ class RecoveryTrainer(Trainer):
     ) -> None:
         super().__init__(**options)
         self.objective: Callable[[nn.Module, Any], Tensor] = objective
-        self.measure, self.dropout = measure, dropout
+        self.measure, self.still = measure, still
         self.budget, self.clock, self.good = budget, clock, good
         self.model_accepts_loss_kwargs = False  # each batch counts as one, however many labels it holds
         self.remove_callback(PrinterCallback)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
-        if not self.dropout:
-            model.eval()
+        for module in self.still:
+            module.training = False
         with self.accelerator.autocast():
             loss = self.objective(model, opened(inputs))
         finite = self.everywhere(bool(torch.isfinite(loss.detach())))

@@ -14,7 +14,7 @@ import torch
 import transformers
 from child_process import environment
 from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
-from tiny_models import hidden
+from tiny_models import bert, hidden
 
 import headprune as hp
 from headprune.errors import InvalidInput
@@ -150,6 +150,32 @@ def test_adapters_that_cannot_be_are_refused_before_the_model_is_touched(options
         hp.recover(model, text_batches(), method="lora", steps=1, method_options=options)
     assert [name for name, _ in model.named_modules()] == modules
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dropout", [None, False, True])
+def test_dropout_of_adapters_does_not_hang_on_the_model_s_own(dropout):
+    """BERT's are of 0.1; a teacher leaves them out where nothing else is said."""
+    shares, seen = {"own": 0.1, "adapters": 0.5}, set()
+
+    def loss_fn(model, batch):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout) and torch.is_grad_enabled():
+                seen.update(name for name, share in shares.items() if module.p == share and module.training)
+        return model(**batch).last_hidden_state.square().mean()
+
+    dense = bert(hidden_dropout_prob=0.1)
+    options = {"method": "lora", "method_options": {"dropout": 0.5}, "dropout": dropout, "steps": 1}
+    hp.recover(copy.deepcopy(dense), padded_batches(1), teacher=dense, loss_fn=loss_fn, **options)
+    assert seen == ({"own", "adapters"} if dropout else {"adapters"})
+
+
+def test_checkpointed_layers_drop_the_same_when_they_run_again():
+    dense, model = pruned_llama()
+    other = copy.deepcopy(model)
+    options = {"teacher": dense, "method": "lora", "method_options": {"dropout": 0.5}, "steps": 2, "lr": 1e-2}
+    hp.recover(model, text_batches(), gradient_checkpointing=True, **options)
+    hp.recover(other, text_batches(), **options)
+    same_state(model, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("pair", [pruned_llama, pruned_bert])
