@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from headprune.errors import InvalidInput
-from headprune.models.batches import several
+from headprune.models.batches import several, unlabelled
+from headprune.models.tokens import IGNORED_LABEL
 
 
 class Batches(Dataset[Any]):
@@ -44,6 +45,12 @@ def refuse_batching(name: str, data: Any, options: Mapping[str, Any]) -> None:
             f"{option} is {options[option]!r}, and {name} holds batches already; make larger ones, or accumulate several in a step "
             f"(gradient_accumulation_steps={options[option]!r}), or give a dataset of rows."
         )
+
+
+def refuse_unlabelled(name: str, data: Any) -> None:
+    """InvalidInput where batches have labels of which a loss counts none."""
+    if isinstance(data, Batches) and all(map(unlabelled, data.batches)):
+        raise InvalidInput(f"no batch of {name} has a label that counts, all are {IGNORED_LABEL}; give labels, or a teacher alone.")
 
 
 def steps_per_pass(data: Any, options: Mapping[str, Any]) -> int | None:

@@ -19,7 +19,7 @@ from headprune.models.quantised import refuse_quantised
 from headprune.models.streamed import refuse_streamed
 from headprune.models.tokens import TokenMask
 from headprune.nn.given import plain_module
-from headprune.recovery.batches import as_dataset, first_batch, refuse_batching, steps_per_pass
+from headprune.recovery.batches import as_dataset, first_batch, refuse_batching, refuse_unlabelled, steps_per_pass
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
 from headprune.recovery.master_weights import master_weights, mixed_precision
@@ -143,6 +143,8 @@ def recover(
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
     for name, given in (("train", data), ("eval", held_out)):
         refuse_batching(name, given, training_arguments)
+        if loss_fn is None and (teacher is None or (distil is not None and distil.task)):
+            refuse_unlabelled(name, given)
     whole_number("patience", patience)
     whole_number("seed", seed, least=0)
     budget = TrainingBudget.of(steps, minutes, warmup, chosen.lr if lr is None else lr, steps_per_pass(data, training_arguments))

@@ -18,6 +18,7 @@ from transformers.training_args import ParallelMode
 
 from headprune.errors import InvalidInput
 from headprune.files import write_text
+from headprune.models.batches import unlabelled
 from headprune.recovery.batches import opened
 from headprune.recovery.budget import TrainingBudget, TrainingClock, of_first_rank
 from headprune.recovery.good_state import GoodState
@@ -62,7 +63,8 @@ class RecoveryTrainer(Trainer):
             loss = self.objective(model, opened(inputs))
         finite = self.everywhere(bool(torch.isfinite(loss.detach())))
         if not finite:
-            raise NotFinite(f"the loss is NaN or infinite at step {self.state.global_step + 1}")
+            why = ", whose batch has no label that counts" if unlabelled(opened(inputs)) else ""
+            raise NotFinite(f"the loss is NaN or infinite at step {self.state.global_step + 1}{why}")
         return loss
 
     def _prepare_input(self, data: Any) -> Any:

@@ -296,6 +296,29 @@ def test_a_loss_that_becomes_nan_leaves_the_last_good_state():
     assert all(torch.equal(value, calls[6][name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("distil", [None, {"logits": 1.0, "task": 1.0}])
+def test_labels_of_which_none_counts_are_told_before_training(distil):
+    dense, model = pruned_llama()
+    empty = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in text_batches(2)]
+    teaching = {} if distil is None else {"teacher": dense, "distil": hp.Distillation(**distil)}
+    for train, held_out, name in ((empty, None, "train"), (text_batches(), empty, "eval")):
+        with pytest.raises(InvalidInput, match=f"no batch of {name} has a label that counts, all are -100"):
+            hp.recover(model, train, held_out, steps=1, **teaching)
+    hp.recover(model, empty, teacher=dense, steps=1)
+
+
+def test_a_batch_without_a_label_that_counts_is_told_where_training_meets_it():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            rows = [Rows()[number] for number in range(3)]
+            yield from [*rows[:2], rows[2] | {"labels": torch.full_like(rows[2]["labels"], -100)}]
+
+    _, model = pruned_llama()
+    found = hp.recover(model, Stream(), steps=3)
+    expected = "the loss is NaN or infinite at step 3, whose batch has no label that counts; the weights are those of step 2"
+    assert found.stopped_because == expected
+
+
 def test_a_first_loss_that_is_nan_is_an_error():
     _, model = pruned_llama()
     with pytest.raises(InvalidInput, match="step 1, before anything was trained"):
