@@ -24,6 +24,14 @@ def several(batches: Any, name: str = "batches") -> Any:
     return batches
 
 
+def length_of(data: Any) -> int | None:
+    """How many batches or rows there are; None where it does not tell: a DataLoader of a stream has a len() that fails."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
 def by_name(model: nn.Module, batch: Any, instead: str = "loss_fn") -> Any:
     """`model(**batch)`. Raises InvalidInput where `batch` is no mapping, or one that the model's forward does not take; instead:
     the argument for batches of other kinds."""

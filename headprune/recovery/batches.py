@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from headprune.errors import InvalidInput
-from headprune.models.batches import several, unlabelled
+from headprune.models.batches import length_of, several, unlabelled
 from headprune.models.tokens import IGNORED_LABEL
 
 
@@ -32,7 +32,7 @@ class Batches(Dataset[Any]):
 def as_dataset(data: Any, name: str) -> Any:
     """`data` where it is a dataset of rows (torch's or datasets'), else its batches. Raises InvalidInput where it is empty."""
     found = data if is_rows(data) else Batches(data)
-    if hasattr(found, "__len__") and not len(found):
+    if length_of(found) == 0:
         raise InvalidInput(f"{name} is empty; give at least one batch.")
     return found
 
@@ -55,10 +55,11 @@ def refuse_unlabelled(name: str, data: Any) -> None:
 
 def steps_per_pass(data: Any, options: Mapping[str, Any]) -> int | None:
     """How many steps see all of `data` once, under these training arguments; None where it does not tell how much there is."""
-    if not hasattr(data, "__len__"):
+    length = length_of(data)
+    if length is None:
         return None
     rows: int = options.get("per_device_train_batch_size", 1) * int(os.environ.get("WORLD_SIZE", "1"))
-    batches, together = math.ceil(len(data) / rows), int(options.get("gradient_accumulation_steps", 1))
+    batches, together = math.ceil(length / rows), int(options.get("gradient_accumulation_steps", 1))
     return math.ceil(batches / together)
 
 

@@ -233,7 +233,10 @@ def test_a_stream_of_rows_is_made_into_batches():
             return map(Rows().__getitem__, range(len(Rows())))
 
     _, model = pruned_llama()
+    other = copy.deepcopy(model)
     result = hp.recover(model, Stream(), steps=5, lr=5e-3, per_device_train_batch_size=4)
+    assert result.losses[-1][1] < result.losses[0][1]
+    result = hp.recover(other, torch.utils.data.DataLoader(Stream(), batch_size=4), steps=5, lr=5e-3)
     assert result.losses[-1][1] < result.losses[0][1]
 
 
