@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from headprune.arguments import is_path
+from headprune.arguments import is_path, refuse_impossible
 from headprune.drafts import OLD, discard, draft_folder, hidden_folder, lock, locked, set_aside
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
 
@@ -24,6 +24,7 @@ def path_of(given: Any) -> Path:
     """`given` as a path. InvalidInput where it is none."""
     if not is_path(given):
         raise InvalidInput(f"the path is {given!r:.80}; expected the name of a file.")
+    refuse_impossible("the path", given)
     return Path(given)
 
 
@@ -126,7 +127,7 @@ def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator
 
 def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = None) -> None:
     """InvalidInput where nothing could be written to `target`, which need not be there yet: a file, a folder or (None) either."""
-    target = Path(target)
+    target = path_of(target)
     refuse_device(target)
     if os.path.exists(target) and file is target.is_dir():
         raise InvalidInput(f"{target} is a {'folder; give the name of a file' if file else 'file; give a folder'} to write to.")
