@@ -193,12 +193,12 @@ def read_json(source: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     where it was written by a newer schema."""
     source = path_of(source)
     try:
-        document: Any = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        document = parsed_json(source.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error}") from None
     except FileNotFoundError:
         raise InvalidInput(f"{source} does not exist; expected a {kind} file (JSON).") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InvalidInput(f"{source} cannot be read as a {kind} file (JSON): {error}.") from None
     content: dict[str, Any] = document if isinstance(document, dict) else {}
     found = content.get("kind")
@@ -212,6 +212,14 @@ def read_json(source: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             f"{source} has schema version {version}; this headprune reads up to {SCHEMA_VERSION}. Update headprune to read it."
         )
     return content
+
+
+def parsed_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads`, with a ValueError also where brackets are nested so deeply that it gives up."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
