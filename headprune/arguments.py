@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
@@ -27,6 +28,8 @@ def check_arguments(of: Callable[..., Any], given: Mapping[str, Any]) -> None:
     for name, hint in hints_of(of).items():
         if name in given and not fits(given[name], hint):
             raise InvalidInput(f"{name} is {one_line(given[name])}; expected {described(hint)}.") from None
+        if name in given and is_path(given[name]) and is_path_hint(hint):
+            refuse_impossible(name, given[name])
 
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
@@ -120,6 +123,24 @@ def is_switch(value: Any) -> bool:
 
 def is_path(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike))
+
+
+def is_path_hint(hint: Any) -> bool:
+    return any(kind_of(one) in (Path, os.PathLike) for one in (hint, *get_args(hint)))
+
+
+def refuse_impossible(name: str, path: str | os.PathLike[str]) -> None:
+    """InvalidInput where no file can have this path: it holds a NUL, or is longer than the system takes."""
+    try:
+        os.lstat(path)
+        return
+    except ValueError as error:
+        reason = str(error)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return
+        reason = os.strerror(error.errno)
+    raise InvalidInput(f"{name} is {one_line(path)}, which no file can be called: {reason}.")
 
 
 def is_several(value: Any) -> bool:

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from headprune.arguments import is_path
+from headprune.arguments import is_path, refuse_impossible
 from headprune.drafts import OLD, discard, draft_folder, hidden_folder, lock, locked, set_aside
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput
 
@@ -24,6 +24,7 @@ def path_of(given: Any) -> Path:
     """`given` as a path. InvalidInput where it is none."""
     if not is_path(given):
         raise InvalidInput(f"the path is {given!r:.80}; expected the name of a file.")
+    refuse_impossible("the path", given)
     return Path(given)
 
 
@@ -126,7 +127,7 @@ def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator
 
 def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = None) -> None:
     """InvalidInput where nothing could be written to `target`, which need not be there yet: a file, a folder or (None) either."""
-    target = Path(target)
+    target = path_of(target)
     refuse_device(target)
     if os.path.exists(target) and file is target.is_dir():
         raise InvalidInput(f"{target} is a {'folder; give the name of a file' if file else 'file; give a folder'} to write to.")
@@ -192,12 +193,12 @@ def read_json(source: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     where it was written by a newer schema."""
     source = path_of(source)
     try:
-        document: Any = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        document = parsed_json(source.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error}") from None
     except FileNotFoundError:
         raise InvalidInput(f"{source} does not exist; expected a {kind} file (JSON).") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InvalidInput(f"{source} cannot be read as a {kind} file (JSON): {error}.") from None
     content: dict[str, Any] = document if isinstance(document, dict) else {}
     found = content.get("kind")
@@ -211,6 +212,14 @@ def read_json(source: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             f"{source} has schema version {version}; this headprune reads up to {SCHEMA_VERSION}. Update headprune to read it."
         )
     return content
+
+
+def parsed_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads`, with a ValueError also where brackets are nested so deeply that it gives up."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

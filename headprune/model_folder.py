@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from headprune.errors import InvalidInput
-from headprune.files import put_back, refuse_unwritable, replace_folder, whole_folder
+from headprune.files import parsed_json, put_back, refuse_unwritable, replace_folder, whole_folder
 
 MANIFEST = "headprune.json"
 MARKS = ("config.json", MANIFEST, "*.safetensors", "*.gguf", "*.onnx")  # by which a folder is a model's
@@ -52,7 +51,7 @@ def is_ours(folder: Path) -> bool:
     if (folder / MANIFEST).is_file():
         return True
     try:
-        return "headprune" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "headprune" in parsed_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 

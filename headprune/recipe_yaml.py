@@ -32,8 +32,11 @@ for kind in (RecipeLoader, RecipeDumper):
 
 
 def read_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError where `text` is no YAML."""
-    return yaml.load(text, RecipeLoader)
+    """Raises yaml.YAMLError where `text` is no YAML, or its brackets are nested so deeply that PyYAML gives up."""
+    try:
+        return yaml.load(text, RecipeLoader)
+    except RecursionError:
+        raise yaml.YAMLError("brackets are nested too deeply") from None
 
 
 def write_yaml(content: Any) -> str:

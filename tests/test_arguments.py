@@ -12,6 +12,7 @@ from torch import nn
 import headprune as hp
 from headprune.arguments import check_arguments, fits, hints_of
 from headprune.evaluation import compare
+from headprune.files import refuse_unwritable
 from headprune.planning import sensitivity
 from headprune.scoring.masked_losses import masked_losses
 
@@ -161,6 +162,27 @@ def test_nothing_is_written_where_a_save_is_refused(tmp_path):
         with pytest.raises(hp.InvalidInput, match=message):
             act()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "reason"), [("a" * 10_000, "File name too long"), ("a\0b", "embedded null")])
+@pytest.mark.parametrize(
+    "call",
+    [
+        hp.load,
+        hp.open_streamed,
+        hp.HeadScores.load,
+        hp.scoring.Observations.load,
+        lambda path: hp.save(MODEL, path),
+        lambda path: PLAN.save(path),
+        lambda path: hp.recover(MODEL, BATCHES, teacher=path),
+        lambda path: hp.one_shot(MODEL, BATCHES, HALF, folder=path),
+        refuse_unwritable,
+    ],
+)
+def test_a_path_that_no_file_can_have_is_refused(call, name, reason, tmp_path):
+    with pytest.raises(hp.InvalidInput, match=f"which no file can be called: .*{reason}") as caught:
+        call(tmp_path / name)
+    assert "\n" not in str(caught.value)
 
 
 def test_options_that_a_load_cannot_use_are_refused(tmp_path):

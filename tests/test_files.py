@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from headprune.errors import HeadpruneError, InvalidInput
+from headprune.evaluation.tasks.rows import file_rows
 from headprune.files import finite, refuse_unwritable, whole_file, whole_folder, write_text
-from headprune.planning import Sensitivity
+from headprune.planning import PruningPlan, Sensitivity
 from headprune.planning.latency_table import LatencyTable
 from headprune.scoring import HeadScores, Portraits
 from headprune.sweep import Sweep
@@ -90,6 +91,14 @@ def test_a_link_to_a_file_stays_and_the_file_that_it_leads_to_is_written(tmp_pat
     assert (tmp_path / "link.json").is_symlink()
     assert (tmp_path / "disk" / "plan.json").read_text() == "new"
     assert [path.name for path in tmp_path.glob("*/*")] == ["plan.json"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000])
+def test_a_file_nested_too_deeply_is_named(text, tmp_path):
+    (tmp_path / "plan.json").write_text(text)
+    for load in (PruningPlan.load, HeadScores.load, Sensitivity.load, LatencyTable.load, file_rows):
+        with pytest.raises(InvalidInput, match=rf"{tmp_path}/plan.json cannot be read as .*: brackets are nested too deeply"):
+            load(tmp_path / "plan.json")
 
 
 def test_places_are_refused_before_the_work(tmp_path):

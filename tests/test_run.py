@@ -116,6 +116,7 @@ def test_a_run_may_train_for_rounded_weights(recipe):
     ("text", "overrides", "message"),
     [
         ("model: [", (), "recipe .* is not YAML: "),
+        ("[" * 100_000, (), "recipe .* is not YAML: brackets are nested too deeply"),
         ("- model", (), "recipe .* holds no keys; expected model, task, output"),
         ("model: bert", ["plan.budget.heads"], r"override 'plan\.budget\.heads': expected section\.key=value, for example"),
         ("model: bert", ["model.name=3"], "override 'model.name=3': model is no section"),

@@ -21,7 +21,7 @@ def bert(layers: int = 2, heads: int = 4, seed: int = 0, **options) -> BertModel
     torch.manual_seed(seed)
     config = BertConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=VOCABULARY,
-        initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
+        initializer_range=0.2, **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **options},
     )  # fmt: skip
     return BertModel(config).eval()
 

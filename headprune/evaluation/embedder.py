@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from headprune.errors import CorruptCheckpoint, InvalidInput
+from headprune.files import parsed_json
 from headprune.hub import known_folder
 
 POOLING, PROMPTS, MODULES = "1_Pooling/config.json", "config_sentence_transformers.json", "modules.json"
@@ -73,7 +73,7 @@ def content_of(tokenizer: Any, file: str) -> Any:
         return None
     path = folder / file
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parsed_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CorruptCheckpoint(f"{path} is not JSON: {error}.") from None
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headprune.errors import InvalidInput
+from headprune.models.tokens import IGNORED_LABEL
 
 
 def several(batches: Any, name: str = "batches") -> Any:
@@ -21,6 +22,14 @@ def several(batches: Any, name: str = "batches") -> Any:
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
         raise InvalidInput(f"{name} is {batches!r:.80}; expected a list of batches, a DataLoader or the like.")
     return batches
+
+
+def length_of(data: Any) -> int | None:
+    """How many batches or rows there are; None where it does not tell: a DataLoader of a stream has a len() that fails."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def by_name(model: nn.Module, batch: Any, instead: str = "loss_fn") -> Any:
@@ -62,3 +71,16 @@ def refuse_rows(batch: Mapping[str, Any], names: Iterable[str]) -> None:
     tokens = batch.get("input_ids")
     if isinstance(tokens, Tensor) and tokens.dim() == 1:
         raise InvalidInput(f"input_ids of a batch has the shape {list(tokens.shape)}; expected [batch, tokens]: {way}.")
+
+
+def unlabelled(batch: Any) -> bool:
+    """Whether a batch has labels of which a loss counts none."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and not bool((labels != IGNORED_LABEL).any())
+
+
+def why_infinite(batch: Any) -> str:
+    """What is behind a loss of `batch` that is NaN or infinite."""
+    if unlabelled(batch):
+        return f"none of its labels counts (all are {IGNORED_LABEL}): leave it out, or give it some"
+    return "look for empty labels or overflow in low precision"

@@ -93,7 +93,7 @@ def run_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`forward(...)`, again in the backward pass; without a graph just once."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, use_reentrant=False, preserve_rng_state=False, **without_cache(forward, args, kwargs))
+    return checkpoint(forward, use_reentrant=False, **without_cache(forward, args, kwargs))
 
 
 def without_cache(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headprune.errors import CorruptCheckpoint, InvalidInput
+from headprune.files import parsed_json
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 HEADER_LIMIT = 100_000_000  # the format's own
@@ -137,7 +137,7 @@ def index_of(folder: Path) -> dict[str, str]:
     if not (folder / INDEX).is_file():
         raise InvalidInput(f"{folder} holds neither {SINGLE} nor {INDEX}; give a model folder with safetensors weights.")
     try:
-        found = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        found = dict(parsed_json((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
         if not found or not all(isinstance(file, str) for file in found.values()):
             raise ValueError("no names of files")
         return found
@@ -154,7 +154,7 @@ def header_of(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             raise CorruptCheckpoint(f"{path} is no safetensors file, or was cut short ({size:,} bytes).")
         text = file.read(length)
     try:
-        entries = json.loads(text)
+        entries = parsed_json(text)
         metadata = entries.pop("__metadata__", {})
         found = {name: stored_at(path, 8 + length, entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from headprune.errors import InvalidInput
-from headprune.models.batches import several
+from headprune.models.batches import length_of, several, unlabelled
+from headprune.models.tokens import IGNORED_LABEL
 
 
 class Batches(Dataset[Any]):
@@ -31,7 +32,7 @@ class Batches(Dataset[Any]):
 def as_dataset(data: Any, name: str) -> Any:
     """`data` where it is a dataset of rows (torch's or datasets'), else its batches. Raises InvalidInput where it is empty."""
     found = data if is_rows(data) else Batches(data)
-    if hasattr(found, "__len__") and not len(found):
+    if length_of(found) == 0:
         raise InvalidInput(f"{name} is empty; give at least one batch.")
     return found
 
@@ -46,12 +47,19 @@ def refuse_batching(name: str, data: Any, options: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_unlabelled(name: str, data: Any) -> None:
+    """InvalidInput where batches have labels of which a loss counts none."""
+    if isinstance(data, Batches) and all(map(unlabelled, data.batches)):
+        raise InvalidInput(f"no batch of {name} has a label that counts, all are {IGNORED_LABEL}; give labels, or a teacher alone.")
+
+
 def steps_per_pass(data: Any, options: Mapping[str, Any]) -> int | None:
     """How many steps see all of `data` once, under these training arguments; None where it does not tell how much there is."""
-    if not hasattr(data, "__len__"):
+    length = length_of(data)
+    if length is None:
         return None
     rows: int = options.get("per_device_train_batch_size", 1) * int(os.environ.get("WORLD_SIZE", "1"))
-    batches, together = math.ceil(len(data) / rows), int(options.get("gradient_accumulation_steps", 1))
+    batches, together = math.ceil(length / rows), int(options.get("gradient_accumulation_steps", 1))
     return math.ceil(batches / together)
 
 

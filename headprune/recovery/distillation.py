@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from headprune.arguments import check_arguments, is_number
 from headprune.errors import InvalidInput, unknown_name, whole_number
@@ -19,11 +18,10 @@ from headprune.recovery.divergence import (
     cosine_distance,
     relation_divergence,
     similarity_divergence,
-    softened_divergence,
     squared_difference,
-    top_divergence,
 )
 from headprune.recovery.features import Features
+from headprune.recovery.logits import TopLogits, divergence_of, logits_of, refuse_without_classes
 from headprune.settings import described
 
 Embed = Callable[[Any, Any], Tensor]
@@ -33,8 +31,9 @@ Embed = Callable[[Any, Any], Tensor]
 class Distillation:
     """The weight of each term in the loss; 0 leaves it out.
 
-    logits: temperature^2 KL(teacher || student) of the softened logits (Hinton et al. 2015); of a single one, as a regression has,
-    the squared difference.
+    logits: temperature^2 KL(teacher || student) of the softened logits (Hinton et al. 2015). Where config.problem_type says that
+    several labels may be true, each label's by itself, the mean over labels; of numbers, as a regression gives, the squared
+    difference.
     hidden: squared difference of the output of each block that holds an attention.
     attention: squared difference of what each attention adds to the residual stream.
     relations: MiniLMv2 (Wang et al. 2021): KL of softmax(Q Q^T / sqrt(d)), and of keys and values, at `relation_sites`.
@@ -99,7 +98,7 @@ OWN_TERMS = ("logits", "hidden", "attention", "relations", "embedding", "similar
 @dataclass(frozen=True)
 class Comparison:
     """Both models' Features of one batch, and what a term needs to read them. valid: (site name, states) -> bool [batch, tokens] of
-    the tokens that count; valid_logits: the same of logits, whose site is the last."""
+    the tokens that count; valid_logits: the same of logits, whose site is the last. problem: the models' `config.problem_type`."""
 
     student: Features
     teacher: Features
@@ -108,6 +107,7 @@ class Comparison:
     setting: Distillation
     valid: Callable[[str, Tensor], Tensor]
     valid_logits: Callable[[str, Tensor], Tensor]
+    problem: str | None = None
 
 
 Function = Callable[[Comparison], Tensor]
@@ -203,11 +203,10 @@ def logits_term(comparison: Comparison) -> Tensor:
     for mine, theirs in zip(comparison.student.outputs, comparison.teacher.outputs):
         student = logits_of(mine)
         if isinstance(theirs, TopLogits):
+            refuse_without_classes(student, comparison.problem)
             rows = theirs.divergence(student, temperature)
-        elif student.shape[-1] == 1:  # of which every softmax is 1
-            rows = (student.float() - logits_of(theirs).float()).square().squeeze(-1)
         else:
-            rows = softened_divergence(student, logits_of(theirs), temperature)
+            rows = divergence_of(student, comparison.problem)(student, logits_of(theirs), temperature)
         found.append(rows[comparison.valid_logits(last, student)] if rows.dim() == 2 else rows.flatten())
     return torch.cat(found).mean()
 
@@ -276,41 +275,6 @@ def mean_pooled(output: Any, comparison: Comparison) -> Tensor:
     valid = comparison.valid(comparison.sites[-1].name if comparison.sites else "", states)[..., None]
     mean: Tensor = (states * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
     return mean
-
-
-@dataclass(frozen=True)
-class TopLogits:
-    """A stored teacher's output: its k likeliest classes, log softmax(logits / temperature) of them, and how many classes
-    there are. indices, log_probabilities [..., k]."""
-
-    indices: Tensor
-    log_probabilities: Tensor
-    classes: int
-    temperature: float
-
-    def divergence(self, student: Tensor, temperature: float) -> Tensor:
-        if temperature != self.temperature:
-            raise InvalidInput(
-                f"the stored logits are of temperature {self.temperature}, the distillation's is {temperature}; store them anew."
-            )
-        if student.shape[:-1] != self.indices.shape[:-1]:
-            raise InvalidInput(
-                f"the stored logits are of {list(self.indices.shape[:-1])} rows, the student's of {list(student.shape[:-1])}."
-            )
-        indices, expected = self.indices.to(student.device).long(), self.log_probabilities.to(student.device)
-        return top_divergence(student, indices, expected, temperature)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of a model's output, [..., classes]; of a segmented picture [batch, height, width, classes]."""
-    if isinstance(output, SemanticSegmenterOutput) and output.logits is not None:
-        return output.logits.movedim(1, -1)
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        found = output[0]
-    if found is None:
-        raise InvalidInput(f"{type(output).__name__} has no logits; distil hidden, embedding or relations instead.")
-    return found
 
 
 def valid_of(token_mask: Callable[[str, Any], Tensor | None], batch: Any) -> Callable[[str, Tensor], Tensor]:

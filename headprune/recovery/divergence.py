@@ -19,6 +19,19 @@ def softened_divergence(student: Tensor, teacher: Tensor, temperature: float = 1
     return temperature**2 * F.kl_div(found, expected, reduction="none", log_target=True).sum(dim=-1)
 
 
+def label_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """As `softened_divergence`, of labels that are true or false each by itself, with the probability sigmoid(logit): two classes,
+    whose logits are the label's and 0. student, teacher: logits [..., labels] -> [...], the mean over labels, as of their own loss.
+    """
+    mine, theirs = (torch.stack([logits, torch.zeros_like(logits)], dim=-1) for logits in (student, teacher))
+    return softened_divergence(mine, theirs, temperature).mean(dim=-1)
+
+
+def number_difference(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """(student - teacher)^2, fp32, whatever the temperature. student, teacher [..., numbers] -> [...], the mean over numbers."""
+    return (student.float() - teacher.float()).square().mean(dim=-1)
+
+
 def squared_difference(student: Tensor, teacher: Tensor, valid: Tensor, relative: bool = False) -> Tensor:
     """Mean over valid tokens and features of (student - teacher)^2, a scalar, fp32.
 

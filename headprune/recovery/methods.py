@@ -20,8 +20,8 @@ from headprune.nn.replace import through_modules
 
 @dataclass(frozen=True)
 class Method:
-    """A registered way. prepare: a context in which the right parameters of `model` ask for gradients; what it added is
-    merged into the model's own weights when the block ends. lr: the default peak learning rate."""
+    """A registered way. prepare: a context in which the right parameters of `model` ask for gradients; what it added is trained in
+    training mode, and merged into the model's own weights when the block ends. lr: the default peak learning rate."""
 
     name: str
     lr: float

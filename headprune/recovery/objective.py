@@ -15,8 +15,9 @@ from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
 from headprune.models.tokens import TokenMask, token_masks
 from headprune.nn.given import plain_module
-from headprune.recovery.distillation import Comparison, Distillation, distillation_loss, logits_of, valid_of, wanted_features
+from headprune.recovery.distillation import Comparison, Distillation, distillation_loss, valid_of, wanted_features
 from headprune.recovery.features import catching
+from headprune.recovery.logits import logits_of, problem_type
 from headprune.recovery.shared_weights import shared_weights
 from headprune.recovery.stored_logits import StoredLogits
 from headprune.recovery.teacher import ModelTeacher, check_outputs, run
@@ -82,8 +83,9 @@ class Objective:
         if not self.checked:
             check_outputs(student, teacher, distil.weights)
             self.checked = True
-        valid = [valid_of(mask, batch) for mask in self.masks]
-        comparison = Comparison(student, teacher, tuple(self.sites), batch, distil, *valid)
+        valid, valid_logits = (valid_of(mask, batch) for mask in self.masks)
+        problem = problem_type(self.source) or problem_type(self.model)
+        comparison = Comparison(student, teacher, tuple(self.sites), batch, distil, valid, valid_logits, problem)
         total = distillation_loss(comparison)
         if distil.task:
             total = total + distil.task * own_loss(model, returned, self.loss_fn)

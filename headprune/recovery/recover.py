@@ -19,7 +19,7 @@ from headprune.models.quantised import refuse_quantised
 from headprune.models.streamed import refuse_streamed
 from headprune.models.tokens import TokenMask
 from headprune.nn.given import plain_module
-from headprune.recovery.batches import as_dataset, first_batch, refuse_batching, steps_per_pass
+from headprune.recovery.batches import as_dataset, first_batch, refuse_batching, refuse_unlabelled, steps_per_pass
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
 from headprune.recovery.master_weights import master_weights, mixed_precision
@@ -108,7 +108,7 @@ def recover(
         metric: `metric(model)`, higher is better, in place of the loss on `eval`.
         patience: stop after so many evaluations without a better one. They happen at each tenth of the budget, or every
             `eval_steps`.
-        dropout: train in training mode, with dropout; default: where there is no teacher.
+        dropout: train in training mode, with dropout; default: where there is no teacher. What method adds is always trained so.
         clock: gives seconds; time.process_time counts CPU minutes, which do not hang on what else the machine does.
         token_mask: which tokens count in distillation, as for `observe`.
         callbacks: more of transformers' TrainerCallback.
@@ -144,6 +144,8 @@ def recover(
     data, held_out = as_dataset(train, "train"), None if eval is None else as_dataset(eval, "eval")
     for name, given in (("train", data), ("eval", held_out)):
         refuse_batching(name, given, training_arguments)
+        if loss_fn is None and (teacher is None or (distil is not None and distil.task)):
+            refuse_unlabelled(name, given)
     whole_number("patience", patience)
     whole_number("seed", seed, least=0)
     per_pass, rate = steps_per_pass(data, training_arguments), chosen.lr if lr is None else lr
@@ -181,6 +183,7 @@ def recover(
         stack.callback(model.to, place)
         stack.enter_context(objective.ready(device, to_device(first_batch(data, data_collator), at_first), shards))
         spread = sharded(model, device) if shards else nullcontext()
+        still = () if session.dropout else tuple(model.modules())
         with ExitStack() as inside:
             inside.enter_context(chosen.prepare(model, **(method_options or {})))
             inside.enter_context(nullcontext() if quantise is None else rounded_weights(model, quantise))
@@ -190,7 +193,7 @@ def recover(
             inside.enter_context(session.checkpointing(model))
             if folder is not None and first_rank():
                 write_settings(folder, WHAT, settings)
-            result = trained(model, session)
+            result = trained(model, session, still)
     if not result.diverged:  # what went wrong may be put right, and then the training goes on
         keep_result(model, folder, result)
     return result
@@ -216,5 +219,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
+        made_of = getattr(batch, "_make", type(batch))  # _make: of a named tuple
+        return made_of(to_device(value, device) for value in batch)
     return batch

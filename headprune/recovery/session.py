@@ -80,8 +80,9 @@ class Session:
         return self.held_out is not None or self.metric is not None
 
 
-def trained(model: nn.Module, session: Session) -> Recovery:
-    """Trains those parameters of `model` that ask for gradients. Raises InvalidInput where the first loss is not finite."""
+def trained(model: nn.Module, session: Session, still: Sequence[nn.Module]) -> Recovery:
+    """Trains those parameters of `model` that ask for gradients, with its modules `still` in eval mode. Raises InvalidInput where
+    the first loss is not finite."""
     from headprune.recovery import training
     from headprune.recovery.sharded_training import ShardedTrainer
 
@@ -93,7 +94,7 @@ def trained(model: nn.Module, session: Session) -> Recovery:
     good = GoodState(model, best if session.keeps else None, writes=session.sharded or rank == 0)
     kind = ShardedTrainer if session.sharded else training.RecoveryTrainer
     trainer = kind(
-        objective=session.objective, measure=session.metric, dropout=session.dropout, budget=session.budget,
+        objective=session.objective, measure=session.metric, still=still, budget=session.budget,
         clock=TrainingClock(session.clock), good=good, model=model, args=arguments, train_dataset=session.data,
         eval_dataset=session.held_out, data_collator=collator_of(session.data, session.collator), callbacks=list(session.callbacks),
     )  # fmt: skip

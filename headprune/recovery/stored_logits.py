@@ -20,8 +20,9 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.files import read_json, whole_file, write_json
 from headprune.models.batches import several
-from headprune.recovery.distillation import Distillation, TopLogits, logits_of
+from headprune.recovery.distillation import Distillation
 from headprune.recovery.features import Features, catching
+from headprune.recovery.logits import TopLogits, logits_of, problem_type, refuse_without_classes
 from headprune.recovery.result import told_apart
 from headprune.recovery.teacher import run
 from headprune.scoring.batch_identity import digest
@@ -86,10 +87,7 @@ def likeliest(
     tensors: dict[str, Tensor] = {}
     for call, output in enumerate(found.outputs):
         logits = logits_of(output)
-        if logits.shape[-1] == 1:
-            raise InvalidInput(
-                "the teacher gives one number, no classes to store the likeliest of; train with teacher=the model itself."
-            )
+        refuse_without_classes(logits, problem_type(teacher))
         values, indices = F.log_softmax(logits.float() / temperature, dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
         tensors |= {f"{call}/log_probabilities": values.cpu().contiguous(), f"{call}/indices": indices.int().cpu().contiguous()}
     return tensors, logits.shape[-1]

@@ -13,8 +13,8 @@ from headprune.errors import InvalidInput
 from headprune.models.adapters import attention_sites
 from headprune.models.batches import by_name
 from headprune.nn.replace import own_attention
-from headprune.recovery.distillation import logits_of
 from headprune.recovery.features import Features, catching
+from headprune.recovery.logits import logits_of
 from headprune.recovery.sharding import sharded
 from headprune.scoring.observer import LossFunction
 from headprune.scoring.passes import pass_of

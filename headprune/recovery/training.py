@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.training_args import ParallelMode
 
 from headprune.errors import InvalidInput
 from headprune.files import write_text
+from headprune.models.batches import unlabelled
 from headprune.recovery.batches import opened
 from headprune.recovery.budget import TrainingBudget, TrainingClock, of_first_rank
 from headprune.recovery.good_state import GoodState
@@ -34,15 +35,15 @@ class NotFinite(Exception):
 
 class RecoveryTrainer(Trainer):
     """objective(model, batch): the loss, a scalar. measure(model): how good the model is, higher is better, instead of the loss
-    on eval_dataset. dropout: train in training mode, else in eval mode. budget, clock, good: when to stop, and what to go
-    back to."""
+    on eval_dataset. still: modules that are trained in eval mode, without dropout. budget, clock, good: when to stop, and what to
+    go back to."""
 
     def __init__(
         self,
         *,
         objective: Callable[[nn.Module, Any], Tensor],
         measure: Callable[[nn.Module], float] | None,
-        dropout: bool,
+        still: Sequence[nn.Module],
         budget: TrainingBudget,
         clock: TrainingClock,
         good: GoodState,
@@ -50,20 +51,26 @@ class RecoveryTrainer(Trainer):
     ) -> None:
         super().__init__(**options)
         self.objective: Callable[[nn.Module, Any], Tensor] = objective
-        self.measure, self.dropout = measure, dropout
+        self.measure, self.still = measure, still
         self.budget, self.clock, self.good = budget, clock, good
         self.model_accepts_loss_kwargs = False  # each batch counts as one, however many labels it holds
         self.remove_callback(PrinterCallback)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
-        if not self.dropout:
-            model.eval()
+        for module in self.still:
+            module.training = False
         with self.accelerator.autocast():
             loss = self.objective(model, opened(inputs))
         finite = self.everywhere(bool(torch.isfinite(loss.detach())))
         if not finite:
-            raise NotFinite(f"the loss is NaN or infinite at step {self.state.global_step + 1}")
+            why = ", whose batch has no label that counts" if unlabelled(opened(inputs)) else ""
+            raise NotFinite(f"the loss is NaN or infinite at step {self.state.global_step + 1}{why}")
         return loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        if hasattr(data, "_make"):  # a named tuple, for which transformers would give all values as the first one
+            return data._make(map(self._prepare_input, data))
+        return super()._prepare_input(data)
 
     def everywhere(self, fact: bool) -> bool:
         """Whether it holds on every rank."""

@@ -74,6 +74,7 @@ def iterative(
 
 
 def stepwise(name: str, setting: Setting, goals: list[float], max_drop: float | None, folder: str | Path | None) -> ScheduleResult:
+    setting.refuse_unscorable()
     record = Record(setting.dense, folder, name, {**setting.to_json(), "targets": goals, "max_drop": max_drop})
     measure_dense(setting, record, name)
     model = record.restore()

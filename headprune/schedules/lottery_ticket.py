@@ -98,6 +98,7 @@ def lottery_ticket(
     check_lottery_ticket(recover, steps, per_step, spacing, rewind, rewind_step, early)
     options = {"criterion": "magnitude_l2", "compensate": False, **options}
     setting = Setting.of(model, batches, budget, {**options, "recover": recover})
+    setting.refuse_unscorable()
     goals = targets(budget.fraction, steps, per_step, spacing)
     own = {"targets": goals, "rewind": rewind, "rewind_step": rewind_step, "early": named(early), "control": control}
     record = Record(setting.dense, folder, NAME, {**setting.to_json(), **own})

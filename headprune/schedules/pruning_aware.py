@@ -89,6 +89,7 @@ def pruning_aware(
     if distil is not None and not teacher:
         raise InvalidInput("distil is given without a teacher; give teacher=True, which is the dense model.")
     setting = Setting.of(model, batches, budget, options)
+    setting.refuse_untrainable()
     training = GateTraining(steps, lr, gate_lr, weight_decay, ramp, warm_up, dropout, setting.seed)
     own = {"method": method, "training": asdict(training), "teacher": teacher, "distil": described(distil)}
     record = Record(setting.dense, folder, NAME, {**setting.to_json(), **own})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.models.batches import why_infinite
 from headprune.scoring.observer import LossFunction
 from headprune.scoring.passes import in_eval_mode
 
@@ -36,9 +37,13 @@ def has_loss(batches: Sequence[Any], loss_fn: LossFunction | None) -> bool:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None) -> float:
-    """Of all batches alike, in eval mode."""
+    """Of all batches alike, in eval mode. Raises InvalidInput where one's is not finite."""
+    losses = []
     with in_eval_mode(model):
-        losses = [float(batch_loss(model, batch, loss_fn)) for batch in batches]
+        for batch in batches:
+            losses.append(float(batch_loss(model, batch, loss_fn)))
+            if not math.isfinite(losses[-1]):
+                raise InvalidInput(f"the loss is NaN or infinite on a batch; {why_infinite(batch)}.")
     return sum(losses) / len(losses)
 
 

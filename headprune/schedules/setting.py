@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name, whole_number
-from headprune.models.batches import several
+from headprune.models.batches import length_of, several
 from headprune.nn.given import plain_module
 from headprune.planning import Budget, plan
 from headprune.recovery.result import told_apart
 from headprune.schedules.composition import shapes_of
 from headprune.schedules.quality import has_loss, mean_loss, refuse_not_finite
-from headprune.schedules.recovering import Recover
+from headprune.schedules.recovering import Recover, RecoverySettings
 from headprune.scoring import HeadScores, Need, check_normalization, get_criterion
 from headprune.scoring.batch_identity import data_identity
-from headprune.scoring.observer import LossFunction
+from headprune.scoring.observer import LossFunction, observer_of
 from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
 from headprune.settings import described
@@ -87,8 +87,10 @@ class Setting:
             raise InvalidInput("feed_forward=True is a part of compensation; give compensate=True too, or leave it out.")
         if found.train is not None:
             several(found.train, "train")
-        if isinstance(found.train, Sequence) and not found.train:
+        if length_of(found.train) == 0:
             raise InvalidInput("the training data is empty; give at least one batch, or leave train out.")
+        if isinstance(found.recover, RecoverySettings):
+            found.refuse_untrainable()
         found.refuse_infeasible(shapes_of(found.dense))
         return found
 
@@ -99,6 +101,17 @@ class Setting:
         """InfeasibleBudget at the start, not after hours: the last target is planned with equal scores."""
         equal = {name: torch.zeros(shape.head_map.query_heads) for name, shape in shapes.items()}
         plan(HeadScores(self.criterion, equal, dict(shapes)), self.budget, **self.planning)
+
+    def refuse_untrainable(self) -> None:
+        if self.train is None and not self.batches:
+            raise InvalidInput("the training data is empty: there are no calibration batches; give some, or other data as train.")
+
+    def refuse_unscorable(self) -> None:
+        """InvalidInput where heads are chosen by batches and there are none."""
+        runs = {observer_of(need).runs for need in get_criterion(self.criterion).needs} - {"nothing"}
+        if not self.batches and (runs or self.trials):
+            reader = f"criterion {self.criterion!r}" if runs else f"trials={self.trials}"
+            raise InvalidInput(f"the calibration set is empty, and {reader} runs the model; give at least one batch.")
 
     @property
     def training_data(self) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headprune.errors import InvalidInput
+from headprune.models.batches import length_of
 
 
 def checksum(batch: Any) -> int:
@@ -38,7 +39,8 @@ def data_identity(data: Any) -> str | None:
         return None
     if isinstance(data, (list, tuple)):
         return f"{len(data)} batches {hashlib.sha256(repr([checksum(batch) for batch in data]).encode()).hexdigest()[:16]}"
-    return f"{type(data).__qualname__} of {len(data) if hasattr(data, '__len__') else 'unknown'} batches"
+    length = length_of(data)
+    return f"{type(data).__qualname__} of {'unknown' if length is None else length} batches"
 
 
 def content(value: Any, of_others: Callable[[Any], bytes]) -> Iterator[bytes | memoryview]:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, unknown_name
 from headprune.models import attention_sites
+from headprune.models.batches import why_infinite
 from headprune.models.gating import gate_columns, output_input_hook
 from headprune.models.replaced import replaced_forward
 from headprune.models.site import AttentionSite
@@ -113,7 +114,7 @@ class MaskedLosses:
                 stack.enter_context(recording(self.structure.calls, list(self.structure.plans.values()), found.stored))
             found.losses = self.sample_losses(batch, found)
         if not torch.isfinite(found.losses).all():
-            raise InvalidInput("the loss is NaN or infinite on a batch; look for empty labels or overflow in low precision.")
+            raise InvalidInput(f"the loss is NaN or infinite on a batch; {why_infinite(batch)}.")
         return found
 
     def fits(self, found: DensePass) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
+from headprune.models.batches import why_infinite
 from headprune.models.quantised import kept_differentiable
 from headprune.models.uncompiled import uncompiled
 from headprune.nn.given import out_of_inference_mode
@@ -48,11 +49,9 @@ def differentiate(loss: Tensor) -> None:
     loss.sum().backward()
 
 
-def refuse_infinite(finite: bool) -> None:
+def refuse_infinite(finite: bool, batch: Any) -> None:
     if not finite:
-        raise InvalidInput(
-            "the loss is NaN or infinite on a calibration batch; look for empty labels or overflow in low precision."
-        )
+        raise InvalidInput(f"the loss is NaN or infinite on a calibration batch; {why_infinite(batch)}.")
 
 
 def snapshot(setting: Setting, observers: Sequence[Observer], seen: Sequence[int]) -> Observations:

@@ -30,7 +30,7 @@ class RanBatch:
         for event in self._arrived:
             event.synchronize()
         if self._finite is not None:
-            refuse_infinite(bool(self._finite))
+            refuse_infinite(bool(self._finite), self._batch)
         return checksum(self._batch)
 
     def _on_the_host(self, leaf: Any) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
-from headprune.models.batches import by_name
+from headprune.models.batches import by_name, why_infinite
 
 IGNORED = -100  # a label that no loss counts, by torch's and transformers' convention
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a loss computed in another order; others: LOW_PRECISION
@@ -54,9 +54,7 @@ def recognised(output: Any, batch: Mapping[str, Any], loss: Tensor, model: str, 
     expected = float(loss.detach())
     allowed = SAME_LOGITS.get(loss.dtype, SAME_LOGITS_LOW_PRECISION) * (1 + abs(expected))
     if not math.isfinite(expected):
-        raise InvalidInput(
-            f"the loss of {model} is NaN or infinite on a batch; look for empty labels or overflow in low precision."
-        )
+        raise InvalidInput(f"the loss of {model} is NaN or infinite on a batch; {why_infinite(batch)}.")
     distances: dict[str, float] = {}
     for name, form in FORMS.items():
         found = form(output, batch)

@@ -153,7 +153,7 @@ class StreamedPass:
                 with leaving(self.trunk, states, self.entries[index].alone):
                     loss = self.setting.loss(batch)
                 differentiate(loss)
-                refuse_infinite(bool(torch.isfinite(loss).all()))
+                refuse_infinite(bool(torch.isfinite(loss).all()), batch)
                 losses.append(loss.detach())
                 if not self.states.has("gradients", last, index):
                     self.states.put("gradients", last, index, gradient_of(states))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from headprune.arguments import check_arguments, check_options, is_whole
+from headprune.arguments import check_arguments, check_options, is_whole, one_line
 from headprune.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.hub import local_folder
@@ -29,7 +29,7 @@ from headprune.surgery import modeling_headprune
 from headprune.surgery.companions import copy_companions, origin_of, refuse_companion
 from headprune.surgery.config_file import built_as, load_config
 from headprune.surgery.cut import cut
-from headprune.surgery.load_options import check_load_options
+from headprune.surgery.load_options import CHECKED, check_load_options
 from headprune.surgery.loading_report import check_report
 from headprune.surgery.manifest import check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
@@ -41,7 +41,8 @@ Plain = TypeVar("Plain", bound=nn.Module)
 SAVE_OPTIONS = set(signature(PreTrainedModel.save_pretrained).parameters) - {"self", "save_directory", "kwargs"}
 SAVE_OPTIONS |= {"safe_serialization"}  # transformers 5 knows no other way
 SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
-OWN_OPTIONS = ("config", "local_files_only", "output_loading_info", "ignore_mismatched_sizes")  # of from_pretrained
+# Of from_pretrained; with a folder it takes no state_dict.
+OWN_OPTIONS = ("config", "local_files_only", "output_loading_info", "ignore_mismatched_sizes", "state_dict")
 LANGUAGE_HEADS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
 
 
@@ -119,6 +120,9 @@ def check_save_options(options: Mapping[str, Any]) -> None:
     check_options("save", options, SAVE_OPTIONS)
     if options.get("push_to_hub"):
         raise InvalidInput("save with push_to_hub=True would upload half of the folder; call push_to_hub(name) on what load gives.")
+    weights = options.get("state_dict")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise InvalidInput(f"state_dict is {one_line(weights)}; expected a dict of tensors, as model.state_dict() gives.")
     size = options.get("max_shard_size", 1)
     if not (SIZE.fullmatch(size) if isinstance(size, str) else is_whole(size) and size > 0):
         raise InvalidInput(f"max_shard_size is {size!r:.80}; expected a number of bytes, 1 or more, or a size such as '5GB'.")
@@ -202,7 +206,7 @@ def load(
         check_manifest(folder)
     model_class = class_of(config, base)
     built: Any = pruned_class(model_class, section)  # what from_pretrained returns depends on output_loading_info
-    with built_as(model_class, folder):
+    with built_as(model_class, folder, sorted(set(options) - CHECKED)):
         try:
             found, report = built.from_pretrained(
                 folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options

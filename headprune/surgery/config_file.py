@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -110,19 +111,32 @@ def check_sizes(config: Mapping[str, Any], inside: str = "") -> None:
 
 
 @contextmanager
-def built_as(model_class: type, folder: str | os.PathLike[str]) -> Iterator[None]:
+def built_as(model_class: type, folder: str | os.PathLike[str], options: Sequence[str] = ()) -> Iterator[None]:
     """CorruptCheckpoint in place of whatever `model_class` raises in the block while it is made from the config and weights of
-    `folder`: a value of the config that is wrong beside another is met in any line of it."""
+    `folder`: a value of the config that is wrong beside another is met in any line of it. InvalidInput where it is made with
+    `options`, one of which may be what is wrong; HeadpruneError where the memory is too small."""
     try:
         yield
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"{folder}: {error}") from None
-    except (HeadpruneError, MemoryError):
+    except HeadpruneError:
         raise
     except ImportError as error:
         raise InvalidInput(f"{folder} does not load without another package: {first_line(error)}") from error
     except Exception as error:
-        raise CorruptCheckpoint(f"{folder} does not load as {model_class.__name__}: {first_line(error)}") from error
+        name = model_class.__name__
+        if is_out_of_memory(error):
+            raise HeadpruneError(
+                f"{folder} does not fit into memory as {name}; give a smaller dtype, or another device_map. {first_line(error)}"
+            ) from error
+        if options:
+            raise InvalidInput(f"{folder} does not load as {name} with {', '.join(options)}: {first_line(error)}") from error
+        raise CorruptCheckpoint(f"{folder} does not load as {name}: {first_line(error)}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the CPU torch says so in a RuntimeError alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def first_line(error: Exception) -> str:

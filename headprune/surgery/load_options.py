@@ -12,6 +12,7 @@ from headprune.errors import InvalidInput, unknown_name
 from headprune.models.placement import refuse_absent
 
 NAMED = {"revision": "it with the name, as owner/name@revision", "subfolder": "the path of that folder"}
+CHECKED = {*NAMED, "attn_implementation", "dtype", "torch_dtype", "device_map"}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 

@@ -287,23 +287,59 @@ def test_a_relative_difference_is_over_the_teachers_mean_square():
     assert float(squared_difference(3 * teacher, teacher, valid, relative=True)) == pytest.approx(4.0)
 
 
+NUMBERS = [{"num_labels": 1}, {"num_labels": 3, "problem_type": "regression"}]
+
+
 @torch.no_grad()
-def test_a_single_logit_is_compared_by_its_square():
-    dense, pruned = regressions()
+@pytest.mark.parametrize("options", NUMBERS)
+def test_numbers_are_compared_by_their_square(options):
+    dense, pruned = with_head(**options)
     batch = {"input_ids": tokens(4, 9)}
     ours = hp.recovery.loss(pruned, batch, dense)
     torch.testing.assert_close(ours, (pruned(**batch).logits - dense(**batch).logits).square().mean())
 
 
-def test_a_teacher_of_one_number_is_not_stored(tmp_path):
-    with pytest.raises(InvalidInput, match="gives one number, no classes to store"):
-        hp.recovery.store_logits(regressions()[0], [{"input_ids": tokens(4, 9)}], tmp_path / "logits")
+@torch.no_grad()
+@pytest.mark.parametrize("number", [1, 5])
+def test_of_several_labels_each_is_compared_by_itself(number):
+    dense, pruned = with_head(num_labels=number, problem_type="multi_label_classification")
+    batch, tau = {"input_ids": tokens(4, 9)}, 3.0
+    ours = hp.recovery.loss(pruned, batch, dense, hp.Distillation(logits=1.0, temperature=tau))
+    found, expected = ((model(**batch).logits / tau).sigmoid() for model in (pruned, dense))
+    true, false = expected * (expected / found).log(), (1 - expected) * ((1 - expected) / (1 - found)).log()
+    torch.testing.assert_close(ours, tau**2 * (true + false).mean())
 
 
-def regressions():
+@torch.no_grad()
+def test_labels_that_are_floats_make_it_several():
+    """As transformers finds out by itself, at a head's first loss."""
+    dense, pruned = with_head(num_labels=5)
+    plain, multi = copy.deepcopy((dense, pruned)), with_head(num_labels=5, problem_type="multi_label_classification")
+    batch = {"input_ids": tokens(4, 9)}
+    labelled = {**batch, "labels": torch.ones(4, 5)}
+    assert hp.recovery.loss(pruned, labelled, dense) == hp.recovery.loss(multi[1], batch, multi[0])
+    assert hp.recovery.loss(plain[1], batch, plain[0]) != hp.recovery.loss(multi[1], batch, multi[0])
+
+
+@pytest.mark.parametrize("options", [*NUMBERS, {"num_labels": 3, "problem_type": "multi_label_classification"}])
+def test_a_teacher_of_numbers_or_several_labels_is_not_stored(options, tmp_path):
+    batch = {"input_ids": tokens(4, 9)}
+    dense, pruned = with_head(**options)
+    with pytest.raises(InvalidInput, match="gives numbers or several labels at once, no classes to store"):
+        hp.recovery.store_logits(dense, [batch], tmp_path / "none")
+    if "problem_type" in options:  # as a folder that was written before its head was told
+        dense.config.problem_type = None
+        hp.recovery.store_logits(dense, [batch], tmp_path / "logits")
+        with pytest.raises(InvalidInput, match="gives numbers or several labels at once, no classes to store"):
+            hp.recovery.loss(pruned, batch, tmp_path / "logits")
+
+
+def with_head(**options):
+    """(dense, pruned), for sequences."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    dense = BertForSequenceClassification(BertConfig(**{**bert().config.to_dict(), "num_labels": 1})).eval()
+    torch.manual_seed(0)
+    dense = BertForSequenceClassification(BertConfig(**{**bert().config.to_dict(), **options})).eval()
     pruned = copy.deepcopy(dense)
     hp.cut(pruned, {"bert.encoder.layer.0.attention": [0]})
     return dense, pruned

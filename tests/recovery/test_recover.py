@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import transformers
 from child_process import environment
 from pruned_pairs import padded_batches, pruned_bert, pruned_classifier, pruned_llama, text_batches
-from tiny_models import hidden, llama
+from tiny_models import bert, hidden, llama
 
 import headprune as hp
 from headprune.errors import InvalidInput
@@ -151,6 +152,32 @@ def test_adapters_that_cannot_be_are_refused_before_the_model_is_touched(options
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("dropout", [None, False, True])
+def test_dropout_of_adapters_does_not_hang_on_the_model_s_own(dropout):
+    """BERT's are of 0.1; a teacher leaves them out where nothing else is said."""
+    shares, seen = {"own": 0.1, "adapters": 0.5}, set()
+
+    def loss_fn(model, batch):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout) and torch.is_grad_enabled():
+                seen.update(name for name, share in shares.items() if module.p == share and module.training)
+        return model(**batch).last_hidden_state.square().mean()
+
+    dense = bert(hidden_dropout_prob=0.1)
+    options = {"method": "lora", "method_options": {"dropout": 0.5}, "dropout": dropout, "steps": 1}
+    hp.recover(copy.deepcopy(dense), padded_batches(1), teacher=dense, loss_fn=loss_fn, **options)
+    assert seen == ({"own", "adapters"} if dropout else {"adapters"})
+
+
+def test_checkpointed_layers_drop_the_same_when_they_run_again():
+    dense, model = pruned_llama()
+    other = copy.deepcopy(model)
+    options = {"teacher": dense, "method": "lora", "method_options": {"dropout": 0.5}, "steps": 2, "lr": 1e-2}
+    hp.recover(model, text_batches(), gradient_checkpointing=True, **options)
+    hp.recover(other, text_batches(), **options)
+    same_state(model, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("pair", [pruned_llama, pruned_bert])
 def test_distillation_brings_the_outputs_nearer(pair):
     dense, model = pair()
@@ -170,6 +197,19 @@ def test_a_plain_module_recovers_with_a_loss_function():
     assert result.losses[-1][1] < 0.8 * result.losses[0][1]
     plain = hp.recover(model, batches, batches, loss_fn=loss_fn, method="lora", steps=12, lr=5e-3)
     assert plain.best > plain.evaluations[0][1]
+
+
+def test_named_tuples_are_batches_as_tuples_are():
+    pair = namedtuple("pair", "tokens labels")
+    dense, model = pruned_llama()
+    other = copy.deepcopy(model)
+    batches = [pair(batch["input_ids"], batch["labels"]) for batch in text_batches()]
+    options = {"teacher": dense, "steps": 2, "lr": 1e-3}
+    named = lambda model, batch: model(input_ids=batch.tokens, labels=batch.labels).loss  # noqa: E731
+    hp.recover(model, batches, batches[:1], loss_fn=named, **options)
+    plain = lambda model, batch: model(input_ids=batch[0], labels=batch[1]).loss  # noqa: E731
+    hp.recover(other, list(map(tuple, batches)), [tuple(batches[0])], loss_fn=plain, **options)
+    same_state(model, other)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -193,7 +233,10 @@ def test_a_stream_of_rows_is_made_into_batches():
             return map(Rows().__getitem__, range(len(Rows())))
 
     _, model = pruned_llama()
+    other = copy.deepcopy(model)
     result = hp.recover(model, Stream(), steps=5, lr=5e-3, per_device_train_batch_size=4)
+    assert result.losses[-1][1] < result.losses[0][1]
+    result = hp.recover(other, torch.utils.data.DataLoader(Stream(), batch_size=4), steps=5, lr=5e-3)
     assert result.losses[-1][1] < result.losses[0][1]
 
 
@@ -260,6 +303,29 @@ def test_a_loss_that_becomes_nan_leaves_the_last_good_state():
     result = hp.recover(model, text_batches(), loss_fn=loss_fn, steps=20, lr=1e-3)
     assert result.stopped_because == "the loss is NaN or infinite at step 8; the weights are those of step 6"
     assert all(torch.equal(value, calls[6][name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("distil", [None, {"logits": 1.0, "task": 1.0}])
+def test_labels_of_which_none_counts_are_told_before_training(distil):
+    dense, model = pruned_llama()
+    empty = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in text_batches(2)]
+    teaching = {} if distil is None else {"teacher": dense, "distil": hp.Distillation(**distil)}
+    for train, held_out, name in ((empty, None, "train"), (text_batches(), empty, "eval")):
+        with pytest.raises(InvalidInput, match=f"no batch of {name} has a label that counts, all are -100"):
+            hp.recover(model, train, held_out, steps=1, **teaching)
+    hp.recover(model, empty, teacher=dense, steps=1)
+
+
+def test_a_batch_without_a_label_that_counts_is_told_where_training_meets_it():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            rows = [Rows()[number] for number in range(3)]
+            yield from [*rows[:2], rows[2] | {"labels": torch.full_like(rows[2]["labels"], -100)}]
+
+    _, model = pruned_llama()
+    found = hp.recover(model, Stream(), steps=3)
+    expected = "the loss is NaN or infinite at step 3, whose batch has no label that counts; the weights are those of step 2"
+    assert found.stopped_because == expected
 
 
 def test_a_first_loss_that_is_nan_is_an_error():

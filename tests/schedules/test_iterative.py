@@ -153,6 +153,22 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         schedules.one_shot(tiny(), batches(), hp.Budget(heads=0.5), loss_fn=loss, folder=tmp_path / "mine")
 
 
+@pytest.mark.parametrize("name", ["one_shot", "iterative", "lottery_ticket"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "magnitude_l2", "recover": hp.RecoverySettings(steps=1)}, "the training data is empty"),
+        ({"criterion": "magnitude_l2", "train": torch.utils.data.DataLoader([])}, "the training data is empty"),
+        ({"criterion": "fisher", "train": batches()}, "the calibration set is empty, and criterion 'fisher' runs the model"),
+        ({"criterion": "magnitude_l2", "trials": 2}, "the calibration set is empty, and trials=2 runs the model"),
+    ],
+)
+def test_empty_data_is_refused_before_anything_runs(name, options, message):
+    never = {"recover": lambda *_: pytest.fail("trained"), "metric": lambda *_: pytest.fail("measured")}
+    with pytest.raises(InvalidInput, match=message):
+        getattr(schedules, name)(tiny(), [], hp.Budget(heads=0.5), loss_fn=loss, **{**never, **options})
+
+
 def test_a_target_below_the_minimum_is_refused_before_anything_runs():
     with pytest.raises(InfeasibleBudget, match=r"heads=0\.5"):
         schedules.iterative(tiny(), batches(), hp.Budget(heads=0.7), min_heads=2, loss_fn=lambda *_: pytest.fail("ran"))

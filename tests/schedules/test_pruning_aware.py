@@ -144,6 +144,8 @@ def test_bad_input_is_named_before_training():
         schedules.pruning_aware(tiny(), min_heads=3, **calls)
     with pytest.raises(InvalidInput, match="training data is empty"):
         schedules.pruning_aware(tiny(), train=[], **calls)
+    with pytest.raises(InvalidInput, match="training data is empty"):
+        schedules.pruning_aware(tiny(), **{**calls, "batches": []})
 
 
 def test_a_nan_loss_names_the_step_and_keeps_the_state_before_it(tmp_path):

@@ -6,6 +6,7 @@ from masked_models import bart, bert_with, classes
 from tiny_models import VOCABULARY, llama, padded, tokens
 from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
+from headprune import scoring
 from headprune.errors import InvalidInput
 from headprune.scoring.sample_losses import OwnLoss, next_token, token
 
@@ -94,6 +95,13 @@ def test_a_loss_that_is_not_finite_is_named():
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(InvalidInput, match="the loss of LlamaForCausalLM is NaN or infinite on a batch; look for empty labels"):
         OwnLoss()(model, {"input_ids": tokens(), "labels": tokens()})
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "ablation"])
+def test_a_batch_without_a_label_that_counts_is_named(criterion):
+    labels = [tokens(), torch.full_like(tokens(), -100)]
+    with pytest.raises(InvalidInput, match=r"batch; none of its labels counts \(all are -100\)"):
+        scoring.score(llama(), [{"input_ids": tokens(), "labels": some} for some in labels], criterion)
 
 
 @pytest.mark.parametrize(("batch", "names"), [({"input_ids": tokens()}, "put labels into the batches"), (3, "a batch is a int")])

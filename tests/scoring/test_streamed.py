@@ -195,7 +195,7 @@ def test_the_causal_loss_of_a_batch_without_labels_is_nan_as_the_models_own_is()
     one = batch["labels"].clone()
     one[0] = -100
     assert causal_losses(model, batch | {"labels": one}).ne(0).tolist() == [False, True, True]
-    with pytest.raises(InvalidInput, match="empty labels"):
+    with pytest.raises(InvalidInput, match="none of its labels counts"):
         hp.score(model, [batch | {"labels": torch.full_like(batch["labels"], -100)}], "fisher", loss_fn=causal_losses)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_encoders import SEQ2SEQ, VISION
 from tiny_models import bert, hidden, llama, padded, tokens
+from transformers import BertModel
 from transformers.utils.logging import warning_once
 
 from headprune.errors import CorruptCheckpoint, HeadpruneError, InvalidInput, UnsupportedModel
@@ -329,7 +330,45 @@ def test_an_unknown_attention_function_is_not_said_to_be_a_corrupt_folder(tmp_pa
         load(tmp_path / "model", attn_implementation="sdap")
 
 
-@pytest.mark.parametrize("option", ["config", "local_files_only", "output_loading_info", "ignore_mismatched_sizes"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization_config": {"quant_method": "nonsense"}},
+        {"quantization_config": 8},
+        {"gguf_file": 7},
+        {"device_map": "auto", "max_memory": "all"},
+    ],
+)
+def test_what_from_pretrained_does_not_take_is_not_said_to_be_a_corrupt_folder(options, tmp_path):
+    save(pruned("bert"), tmp_path / "model")
+    name = list(options)[-1]
+    with pytest.raises(InvalidInput, match=rf"{tmp_path}/model does not load as BertModel with {name}: ."):
+        load(tmp_path / "model", **options)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("DefaultCPUAllocator: no")]
+)
+def test_too_little_memory_is_not_said_to_be_a_corrupt_folder(error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    bert().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(BertModel, "from_pretrained", fail)
+    with pytest.raises(
+        HeadpruneError, match=rf"{tmp_path}/model does not fit into memory as BertModel; give a smaller dtype"
+    ) as caught:
+        load(tmp_path / "model")
+    assert type(caught.value) is HeadpruneError
+
+
+def test_a_state_dict_that_is_none_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="state_dict is 7; expected a dict of tensors"):
+        save(bert(), tmp_path / "model", state_dict=7)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("option", ["config", "local_files_only", "output_loading_info", "ignore_mismatched_sizes", "state_dict"])
 def test_what_load_gives_from_pretrained_itself_is_refused_by_name(option, tmp_path):
     save(bert(), tmp_path / "model")
     with pytest.raises(InvalidInput, match=f"load sets {option} itself; leave it out"):

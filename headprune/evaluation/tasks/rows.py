@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import random
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from headprune.errors import InvalidInput
 from headprune.evaluation.tasks.other_rows import hub_rows, name_on_hub, parquet_rows
-from headprune.files import path_of
+from headprune.files import parsed_json, path_of
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
@@ -89,21 +88,21 @@ def parsed(suffix: str, text: str) -> list[Any]:
     if suffix in SEPARATORS:
         return table_rows(text, SEPARATORS[suffix])
     if suffix == ".json" and not of_lines(text):
-        content = json.loads(text)
+        content = parsed_json(text)
         if isinstance(content, dict) and "data" in content:
             content = content["data"]
         if not isinstance(content, list):
             raise ValueError(f"expected a list of objects, found {type(content).__name__}")
         return content
     # Not splitlines: what Unicode calls a line separator may stand in a string of JSON.
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return [parsed_json(line) for line in text.split("\n") if line.strip()]
 
 
 def of_lines(text: str) -> bool:
     """Whether the first line of several is an object by itself, as in files of JSON Lines that are called .json."""
     first, _, rest = text.strip().partition("\n")
     try:
-        return bool(rest) and isinstance(json.loads(first), dict)
+        return bool(rest) and isinstance(parsed_json(first), dict)
     except ValueError:
         return False
 

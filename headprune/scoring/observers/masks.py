@@ -111,7 +111,7 @@ class IntegratedGradients(MaskObserver):
     """The way from closed gates to open ones."""
 
     per_head = ("integrated_gradient",)
-    steps = 8
+    points = 9
 
     def measure(self, found: MaskedBatch, counts: dict[str, int], generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
-        return {name: {"integrated_gradient": rows} for name, rows in integrated_gradients(found, self.steps).items()}
+        return {name: {"integrated_gradient": rows} for name, rows in integrated_gradients(found, self.points).items()}
