@@ -101,6 +101,13 @@ def test_a_latency_that_cannot_be_met_is_told_in_milliseconds():
         plan(scores, Budget(latency=0.5, table=table()[1]))
 
 
+def test_where_fewer_heads_take_longer_nothing_is_the_nearest_that_can_be_met():
+    scores, measured = table()
+    slower = replace(measured, attention=dict.fromkeys(measured.attention, (100, 1200, 1100, 1050, 1000)))
+    with pytest.raises(InfeasibleBudget, match=r"nearest budget that can be met is latency=0;"):
+        plan(scores, Budget(latency=0.5, table=slower))
+
+
 def test_tables_survive_the_disk_and_name_what_does_not_fit(tmp_path):
     scores, measured = table()
     measured.save(tmp_path / "latency.json")
