@@ -153,7 +153,8 @@ def refuse_infeasible(selection: Selection, sites: list[str], cost: int, target:
     allowed = f"{allowed} allowed" if target >= 0 else "none allowed, as the rest of the model takes more than the budget"
     raise InfeasibleBudget(
         f"{budget} cannot be met: {least} of {whole} {unit} are left {where}, {allowed}. The nearest budget that can be met is "
-        f"{budget.quantity}={math.floor(1e4 * most) / 1e4:g}; or lower min_heads (now {selection.min_heads}) or what is protected."
+        f"{budget.quantity}={math.floor(1e4 * most) / 1e4:g}; or lower min_heads (now {selection.min_heads}) or multiple_of, or "
+        "protect less."
     )
 
 
