@@ -237,8 +237,9 @@ def clear_disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _DISK.get(error.errno or errno.EIO) or os.strerror(error.errno or errno.EIO)
-        raise HeadpruneError(f"cannot write {target}: {reason}. Nothing was changed there.") from error
+        # numpy tells no number where the disk took a part alone.
+        told = f"the disk may be full ({error})" if error.errno is None else os.strerror(error.errno)
+        raise HeadpruneError(f"cannot write {target}: {_DISK.get(error.errno or 0, told)}. Nothing was changed there.") from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
             raise HeadpruneError(f"cannot write {target}: {error}. Nothing was changed there.") from error

@@ -1,5 +1,6 @@
 """What replaces folders and refuses places, whatever happens meanwhile."""
 
+import errno
 import json
 import os
 
@@ -49,6 +50,21 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place_unless_that_is_not_aske
     with whole_file(tmp_path / "plan.json", sync=sync) as draft:
         draft.write_text("{}")
     assert done == [("synced", str(draft))] * sync + [("renamed", str(draft))]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+        (OSError("26 requested and 0 written"), r"the disk may be full \(26 requested and 0 written\)"),  # of numpy
+    ],
+)
+def test_what_the_disk_refuses_is_told(tmp_path, error, told):
+    message = rf"cannot write .*plan\.json: {told}\. Nothing was changed"
+    with pytest.raises(HeadpruneError, match=message), whole_file(tmp_path / "plan.json"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077])

@@ -146,14 +146,15 @@ def refuse_infeasible(selection: Selection, sites: list[str], cost: int, target:
     if cost <= target:
         return
     budget, full = selection.budget, sum(selection.full_cost(site) for site in sites)
-    most = most_that_goes(selection, sites, cost)
+    most = max(0, most_that_goes(selection, sites, cost))  # fewer heads may have been measured to take longer
     where = f"over {len(sites)} sites" if len(sites) > 1 else f"at {sites[0]}"
     unit, size = UNITS.get(budget.quantity, (budget.quantity, 1))
     least, whole, allowed = (f"{amount / size:.3g}" if size > 1 else str(amount) for amount in (cost, full, target))
     allowed = f"{allowed} allowed" if target >= 0 else "none allowed, as the rest of the model takes more than the budget"
     raise InfeasibleBudget(
         f"{budget} cannot be met: {least} of {whole} {unit} are left {where}, {allowed}. The nearest budget that can be met is "
-        f"{budget.quantity}={math.floor(1e4 * most) / 1e4:g}; or lower min_heads (now {selection.min_heads}) or what is protected."
+        f"{budget.quantity}={math.floor(1e4 * most) / 1e4:g}; or lower min_heads (now {selection.min_heads}) or multiple_of, or "
+        "protect less."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from headprune.arguments import check_arguments
@@ -38,8 +39,10 @@ class Budget:
         if len(given) != 1:
             raise InvalidInput(f"a budget names exactly one of {', '.join(COSTS)}; got {', '.join(given) or 'none'}.")
         ((name, fraction),) = given.items()
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
-            raise InvalidInput(f"budget {name}={fraction}: expected the fraction to remove, at least 0 and below 1 (0.5 = half).")
+        if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 <= float(fraction) < 1:
+            raise InvalidInput(
+                f"budget {name}={fraction!r:.80}: expected the fraction to remove, at least 0 and below 1 (0.5 = half)."
+            )
         whole_number("sequence_length", self.sequence_length)
         check_arguments(Budget, vars(self))
 
@@ -67,7 +70,8 @@ class Budget:
     def measured(self) -> LatencyTable:
         if self.table is None:
             raise InvalidInput(
-                "a latency budget needs table=: measure one on this machine with headprune.evaluation.measure_latency_table."
+                "a latency budget needs --table (table=): measure one on this machine with headprune latency "
+                "(headprune.evaluation.measure_latency_table)."
             )
         return self.table
 

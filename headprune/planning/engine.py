@@ -93,7 +93,10 @@ def refuse_uneven(engine: Engine, scores: HeadScores) -> None:
     """InvalidInput where the model, as it is, is none that `engine` can run."""
     way_out = "Plan from the model before it was pruned, or without a target: export then fills up heads, and says the cost."
     first: dict[tuple[int, ...], str] = {}
+    needed = engine.floors(list(scores.shapes))
     for name, shape in scores.shapes.items():
+        if name in needed and not shape.head_map.query_heads:
+            raise InvalidInput(f"target {engine.name} needs a head at {name}, which has lost all of them already. {way_out}")
         if engine.even_groups and not shape.head_map.is_uniform:
             raise InvalidInput(f"target {engine.name} needs groups of one size, and {name} has {shape.head_map} already. {way_out}")
         other = first.setdefault((shape.hidden_size, shape.head_dim, shape.value_dim), name)

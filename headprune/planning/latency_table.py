@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 from pathlib import Path
 
 from headprune.errors import InvalidInput
@@ -33,10 +34,11 @@ class LatencyTable:
     def cost(self, shape: SiteShape, head_map: HeadMap, site: str | None = None) -> int:
         """Nanoseconds of an attention of `shape` that has the heads of `head_map`; site: its name, where lengths differ. Raises
         InvalidInput for another geometry."""
-        times = self.attention.get(self.key(shape, site))
-        if times is None:
+        times = self.attention.get(self.key(shape, site), ())
+        if len(times) <= head_map.query_heads:
             raise InvalidInput(
-                f"the latency table has no attention of {key_of(shape)} (it has {', '.join(self.attention)}); measure this model."
+                f"the latency table has no attention of {key_of(shape)} with {head_map.query_heads} heads (it has "
+                f"{', '.join(self.attention) or 'none'}); measure this model."
             )
         return times[head_map.query_heads]
 
@@ -73,8 +75,10 @@ class LatencyTable:
         document = read_json(path, "latency_table")
         try:
             values = {name: document[name] for name in cls.__dataclass_fields__ if name in document or name != "lengths"}
-            return cls(**{**values, "attention": {key: tuple(times) for key, times in values["attention"].items()}})
-        except (KeyError, TypeError, AttributeError) as error:
+            attention = {key: tuple(map(index, times)) for key, times in values["attention"].items()}
+            lengths = dict(values.get("lengths", {}))
+            return cls(**{**values, "attention": attention, "rest": index(values["rest"]), "lengths": lengths})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInput(f"{path} is not a complete latency_table file: {error!r}.") from None
 
 

@@ -75,11 +75,7 @@ def save(
     refuse_wrapped(model)
     check_arguments(save, locals())
     refuse_streamed(model, "in the folder that it was opened from", "copy that, or save what hp.load gives")
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModel(
-            f"{type(model).__name__} has adapters attached, whose weights are not the model's. Call merge_and_unload() and save "
-            "what it returns, or save the adapters by themselves with save_pretrained."
-        )
+    refuse_adapters(model, "save")
     check_recorded(model)
     quantised = next((name for name, weight in model.named_parameters() if type(weight) not in (nn.Parameter, Tensor)), None)
     if quantised is not None:
@@ -223,6 +219,15 @@ def load(
         save_with_code(found, model_class)
     loaded: PreTrainedModel = found
     return loaded
+
+
+def refuse_adapters(model: nn.Module, doing: str) -> None:
+    """UnsupportedModel where peft has attached adapters, naming what is then not done."""
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has adapters attached, whose weights are not the model's. Call merge_and_unload() and {doing} "
+            "what it returns, or save the adapters by themselves with save_pretrained."
+        )
 
 
 def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedModel:

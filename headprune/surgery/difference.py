@@ -52,13 +52,15 @@ class Difference:
 def diff(before: nn.Module | str | os.PathLike[str], after: nn.Module | str | os.PathLike[str]) -> Difference:
     """What `after` has lost against `before`; each is a model or the folder of one, of which no weights are read.
 
-    Raises InvalidInput where the two are not made from one model: other attentions, or heads that only `after` has.
+    Raises InvalidInput where the two are not made from one model: of another type, other attentions or sizes of them, or heads
+    that only `after` has.
     """
     check_arguments(diff, locals())
     models = [plain_module(found) if isinstance(found, nn.Module) else skeleton(found) for found in (before, after)]
     with own_attention(models[0]), own_attention(models[1]):
         whole, small = ({site.name: site for site in attention_sites(model)} for model in models)
         names = paired(models, whole, small)
+        refuse_other_model(models, {name: (whole[name], small[other]) for name, other in names.items()})
         removed = {}
         for name, other in names.items():
             heads = removed_heads(name, whole[name], small[other], entry(models[0], name), entry(models[1], other))
@@ -77,6 +79,17 @@ def paired(models: list[nn.Module], whole: Mapping[str, Any], small: Mapping[str
             return names
     only = sorted(set(whole) ^ set(small))
     raise InvalidInput(f"the models do not have the same attentions: only one of them has {', '.join(only[:3])}.")
+
+
+def refuse_other_model(models: list[nn.Module], sites: Mapping[str, tuple[AttentionSite, AttentionSite]]) -> None:
+    """InvalidInput where attentions of the same names are of another family or size."""
+    first, second = (getattr(getattr(model, "config", None), "model_type", None) for model in models)
+    if first != second:
+        raise InvalidInput(f"the models are not made from one: the first is of type {first}, the second {second}.")
+    for name, pair in sites.items():
+        one, other = (f"head_dim {site.head_dim}, hidden size {site.hidden_size}" for site in pair)
+        if one != other:
+            raise InvalidInput(f"the models are not made from one: at {name} the first has {one}, the second {other}.")
 
 
 def prefixed(model: nn.Module) -> Callable[[str], str]:

@@ -1,7 +1,10 @@
+import json
 import math
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny_decoders import decoder
@@ -101,6 +104,39 @@ def test_a_latency_that_cannot_be_met_is_told_in_milliseconds():
         plan(scores, Budget(latency=0.5, table=table()[1]))
 
 
+def test_where_fewer_heads_take_longer_nothing_is_the_nearest_that_can_be_met():
+    scores, measured = table()
+    slower = replace(measured, attention=dict.fromkeys(measured.attention, (100, 1200, 1100, 1050, 1000)))
+    with pytest.raises(InfeasibleBudget, match=r"nearest budget that can be met is latency=0;"):
+        plan(scores, Budget(latency=0.5, table=slower))
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_a_fraction_may_be_of_any_real_type(number):
+    assert str(Budget(heads=number)) == "50% of heads away"
+    with pytest.raises(InvalidInput, match=r"budget heads=tensor\(0\.5000\): expected the fraction"):
+        Budget(heads=torch.tensor(0.5))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"rest": "no"}, {"attention": {"4q/4kv": ["a"]}}, {"attention": {"4q/4kv": [None]}}, {"lengths": [1]}]
+)
+def test_a_damaged_table_is_refused_by_name(damage, tmp_path):
+    measured = table()[1]
+    measured.save(tmp_path / "latency.json")
+    content = json.loads((tmp_path / "latency.json").read_text())
+    (tmp_path / "latency.json").write_text(json.dumps(content | damage))
+    with pytest.raises(InvalidInput, match=r"latency\.json is not a complete latency_table file"):
+        LatencyTable.load(tmp_path / "latency.json")
+
+
+def test_a_table_of_fewer_heads_is_refused():
+    scores, measured = table()
+    short = replace(measured, attention={key: times[:-1] for key, times in measured.attention.items()})
+    with pytest.raises(InvalidInput, match=r"no attention of 4q/4kv.* with 4 heads"):
+        plan(scores, Budget(latency=0.1, table=short))
+
+
 def test_tables_survive_the_disk_and_name_what_does_not_fit(tmp_path):
     scores, measured = table()
     measured.save(tmp_path / "latency.json")
@@ -111,7 +147,7 @@ def test_tables_survive_the_disk_and_name_what_does_not_fit(tmp_path):
     other = SiteShape(HeadMap.uniform(8), 8, 8, 32, 100, 0)
     with pytest.raises(InvalidInput, match="no attention of 8q/8kv"):
         plan(HeadScores("test", {"a": torch.arange(8.0)}, {"a": other}), Budget(latency=0.1, table=measured))
-    with pytest.raises(InvalidInput, match="needs table="):
+    with pytest.raises(InvalidInput, match=r"needs --table \(table=\)"):
         plan(scores, Budget(latency=0.1))
 
 

@@ -129,6 +129,14 @@ def test_a_ragged_model_is_refused_by_name(target):
         plan(score(model, criterion="random"), Budget(heads=0.2), target=target)
 
 
+@pytest.mark.parametrize(("target", "layer"), [("llama.cpp", 0), ("vllm", 1)])
+def test_a_layer_that_has_lost_the_head_it_needs_is_named(target, layer):
+    model, site = llama(), f"model.layers.{layer}.self_attn"
+    cut(model, {site: []})
+    with pytest.raises(InvalidInput, match=rf"needs a head at {site}, which has lost all of them already\. Plan from the model"):
+        plan(score(model, criterion="random"), Budget(heads=0.2), target=target)
+
+
 def test_an_engine_of_ones_own_is_a_target():
     assert {"headprune", "llama.cpp", "vllm", "stock"} <= set(engines())
     register_engine(Engine("a phone", "a head in every layer", every_layer=True))

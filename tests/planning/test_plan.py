@@ -190,7 +190,7 @@ def test_a_plan_that_removes_everything_is_refused():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.0, 1.5, float("nan"), True, "half"])
 def test_a_fraction_outside_the_interval_is_refused_by_value(fraction):
-    with pytest.raises(InvalidInput, match=f"heads={fraction}"):
+    with pytest.raises(InvalidInput, match=f"heads={fraction!r}"):
         Budget(heads=fraction)
 
 

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+import transformers
+from tiny_decoders import decoder
 from tiny_encoders import SEQ2SEQ
 from tiny_models import bert, llama
 from torch import nn
@@ -59,6 +61,17 @@ def test_a_second_pruning_is_told_by_the_numbers_of_the_original():
     first, second = pruned(), pruned()
     hp.cut(second, {"model.layers.0.self_attn": [0, 2]})
     assert hp.diff(first, second).removed == {"model.layers.0.self_attn": (1,)}
+
+
+def test_another_model_of_the_same_names_is_refused():
+    """Their counts may be the same, and the difference of their sizes is nothing that was removed."""
+    with pytest.raises(hp.InvalidInput, match=r"the first is of type llama, the second mistral"):
+        hp.diff(llama(), decoder("mistral"))
+    wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**llama().config.to_dict(), "hidden_size": 48}))
+    with pytest.raises(
+        hp.InvalidInput, match=r"at model\.layers\.0\.self_attn the first has head_dim 8, hidden size 32, the second"
+    ):
+        hp.diff(llama(), wide)
 
 
 def test_a_base_model_pairs_with_one_under_a_head():

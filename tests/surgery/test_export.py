@@ -286,6 +286,19 @@ def test_vllm_gets_a_folder_of_equal_groups_that_loads(family, tmp_path):
     assert torch.allclose(output_of(found), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["stock", "vllm", "nemotron-nas", "gguf"])
+def test_adapters_are_to_be_merged_before_an_export(target, tmp_path):
+    """save_pretrained would write them in place of the model."""
+    peft = pytest.importorskip("peft")
+    model, config = ragged_llama(), peft.LoraConfig(target_modules=["gate_proj"])
+    with pytest.raises(UnsupportedModel, match=r"Call merge_and_unload\(\) and export what it returns"):
+        export(peft.get_peft_model(ragged_llama(), config), target, tmp_path / "out")
+    model.add_adapter(config)
+    with pytest.raises(UnsupportedModel, match=r"Call merge_and_unload\(\) and export what it returns"):
+        export(model, target, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(InvalidInput, match="unknown export target 'gguff'"):
         export(llama(), "gguff", tmp_path / "out")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from headprune.errors import UnsupportedModel, unknown_name
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
+from headprune.surgery.checkpoint import refuse_adapters
 from headprune.surgery.export.gguf_rope import write_rope
 from headprune.surgery.export.gguf_vocabulary import write_vocabulary
 from headprune.surgery.export.regularise import does_nothing, regularise
@@ -72,6 +73,7 @@ def write_gguf(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
     from gguf import GGUFWriter
 
     refuse_unknown(options, ("dtype", "pre_tokenizer"))
+    refuse_adapters(model, "export")
     dtype = options.get("dtype") or OF_DTYPE.get(model.dtype)
     if dtype not in TYPES:
         raise unknown_name("gguf dtype", dtype, TYPES)

@@ -54,6 +54,7 @@ def write_onnx(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
         log.info(notes[0])
         model.float()
     refuse_two_files(model, path)
+    refuse_blocks(model)
     inputs = example_inputs(model, *TRACED)
     wrapped = Outputs(model.eval(), list(inputs)).eval()
     outputs = list(outputs_of(wrapped, inputs))
@@ -141,6 +142,16 @@ def refuse_two_files(model: PreTrainedModel, path: Path) -> None:
         raise InvalidInput(
             f"the weights take {size / 2**30:.1f} GiB; from {ONE_FILE / 2**30:.1f} on an ONNX graph keeps them in a second file. "
             "Give a folder to write to, which gets model.onnx and model.onnx.data."
+        )
+
+
+def refuse_blocks(model: PreTrainedModel) -> None:
+    """BigBird attends to blocks of a long text and to all of a short one; of a graph, which holds one of both, it would be all,
+    however long the text is."""
+    if any(getattr(module, "attention_type", None) == "block_sparse" for module in model.modules()):
+        raise UnsupportedModel(
+            f"{type(model).__name__} attends to blocks of long texts and to all of short ones; a graph holds one of both. Put "
+            '"attention_type": "original_full" into its config.json, or call set_attention_type, to export the attention to all.'
         )
 
 

@@ -19,6 +19,7 @@ from headprune.files import refuse_unwritable, whole_file
 from headprune.model_folder import refuse_replacing, whole_model
 from headprune.models.streamed import refuse_streamed
 from headprune.nn.given import plain_module
+from headprune.surgery.checkpoint import refuse_adapters
 from headprune.surgery.companions import copy_companions, origin_of, refuse_companion
 from headprune.surgery.manifest import mark_exported
 
@@ -98,6 +99,7 @@ def export(
     if missing:
         raise InvalidInput(f"export to {to} needs {' and '.join(missing)}: pip install 'headprune[export]'.")
     if not isinstance(model, PreTrainedModel):
+        refuse_adapters(model, "export")
         raise UnsupportedModel(
             f"{type(model).__name__} is not a transformers model; only those can be exported. "
             "torch.onnx.export(model, inputs, dynamo=True) and torch.export.export take a pruned plain module."

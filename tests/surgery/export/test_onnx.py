@@ -158,3 +158,17 @@ def test_an_opset_that_the_exporter_does_not_write_is_refused(tmp_path):
     with pytest.raises(UnsupportedModel, match=r"writes this model in opset 18, not 5; give opset=18"):
         export(bert(layers=1), "onnx", tmp_path / "a.onnx", opset=5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_to_blocks_of_a_long_text_is_refused(tmp_path):
+    """The lengths that an export tries are short, and BigBird's attention is another one there."""
+    model = small(ENCODERS["big_bird"], num_hidden_layers=1)()
+    with pytest.raises(UnsupportedModel, match=r'a graph holds one of both\. Put "attention_type": "original_full" into'):
+        export(model, "onnx", tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+    model.base_model.set_attention_type("original_full")
+    export(model, "onnx", tmp_path / "model.onnx")
+    inputs = pair(2, 30)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    assert np.abs(run(tmp_path / "model.onnx", inputs)["logits"] - expected.numpy()).max() < 1e-4
