@@ -11,7 +11,7 @@ from torch import Tensor
 from headprune.arguments import explained
 from headprune.head_map import HeadMap
 from headprune.ops.at_once import run_operator
-from headprune.ops.attention import head_map_of, library, whole_gradient
+from headprune.ops.attention import check_fixed_slopes, head_map_of, library, whole_gradient
 from headprune.ops.backend import choose
 from headprune.ops.call import PACKED, VarlenCall, check_alike, check_varlen, default_scale, equal_groups
 from headprune.ops.reference import attention_varlen_backward
@@ -119,7 +119,7 @@ def attention_varlen(
 
     Returns: [tokens, query_heads, value_dim]; with stats also HeadStats, each field [sequences, query_heads].
 
-    Raises InvalidInput for shapes, dtypes or options that do not fit each other.
+    Raises InvalidInput for shapes, dtypes or options that do not fit each other, and for slopes that are to get a gradient.
     """
     check_alike({"query": query, "key": key, "value": value}, PACKED)
     head_map = equal_groups(query.shape[1], key.shape[1]) if head_map is None else head_map
@@ -189,6 +189,7 @@ def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequ
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    check_fixed_slopes(ctx.needs_input_grad[12])
     ctx.mark_non_differentiable(output[1], output[2])
     query, key, value, cu_q, cu_k, *options, alibi_slopes, sinks, gate, _ = inputs
     ctx.options = tuple(options)

@@ -93,6 +93,7 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
         ({"gate": torch.ones(2, 7)}, "gate has shape"),
         ({"cu_seqlens_k": starts(LENGTHS_Q).to("meta"), "max_seqlen_k": 5}, "cu_seqlens_k is on meta, the query on cpu"),
         ({"softcap": -1.0}, "softcap is -1.0; expected a finite"),
+        ({"alibi_slopes": torch.ones(7, requires_grad=True)}, "alibi_slopes has no gradient; detach it"),
         ({"cu_seqlens_q": starts(LENGTHS_Q) + 1}, "cu_seqlens_q begins with 1"),
     ],
 )
