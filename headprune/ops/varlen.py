@@ -18,8 +18,8 @@ from headprune.ops.reference import attention_varlen_backward
 from headprune.ops.stats import HeadStats
 
 _OPTIONS = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_q, int max_k, int[] kv_of_query, bool causal, int window, float scale, "
-    "float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? gate, bool stats"
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, int[] kv_of_query, bool causal, int window, "
+    "float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? gate, bool stats"
 )
 library.define(f"attention_varlen(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 library.define(
@@ -148,7 +148,9 @@ def attention_varlen(
 
 
 def longest(cu_seqlens: Tensor) -> int:
-    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+    length: Any = cu_seqlens.diff().max().item() if cu_seqlens.numel() > 1 else 0
+    found: int = length  # through int() an export could not follow it
+    return found
 
 
 def varlen_operands(call: VarlenCall) -> tuple[Any, ...]:
