@@ -194,7 +194,7 @@ class VariableHeadAttention(nn.Module):
         output = self.out_proj(heads)
         if not batched:
             return output[0], None if weights is None else weights[0]
-        return (output if self.batch_first else output.transpose(0, 1)), weights
+        return (output if self.batch_first else output.transpose(0, 1).contiguous()), weights  # torch's can be viewed there
 
     @out_of_inference_mode()
     def prune(self, keep: Iterable[int]) -> VariableHeadAttention:

@@ -123,6 +123,13 @@ def test_gradients_and_dropout_are_those_of_torch(form):
     assert torch.allclose(ours.q_proj.weight.grad, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_the_output_of_a_layer_that_takes_lengths_first_can_be_viewed(need_weights):
+    layer = VariableHeadAttention(EMBED, HEADS)
+    output, _ = layer(*inputs(layer), need_weights=need_weights)
+    assert output.view(LENGTH * BATCH, EMBED).shape == (LENGTH * BATCH, EMBED)
+
+
 def test_a_row_that_may_attend_to_nothing_gives_the_bias_alone():
     layer = VariableHeadAttention.from_torch(torch_layer(batch_first=True))
     padding = torch.zeros(BATCH, KV_LENGTH, dtype=torch.bool)
