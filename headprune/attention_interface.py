@@ -226,5 +226,9 @@ def dropped_attention(
     if key_mask is not None:
         visible = key_mask[:, None, None, :]
         bias = visible if bias is None else bias.masked_fill(~visible, float("-inf"))
+    length, kv_len = query.shape[2], key.shape[2]
+    if causal and (bias is not None or kv_len > length):  # torch takes one of the two, and counts from the first key
+        seen = torch.ones(length, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - length)
+        bias, causal = seen if bias is None else bias.masked_fill(~seen, float("-inf")), False
     key, value = repeated_heads(key, head_map), repeated_heads(value, head_map)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale)

@@ -30,15 +30,16 @@ class HeadMap:
 
     def __post_init__(self) -> None:
         try:
-            kv_of_query = tuple(index(kv) for kv in self.kv_of_query)
-            if index(self.kv_heads) < 0:
-                raise InvalidInput(f"kv_heads is {self.kv_heads}; it must be 0 or more.")
+            kv_of_query, kv_heads = tuple(index(kv) for kv in self.kv_of_query), index(self.kv_heads)
         except TypeError:
             raise InvalidInput(
                 f"HeadMap({self.kv_of_query!r:.80}, {self.kv_heads!r:.80}): expected the key/value head that each query head "
                 "reads, and how many there are, such as HeadMap((0, 0, 1), 2)."
             ) from None
         object.__setattr__(self, "kv_of_query", kv_of_query)
+        object.__setattr__(self, "kv_heads", kv_heads)
+        if kv_heads < 0:
+            raise InvalidInput(f"kv_heads is {kv_heads}; it must be 0 or more.")
         previous = 0
         for head, kv in enumerate(self.kv_of_query):
             if not 0 <= kv < self.kv_heads:

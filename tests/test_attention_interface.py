@@ -75,6 +75,21 @@ def test_attention_dropout_drops_in_training_and_not_in_evaluation():
     assert not torch.equal(hidden(model, **inputs), hidden(model, **inputs))
 
 
+@pytest.mark.parametrize(
+    ("kv_len", "position_bias"),
+    [(5, None), (5, torch.arange(100.0).view(1, 4, 5, 5)), (8, None)],
+    ids=["plain", "biased", "others' keys"],
+)
+def test_dropout_leaves_the_causal_order_as_it_is(kv_len, position_bias):
+    module = torch.nn.Module().train()
+    module.is_kv_shared_layer = kv_len > 5
+    q, k, v = (torch.randn(2, heads, length, 8) for heads, length in ((4, 5), (2, kv_len), (2, kv_len)))
+    found, expected = (
+        headprune_attention(module, q, k, v, None, dropout=dropout, position_bias=position_bias)[0] for dropout in (1e-12, 0.0)
+    )
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "pad_token_id": 0,

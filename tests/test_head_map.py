@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -89,3 +90,10 @@ def test_heads_that_are_no_integers_are_refused(heads):
 @pytest.mark.parametrize("heads", [[3, 1], (1, 3), {1, 3}, np.array([1, 3]), torch.tensor([3, 1]), iter([1, 3])])
 def test_heads_may_be_of_any_integer_type(heads):
     assert HeadMap.uniform(4).checked(heads) == (1, 3)
+
+
+@pytest.mark.parametrize("two", [np.int64(2), torch.tensor(2)])
+def test_a_map_of_other_integer_types_is_that_of_pythons(two):
+    for found in (HeadMap([two - two, two // two], two), HeadMap.uniform(two, two)):
+        assert (found, hash(found)) == (HeadMap((0, 1), 2), hash(HeadMap((0, 1), 2)))
+        assert HeadMap.from_json(json.loads(json.dumps(found.to_json()))) == found

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
 from headprune.head_map import HeadMap
+from headprune.nn.given import out_of_inference_mode
 from headprune.nn.masks import Masks, read_masks
 from headprune.nn.weights import (
     ROLES,
     UNDO,
     beside_weights,
+    check_own_weights,
     draw_like_torch,
     kept,
     resized,
@@ -167,10 +169,11 @@ class VariableHeadAttention(nn.Module):
             key_padding_mask = key_padding_mask if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        if not self.num_heads:
-            return self._output(query.new_zeros(*query.shape[:2], 0), no_weights(query, key, need_weights), batched)
-        q, k, v = self._heads(query, key, value)
         extra = int(self.bias_k is not None) + int(self.add_zero_attn)
+        if not self.num_heads:
+            none = no_weights(query, key.shape[1] + extra, average_attn_weights) if need_weights else None
+            return self._output(query.new_zeros(*query.shape[:2], 0), none, batched)
+        q, k, v = self._heads(query, key, value)
         masks = read_masks(q, k.shape[2], extra, attn_mask, key_padding_mask, is_causal, need_weights)
         options: dict[str, Any] = {"causal": masks.causal, "bias": masks.bias, "key_mask": masks.key_mask, "gate": self.gate}
         weights = None
@@ -191,15 +194,18 @@ class VariableHeadAttention(nn.Module):
         output = self.out_proj(heads)
         if not batched:
             return output[0], None if weights is None else weights[0]
-        return (output if self.batch_first else output.transpose(0, 1)), weights
+        return (output if self.batch_first else output.transpose(0, 1).contiguous()), weights  # torch's can be viewed there
 
+    @out_of_inference_mode()
     def prune(self, keep: Iterable[int]) -> VariableHeadAttention:
         """Cuts all query heads but `keep` (numbered as they are now) out of the weights, in place; returns the layer.
 
-        A key/value head goes with the last query head that reads it; without heads the output bias is left. Raises
-        InvalidInput for heads that do not exist.
+        A key/value head goes with the last query head that reads it; without heads the output bias is left. The parameters are
+        new ones: an optimizer made before holds the old. Raises InvalidInput for heads that do not exist, and where a mask,
+        parametrisation or adapter makes the weights.
         """
         heads = self.head_map.checked(keep)
+        check_own_weights(self)
         rows, kv_rows = self._features(heads), self._features(self.head_map.kept_kv_heads(heads))
         for projection, features in ((self.q_proj, rows), (self.k_proj, kv_rows), (self.v_proj, kv_rows)):
             projection.weight = kept(projection.weight, 0, features)
@@ -316,16 +322,19 @@ class VariableHeadAttention(nn.Module):
             projection.out_features, projection.in_features = projection.weight.shape
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        groups, key = state_dict.get(f"{prefix}kv_of_query"), state_dict.get(f"{prefix}k_proj.weight")
-        if groups is not None and key is not None and not groups.is_meta:
-            head_map = HeadMap(tuple(groups.tolist()), key.shape[0] // self.head_dim)
+        groups, q, k = (state_dict.get(f"{prefix}{name}") for name in ("kv_of_query", "q_proj.weight", "k_proj.weight"))
+        sized = q is not None and groups is not None and len(q) == len(groups) * self.head_dim  # else torch tells what does not fit
+        if groups is not None and k is not None and sized and not groups.is_meta:
+            head_map = HeadMap(tuple(groups.long().tolist()), len(k) // self.head_dim)
             if head_map != self.head_map:
                 self._make_room(head_map)
         unpack(state_dict, prefix, self.head_map.kv_of_query, self.gate)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    @out_of_inference_mode()
     def _make_room(self, head_map: HeadMap) -> None:
         """Uninitialised weights of the shape that `head_map` asks for."""
+        check_own_weights(self)
         rows, kv_rows = head_map.query_heads * self.head_dim, head_map.kv_heads * self.head_dim
         for projection, count in ((self.q_proj, rows), (self.k_proj, kv_rows), (self.v_proj, kv_rows)):
             projection.weight = resized(projection.weight, 0, count)
@@ -336,6 +345,7 @@ class VariableHeadAttention(nn.Module):
         self._take_shape(head_map)
 
 
-def no_weights(query: Tensor, key: Tensor, wanted: bool) -> Tensor | None:
-    """The attention weights of a layer without heads, averaged: 0. query, key: [batch, length, features]."""
-    return query.new_zeros(query.shape[0], query.shape[1], key.shape[1]) if wanted else None
+def no_weights(query: Tensor, kv_len: int, averaged: bool) -> Tensor:
+    """The attention weights of a layer without heads: none, or averaged 0. query: [batch, query_len, features]."""
+    batch, length, _ = query.shape
+    return query.new_zeros(batch, length, kv_len) if averaged else query.new_zeros(batch, 0, length, kv_len)

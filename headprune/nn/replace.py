@@ -43,6 +43,7 @@ def register_own_layers(give: OwnForward) -> OwnForward:
     return give
 
 
+@out_of_inference_mode()
 def replace_multihead_attention(model: nn.Module) -> nn.Module:
     """`model` with VariableHeadAttention in place of every torch.nn.MultiheadAttention, in place; the outputs stay the same.
 

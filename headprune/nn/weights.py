@@ -9,6 +9,8 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
+from headprune.errors import InvalidInput
+
 ROLES = ("q", "k", "v")
 OF_TORCH = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias"}
 OF_TORCH |= {f"{role}_proj_weight" for role in ROLES}
@@ -21,6 +23,16 @@ UNDO = (
 def beside_weights(layer: nn.MultiheadAttention) -> str | None:
     """A parameter of torch's layer that is none of its class: a mask, parametrisation or adapter makes its weights of it."""
     return next((name for name, _ in layer.named_parameters() if name not in OF_TORCH), None)
+
+
+def check_own_weights(layer: nn.Module) -> None:
+    """InvalidInput where a weight of a VariableHeadAttention is no parameter of its own: a cut would not last."""
+    own = [(layer, "", name) for name in ("bias_k", "bias_v", "gate")]
+    projections = [f"{role}_proj" for role in ROLES] + ["out_proj"]
+    own += [(layer.get_submodule(part), f"{part}.", name) for part in projections for name in ("weight", "bias")]
+    for module, part, name in own:
+        if getattr(module, name, module) is not None and name not in module._parameters:
+            raise InvalidInput(f"{part}{name} is made of others at each call; {UNDO}.")
 
 
 def torch_parameter(layer: nn.MultiheadAttention, name: str) -> nn.Parameter:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headprune.arguments import explained
+from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
 from headprune.ops.at_once import run_operator
 from headprune.ops.backend import choose
@@ -107,18 +108,18 @@ def attention(
         scale: factor on the scores; default 1 / sqrt(head_dim).
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); None or 0: as they are.
         bias: added to the scores, or bool (True = attend); broadcasts to [batch, query_heads, query_len, kv_len].
-        alibi_slopes: [query_heads]; subtracts slope * distance from the scores (Press et al. 2022).
+        alibi_slopes: [query_heads]; subtracts slope * distance from the scores (Press et al. 2022); without gradient.
         sinks: [query_heads]; a logit that takes part in the softmax and has no value (gpt-oss).
         key_mask: bool [batch, kv_len], True = may be attended to, any pattern.
         query_mask: bool [batch, query_len], True = counts in the statistics; it does not change the output.
         gate: [query_heads] or [batch, query_heads], factor on each head's output, differentiable; heads whose gate is
             exactly 0 are not computed (their own gate's gradient, where asked, is computed in the backward pass).
-        stats: also return HeadStats.
+        stats: also return HeadStats, without gradient.
 
     Returns: [batch, query_heads, query_len, value_dim] in the query's dtype, laid out token by token
         (`.transpose(1, 2)` is contiguous); a query with nothing to attend to gives 0. With stats: (output, HeadStats).
 
-    Raises InvalidInput for shapes, dtypes or options that do not fit each other.
+    Raises InvalidInput for shapes, dtypes or options that do not fit each other, and for slopes that are to get a gradient.
     """
     check_alike({"query": query, "key": key, "value": value}, BATCHED)
     head_map = equal_groups(query.shape[1], key.shape[1]) if head_map is None else head_map
@@ -206,7 +207,13 @@ def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequ
     return tuple(torch.empty_like(tensor) if need else args[0].new_empty(0) for tensor, need in zip(tensors, needs))
 
 
+def check_fixed_slopes(learning: bool) -> None:
+    if learning:
+        raise InvalidInput("alibi_slopes has no gradient; detach it, or give -slope * distance as a bias, which has one.")
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    check_fixed_slopes(ctx.needs_input_grad[9])
     ctx.mark_non_differentiable(output[1], output[2])
     query, key, value, kv_of_query, causal, window, scale, softcap, *tensors, _ = inputs
     ctx.options = (kv_of_query, causal, window, scale, softcap)

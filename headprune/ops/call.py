@@ -305,7 +305,7 @@ def check_heads(query_heads: int, head_map: HeadMap) -> None:
 
 def check_numbers(call: AttentionCall | VarlenCall | DecodeCall) -> None:
     # Comparisons and not math.isfinite: under torch.compile with dynamic shapes the scale is a symbol.
-    if call.window < 0:
+    if not 0 <= call.window < 2**63:
         raise InvalidInput(f"window is {call.window}; expected how many positions are seen, or None for all.")
     if not 0 <= call.softcap < math.inf:
         raise InvalidInput(f"softcap is {call.softcap}; expected a finite number above 0, or None for no cap.")
@@ -331,7 +331,7 @@ def check_extras(query: Tensor, **extras: tuple[Tensor | None, list[tuple[int, .
         if tensor is not None:
             expect(name, tensor, *shapes)
             check_device(name, tensor, query)
-            if name.endswith("mask") != (tensor.dtype == torch.bool):
+            if not (tensor.dtype == torch.bool if name.endswith("mask") else tensor.is_floating_point()):
                 raise InvalidInput(f"{name} is {tensor.dtype}; expected {'bool' if name.endswith('mask') else 'a floating type'}.")
 
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from headprune.arguments import explained
 from headprune.head_map import HeadMap
 from headprune.ops.at_once import run_operator
-from headprune.ops.attention import head_map_of, library, whole_gradient
+from headprune.ops.attention import check_fixed_slopes, head_map_of, library, whole_gradient
 from headprune.ops.backend import choose
 from headprune.ops.call import PACKED, VarlenCall, check_alike, check_varlen, default_scale, equal_groups
 from headprune.ops.reference import attention_varlen_backward
 from headprune.ops.stats import HeadStats
 
 _OPTIONS = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_q, int max_k, int[] kv_of_query, bool causal, int window, float scale, "
-    "float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? gate, bool stats"
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, int[] kv_of_query, bool causal, int window, "
+    "float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? gate, bool stats"
 )
 library.define(f"attention_varlen(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 library.define(
@@ -119,7 +119,7 @@ def attention_varlen(
 
     Returns: [tokens, query_heads, value_dim]; with stats also HeadStats, each field [sequences, query_heads].
 
-    Raises InvalidInput for shapes, dtypes or options that do not fit each other.
+    Raises InvalidInput for shapes, dtypes or options that do not fit each other, and for slopes that are to get a gradient.
     """
     check_alike({"query": query, "key": key, "value": value}, PACKED)
     head_map = equal_groups(query.shape[1], key.shape[1]) if head_map is None else head_map
@@ -148,7 +148,9 @@ def attention_varlen(
 
 
 def longest(cu_seqlens: Tensor) -> int:
-    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+    length: Any = cu_seqlens.diff().max().item() if cu_seqlens.numel() > 1 else 0
+    found: int = length  # through int() an export could not follow it
+    return found
 
 
 def varlen_operands(call: VarlenCall) -> tuple[Any, ...]:
@@ -189,6 +191,7 @@ def _fake_backward(grad_output: Tensor, output: Tensor, lse: Tensor, needs: Sequ
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    check_fixed_slopes(ctx.needs_input_grad[12])
     ctx.mark_non_differentiable(output[1], output[2])
     query, key, value, cu_q, cu_k, *options, alibi_slopes, sinks, gate, _ = inputs
     ctx.options = tuple(options)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
@@ -122,6 +123,13 @@ def test_gradients_and_dropout_are_those_of_torch(form):
     assert torch.allclose(ours.q_proj.weight.grad, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_the_output_of_a_layer_that_takes_lengths_first_can_be_viewed(need_weights):
+    layer = VariableHeadAttention(EMBED, HEADS)
+    output, _ = layer(*inputs(layer), need_weights=need_weights)
+    assert output.view(LENGTH * BATCH, EMBED).shape == (LENGTH * BATCH, EMBED)
+
+
 def test_a_row_that_may_attend_to_nothing_gives_the_bias_alone():
     layer = VariableHeadAttention.from_torch(torch_layer(batch_first=True))
     padding = torch.zeros(BATCH, KV_LENGTH, dtype=torch.bool)
@@ -179,7 +187,7 @@ def test_from_torch_copies_and_keeps_what_is_frozen():
 
 def test_weights_that_something_makes_are_refused():
     layer = torch_layer()
-    nn.utils.prune.identity(layer, "in_proj_weight")
+    prune.identity(layer, "in_proj_weight")
     with pytest.raises(InvalidInput, match=r"layer is Linear\(.*; expected MultiheadAttention"):
         VariableHeadAttention.from_torch(nn.Linear(2, 2))
     with pytest.raises(InvalidInput, match="the MultiheadAttention holds in_proj_weight_orig beside its weights; undo masks"):
@@ -234,6 +242,56 @@ def test_torch_weights_do_not_load_into_a_pruned_layer():
     layer = VariableHeadAttention(EMBED, HEADS).prune([0, 2])
     with pytest.raises(RuntimeError, match="size mismatch"):
         layer.load_state_dict(torch_layer().state_dict())
+
+
+def test_heads_of_another_size_are_named_by_their_shapes_and_change_nothing():
+    layer = VariableHeadAttention(EMBED, HEADS)
+    for head_dim in (1, 2, 4):
+        with pytest.raises(RuntimeError, match=r"size mismatch for k_proj.weight: copying a param with shape"):
+            layer.load_state_dict(VariableHeadAttention(EMBED, HEADS, head_dim=head_dim).state_dict())
+    assert layer.head_map == HeadMap.uniform(HEADS)
+    assert layer.k_proj.weight.shape == (EMBED, EMBED)
+
+
+def test_a_layer_cast_with_its_buffers_loads_what_it_saved():
+    layer = ragged_layer().type(torch.float64)
+    whole = VariableHeadAttention(EMBED, HEADS, head_dim=6, gate=True, dtype=torch.float64)
+    whole.load_state_dict(layer.state_dict())
+    assert whole.head_map == layer.head_map
+
+
+CUTS = {
+    "prune": lambda layer: layer.prune([0]),
+    "load": lambda layer: layer.load_state_dict(VariableHeadAttention(EMBED, HEADS).prune([0]).state_dict()),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_layer_cut_in_inference_mode_can_be_trained(cut):
+    layer = VariableHeadAttention(EMBED, HEADS)
+    with torch.inference_mode():
+        CUTS[cut](layer)
+    layer(*inputs(layer))[0].sum().backward()
+    assert layer.q_proj.weight.grad.shape == layer.q_proj.weight.shape == (EMBED // HEADS, EMBED)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda layer: parametrizations.spectral_norm(layer.out_proj), "out_proj.weight"),
+        (lambda layer: prune.identity(layer.v_proj, "bias"), "v_proj.bias"),
+        (lambda layer: prune.identity(layer, "bias_k"), "bias_k"),
+        (lambda layer: setattr(layer, "k_proj", nn.Sequential(layer.k_proj)), "k_proj.weight"),
+    ],
+)
+def test_weights_that_something_makes_are_not_cut(make, name, cut):
+    layer = VariableHeadAttention(EMBED, HEADS, add_bias_kv=True)
+    make(layer)
+    before = {name: tensor.shape for name, tensor in layer.state_dict().items()}
+    with pytest.raises(InvalidInput, match=f"{name} is made of others at each call; undo masks"):
+        CUTS[cut](layer)
+    assert {name: tensor.shape for name, tensor in layer.state_dict().items()} == before
 
 
 def test_a_pruned_layer_is_copied_pickled_and_moved():
@@ -370,3 +428,12 @@ def test_a_layer_without_heads_gives_its_output_bias(batched, gate):
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x, x, x, need_weights=False)[0], output)
     assert str(again.prune([]).head_map) == "no heads"
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_weights_of_a_layer_without_heads_have_the_shape_of_others(averaged):
+    layer = VariableHeadAttention(EMBED, HEADS, add_bias_kv=True, add_zero_attn=True)
+    arguments = inputs(layer)
+    expected = layer(*arguments, average_attn_weights=averaged)[1].shape
+    found = layer.prune([])(*arguments, average_attn_weights=averaged)[1].shape
+    assert found == (expected if averaged else (expected[0], 0, *expected[2:]))

@@ -59,10 +59,14 @@ def test_a_compiled_student_is_distilled():
     torch.testing.assert_close(logits(student), logits(plain))
 
 
-def test_torch_layers_swapped_in_inference_mode_can_be_trained():
+SWAPS = {"cut": lambda model: hp.cut(model, {"layers.0.self_attn": [0, 2]}), "replace": hp.nn.replace_multihead_attention}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_torch_layers_swapped_in_inference_mode_can_be_trained(swap):
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1, enable_nested_tensor=False).eval()
     with torch.inference_mode():
-        hp.cut(model, {"layers.0.self_attn": [0, 2]})
+        SWAPS[swap](model)
     model(torch.randn(2, 5, 16)).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
@@ -137,11 +138,11 @@ def test_weights_that_layers_share_stay_shared():
 
 
 def masked(layer):
-    nn.utils.prune.l1_unstructured(layer, "in_proj_weight", amount=0.5)
+    prune.l1_unstructured(layer, "in_proj_weight", amount=0.5)
 
 
 def parametrised(layer):
-    nn.utils.parametrizations.weight_norm(layer.out_proj, "weight")
+    parametrizations.weight_norm(layer.out_proj, "weight")
 
 
 def by_hand(layer):

@@ -184,6 +184,10 @@ def test_the_output_is_laid_out_token_by_token():
             r"causal attention needs kv_len >= query_len .*; got 9 < 10",
         ),
         ({"window": -1}, "window is -1; expected how many"),
+        ({"window": 2**63}, "window is 9223372036854775808; expected how many"),
+        ({"gate": torch.ones(7, dtype=torch.int64)}, "gate is torch.int64; expected a floating type"),
+        ({"sinks": torch.ones(7, dtype=torch.complex64)}, "sinks is torch.complex64; expected a floating type"),
+        ({"alibi_slopes": torch.ones(7, requires_grad=True)}, "alibi_slopes has no gradient; detach it"),
         ({"gate": torch.ones(7, device="meta")}, "gate is on meta, the query on cpu; they must agree"),
         ({"bias": torch.ones(5, 9, device="meta")}, "bias is on meta, the query on cpu"),
         (

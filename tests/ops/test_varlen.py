@@ -84,6 +84,25 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v), run(q, k, v))
 
 
+class Alone(torch.nn.Module):
+    def forward(self, query, starts):
+        return ops.attention_varlen(query, query, query, starts, starts, causal=True)
+
+
+def test_the_longest_lengths_need_not_be_known_to_compile_and_export():
+    free = torch.export.Dim.AUTO
+    first = torch.randn(9, 2, 8), starts((4, 5))
+    program = torch.export.export(Alone(), first, dynamic_shapes=({0: free}, {0: free})).module()
+    compiled = torch.compile(Alone(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((4, 5), (6, 1), (3, 2, 7)):
+        call = torch.randn(sum(lengths), 2, 8, requires_grad=True), starts(lengths)
+        expected = Alone()(*call)
+        assert torch.equal(program(*call), expected)
+        found = compiled(*call)
+        assert torch.equal(found, expected)
+        assert torch.equal(*(torch.autograd.grad(output.square().sum(), call[0])[0] for output in (found, expected)))
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -93,6 +112,7 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
         ({"gate": torch.ones(2, 7)}, "gate has shape"),
         ({"cu_seqlens_k": starts(LENGTHS_Q).to("meta"), "max_seqlen_k": 5}, "cu_seqlens_k is on meta, the query on cpu"),
         ({"softcap": -1.0}, "softcap is -1.0; expected a finite"),
+        ({"alibi_slopes": torch.ones(7, requires_grad=True)}, "alibi_slopes has no gradient; detach it"),
         ({"cu_seqlens_q": starts(LENGTHS_Q) + 1}, "cu_seqlens_q begins with 1"),
     ],
 )
