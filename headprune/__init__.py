@@ -16,6 +16,7 @@ What needs transformers, which takes seconds to import, is imported when one of 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from headprune import starting as starting  # isort: skip (it watches the other imports)
 from headprune import nn as nn
 from headprune import ops as ops
 from headprune.version import __version__ as __version__

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from torch import nn
 
@@ -59,12 +60,12 @@ class Sweep:
         except (KeyError, TypeError) as error:
             raise InvalidInput(f"{path} is not a complete sweep file: {error!r}.") from None
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         title, machine = f"{self.task}, heads by {self.criterion} (* on the Pareto front)", self.points[0].evaluation.machine
         table = Table(title=title, title_justify="left", caption=machine, caption_justify="left")
         for column in ("budget", self.headline, "of\ndense", "parameters", "latency\np50, ms", "of\ndense"):
             table.add_column(column, no_wrap=True)
-        table.add_column("heads kept by layer")
+        layers = Table("budget", "heads kept by layer")  # which in many layers take the width of a terminal
         dense = self.points[0].evaluation.quality[self.headline]
         for point in self.points:
             found, budget = point.evaluation, " ".join(f"{name}={value:g}" for name, value in point.budget.items())
@@ -72,9 +73,10 @@ class Sweep:
             table.add_row(
                 f"{budget}{' *' if point.pareto else ''}", f"{found.quality[self.headline]:.4f}", ratio,
                 f"{found.parameters:,}", f"{found.latency_p50_ms:.1f}",
-                "" if point.latency_share is None else f"{point.latency_share:.3f}", " ".join(map(str, point.kept.values())),
+                "" if point.latency_share is None else f"{point.latency_share:.3f}",
             )  # fmt: skip
-        return table
+            layers.add_row(budget, " ".join(map(str, point.kept.values())))
+        return Group(table, layers)
 
 
 def sweep(

@@ -28,7 +28,7 @@ LAYERS = [
     {"ops"},
     {"kernels"},
     {"head_map", "settings"},
-    {"drafts", "files", "version", "arguments", "processor", "hub", "kv_sharing", "model_folder", "when_imported"},
+    {"drafts", "files", "version", "arguments", "processor", "hub", "kv_sharing", "model_folder", "starting", "when_imported"},
     {"errors"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -24,7 +24,7 @@ def test_a_sweep_leaves_the_model_dense_and_marks_the_pareto_front(tmp_path):
     assert all(point.latency_share > 0 for point in found.points)
     found.save(tmp_path / "sweep.json")
     assert Sweep.load(tmp_path / "sweep.json") == found
-    assert found.__rich__().row_count == 3
+    assert [table.row_count for table in found.__rich__().renderables] == [3, 3]
 
 
 def shown(table):
@@ -41,6 +41,16 @@ def test_a_table_of_80_columns_shows_budgets_whole_and_no_ratio_to_a_quality_of_
     text = shown(replace(found, points=points))
     assert "heads=0.25 *" in text
     assert "nan" not in text
+
+
+def test_a_table_of_80_columns_shows_the_heads_of_many_layers_in_few_lines():
+    model, task = llama(), NextToken()
+    found = sweep(model, task, score(model, criterion="magnitude_l2"), [Budget(kv_cache=0.25)], repeats=1)
+    kept = {f"layers.{number}": 10 + number % 30 for number in range(80)}
+    points = tuple(replace(point, kept=kept) for point in found.points)
+    text = shown(replace(found, points=points)).partition("heads kept by layer")[2]
+    assert len(text.splitlines()) < 20
+    assert [word for word in text.split() if word.isdigit()] == 2 * [str(count) for count in kept.values()]
 
 
 def test_budgets_are_checked_before_anything_is_measured():

@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from headprune.cli import terminal
 from headprune.errors import HeadpruneError, InvalidInput
+from headprune.starting import STOPPED, started
 from headprune.version import __version__
 from headprune.when_imported import when_imported
 
@@ -29,7 +30,7 @@ if os.environ.setdefault("HF_HUB_OFFLINE", "1") == "1":
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, writes to stderr otherwise
 for chatty in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):  # when imported: which kernels this machine lacks
     logging.getLogger(chatty).setLevel(logging.ERROR)
-BROKEN, WRONG_INPUT, STOPPED, TERMINATED = 1, 2, 130, 143
+BROKEN, WRONG_INPUT, TERMINATED = 1, 2, 143
 EXIT_CODES = (
     f"Exit codes: 0 done; {WRONG_INPUT} something that you can put right, said in one line on stderr; {STOPPED} stopped by Ctrl-C, "
     f"{TERMINATED} by SIGTERM: nothing is half-written, and run, demo, recover, compare and score --streamed go on from there when "
@@ -71,6 +72,7 @@ def options(
 
 def main() -> None:
     """Runs the command line: what the user can put right is one line on stderr and exit code 2."""
+    started()
     terminal.take_every_character()
     with terminal.log_shown() as shown, unwound_by_sigterm():
         try:

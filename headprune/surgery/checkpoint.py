@@ -182,9 +182,10 @@ def load(
         options: as for `from_pretrained` (dtype, device_map, attn_implementation, ...). Where groups are ragged the attention
             is "headprune" unless you name another.
 
-    Raises InvalidInput where the folder is no model, UnsupportedModel where it is of a type with its own code, CorruptCheckpoint,
-    naming the file, where it is not what was saved, or its weights do not fit its config or lack some of a layer. What a task adds
-    to the base model (a classifier, a pooler) may be missing, and is warned of.
+    Raises InvalidInput where the folder is no model or an option does not go with it, HeadpruneError where the memory is too small,
+    UnsupportedModel where it is of a type with its own code, CorruptCheckpoint, naming the file, where it is not what was saved, or
+    its weights do not fit its config or lack some of a layer. What a task adds to the base model (a classifier, a pooler) may be
+    missing, and is warned of.
     """
     check_arguments(load, locals())
     folder = local_folder(folder)
