@@ -153,6 +153,11 @@ def test_a_model_of_which_no_layer_is_rounded_has_no_row_of_rounded_weights(form
         compressed(form, subject_of(decoder("gpt2"), NextToken(), {"transformer.h.0.attn": [0, 2]}))
 
 
+def test_a_pattern_that_fits_no_layer_says_so():
+    with pytest.raises(Refused, match="2:4 fits none of its linear layers: they are Conv1D"):
+        compressed("semi-structured", subject_of(decoder("gpt2"), NextToken(), {"transformer.h.0.attn": [0, 2]}))
+
+
 @pytest.mark.parametrize(
     ("name", "removed", "reason"),
     [

@@ -15,7 +15,9 @@ from tiny_vision_language import VISION_LANGUAGE
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
 from headprune.nn.replace import own_attention
-from headprune.surgery import cut, load, save
+from headprune.planning import Budget, plan
+from headprune.scoring import score
+from headprune.surgery import cut, load, prune, save
 from headprune.surgery.export import export, regularise, targets
 from headprune.surgery.export.slots import in_groups
 from headprune.surgery.export.stock import stock_model
@@ -259,6 +261,17 @@ def test_gguf_holds_each_layers_counts_and_weights(tmp_path):
     assert all(query % count == 0 for query, count in zip(counts, kv))
     mlp = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
     assert np.array_equal(tensors["blk.1.ffn_up.weight"], mlp)
+
+
+def test_qwen3_without_tied_embeddings_becomes_gguf_where_it_was_planned_as_told(tmp_path):
+    pytest.importorskip("gguf")
+    model = decoder("qwen3", tie_word_embeddings=False)
+    scores, differing = score(model, criterion="random"), copy.deepcopy(model)
+    cut(differing, {"model.layers.0.self_attn": [0]})
+    with pytest.raises(UnsupportedModel, match=r"or plan with target='stock'"):
+        export(differing, "gguf", tmp_path / "model.gguf")
+    prune(model, plan(scores, Budget(heads=0.5), target="stock"))
+    assert "architecture qwen3" in export(model, "gguf", tmp_path / "model.gguf").notes[0]
 
 
 def test_an_attention_without_heads_but_with_an_output_bias_is_no_no_op_in_gguf(tmp_path):

@@ -51,6 +51,8 @@ def half_zeroed(subject: Subject, block: int) -> Compressed:
 def affordable(weights: Mapping[str, Tensor], budget: int, block: int) -> list[str]:
     """Whole layers, in order of the share of their energy that is lost, as long as they fit into `budget` zeros."""
     pattern = f"{block // 2}:{block}"
+    if not weights:
+        raise Refused(f"{pattern} fits none of its linear layers: they are Conv1D, or have inputs that are no multiple of {block}")
     halves = {name: weight.numel() // 2 for name, weight in weights.items()}
     if budget > sum(halves.values()):
         raise Refused(

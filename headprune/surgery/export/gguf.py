@@ -53,7 +53,7 @@ def openelm_if_tied(model: PreTrainedModel) -> str:
     if not model.config.tie_word_embeddings:
         raise UnsupportedModel(
             "llama.cpp has no architecture for Qwen3 whose layers differ and whose embeddings are not tied. Export to stock "
-            "(equal layers with dead heads), then to gguf, or plan with allocation='uniform'."
+            "(equal layers with dead heads), then to gguf, or plan with target='stock'."
         )
     return "openelm"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from headprune.surgery.export.target import refuse_unknown, target
 log = logging.getLogger("headprune")
 
 OPSET = 20
+LOUD = ("torch.onnx._internal.exporter._registration", "torch.fx.experimental.symbolic_shapes")
 ONE_FILE = 3 * 2**29  # bytes of weights; from there on torch puts them into a second file beside the graph
 
 
@@ -117,16 +119,21 @@ def refuse_other_opset(path: Path, opset: int) -> None:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Inside the block torch does not warn of torchvision's operators, which no model here has, and of its own old calls."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
+    """Inside the block torch does not warn of torchvision's operators, which no model here has, and of its own old calls, and does
+    not print what it has traced of a model that it then refuses."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, LOUD)}
+    tracing: Any = importlib.import_module("torch.export._trace")
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    tracing.print = lambda *_, **__: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        registration.setLevel(level)
+        del tracing.print
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def free_axes(value: Tensor) -> dict[int, Any]:

@@ -24,11 +24,11 @@ def write_vllm(model: PreTrainedModel, folder: Path, options: dict[str, Any]) ->
     refuse_unknown(options)
     refuse_adapters(model, "export")
     if not model._can_set_attn_implementation():
-        raise UnsupportedModel(f"{type(model).__name__} does not dispatch its attention, which vLLM's backend needs.")
+        raise UnsupportedModel(f"{type(model).__name__} does not dispatch its attention, as vLLM needs it. Export to stock.")
     expected = small_output(model)
     changed = regularise(model)
     if getattr(model.config, SECTION, None) and (not model.config.is_heterogeneous or differs_by_itself(model.config)):
-        raise UnsupportedModel(f"the layers of {type(model).__name__} cannot be told apart in per_layer_config.")
+        raise UnsupportedModel(f"the layers of {type(model).__name__} cannot be told apart in per_layer_config. Export to stock.")
     model.save_pretrained(folder)
     write_remote_code(model, folder)
     path = folder / "config.json"

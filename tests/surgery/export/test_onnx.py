@@ -116,6 +116,15 @@ def test_torchs_exporter_is_quiet(tmp_path, capfd, recwarn):
     assert "torchvision" not in capfd.readouterr().err
 
 
+def test_a_model_that_torchs_exporter_gives_up_is_refused_without_what_it_traced(tmp_path, capfd):
+    """Its rotation asks how long the text is. torch prints the graph each time that it gives up: hundreds of lines."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    with pytest.raises(UnsupportedModel, match="ONNX exporter does not take LlamaForCausalLM: Could not guard"):
+        export(llama(rope_parameters=rope), "onnx", tmp_path / "model.onnx")
+    told = capfd.readouterr()
+    assert "forward" not in told.out + told.err
+
+
 def test_a_graph_that_onnxruntime_does_not_run_is_refused_in_one_line(tmp_path):
     """Falcon rounds its ALiBi biases to bfloat16, in fp32 too."""
     with pytest.raises(UnsupportedModel, match=r"graph of FalconForCausalLM: its code computes in bfloat16") as found:
