@@ -235,7 +235,9 @@ class VariableHeadAttention(nn.Module):
         return new.train(layer.training)
 
     def to_torch(self) -> nn.MultiheadAttention:
-        """The torch layer with these weights (copied). Raises InvalidInput where torch's layer cannot be that."""
+        """The torch layer with these weights (copied). Raises InvalidInput where torch's layer cannot be that, and where something
+        makes the weights."""
+        check_own_weights(self)
         if self.head_map != HeadMap.uniform(self.num_heads) or self.num_heads * self.head_dim != self.embed_dim:
             raise InvalidInput(
                 f"{self.head_map} heads of {self.head_dim} in {self.embed_dim} features: torch.nn.MultiheadAttention needs one "

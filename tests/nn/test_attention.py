@@ -285,9 +285,11 @@ def test_a_layer_cut_in_inference_mode_can_be_trained(cut):
         (lambda layer: setattr(layer, "k_proj", nn.Sequential(layer.k_proj)), "k_proj.weight"),
     ],
 )
-def test_weights_that_something_makes_are_not_cut(make, name, cut):
+def test_weights_that_something_makes_are_neither_cut_nor_given_to_torch(make, name, cut):
     layer = VariableHeadAttention(EMBED, HEADS, add_bias_kv=True)
     make(layer)
+    with pytest.raises(InvalidInput, match=f"{name} is made of others at each call; undo masks"):
+        layer.to_torch()
     before = {name: tensor.shape for name, tensor in layer.state_dict().items()}
     with pytest.raises(InvalidInput, match=f"{name} is made of others at each call; undo masks"):
         CUTS[cut](layer)
