@@ -298,7 +298,9 @@ class VariableHeadAttention(nn.Module):
         mask = masks.merged(q, k.shape[2])
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        weights = scores.softmax(dim=3).masked_fill(scores == float("-inf"), 0.0)
+        hidden = scores == float("-inf")
+        scores = scores.masked_fill(hidden.all(dim=3, keepdim=True), 0.0)  # a row of -inf has a gradient of NaN
+        weights = scores.softmax(dim=3).masked_fill(hidden, 0.0)
         weights = F.dropout(weights, self.dropout, self.training)
         return self._gated(torch.matmul(weights, v)), weights
 

@@ -130,13 +130,17 @@ def test_the_output_of_a_layer_that_takes_lengths_first_can_be_viewed(need_weigh
     assert output.view(LENGTH * BATCH, EMBED).shape == (LENGTH * BATCH, EMBED)
 
 
-def test_a_row_that_may_attend_to_nothing_gives_the_bias_alone():
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_a_row_that_may_attend_to_nothing_gives_the_bias_alone(added, need_weights):
     layer = VariableHeadAttention.from_torch(torch_layer(batch_first=True))
     padding = torch.zeros(BATCH, KV_LENGTH, dtype=torch.bool)
     padding[1] = True
-    for need_weights in (True, False):
-        output, _ = layer(*inputs(layer), key_padding_mask=padding, need_weights=need_weights)
-        assert torch.allclose(output[1], layer.out_proj.bias.expand(LENGTH, EMBED))
+    mask = torch.zeros(padding.shape).masked_fill(padding, float("-inf")) if added else padding
+    output, _ = layer(*inputs(layer), key_padding_mask=mask, need_weights=need_weights)
+    assert torch.allclose(output[1], layer.out_proj.bias.expand(LENGTH, EMBED))
+    output.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("form", FORMS)
