@@ -235,7 +235,9 @@ class VariableHeadAttention(nn.Module):
         return new.train(layer.training)
 
     def to_torch(self) -> nn.MultiheadAttention:
-        """The torch layer with these weights (copied). Raises InvalidInput where torch's layer cannot be that."""
+        """The torch layer with these weights (copied). Raises InvalidInput where torch's layer cannot be that, and where something
+        makes the weights."""
+        check_own_weights(self)
         if self.head_map != HeadMap.uniform(self.num_heads) or self.num_heads * self.head_dim != self.embed_dim:
             raise InvalidInput(
                 f"{self.head_map} heads of {self.head_dim} in {self.embed_dim} features: torch.nn.MultiheadAttention needs one "
@@ -296,7 +298,9 @@ class VariableHeadAttention(nn.Module):
         mask = masks.merged(q, k.shape[2])
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        weights = scores.softmax(dim=3).masked_fill(scores == float("-inf"), 0.0)
+        hidden = scores == float("-inf")
+        scores = scores.masked_fill(hidden.all(dim=3, keepdim=True), 0.0)  # a row of -inf has a gradient of NaN
+        weights = scores.softmax(dim=3).masked_fill(hidden, 0.0)
         weights = F.dropout(weights, self.dropout, self.training)
         return self._gated(torch.matmul(weights, v)), weights
 

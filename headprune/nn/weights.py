@@ -26,7 +26,7 @@ def beside_weights(layer: nn.MultiheadAttention) -> str | None:
 
 
 def check_own_weights(layer: nn.Module) -> None:
-    """InvalidInput where a weight of a VariableHeadAttention is no parameter of its own: a cut would not last."""
+    """InvalidInput where a weight of a VariableHeadAttention is no parameter of its own: a cut or copy would miss what makes it."""
     own = [(layer, "", name) for name in ("bias_k", "bias_v", "gate")]
     projections = [f"{role}_proj" for role in ROLES] + ["out_proj"]
     own += [(layer.get_submodule(part), f"{part}.", name) for part in projections for name in ("weight", "bias")]

@@ -218,7 +218,7 @@ def check_varlen(call: VarlenCall) -> VarlenCall:
     check_heads(call.query_heads, head_map)
     check_numbers(call)
     for name, starts in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k)):
-        check_integers(name, starts, query)
+        check_integers(name, starts, query, "sequences + 1")
         expect(name, starts, (max(call.sequences, 0) + 1,))
     check_extras(
         query,
@@ -242,10 +242,10 @@ def check_decode(call: DecodeCall) -> DecodeCall:
     check_numbers(call)
     if not 1 <= call.new <= MOST_NEW_TOKENS:
         raise InvalidInput(f"{call.new} new tokens; decode takes 1 to {MOST_NEW_TOKENS}. Use attention for more.")
-    check_integers("lengths", call.lengths, query)
+    check_integers("lengths", call.lengths, query, "batch")
     expect("lengths", call.lengths, (call.batch,))
     if call.page_table is not None:
-        check_integers("page_table", call.page_table, query)
+        check_integers("page_table", call.page_table, query, "batch", "pages_per_sample")
         expect("page_table", call.page_table, (call.batch, call.page_table.shape[-1]))
     check_extras(
         query,
@@ -313,9 +313,11 @@ def check_numbers(call: AttentionCall | VarlenCall | DecodeCall) -> None:
         raise InvalidInput(f"scale is {call.scale}; expected a finite number, or None for 1 / sqrt(head_dim).")
 
 
-def check_integers(name: str, tensor: Tensor, query: Tensor) -> None:
+def check_integers(name: str, tensor: Tensor, query: Tensor, *dims: str) -> None:
     if tensor.dtype != torch.int32:
         raise InvalidInput(f"{name} is {tensor.dtype}; expected torch.int32.")
+    if tensor.dim() != len(dims):
+        raise InvalidInput(f"{name} has shape {list(tensor.shape)}; expected [{', '.join(dims)}].")
     check_device(name, tensor, query)
 
 

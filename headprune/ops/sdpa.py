@@ -44,6 +44,8 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise InvalidInput("attn_mask and is_causal exclude each other, as in torch; put the causal part into the mask.")
+    if not 0 <= dropout_p <= 1:
+        raise InvalidInput(f"dropout_p is {dropout_p}; expected the share to drop, 0 to 1.")
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise InvalidInput(f"query, key, value have {query.dim()}, {key.dim()}, {value.dim()} dimensions; expected 2 or more.")
     for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -130,13 +130,17 @@ def test_the_output_of_a_layer_that_takes_lengths_first_can_be_viewed(need_weigh
     assert output.view(LENGTH * BATCH, EMBED).shape == (LENGTH * BATCH, EMBED)
 
 
-def test_a_row_that_may_attend_to_nothing_gives_the_bias_alone():
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_a_row_that_may_attend_to_nothing_gives_the_bias_alone(added, need_weights):
     layer = VariableHeadAttention.from_torch(torch_layer(batch_first=True))
     padding = torch.zeros(BATCH, KV_LENGTH, dtype=torch.bool)
     padding[1] = True
-    for need_weights in (True, False):
-        output, _ = layer(*inputs(layer), key_padding_mask=padding, need_weights=need_weights)
-        assert torch.allclose(output[1], layer.out_proj.bias.expand(LENGTH, EMBED))
+    mask = torch.zeros(padding.shape).masked_fill(padding, float("-inf")) if added else padding
+    output, _ = layer(*inputs(layer), key_padding_mask=mask, need_weights=need_weights)
+    assert torch.allclose(output[1], layer.out_proj.bias.expand(LENGTH, EMBED))
+    output.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -285,9 +289,11 @@ def test_a_layer_cut_in_inference_mode_can_be_trained(cut):
         (lambda layer: setattr(layer, "k_proj", nn.Sequential(layer.k_proj)), "k_proj.weight"),
     ],
 )
-def test_weights_that_something_makes_are_not_cut(make, name, cut):
+def test_weights_that_something_makes_are_neither_cut_nor_given_to_torch(make, name, cut):
     layer = VariableHeadAttention(EMBED, HEADS, add_bias_kv=True)
     make(layer)
+    with pytest.raises(InvalidInput, match=f"{name} is made of others at each call; undo masks"):
+        layer.to_torch()
     before = {name: tensor.shape for name, tensor in layer.state_dict().items()}
     with pytest.raises(InvalidInput, match=f"{name} is made of others at each call; undo masks"):
         CUTS[cut](layer)

@@ -85,6 +85,8 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
         ({"lengths": torch.ones(3, dtype=torch.int32, device="meta")}, "lengths is on meta, the query on cpu"),
         ({"query": torch.zeros(3, 7, 9, 8)}, "9 new tokens"),
         ({"page_table": torch.zeros(2, 4, dtype=torch.int32)}, "page_table has shape"),
+        ({"page_table": torch.zeros(3, dtype=torch.int32)}, r"page_table has shape \[3\]; expected \[batch, pages_per_sample\]"),
+        ({"lengths": torch.tensor(1, dtype=torch.int32)}, r"lengths has shape \[\]; expected \[batch\]"),
         ({"head_map": HeadMap.uniform(7)}, "key_cache has shape"),
         ({"query": torch.zeros(3, 7, 1, 8, requires_grad=True)}, "no gradient"),
         ({"gate": torch.ones(7, requires_grad=True)}, "no gradient"),

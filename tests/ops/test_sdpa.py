@@ -118,6 +118,7 @@ def test_it_compiles_whole_and_exports():
         ({"attn_mask": torch.ones(6, 7).bool()}, "attn_mask has shape"),
         ({"attn_mask": torch.ones(5, 7).int()}, "attn_mask is torch.int32; expected a floating type"),
         ({"head_map": RAGGED}, "key has shape"),
+        ({"dropout_p": -0.1}, "dropout_p is -0.1; expected the share to drop, 0 to 1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(options, names):

@@ -108,6 +108,11 @@ def test_the_longest_lengths_need_not_be_known_to_compile_and_export():
     [
         ({"cu_seqlens_q": starts(LENGTHS_Q).long()}, "cu_seqlens_q is torch.int64"),
         ({"cu_seqlens_k": starts((5, 7))}, "cu_seqlens_k has shape"),
+        (
+            {"cu_seqlens_q": starts(LENGTHS_Q)[None]},
+            rf"cu_seqlens_q has shape \[1, {len(LENGTHS_Q) + 1}\]; expected \[sequences \+ 1\]",
+        ),
+        ({"cu_seqlens_q": torch.tensor(0, dtype=torch.int32)}, r"cu_seqlens_q has shape \[\]; expected \[sequences \+ 1\]"),
         ({"head_map": HeadMap.uniform(7)}, "key has shape"),
         ({"gate": torch.ones(2, 7)}, "gate has shape"),
         ({"cu_seqlens_k": starts(LENGTHS_Q).to("meta"), "max_seqlen_k": 5}, "cu_seqlens_k is on meta, the query on cpu"),
