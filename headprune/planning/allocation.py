@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from headprune.errors import InfeasibleBudget, unknown_name
 from headprune.head_map import HeadMap
 from headprune.planning.budget import Budget
 from headprune.scoring.scores import HeadScores
+
+log = logging.getLogger("headprune")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,11 @@ def uniform(selection: Selection, units: list[Unit]) -> None:
     if short:  # the one that can spare least says what all can meet
         worst = min(short, key=lambda site: most_that_goes(selection, [site], left[site]))
         refuse_infeasible(selection, [worst], left[worst], budget_target(selection, [worst]))
+    sites, cost = list(left), sum(left.values())
+    if cost > budget_target(selection, sites):
+        away = max(0, most_that_goes(selection, sites, cost))
+        told = (100 * away, selection.budget.quantity, 100 * selection.budget.fraction)
+        log.warning("uniform rounds down in each layer: %.3g%% of %s away, not %.3g%%", *told)
 
 
 def remove_lowest(selection: Selection, units: list[Unit], sites: list[str]) -> int:

@@ -86,6 +86,18 @@ def test_a_cache_budget_takes_no_head_that_frees_nothing():
     assert len(plan(scores, Budget(kv_cache=0.25), granularity="query_head")["a"]) == 3  # 1, 2, 3 for nothing
 
 
+@pytest.mark.parametrize(
+    ("fraction", "kept", "told"), [(0.1, 4, "0% of heads away, not 10%"), (0.7, 2, "50% of heads away, not 70%")]
+)
+def test_it_is_said_how_much_less_than_asked_a_uniform_plan_takes(fraction, kept, told, caplog):
+    scores = scores_of({"a": [1.0, 2.0, 3.0, 4.0], "b": [1.0, 2.0, 3.0, 4.0], "c": [1.0, 2.0, 3.0, 4.0]})
+    plan(scores, Budget(heads=0.5), allocation="uniform")
+    assert caplog.text == ""
+    chosen = plan(scores, Budget(heads=fraction), allocation="uniform")
+    assert {len(heads) for heads in chosen.keep.values()} == {kept}
+    assert f"uniform rounds down in each layer: {told}" in caplog.text
+
+
 @pytest.mark.parametrize("allocation", ["global", "uniform", "optimal"])
 def test_a_cache_budget_takes_groups_and_no_head_that_leaves_its_group_behind(allocation):
     values = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)).tolist()
