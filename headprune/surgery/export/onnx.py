@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -122,16 +122,13 @@ def quiet_exporter() -> Iterator[None]:
     """Inside the block torch does not warn of torchvision's operators, which no model here has, and of its own old calls, and does
     not print what it has traced of a model that it then refuses."""
     loggers = {logger: logger.level for logger in map(logging.getLogger, LOUD)}
-    tracing: Any = importlib.import_module("torch.export._trace")
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    tracing.print = lambda *_, **__: None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        del tracing.print
         for logger, level in loggers.items():
             logger.setLevel(level)
 
