@@ -29,6 +29,7 @@ from headprune.recovery.sharding import OPTIONS as FSDP
 log = logging.getLogger("headprune")
 PREPARED = "_is_accelerate_prepared"  # what has it an Accelerator returns as it is: not wrapped, compiled or put on a device
 FEW = 10  # steps, which teach next to nothing
+RISEN = 1.5  # times as much as at first is more than what single batches differ by
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
 
 
@@ -126,7 +127,7 @@ def trained(model: nn.Module, session: Session, still: Sequence[nn.Module]) -> R
     went_back = broken is not None or good.value is not None
     if went_back:
         good.restore()
-    return Recovery(
+    result = Recovery(
         losses=training.history(trainer, "loss"),
         evaluations=training.history(trainer, "eval_quality"),
         steps=steps,
@@ -135,6 +136,10 @@ def trained(model: nn.Module, session: Session, still: Sequence[nn.Module]) -> R
         best_step=good.step if went_back else steps,
         stopped_because=broken or watch.reason or "the budget is used up",
     )
+    first, at_last = result.loss_ends
+    if first is not None and at_last is not None and at_last > RISEN * first > 0 and not (broken or session.evaluates):
+        log.warning("recovery: the training loss rose from %.3g to %.3g; lower lr, or give eval to keep the best", first, at_last)
+    return result
 
 
 def pooled_too(model: nn.Module, inputs: Any, output: Any) -> Any:

@@ -276,6 +276,17 @@ def test_a_recovered_model_is_new_to_accelerate():
     assert set(vars(model)) == before
 
 
+def test_a_loss_that_rose_is_told_where_no_evaluation_keeps_the_best(caplog):
+    dense, model = pruned_llama()
+    other, same = copy.deepcopy(model), copy.deepcopy(model)
+    told = "the training loss rose from"
+    hp.recover(model, text_batches(), teacher=dense, steps=12, lr=1e-3)
+    hp.recover(other, text_batches(), text_batches(1), teacher=dense, steps=12, lr=3.0)
+    assert told not in caplog.text
+    hp.recover(same, text_batches(), teacher=dense, steps=12, lr=3.0)
+    assert told in caplog.text
+
+
 def test_the_best_evaluation_is_what_stays():
     _, model = pruned_llama()
     qualities = iter([0.0, 1.0, 3.0, 2.0, 2.5, 1.0, 9.0])
