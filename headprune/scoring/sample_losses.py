@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from headprune.errors import InvalidInput
 from headprune.models.batches import by_name, why_infinite
+from headprune.models.tokens import IGNORED_LABEL
 
-IGNORED = -100  # a label that no loss counts, by torch's and transformers' convention
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a loss computed in another order; others: LOW_PRECISION
 LOW_PRECISION = 5e-2
 SAME_LOGITS = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the mean loss of the same logits, by the loss's own precision
@@ -168,9 +168,9 @@ def logits_and_labels(output: Any, batch: Mapping[str, Any], whole: bool = True)
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Rows | None:
     """logits [n, tokens, classes], labels [n, tokens]; nothing where a label is no class."""
-    counted = labels != IGNORED
+    counted = labels != IGNORED_LABEL
     if bool(((labels >= logits.shape[-1]) | (labels < 0) & counted).any()):
         return None
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none")
     counts = counted.sum(dim=1)
     return losses.sum(dim=1) / counts, counts.to(losses)
