@@ -39,19 +39,21 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 def attention_flops(sites: Sequence[AttentionSite], tokens: int | Mapping[str, TokenCount]) -> int:
-    """FLOPs (2 per multiply-add) of all attentions: the four projections, and QK^T and PV without a causal discount; softmax and
-    biases are not counted. Keys and values of an earlier attention are projected there.
+    """FLOPs (2 per multiply-add) of all attentions: the four projections, and QK^T and PV of each query with all keys, or
+    as many as its sliding window holds (no causal discount); softmax and biases are not counted. Keys and values of an earlier
+    attention are projected there.
 
     tokens: of one sequence that each of them runs once, or what each runs (`headprune.evaluation.token_counts`).
     """
     total = 0
     for site in sites:
         count = TokenCount(tokens, tokens, tokens * tokens) if isinstance(tokens, int) else tokens[site.name]
+        pairs = min(count.pairs, count.queries * (site.keys_in_window or count.pairs))
         queries, kv = site.head_map.query_heads, site.own_keys * site.head_map.kv_heads
         of_query = queries * (site.head_dim + site.gate_width + site.value_dim)
         of_key = kv * (site.head_dim + site.value_dim)
         projected = count.queries * of_query + count.keys * of_key
-        total += 2 * site.hidden_size * projected + 2 * count.pairs * queries * (site.head_dim + site.value_dim)
+        total += 2 * site.hidden_size * projected + 2 * pairs * queries * (site.head_dim + site.value_dim)
     return total
 
 

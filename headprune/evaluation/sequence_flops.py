@@ -27,7 +27,7 @@ class Lengths:
 
 def sequence_flops(model: PreTrainedModel, sites: list[AttentionSite], lengths: Lengths, runs: Mapping[str, int]) -> int:
     """FLOPs (2 per multiply-add) of a forward pass of `model` over one sequence: all linear layers (of experts those that a token
-    goes through), QK^T and PV without a causal discount.
+    goes through), QK^T and PV of each query with all keys, or as many as its sliding window holds (no causal discount).
 
     Cross-attention has the decoder's queries and the encoder's keys; what stands behind both, as a head does, runs the decoder's
     tokens. runs: module name -> how often it runs in a pass, once where that is not said (`runs_of`).
@@ -48,6 +48,7 @@ def sequence_flops(model: PreTrainedModel, sites: list[AttentionSite], lengths: 
         total += 2 * active_weights(model, name, module) * read_by(name, module) * runs.get(name, 1)
     for site in sites:
         queries, keys = read_by(site.name), lengths.tokens if site.name in crossing else read_by(site.name)
+        keys = min(keys, site.keys_in_window or keys)
         features = site.head_map.query_heads * (site.head_dim + site.value_dim)
         total += 2 * queries * keys * features * runs.get(site.name, 1)
     return total

@@ -169,6 +169,16 @@ class AttentionSite:
         return self.projection("output")
 
     @property
+    def keys_in_window(self) -> int | None:
+        """The most keys that one query reads: those of its sliding window. None where it reads all, or nothing says how many."""
+        config = getattr(self.dispatcher, "config", None)
+        of_all = None if self.kind == "cross" or hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
+        window = getattr(self.dispatcher, "sliding_window", of_all)  # Mistral's module reads it from its config
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            return None
+        return window if getattr(self.dispatcher, "is_causal", True) else 2 * window - 1
+
+    @property
     def cache(self) -> CachedFeatures:
         """What a cache holds of one token."""
         return self.cached or CachedFeatures(kv_head=self.head_dim + self.value_dim)

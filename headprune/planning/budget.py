@@ -21,8 +21,9 @@ class Budget:
     heads: query heads. params: the parameters of the attention projections that belong to heads; a shared key/value head's
     go only when its whole group has gone. kv_cache: what the cache holds of one token (latent attention caches nothing per
     head, so that only whole attentions shrink it).
-    flops: of the attentions on one sequence of `sequence_length` tokens, without a causal discount. latency: of the whole
-    model's forward pass, by `table`, which `headprune.evaluation.measure_latency_table` makes on the machine that counts.
+    flops: of the attentions on one sequence of `sequence_length` tokens, where each reads all of them, or as many as its sliding
+    window holds (no causal discount). latency: of the whole model's forward pass, by `table`, which
+    `headprune.evaluation.measure_latency_table` makes on the machine that counts.
     Raises InvalidInput for a fraction outside [0, 1), or for none or several quantities.
     """
 
@@ -92,7 +93,8 @@ def flops(budget: Budget, shape: SiteShape, head_map: HeadMap) -> int:
     """2 per multiply-add: the four projections, QK^T and PV."""
     width, length = shape.head_dim + shape.value_dim, budget.sequence_length
     projected = (head_map.query_heads + shape.own_keys * head_map.kv_heads) * width + head_map.query_heads * shape.gate_width
-    return 2 * length * (shape.hidden_size * projected + length * head_map.query_heads * width)
+    keys = min(length, shape.keys_in_window or length)
+    return 2 * length * (shape.hidden_size * projected + keys * head_map.query_heads * width)
 
 
 COSTS: dict[str, Callable[[Budget, SiteShape, HeadMap], int]] = {

@@ -25,6 +25,7 @@ class SiteShape:
     cached: CachedFeatures | None = field(default=None, compare=False)  # as in AttentionSite; older files say it of decoders alone
     gate_width: int = 0  # as in AttentionSite
     own_keys: bool = True  # as in AttentionSite
+    keys_in_window: int | None = field(default=None, compare=False)  # as in AttentionSite; older files do not say it
 
     @classmethod
     def of(cls, site: AttentionSite) -> SiteShape:
@@ -32,7 +33,7 @@ class SiteShape:
         biased = getattr(site.output.module, "bias", None) is not None
         return cls(
             site.head_map, site.head_dim, site.value_dim, site.hidden_size, *parameters, biased, site.cached, site.gate_width,
-            site.own_keys,
+            site.own_keys, site.keys_in_window,
         )  # fmt: skip
 
     def parameters(self, head_map: HeadMap) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_decoders import decoder
+from tiny_encoders import ENCODERS
 from tiny_models import llama
 
 from headprune.errors import InfeasibleBudget, InvalidInput
@@ -35,6 +36,31 @@ def test_flops_are_those_of_the_model_before_and_after(make):
     prune(model, chosen)
     assert cost() == sum(budget.cost(chosen.shapes[name], chosen.head_map(name)) for name in chosen)
     assert cost() <= before / 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(decoder, "gemma3", sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+        partial(decoder, "mistral", sliding_window=8),
+        ENCODERS["modernbert"].make,
+    ],
+    ids=["gemma3", "mistral", "modernbert"],
+)
+def test_flops_count_the_keys_that_a_sliding_window_holds(make):
+    """As many as the attentions of a run give weight to."""
+    length, model = 24, make()
+    model.set_attn_implementation("eager")
+    scores, budget = score(model, criterion="random"), Budget(flops=0.5, sequence_length=length)
+    with torch.no_grad():
+        seen = model(input_ids=torch.ones(1, length, dtype=torch.long), output_attentions=True).attentions
+    assert len(seen) == len(scores.shapes)
+    for weights, shape in zip(seen, scores.shapes.values()):
+        keys = int((weights > 0).sum(-1).max())
+        projected = (shape.head_map.query_heads + shape.head_map.kv_heads) * 2 * shape.head_dim * shape.hidden_size
+        products = keys * shape.head_map.query_heads * 2 * shape.head_dim
+        assert budget.cost(shape, shape.head_map) == 2 * length * (projected + products)
+        assert SiteShape.from_json(json.loads(json.dumps(shape.to_json()))).keys_in_window == shape.keys_in_window
 
 
 @pytest.mark.parametrize(
