@@ -7,7 +7,7 @@ other devices on the tensor, where no subclass tells. Function modes alone are c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from headprune.ops.backend import choose, reference
+from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall, operands
 
 _C: Any = torch._C
 
@@ -33,10 +34,9 @@ _IN_A_THREAD = _bits("BackendSelect", "ADInplaceOrView")
 _ON_A_TENSOR = _bits("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
 
 
-def run_operator(name: str, call: Any, operands: Callable[[Any], tuple[Any, ...]]) -> Any:
-    """What the operator headprune::`name` gives for `call`, whose operands are `operands(call)`. Where whoever asks knows PyTorch's
-    own operators alone (forward derivatives, torch.func's transforms, an export to ONNX) the reference computes, which is made of
-    them."""
+def run_operator(name: str, call: AttentionCall | VarlenCall | DecodeCall) -> Any:
+    """What the operator headprune::`name` gives for `call`. Where whoever asks knows PyTorch's own operators alone (forward
+    derivatives, torch.func's transforms, an export to ONNX) the reference computes, which is made of them."""
     if not torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
             return reference(name).run(call)

@@ -148,14 +148,8 @@ def attention(
 
 def attend(call: AttentionCall) -> tuple[Tensor, HeadStats | None]:
     """`attention` of a checked call: its output and, where it asks for them, its statistics."""
-    output, _, packed = run_operator("attention", call, operands)
+    output, _, packed = run_operator("attention", call)
     return output, HeadStats.from_packed(packed) if call.stats else None
-
-
-def operands(call: AttentionCall) -> tuple[Any, ...]:
-    values = dict(vars(call))
-    values["head_map"] = list(call.head_map.kv_of_query)
-    return tuple(values.values())
 
 
 def as_call(query: Tensor, key: Tensor, value: Tensor, kv_of_query: Sequence[int], *options: Any) -> AttentionCall:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,6 +173,16 @@ class DecodeCall:
     def empty_output(self) -> Tensor:
         """[batch, query_heads, new, value_dim], laid out token by token."""
         return self.query.new_empty((self.batch, self.new, self.query_heads, self.value_dim)).transpose(1, 2)
+
+
+def operands(call: AttentionCall | VarlenCall | DecodeCall) -> tuple[Any, ...]:
+    """The fields of `call` in their order, as its operator takes them: of the head map its list."""
+    if torch.compiler.is_compiling():  # before PyTorch 2.12 it does not follow vars(), which is faster
+        values = {name: getattr(call, name) for name in type(call).__dataclass_fields__}
+    else:
+        values = dict(vars(call))
+    values["head_map"] = list(call.head_map.kv_of_query)
+    return tuple(values.values())
 
 
 def equal_groups(query_heads: int, kv_heads: int) -> HeadMap:

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headprune.ops.attention import operands
 from headprune.ops.backend import Implementation, register
-from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall
-from headprune.ops.decode import decode_operands
+from headprune.ops.call import AttentionCall, DecodeCall, VarlenCall, operands
 from headprune.ops.extension import cpu_extension
 from headprune.ops.weight_slices import WeightCall
 from headprune.ops.weight_stats import weight_operands
@@ -101,7 +99,7 @@ def attention_varlen_backward(
 
 
 def attention_decode(call: DecodeCall) -> Tensor:
-    output: Tensor = kernels(call.query).attention_decode.default(*decode_operands(call))
+    output: Tensor = kernels(call.query).attention_decode.default(*operands(call))
     return output
 
 

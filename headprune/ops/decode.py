@@ -77,14 +77,8 @@ def attention_decode(
             gate,
         )
     )
-    output: Tensor = run_operator("attention_decode", call, decode_operands)
+    output: Tensor = run_operator("attention_decode", call)
     return output
-
-
-def decode_operands(call: DecodeCall) -> tuple[Any, ...]:
-    values = dict(vars(call))
-    values["head_map"] = list(call.head_map.kv_of_query)
-    return tuple(values.values())
 
 
 def as_decode_call(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> DecodeCall:

@@ -143,7 +143,7 @@ def attention_varlen(
             stats,
         )
     )
-    output, _, packed = run_operator("attention_varlen", call, varlen_operands)
+    output, _, packed = run_operator("attention_varlen", call)
     return (output, HeadStats.from_packed(packed)) if stats else output
 
 
@@ -151,12 +151,6 @@ def longest(cu_seqlens: Tensor) -> int:
     length: Any = cu_seqlens.diff().max().item() if cu_seqlens.numel() > 1 else 0
     found: int = length  # through int() an export could not follow it
     return found
-
-
-def varlen_operands(call: VarlenCall) -> tuple[Any, ...]:
-    values = dict(vars(call))
-    values["head_map"] = list(call.head_map.kv_of_query)
-    return tuple(values.values())
 
 
 def as_varlen_call(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> VarlenCall:

@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headprune import HeadMap
 from headprune.ops import attention, attention_decode, attention_varlen
-from headprune.ops.attention import operands
 from headprune.ops.backend import reference
-from headprune.ops.call import AttentionCall
+from headprune.ops.call import AttentionCall, operands
 
 MAP = HeadMap((0, 0, 1), 2)
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from headprune import HeadMap
 from headprune.ops import attention, backend, reference
-from headprune.ops.attention import operands
-from headprune.ops.call import AttentionCall
+from headprune.ops.call import AttentionCall, operands
 from headprune.ops.cpp import attention_forward, missing, refuses
 from headprune.ops.extension import cpu_extension
 

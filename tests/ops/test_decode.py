@@ -6,8 +6,8 @@ import torch
 from headprune import ops
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
-from headprune.ops.call import DecodeCall
-from headprune.ops.decode import as_decode_call, decode_operands
+from headprune.ops.call import DecodeCall, operands
+from headprune.ops.decode import as_decode_call
 
 RAGGED = HeadMap((0, 0, 0, 1, 2, 2, 2), 3)
 
@@ -71,8 +71,8 @@ def test_a_left_padded_sample_does_not_see_its_padding():
 def test_the_operator_passes_opcheck_and_compiles_whole():
     q, k, v, lengths = cache(torch.float32)
     call = DecodeCall(q, k, v, lengths, None, RAGGED, 0, 0.3, 0.0, None, None, None, None)
-    assert as_decode_call(*decode_operands(call)) == call
-    torch.library.opcheck(torch.ops.headprune.attention_decode, decode_operands(call))
+    assert as_decode_call(*operands(call)) == call
+    torch.library.opcheck(torch.ops.headprune.attention_decode, operands(call))
     run = lambda q, k, v: ops.attention_decode(q, k, v, lengths, RAGGED) * 2  # noqa: E731
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v), run(q, k, v))
 

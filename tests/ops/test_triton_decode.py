@@ -13,9 +13,8 @@ from decode_cases import CASES, RAGGED, UNEQUAL, Case, assert_exact, build, grou
 
 from headprune import ops
 from headprune.ops import reference, triton_decode
-from headprune.ops.attention import operands
 from headprune.ops.backend import choose
-from headprune.ops.call import AttentionCall
+from headprune.ops.call import AttentionCall, operands
 
 TESTS = Path(__file__).parents[1]
 

@@ -8,8 +8,8 @@ import torch
 from headprune import ops
 from headprune.errors import InvalidInput
 from headprune.head_map import HeadMap
-from headprune.ops.call import VarlenCall
-from headprune.ops.varlen import as_varlen_call, varlen_operands
+from headprune.ops.call import VarlenCall, operands
+from headprune.ops.varlen import as_varlen_call
 
 RAGGED = HeadMap((0, 0, 0, 1, 2, 2, 2), 3)
 LENGTHS_Q, LENGTHS_K = (3, 0, 1, 6), (5, 2, 1, 4)
@@ -75,8 +75,8 @@ def test_gradients_are_right():
 def test_the_operator_passes_opcheck_and_compiles_whole():
     q, k, v, cu_q, cu_k = packed(torch.float32)
     call = VarlenCall(q.requires_grad_(), k, v, cu_q, cu_k, 6, 5, RAGGED, True, 0, 0.3, 0.0, None, None, None, True)
-    assert as_varlen_call(*varlen_operands(call)) == call
-    torch.library.opcheck(torch.ops.headprune.attention_varlen, varlen_operands(call))
+    assert as_varlen_call(*operands(call)) == call
+    torch.library.opcheck(torch.ops.headprune.attention_varlen, operands(call))
 
     def run(q, k, v):
         return ops.attention_varlen(q, k, v, cu_q, cu_k, RAGGED, max_seqlen_q=6, max_seqlen_k=5, causal=True) * 2
