@@ -132,12 +132,16 @@ def get_target(name: str) -> Target:
 
 
 def writes_file(target: Target, output: Path) -> bool:
-    return target.suffix is not None and output.suffix == target.suffix
+    return target.suffix is not None and output.suffix.lower() == target.suffix
 
 
 def refuse_output(to: str, output: Path, overwrite: bool) -> None:
-    """InvalidInput where an export to the target `to` may not be written as `output`."""
-    if writes_file(get_target(to), output):
+    """InvalidInput where an export to the target `to` may not be written as `output`, or that is called like another one's file."""
+    found = get_target(to)
+    if not writes_file(found, output) and any(writes_file(other, output) for other in _targets.values()):
+        own = "a folder" if found.suffix is None else f"a name that ends in {found.suffix}, or a folder"
+        raise InvalidInput(f"{output} ends in {output.suffix}, and an export to {to} writes no such file; give {own}.")
+    if writes_file(found, output):
         refuse_unwritable(output, file=True)
         if output.exists() and not overwrite:
             raise InvalidInput(f"{output} is there already; give another name, or --overwrite (overwrite=True) where it may go.")
