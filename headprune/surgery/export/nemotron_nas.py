@@ -46,7 +46,8 @@ def write_nemotron_nas(model: PreTrainedModel, folder: Path, options: dict[str, 
     changed = regularise(model, common_query_heads(attention_sites(model), original))
     check = same_output(expected, small_output(model), "the even model")
     head_maps = [site.head_map for site in attention_sites(model)]
-    model.save_pretrained(folder, state_dict=without_empty_attentions(model.state_dict(), head_maps))
+    # Not the pruned model's own, which adds its code.
+    PreTrainedModel.save_pretrained(model, folder, state_dict=without_empty_attentions(model.state_dict(), head_maps))
     config = nas_config(original, head_maps, attention_sites(model)[0].head_dim)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(CONFIG_CODE, folder / CONFIG_CODE.name)
