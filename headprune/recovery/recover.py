@@ -125,7 +125,10 @@ def recover(
     """
     model = plain_module(model)
     check_arguments(recover, locals())
-    refuse_quantised(model, "recovery does not train")
+    refuse_quantised(
+        model,
+        "recovery does not train; do that before the model is quantised, or train adapters on it with peft (docs/large-models.md)",
+    )
     refuse_streamed(model, "where recovery does not train them", "recover what hp.load gives")
     chosen = get_method(method)
     chosen.refuse_unknown(method_options or {})

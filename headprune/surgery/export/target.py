@@ -17,6 +17,7 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_unwritable, whole_file
 from headprune.model_folder import refuse_replacing, whole_model
+from headprune.models.quantised import refuse_quantised
 from headprune.models.streamed import refuse_streamed
 from headprune.nn.given import plain_module
 from headprune.surgery.checkpoint import refuse_adapters
@@ -147,6 +148,15 @@ def refuse_output(to: str, output: Path, overwrite: bool) -> None:
             raise InvalidInput(f"{output} is there already; give another name, or --overwrite (overwrite=True) where it may go.")
     else:
         refuse_replacing(output, overwrite)
+
+
+def refuse_other_weights(model: PreTrainedModel) -> None:
+    """UnsupportedModel where adapters or rounded numbers stand in for the weights, which the target writes as they are."""
+    refuse_adapters(model, "export")
+    refuse_quantised(
+        model,
+        "this export does not write; export the model before quantising it: engines round weights themselves (dtype=q8_0 for gguf)",
+    )
 
 
 def refuse_unknown(options: dict[str, Any], known: tuple[str, ...] = ()) -> None:
