@@ -148,7 +148,7 @@ def recover(
     for name, given in (("train", data), ("eval", held_out)):
         refuse_batching(name, given, training_arguments)
         if loss_fn is None and (teacher is None or (distil is not None and distil.task)):
-            refuse_unlabelled(name, given)
+            refuse_unlabelled(name, given, each=name == "eval" and metric is None)
     whole_number("patience", patience)
     whole_number("seed", seed, least=0)
     per_pass, rate = steps_per_pass(data, training_arguments), chosen.lr if lr is None else lr
