@@ -122,6 +122,7 @@ def check_save_options(options: Mapping[str, Any]) -> None:
     size = options.get("max_shard_size", 1)
     if not (SIZE.fullmatch(size) if isinstance(size, str) else is_whole(size) and size > 0):
         raise InvalidInput(f"max_shard_size is {size!r:.80}; expected a number of bytes, 1 or more, or a size such as '5GB'.")
+    check_arguments(PreTrainedModel.save_pretrained, options)
 
 
 @contextmanager

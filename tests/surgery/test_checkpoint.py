@@ -184,6 +184,8 @@ def test_shards_and_dtype_are_kept(tmp_path):
         ({"max_shard_size": "5"}, "max_shard_size is '5'; expected"),
         ({"max_shard_size": None}, "max_shard_size is None; expected"),
         ({"max_shard_size": -1}, "max_shard_size is -1; expected"),
+        ({"variant": 7}, "variant is 7; expected a string or None"),
+        ({"is_main_process": "no"}, "is_main_process is 'no'; expected True or False"),
         ({"push_to_hub": True}, r"would upload half of the folder; call push_to_hub\(name\)"),
         ({"commit_message": "mine"}, "unknown option of save 'commit_message'"),
     ],
