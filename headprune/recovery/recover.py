@@ -18,7 +18,7 @@ from headprune.errors import InvalidInput, whole_number
 from headprune.models.quantised import refuse_quantised
 from headprune.models.streamed import refuse_streamed
 from headprune.models.tokens import TokenMask
-from headprune.nn.given import plain_module
+from headprune.nn.given import plain_module, refuse_sharded
 from headprune.recovery.batches import as_dataset, first_batch, refuse_batching, refuse_unlabelled, steps_per_pass
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
@@ -125,6 +125,7 @@ def recover(
     """
     model = plain_module(model)
     check_arguments(recover, locals())
+    refuse_sharded(model)
     refuse_quantised(
         model,
         "recovery does not train; do that before the model is quantised, or train adapters on it with peft (docs/large-models.md)",

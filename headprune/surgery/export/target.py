@@ -19,7 +19,7 @@ from headprune.files import refuse_unwritable, whole_file
 from headprune.model_folder import refuse_replacing, whole_model
 from headprune.models.quantised import refuse_quantised
 from headprune.models.streamed import refuse_streamed
-from headprune.nn.given import plain_module
+from headprune.nn.given import plain_module, refuse_sharded
 from headprune.surgery.checkpoint import refuse_adapters
 from headprune.surgery.companions import copy_companions, origin_of, refuse_companion
 from headprune.surgery.manifest import mark_exported
@@ -94,6 +94,7 @@ def export(
     """
     if isinstance(model, nn.Module):
         model = plain_module(model)  # type: ignore[assignment]  # another class is refused below
+        refuse_sharded(model)
     check_arguments(export, {"to": to, "output": output, "source": source})
     found = get_target(to)
     missing = [package for package in found.packages if importlib.util.find_spec(package) is None]
