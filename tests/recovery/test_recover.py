@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from functools import partial
+from itertools import repeat
 
 import pytest
 import torch
@@ -575,7 +576,7 @@ def test_bad_arguments_are_named(options, message):
 def test_what_gives_nothing_to_train_is_named():
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
-            return iter(())
+            return repeat(Rows()[0])
 
     _, model = pruned_llama()
     with pytest.raises(InvalidInput, match="the data do not tell how many they are; give steps or minutes"):
