@@ -47,12 +47,28 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
                 given = signature(function).bind(*args, **options).arguments
             except TypeError:  # an argument too many or too few, which Python's own message names together with the function
                 given = {}
+            refuse_spread(given)
             check_arguments(function, given)
             raise
         except ValueError as error:
             raise InvalidInput(str(error)) from error
 
     return run
+
+
+def refuse_spread(given: Mapping[str, Any]) -> None:
+    """InvalidInput where a tensor in `given` is spread over ranks, for which PyTorch's own operators alone know what to do."""
+    for name, value in given.items():
+        if is_spread(value):
+            raise InvalidInput(
+                f"{name} is a DTensor; expected a tensor of this rank: {name}.to_local() where samples or whole heads are split, "
+                f"else {name}.full_tensor()."
+            ) from None
+
+
+def is_spread(value: Any) -> bool:
+    """By its name: torch imports it when it is asked for."""
+    return type(value).__name__ == "DTensor"
 
 
 def check_options(of: str, options: Iterable[str], known: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,7 @@ def whole_folder(target: str | os.PathLike[str], parts: Sequence[str] | None = N
     with clear_disk_errors(target):
         if target.exists() and not target.is_dir():
             raise InvalidInput(f"{target} is a file; give a folder to write to.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with draft_folder(target.parent) as place:
+        with parent_made(target) as parent, draft_folder(parent) as place:
             draft = place / "draft"
             draft.mkdir()
             yield draft
@@ -111,18 +110,30 @@ def whole_file(target: str | os.PathLike[str], *, sync: bool = True) -> Iterator
     given = path_of(target)
     refuse_device(given)
     target = Path(os.path.realpath(given))
-    with clear_disk_errors(given):
+    with clear_disk_errors(given), parent_made(target) as parent, draft_folder(parent) as place:
+        draft = place / "draft"
+        draft.touch()
+        rights = (target if target.exists() else draft).stat().st_mode & 0o777
+        yield draft
+        if sync:
+            with draft.open("rb+") as file:
+                os.fsync(file.fileno())
+        draft.chmod(rights)  # safetensors lets nobody else read its files
+        os.replace(draft, target)
+
+
+@contextmanager
+def parent_made(target: Path) -> Iterator[Path]:
+    """The folder of `target`, made where it is missing; where the block fails, what was made is gone again if it is empty."""
+    missing = [folder for folder in target.parents if not os.path.lexists(folder)]
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with draft_folder(target.parent) as place:
-            draft = place / "draft"
-            draft.touch()
-            rights = (target if target.exists() else draft).stat().st_mode & 0o777
-            yield draft
-            if sync:
-                with draft.open("rb+") as file:
-                    os.fsync(file.fileno())
-            draft.chmod(rights)  # safetensors lets nobody else read its files
-            os.replace(draft, target)
+        yield target.parent
+    except BaseException:  # Ctrl-C too
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def refuse_unwritable(target: str | os.PathLike[str], *, file: bool | None = None) -> None:

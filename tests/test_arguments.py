@@ -131,7 +131,7 @@ A_MODULE = r"model is .*; expected a torch\.nn\.Module"
         (lambda: hp.nn.VariableHeadAttention(16, 4, head_map=[0, 1]), r"head_map is \[0, 1\]; expected HeadMap"),
         (lambda: hp.ops.attention(None, KEY, KEY), "query is None; expected a tensor"),
         (lambda: hp.ops.attention(QUERY, KEY, KEY, [0, 0, 1, 1]), r"head_map is \[0, 0, 1, 1\]; expected HeadMap \(HeadMap\("),
-        (lambda: hp.ops.attention(QUERY, KEY, KEY, window=0.5), r"window is 0\.5; expected a whole number or None"),
+        (lambda: hp.ops.attention(QUERY, KEY, KEY, window=0.5), r"window is 0\.5; expected how many positions are seen"),
         (lambda: hp.ops.attention(QUERY, KEY, KEY, softcap=float("nan")), "softcap is nan; expected a finite number above 0"),
         (lambda: hp.ops.attention(QUERY, KEY, KEY, softcap=float("inf")), "softcap is inf; expected a finite number above 0"),
         (lambda: hp.ops.attention_varlen(*PACKED[:3], [0, 3, 5], STARTS), r"cu_seqlens_q is \[0, 3, 5\]; expected a tensor"),

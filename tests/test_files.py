@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import suppress
 
 import pytest
 import torch
@@ -37,6 +38,18 @@ def test_a_replacement_that_breaks_off_leaves_the_old_folder(tmp_path, monkeypat
         (draft / "weights").write_text("new")
     assert (target / "weights").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_folders_that_were_made_for_what_failed_are_gone(tmp_path, whole):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "mine" / "new" / "newer" / "model"):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with suppress(KeyboardInterrupt), whole(tmp_path / "new" / "newer" / "model"):
+        (tmp_path / "new" / "log").touch()  # of somebody else
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["log", "mine", "new"]
 
 
 @pytest.mark.parametrize("sync", [True, False])

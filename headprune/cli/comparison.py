@@ -9,8 +9,17 @@ import typer
 
 from headprune.cli import completion, terminal
 from headprune.cli.app import app
-from headprune.cli.inputs import DeviceOption, JsonOption, ModelArgument, TaskOption, opened, writable_file
+from headprune.cli.inputs import DeviceOption, JsonOption, ModelArgument, TaskOption, asked_first, opened
 from headprune.cli.terminal import with_bar
+from headprune.errors import InvalidInput
+from headprune.files import refuse_unwritable
+
+
+def refuse_no_markdown(path: Path) -> None:
+    """Also because the rows of NAME.md and of NAME.json would be kept in one folder."""
+    refuse_unwritable(path, file=True)
+    if path.suffix != ".md":
+        raise InvalidInput(f"--output {path}: the table is written as Markdown; give a name that ends in .md (--json prints JSON).")
 
 
 @app.command("compare", epilog="Example: headprune compare minilm --heads 0.5 --methods heads,unstructured,channels -o table.md")
@@ -40,9 +49,9 @@ def compare_command(
     lr: Annotated[float | None, typer.Option(help="Its peak learning rate.")] = None,
     repeats: Annotated[int, typer.Option(min=0, help="Timed forward passes of each, dense and compressed in turn; 0: none.")] = 10,
     seed: Annotated[int, typer.Option(help="The order of the batches.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The table, as Markdown.", callback=writable_file)] = Path(
-        "comparison.md"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The table, as Markdown: NAME.md.", callback=asked_first(refuse_no_markdown))
+    ] = Path("comparison.md"),
     folder: Annotated[
         Path | None, typer.Option(help="Keeps each method's row as it is done; by default NAME.rows beside the table.")
     ] = None,

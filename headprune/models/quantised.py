@@ -60,13 +60,10 @@ def parts_of(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def refuse_quantised(model: nn.Module, doing: str) -> None:
-    """UnsupportedModel where a layer of `model` is quantised, naming what is not done with it."""
+    """UnsupportedModel where a layer of `model` is quantised, naming what is not done with it, and what can be."""
     name = next((name for name, module in model.named_modules() if is_quantised(module)), None)
     if name is not None:
-        raise UnsupportedModel(
-            f"{name} holds quantised weights, which {doing}; do that before the model is quantised, or train adapters on it "
-            "with peft (docs/large-models.md)."
-        )
+        raise UnsupportedModel(f"{name} holds quantised weights, which {doing}.")
 
 
 def refuse_stored_quantised(config: PreTrainedConfig, folder: str | os.PathLike[str]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, whole_number
@@ -260,11 +261,17 @@ class VariableHeadAttention(nn.Module):
                 torch_parameter(new, name).requires_grad_()
         return new.train(self.training)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first, of a model that holds the layer too."""
+        raise untaken("torch.jit.script")
+
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, heads={self.head_map}, head_dim={self.head_dim}, batch_first={self.batch_first}"
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether there is a batch dimension."""
+        if isinstance(query, Proxy):
+            raise untaken("torch.fx.symbolic_trace", ", and a Tracer whose is_leaf_module keeps it whole")
         if query.is_nested or key.is_nested or value.is_nested:
             raise InvalidInput(
                 "nested tensors are not supported. In a torch.nn.TransformerEncoder set `use_nested_tensor = False`, or swap its "
@@ -347,6 +354,10 @@ class VariableHeadAttention(nn.Module):
         self.bias_k, self.bias_v = resized(self.bias_k, 2, kv_rows), resized(self.bias_v, 2, kv_rows)
         self.gate = resized(self.gate, 0, head_map.query_heads)
         self._take_shape(head_map)
+
+
+def untaken(tracer: str, more: str = "") -> InvalidInput:
+    return InvalidInput(f"{tracer} does not take a VariableHeadAttention; torch.export.export and torch.compile do{more}.")
 
 
 def no_weights(query: Tensor, kv_len: int, averaged: bool) -> Tensor:

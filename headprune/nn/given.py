@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headprune.errors import InvalidInput
 
+SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: torch imports them when they are asked for
+
 
 def plain_module(model: Any) -> nn.Module:
     """`model` itself, without the wrapper that torch.compile(model) puts around it, whose names and class are others.
@@ -28,9 +30,20 @@ def plain_module(model: Any) -> nn.Module:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """InvalidInput where `model` is wrapped for several ranks by DistributedDataParallel, which holds the weights as they were and
-    would go on adding up the gradients of those."""
+    would go on adding up the gradients of those, or sharded over them."""
     if isinstance(model, DistributedDataParallel):
         raise InvalidInput("model is wrapped in DistributedDataParallel; give model.module, and wrap it again to train on.")
+    refuse_sharded(model)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """InvalidInput where a part of `model` is sharded by FSDP, which between two passes may show whole weights and keeps others."""
+    for name, module in model.named_modules():
+        if SHARDED & {kind.__name__ for kind in type(module).__mro__}:
+            raise InvalidInput(
+                f"{name or 'model'} is a {type(module).__name__}, of whose weights each rank holds a part; give the model as it is "
+                "before FSDP shards it, and shard it afterwards."
+            )
 
 
 @contextmanager

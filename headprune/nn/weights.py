@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
+from headprune.arguments import is_spread
 from headprune.errors import InvalidInput
 
 ROLES = ("q", "k", "v")
@@ -33,6 +34,8 @@ def check_own_weights(layer: nn.Module) -> None:
     for module, part, name in own:
         if getattr(module, name, module) is not None and name not in module._parameters:
             raise InvalidInput(f"{part}{name} is made of others at each call; {UNDO}.")
+        if is_spread(getattr(module, name, None)):
+            raise InvalidInput(f"{part}{name} is a DTensor, of which each rank has a part; do this before the layer is sharded.")
 
 
 def torch_parameter(layer: nn.MultiheadAttention, name: str) -> nn.Parameter:

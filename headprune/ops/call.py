@@ -316,8 +316,8 @@ def check_heads(query_heads: int, head_map: HeadMap) -> None:
 
 def check_numbers(call: AttentionCall | VarlenCall | DecodeCall) -> None:
     # Comparisons and not math.isfinite: under torch.compile with dynamic shapes the scale is a symbol.
-    if not 0 <= call.window < 2**63:
-        raise InvalidInput(f"window is {call.window}; expected how many positions are seen, or None for all.")
+    if isinstance(call.window, float) or not 0 <= call.window < 2**63:
+        raise InvalidInput(f"window is {call.window}; expected how many positions are seen, a whole number, or None for all.")
     if not 0 <= call.softcap < math.inf:
         raise InvalidInput(f"softcap is {call.softcap}; expected a finite number above 0, or None for no cap.")
     if not -math.inf < call.scale < math.inf:

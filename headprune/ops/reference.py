@@ -175,6 +175,7 @@ def attention_varlen_backward(
 
 def attention_decode(call: DecodeCall) -> Tensor:
     """output [batch, query_heads, new, value_dim]: each sample's new tokens against the first lengths[sample] cached keys."""
+    check_lengths(call)
     key, value = call.key_cache, call.value_cache
     if call.page_table is not None:
         key, value = (gathered_pages(cache, call.page_table) for cache in (key, value))
@@ -196,6 +197,14 @@ def attention_decode(call: DecodeCall) -> Tensor:
         False,
     )  # fmt: skip
     return attention_forward(one)[0]
+
+
+def check_lengths(call: DecodeCall) -> None:
+    """InvalidInput for lengths beyond the cache, where they can be read: not on a GPU, in a trace or a transform."""
+    unread = not call.lengths.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    for index, length in enumerate([] if unread else call.lengths.tolist()):
+        if not 0 <= length <= call.capacity:
+            raise InvalidInput(f"lengths[{index}] is {length}; the cache holds 0 to {call.capacity} keys.")
 
 
 def head_weight_stats(call: WeightCall) -> Tensor:

@@ -32,7 +32,7 @@ class Batches(Dataset[Any]):
 def as_dataset(data: Any, name: str) -> Any:
     """`data` where it is a dataset of rows (torch's or datasets'), else its batches. Raises InvalidInput where it is empty."""
     found = data if is_rows(data) else Batches(data)
-    if length_of(found) == 0:
+    if length_of(found) == 0 or (not has_items(found) and next(iter(found), None) is None):
         raise InvalidInput(f"{name} is empty; give at least one batch.")
     return found
 
@@ -47,10 +47,17 @@ def refuse_batching(name: str, data: Any, options: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_unlabelled(name: str, data: Any) -> None:
-    """InvalidInput where batches have labels of which a loss counts none."""
-    if isinstance(data, Batches) and all(map(unlabelled, data.batches)):
+def refuse_unlabelled(name: str, data: Any, each: bool) -> None:
+    """InvalidInput where batches have labels of which a loss counts none; each: also where some have, which are to be averaged."""
+    batches = data.batches if isinstance(data, Batches) else []
+    without = [number for number, batch in enumerate(batches) if unlabelled(batch)]
+    if without and len(without) == len(batches):
         raise InvalidInput(f"no batch of {name} has a label that counts, all are {IGNORED_LABEL}; give labels, or a teacher alone.")
+    if without and each:
+        raise InvalidInput(
+            f"batch {without[0]} of {name}, counted from 0, has no label that counts, all are {IGNORED_LABEL}, and the mean loss "
+            f"of {name} would be NaN; leave it out, or give it some."
+        )
 
 
 def steps_per_pass(data: Any, options: Mapping[str, Any]) -> int | None:

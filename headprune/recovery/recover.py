@@ -18,7 +18,7 @@ from headprune.errors import InvalidInput, whole_number
 from headprune.models.quantised import refuse_quantised
 from headprune.models.streamed import refuse_streamed
 from headprune.models.tokens import TokenMask
-from headprune.nn.given import plain_module
+from headprune.nn.given import plain_module, refuse_sharded
 from headprune.recovery.batches import as_dataset, first_batch, refuse_batching, refuse_unlabelled, steps_per_pass
 from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.distillation import Distillation
@@ -125,7 +125,11 @@ def recover(
     """
     model = plain_module(model)
     check_arguments(recover, locals())
-    refuse_quantised(model, "recovery does not train")
+    refuse_sharded(model)
+    refuse_quantised(
+        model,
+        "recovery does not train; do that before the model is quantised, or train adapters on it with peft (docs/large-models.md)",
+    )
     refuse_streamed(model, "where recovery does not train them", "recover what hp.load gives")
     chosen = get_method(method)
     chosen.refuse_unknown(method_options or {})
@@ -145,7 +149,7 @@ def recover(
     for name, given in (("train", data), ("eval", held_out)):
         refuse_batching(name, given, training_arguments)
         if loss_fn is None and (teacher is None or (distil is not None and distil.task)):
-            refuse_unlabelled(name, given)
+            refuse_unlabelled(name, given, each=name == "eval" and metric is None)
     whole_number("patience", patience)
     whole_number("seed", seed, least=0)
     per_pass, rate = steps_per_pass(data, training_arguments), chosen.lr if lr is None else lr

@@ -31,7 +31,7 @@ from headprune.surgery.config_file import built_as, load_config
 from headprune.surgery.cut import cut
 from headprune.surgery.load_options import CHECKED, check_load_options
 from headprune.surgery.loading_report import check_report
-from headprune.surgery.manifest import check_manifest, write_manifest
+from headprune.surgery.manifest import check_config, check_manifest, write_manifest
 from headprune.surgery.plain_checkpoint import load_plain, save_plain
 from headprune.surgery.record import SECTION, kept_heads, record_of
 from headprune.surgery.remote_code import write_remote_code
@@ -122,6 +122,7 @@ def check_save_options(options: Mapping[str, Any]) -> None:
     size = options.get("max_shard_size", 1)
     if not (SIZE.fullmatch(size) if isinstance(size, str) else is_whole(size) and size > 0):
         raise InvalidInput(f"max_shard_size is {size!r:.80}; expected a number of bytes, 1 or more, or a size such as '5GB'.")
+    check_arguments(PreTrainedModel.save_pretrained, options)
 
 
 @contextmanager
@@ -232,9 +233,11 @@ def refuse_adapters(model: nn.Module, doing: str) -> None:
 
 
 def skeleton(folder: str | os.PathLike[str], base: bool = False) -> PreTrainedModel:
-    """The model of `folder` without its weights (on the meta device): sites, head maps and sizes at no cost."""
+    """The model of `folder` without its weights (on the meta device): sites, head maps and sizes at no cost. Raises
+    what `load` does of the config."""
     folder = local_folder(folder, weights=False)
     config = load_config(folder)
+    check_config(folder)
     model_class = class_of(config, base)
     built: Any = pruned_class(model_class, getattr(config, SECTION, None))
     with torch.device("meta"), built_as(model_class, folder):

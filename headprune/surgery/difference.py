@@ -18,6 +18,8 @@ from headprune.models.selection import runs
 from headprune.nn.given import plain_module
 from headprune.nn.replace import own_attention
 from headprune.surgery.checkpoint import skeleton
+from headprune.surgery.companions import origin_of
+from headprune.surgery.manifest import manifest_of
 from headprune.surgery.record import record_of
 from headprune.surgery.savings import Savings
 
@@ -25,7 +27,8 @@ from headprune.surgery.savings import Savings
 @dataclass(frozen=True)
 class Difference:
     """removed: attention -> the query heads that are gone, numbered as in the unpruned original; None where the models'
-    records do not tell which (the counts still do). Attentions that lost nothing are left out. savings: counts of both."""
+    records do not tell which (the counts still do), as for an export. Attentions that lost nothing are left out. savings: counts of
+    both."""
 
     removed: dict[str, tuple[int, ...] | None]
     savings: Savings
@@ -53,7 +56,7 @@ def diff(before: nn.Module | str | os.PathLike[str], after: nn.Module | str | os
     """What `after` has lost against `before`; each is a model or the folder of one, of which no weights are read.
 
     Raises InvalidInput where the two are not made from one model: of another type, other attentions or sizes of them, or heads
-    that only `after` has.
+    that only `after` has; CorruptCheckpoint where a folder's head sections are not what was saved.
     """
     check_arguments(diff, locals())
     models = [plain_module(found) if isinstance(found, nn.Module) else skeleton(found) for found in (before, after)]
@@ -61,9 +64,9 @@ def diff(before: nn.Module | str | os.PathLike[str], after: nn.Module | str | os
         whole, small = ({site.name: site for site in attention_sites(model)} for model in models)
         names = paired(models, whole, small)
         refuse_other_model(models, {name: (whole[name], small[other]) for name, other in names.items()})
-        removed = {}
+        removed, renumbered = {}, any(was_exported(model) for model in models)
         for name, other in names.items():
-            heads = removed_heads(name, whole[name], small[other], entry(models[0], name), entry(models[1], other))
+            heads = removed_heads(name, whole[name], small[other], entry(models[0], name), entry(models[1], other), renumbered)
             if heads != ():
                 removed[name] = heads
         first, second = models
@@ -106,15 +109,31 @@ def entry(model: nn.Module, name: str) -> Mapping[str, Any] | None:
     return None if record.get("regularised") else record.get("sites", {}).get(name, {})
 
 
+def was_exported(model: nn.Module) -> bool:
+    """Whether it comes from an export of headprune's, for which heads are numbered anew and filled up with dead ones."""
+    origin = origin_of(model)
+    return origin is not None and "exported" in manifest_of(origin)
+
+
 def removed_heads(
-    name: str, whole: AttentionSite, small: AttentionSite, first: Mapping[str, Any] | None, second: Mapping[str, Any] | None
+    name: str,
+    whole: AttentionSite,
+    small: AttentionSite,
+    first: Mapping[str, Any] | None,
+    second: Mapping[str, Any] | None,
+    renumbered: bool,
 ) -> tuple[int, ...] | None:
-    """The heads of `whole` that `small` lacks, by the original's numbers; None where only their number is known."""
+    """The heads of `whole` that `small` lacks, by the original's numbers; None where only their number is known.
+
+    renumbered: whether numbers that do not fit may be those of an export.
+    """
     if first is None or second is None:
         return () if whole.head_map == small.head_map else None
     originals = [found.get("original", site.head_map.to_json()) for found, site in ((first, whole), (second, small))]
     kept = [found.get("kept", list(range(site.head_map.query_heads))) for found, site in ((first, whole), (second, small))]
     if originals[0] != originals[1] or not set(kept[1]) <= set(kept[0]):
+        if renumbered:
+            return None
         raise InvalidInput(
             f"the second model was not made from the first: at {name} it has {small.head_map} (heads {kept[1]} of the original), "
             f"the first {whole.head_map} (heads {kept[0]}). Give the dense model first and the pruned one second."

@@ -20,6 +20,7 @@ WEIGHTS = "*.safetensors"
 # The parts of config.json that say which heads are left.
 SECTIONS = ("headprune", "per_layer_config")
 CHUNK = 1 << 20
+OTHERWISE = f"Save it again; if you changed it on purpose, pass verify=False, or remove {FILE}."
 
 
 def write_manifest(folder: Path, digests: Mapping[str, str] | None = None, **content: Any) -> None:
@@ -41,29 +42,37 @@ def mark_exported(folder: Path, target: str) -> None:
 def check_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of `folder`, empty where it has none. Raises CorruptCheckpoint, naming the file, where the folder is not
     what was saved."""
-    if not (folder / FILE).is_file():
-        return {}
-    document = read_json(folder / FILE, KIND)
-    otherwise = "Save it again, or pass verify=False if you changed it on purpose."
-    if document.get("config_sha256") != config_digest(folder):
-        raise CorruptCheckpoint(
-            f"{folder}/config.json: its sections {' and '.join(SECTIONS)} are not those that were saved. {otherwise}"
-        )
+    document = check_config(folder)
     weights: Any = document.get("weights", {})
     entries = list(weights.values()) if isinstance(weights, dict) else [None]
     if not all(isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in entries):
-        raise CorruptCheckpoint(f"{folder / FILE} is damaged: its weights are not as they were written. {otherwise}")
+        raise CorruptCheckpoint(f"{folder / FILE} is damaged: its weights are not as they were written. {OTHERWISE}")
     for name, entry in weights.items():
         path = folder / name
         if not path.is_file():
             raise CorruptCheckpoint(f"{path} is missing; the folder was saved with {len(weights)} weight files.")
         if path.stat().st_size != entry["bytes"]:
-            raise CorruptCheckpoint(f"{path} has {path.stat().st_size:,} bytes where {entry['bytes']:,} were saved. {otherwise}")
+            raise CorruptCheckpoint(f"{path} has {path.stat().st_size:,} bytes where {entry['bytes']:,} were saved. {OTHERWISE}")
     with ThreadPoolExecutor() as pool:
         for (name, entry), digest in zip(weights.items(), pool.map(file_digest, [folder / name for name in weights])):
             if digest != entry.get("crc32", digest):
-                raise CorruptCheckpoint(f"{folder / name} is corrupt: its CRC-32 is not the one that was saved. {otherwise}")
+                raise CorruptCheckpoint(f"{folder / name} is corrupt: its CRC-32 is not the one that was saved. {OTHERWISE}")
     return document
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`, empty where it has none. Raises CorruptCheckpoint where the head sections of its config are not
+    those that were saved."""
+    document = manifest_of(folder)
+    if document and document.get("config_sha256") != config_digest(folder):
+        raise CorruptCheckpoint(
+            f"{folder}/config.json: its sections {' and '.join(SECTIONS)} are not those that were saved. {OTHERWISE}"
+        )
+    return document
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return read_json(folder / FILE, KIND) if (folder / FILE).is_file() else {}
 
 
 def file_digest(path: Path) -> str:

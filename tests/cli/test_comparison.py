@@ -40,3 +40,11 @@ def test_unknown_methods_and_fractions_are_one_line(call, dense, tmp_path):
     assert code == 2
     assert "heads is 1.5" in only_error(err)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+@pytest.mark.parametrize("output", ["table.json", "table", "table.rows"])
+def test_a_table_is_written_to_a_markdown_file_alone(call, dense, tmp_path, output):
+    code, _, err = call("compare", "./dense", "--methods", "heads", "-o", output)
+    assert code == 2
+    assert f"--output {output}: the table is written as Markdown; give a name that ends in .md" in only_error(err)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}

@@ -100,6 +100,22 @@ def test_a_file_is_replaced_by_an_export_on_request_alone(target, call):
     assert output.read_bytes() != b"mine"
 
 
+@pytest.mark.parametrize(
+    ("to", "output", "told"),
+    [
+        ("onnx", "a.gguf", "ends in .onnx, or a folder"),
+        ("gguf", "a.ONNX", "ends in .gguf, or a folder"),
+        ("stock", "a.gguf", "a folder"),
+    ],
+)
+def test_a_name_of_another_target_s_file_is_refused_before_the_model_is_opened(call, to, output, told, monkeypatch):
+    monkeypatch.setattr("headprune.sources.open_model", lambda *_: pytest.fail("a model was opened before the name was refused"))
+    code, _, err = call("export", "minilm", "--to", to, "-o", output)
+    assert code == 2
+    assert only_error(err).startswith(f"error: {output} ends in {Path(output).suffix}, and an export to {to} writes no such file")
+    assert told in only_error(err)
+
+
 def test_diff_says_what_is_gone_and_what_that_saves(call):
     model = llama()
     save(model, "dense")
@@ -157,7 +173,7 @@ def test_a_disk_that_is_full_while_saving_is_one_line_and_leaves_nothing(call, t
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2
     assert "cannot write out/pruned" in only_error(err)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_pools_by_torchs_own_attention_is_inspected(call, tmp_path):

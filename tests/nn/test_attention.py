@@ -339,6 +339,32 @@ def test_one_compilation_takes_masks_of_fixed_size_beside_free_sizes():
         assert torch.allclose(compiled(*arguments)[0], layer(*arguments)[0], atol=1e-6)
 
 
+def test_tracers_that_do_not_take_it_are_told_of_those_that_do():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = ragged_layer()
+
+        def forward(self, x):
+            return self.layer(x, x, x, need_weights=False)[0]
+
+    class Whole(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, VariableHeadAttention) or super().is_leaf_module(module, name)
+
+    model, x = Around().eval(), torch.randn(2, 5, EMBED)
+    with pytest.raises(
+        InvalidInput, match=r"torch\.jit\.script does not take a Var.*; torch\.export\.export and torch\.compile do"
+    ):
+        torch.jit.script(model)
+    with pytest.raises(
+        InvalidInput, match=r"torch\.fx\.symbolic_trace does not .*, and a Tracer whose is_leaf_module keeps it whole"
+    ):
+        torch.fx.symbolic_trace(model)
+    assert torch.equal(torch.fx.GraphModule(model, Whole().trace(model))(x), model(x))
+    assert torch.allclose(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_torchs_onnx_exporter_takes_it(tmp_path):
     pytest.importorskip("onnxscript")

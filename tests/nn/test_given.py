@@ -4,8 +4,12 @@ import pytest
 import torch
 from tiny_models import llama, tokens
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_module, distribute_tensor
 
 import headprune as hp
+from headprune.surgery.export import export
 
 KEEP = {"model.layers.0.self_attn": [0, 3, 5], "model.layers.1.self_attn": [1, 2, 7]}
 BATCHES = [{"input_ids": rows, "labels": rows} for rows in tokens(60, 12).split(6)]
@@ -78,18 +82,57 @@ def test_what_is_no_model_is_named(given):
             act(given)
 
 
-def test_a_model_in_distributed_data_parallel_is_scored_but_neither_cut_nor_saved(tmp_path):
+@pytest.fixture
+def mesh(tmp_path):
+    """Of one rank."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True))
-        assert list(hp.score(model, criterion="magnitude_l2")) == ["module.self_attn"]
-        changes = (
-            lambda: hp.cut(model, {"module.self_attn": [0]}),
-            lambda: hp.save(model, tmp_path / "saved"),
-            lambda: hp.nn.replace_multihead_attention(model),
-        )
-        for change in changes:
-            with pytest.raises(hp.InvalidInput, match=r"wrapped in DistributedDataParallel; give model\.module"):
-                change()
-    finally:
-        torch.distributed.destroy_process_group()
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_model_in_distributed_data_parallel_is_scored_but_neither_cut_nor_saved(tmp_path):
+    model = nn.parallel.DistributedDataParallel(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True))
+    assert list(hp.score(model, criterion="magnitude_l2")) == ["module.self_attn"]
+    changes = (
+        lambda: hp.cut(model, {"module.self_attn": [0]}),
+        lambda: hp.save(model, tmp_path / "saved"),
+        lambda: hp.nn.replace_multihead_attention(model),
+    )
+    for change in changes:
+        with pytest.raises(hp.InvalidInput, match=r"wrapped in DistributedDataParallel; give model\.module"):
+            change()
+
+
+def test_a_sharded_model_is_refused_also_while_it_shows_whole_weights(mesh, tmp_path):
+    """The outermost unit of FSDP2 keeps them so between its forward and its backward pass."""
+    model = llama()
+    fully_shard(model, mesh=mesh)
+    logits(model)
+    assert type(model.model.layers[0].self_attn.q_proj.weight) is nn.Parameter
+    changes = (
+        lambda: hp.cut(model, KEEP),
+        lambda: hp.prune(model, hp.PruningPlan.from_keep(llama(), KEEP)),
+        lambda: hp.save(model, tmp_path / "saved"),
+        lambda: export(model, "stock", tmp_path / "stock"),
+        lambda: hp.recover(model, BATCHES, steps=1),
+    )
+    for change in changes:
+        with pytest.raises(
+            hp.InvalidInput, match=r"model is a FSDPLlama\w+, of whose weights each rank holds a part; give the model as"
+        ):
+            change()
+
+
+def test_a_layer_of_spread_weights_is_not_pruned(mesh):
+    layer = hp.nn.VariableHeadAttention(16, 4)
+    distribute_module(layer, mesh)
+    with pytest.raises(hp.InvalidInput, match=r"q_proj\.weight is a DTensor, of which each rank has a part"):
+        layer.prune([0])
+
+
+@pytest.mark.parametrize("spread", ["query", "key", "gate"])
+def test_an_operator_names_a_tensor_that_is_spread_over_ranks(mesh, spread):
+    given = {name: torch.randn(1, 4, 6, 8) for name in ("query", "key", "value")} | {"gate": torch.ones(4)}
+    with pytest.raises(hp.InvalidInput, match=rf"{spread} is a DTensor; expected a tensor of this rank: {spread}\.to_local\(\)"):
+        hp.ops.attention(**given | {spread: distribute_tensor(given[spread], mesh)})

@@ -1,6 +1,7 @@
 """The attention operator: the reference against PyTorch's own attention, and what torch.library asks of an operator."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -184,6 +185,7 @@ def test_the_output_is_laid_out_token_by_token():
             r"causal attention needs kv_len >= query_len .*; got 9 < 10",
         ),
         ({"window": -1}, "window is -1; expected how many"),
+        ({"window": 2.5}, "window is 2.5; expected how many positions are seen, a whole number"),
         ({"window": 2**63}, "window is 9223372036854775808; expected how many"),
         ({"gate": torch.ones(7, dtype=torch.int64)}, "gate is torch.int64; expected a floating type"),
         ({"sinks": torch.ones(7, dtype=torch.complex64)}, "sinks is torch.complex64; expected a floating type"),
@@ -202,8 +204,9 @@ def test_the_output_is_laid_out_token_by_token():
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, names):
-    with pytest.raises(InvalidInput, match=names):
-        ops.attention(**{**dict(zip(("query", "key", "value"), inputs())), "head_map": RAGGED, **change})
+    for backend in (nullcontext(), ops.backend("reference")):
+        with backend, pytest.raises(InvalidInput, match=names):
+            ops.attention(**{**dict(zip(("query", "key", "value"), inputs())), "head_map": RAGGED, **change})
 
 
 def test_an_argument_that_it_has_not_is_named_as_python_does():

@@ -1,5 +1,7 @@
 """Decode attention: each sample must give what attention gives on its own part of the cache."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -82,6 +84,8 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
     [
         ({"lengths": torch.tensor([1, 2, 3])}, "lengths is torch.int64"),
         ({"lengths": torch.ones(2, dtype=torch.int32)}, "lengths has shape"),
+        ({"lengths": torch.tensor([1, 13, 2], dtype=torch.int32)}, r"lengths\[1\] is 13; the cache holds 0 to 12 keys"),
+        ({"lengths": torch.tensor([-1, 3, 2], dtype=torch.int32)}, r"lengths\[0\] is -1; the cache holds 0 to 12 keys"),
         ({"lengths": torch.ones(3, dtype=torch.int32, device="meta")}, "lengths is on meta, the query on cpu"),
         ({"query": torch.zeros(3, 7, 9, 8)}, "9 new tokens"),
         ({"page_table": torch.zeros(2, 4, dtype=torch.int32)}, "page_table has shape"),
@@ -97,5 +101,6 @@ def test_the_operator_passes_opcheck_and_compiles_whole():
 def test_arguments_that_do_not_fit_are_named(change, names):
     q, k, v, lengths = cache(torch.float32)
     arguments = {"query": q, "key_cache": k, "value_cache": v, "lengths": lengths, "head_map": RAGGED, **change}
-    with pytest.raises(InvalidInput, match=names):
-        ops.attention_decode(**arguments)
+    for backend in (nullcontext(), ops.backend("reference")):
+        with backend, pytest.raises(InvalidInput, match=names):
+            ops.attention_decode(**arguments)

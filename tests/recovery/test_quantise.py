@@ -6,12 +6,13 @@ import pytest
 import torch
 from pruned_pairs import pruned_bert, pruned_llama, text_batches
 from small_states import SmallStates
-from tiny_models import hidden, tokens
+from tiny_models import hidden, llama, tokens
 from torch import nn
 
 import headprune as hp
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.recovery.quantise import in_seven_bits
+from headprune.surgery.export import export
 
 pytest.importorskip("torchao")
 
@@ -91,6 +92,14 @@ def test_a_quantised_model_is_not_saved(tmp_path):
     with pytest.raises(UnsupportedModel, match="Save the model before quantising"):
         hp.save(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("to", ["stock", "vllm", "nemotron-nas"])
+def test_a_quantised_model_is_not_exported(to, tmp_path):
+    model = llama()
+    hp.recovery.quantise(model)
+    with pytest.raises(UnsupportedModel, match=r"q_proj holds quantised weights, which this export .* before quantising it"):
+        export(model, to, tmp_path / "out")
 
 
 def test_an_unknown_form_is_named():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from functools import partial
+from itertools import repeat
 
 import pytest
 import torch
@@ -324,7 +325,22 @@ def test_labels_of_which_none_counts_are_told_before_training(distil):
     for train, held_out, name in ((empty, None, "train"), (text_batches(), empty, "eval")):
         with pytest.raises(InvalidInput, match=f"no batch of {name} has a label that counts, all are -100"):
             hp.recover(model, train, held_out, steps=1, **teaching)
+    with pytest.raises(
+        InvalidInput, match=r"batch 2 of eval, counted from 0, has no label that counts, .* would be NaN; leave it out"
+    ):
+        hp.recover(model, text_batches(), [*text_batches(2), *empty], steps=1, **teaching)
     hp.recover(model, empty, teacher=dense, steps=1)
+
+
+def test_a_stream_without_rows_is_refused_as_a_list_is():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([])
+
+    _, model = pruned_llama()
+    for train, held_out, name in ((Stream(), None, "train"), (text_batches(), Stream(), "eval"), (iter([]), None, "train")):
+        with pytest.raises(InvalidInput, match=f"{name} is empty; give at least one batch"):
+            hp.recover(model, train, held_out, steps=1)
 
 
 def test_a_batch_without_a_label_that_counts_is_told_where_training_meets_it():
@@ -560,7 +576,7 @@ def test_bad_arguments_are_named(options, message):
 def test_what_gives_nothing_to_train_is_named():
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
-            return iter(())
+            return repeat(Rows()[0])
 
     _, model = pruned_llama()
     with pytest.raises(InvalidInput, match="the data do not tell how many they are; give steps or minutes"):

@@ -184,6 +184,8 @@ def test_shards_and_dtype_are_kept(tmp_path):
         ({"max_shard_size": "5"}, "max_shard_size is '5'; expected"),
         ({"max_shard_size": None}, "max_shard_size is None; expected"),
         ({"max_shard_size": -1}, "max_shard_size is -1; expected"),
+        ({"variant": 7}, "variant is 7; expected a string or None"),
+        ({"is_main_process": "no"}, "is_main_process is 'no'; expected True or False"),
         ({"push_to_hub": True}, r"would upload half of the folder; call push_to_hub\(name\)"),
         ({"commit_message": "mine"}, "unknown option of save 'commit_message'"),
     ],
@@ -244,7 +246,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing_behind(tmp_path):
         [sys.executable, "-c", script, str(tmp_path / "dense"), str(target)], capture_output=True, text=True, check=True
     )
     assert f"refused: cannot write {target}" in done.stdout, done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @contextmanager
@@ -378,7 +380,8 @@ def test_what_load_gives_from_pretrained_itself_is_refused_by_name(option, tmp_p
 def test_a_config_that_names_attentions_of_another_model_is_refused(tmp_path):
     save(pruned("bert"), tmp_path / "model")
     change_config(tmp_path / "model", lambda config: config["headprune"].update(sites={"layers.0.self_attn": {"kept": [0]}}))
-    for read in (skeleton, lambda folder: load(folder, verify=False)):
+    (tmp_path / "model" / "headprune.json").unlink()
+    for read in (skeleton, load):
         with pytest.raises(CorruptCheckpoint, match=r"has no module layers\.0\.self_attn"):
             read(tmp_path / "model")
 

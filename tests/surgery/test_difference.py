@@ -1,6 +1,7 @@
 """What `print(model)` and `hp.diff` say of what was removed."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_models import bert, llama
 from torch import nn
 
 import headprune as hp
+from headprune.surgery.export import export
 
 KEEP = {"model.layers.0.self_attn": [0, 1, 3], "model.layers.1.self_attn": [6, 7]}
 
@@ -72,6 +74,31 @@ def test_another_model_of_the_same_names_is_refused():
         hp.InvalidInput, match=r"at model\.layers\.0\.self_attn the first has head_dim 8, hidden size 32, the second"
     ):
         hp.diff(llama(), wide)
+
+
+def test_an_export_is_told_by_its_counts(tmp_path):
+    """It is the same model, and does not say which heads of the original it has."""
+    small, stock = pruned(), tmp_path / "stock"
+    export(small, "stock", stock)
+    for before, after in ((small, stock), (stock, small), (llama(), stock), (small, transformers.AutoModel.from_pretrained(stock))):
+        assert set(hp.diff(before, after).removed.values()) == {None}
+    again = hp.load(stock)
+    hp.cut(again, {"model.layers.0.self_attn": [0, 1]})
+    assert hp.diff(stock, again).removed == {"model.layers.0.self_attn": (2, 3)}
+
+
+def test_an_edited_head_section_is_not_told_of(tmp_path):
+    """As `load` refuses it."""
+    folder = hp.save(pruned(), tmp_path / "pruned")
+    config = json.loads((folder / "config.json").read_text())
+    config["headprune"]["sites"]["model.layers.1.self_attn"]["kept"] = [0, 1]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        hp.CorruptCheckpoint, match=r"its sections headprune .* are not those that were saved.* remove headprune\.json"
+    ):
+        hp.diff(llama(), folder)
+    (folder / "headprune.json").unlink()
+    assert hp.diff(llama(), folder).removed["model.layers.1.self_attn"] == (2, 3, 4, 5, 6, 7)
 
 
 def test_a_base_model_pairs_with_one_under_a_head():

@@ -78,6 +78,19 @@ def test_what_does_not_belong_together_is_refused(tmp_path, pruned):
     assert not (tmp_path / "sharded").exists()
 
 
+@pytest.mark.parametrize("change", [lambda model: cut(model, {"layers.0.self_attn": [1, 3]}), replace_multihead_attention])
+def test_a_module_that_does_not_fit_stays_as_it_is(tmp_path, change):
+    model = torch_encoder()
+    change(model)
+    other = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(CorruptCheckpoint, match=r"(?s)does not fit the given TransformerEncoder: .*linear1\.weight"):
+        load(save(model, tmp_path / "model"), model=other)
+    assert type(other.layers[0].self_attn) is nn.MultiheadAttention
+    assert other.training
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
 def test_a_corrupt_file_is_named(tmp_path, pruned):
     folder = save(pruned, tmp_path / "encoder")
     content = bytearray((folder / "model.safetensors").read_bytes())

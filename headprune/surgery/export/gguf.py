@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from headprune.errors import UnsupportedModel, unknown_name
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
-from headprune.surgery.checkpoint import refuse_adapters
 from headprune.surgery.export.gguf_rope import write_rope
 from headprune.surgery.export.gguf_vocabulary import write_vocabulary
 from headprune.surgery.export.regularise import does_nothing, regularise
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, cheapest
-from headprune.surgery.export.target import refuse_unknown, target
+from headprune.surgery.export.target import refuse_other_weights, refuse_unknown, target
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -73,7 +72,7 @@ def write_gguf(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
     from gguf import GGUFWriter
 
     refuse_unknown(options, ("dtype", "pre_tokenizer"))
-    refuse_adapters(model, "export")
+    refuse_other_weights(model)
     dtype = options.get("dtype") or OF_DTYPE.get(model.dtype)
     if dtype not in TYPES:
         raise unknown_name("gguf dtype", dtype, TYPES)

@@ -19,13 +19,12 @@ from headprune.errors import UnsupportedModel
 from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.site import AttentionSite
-from headprune.surgery.checkpoint import refuse_adapters
 from headprune.surgery.export import configuration_nemotron_nas
 from headprune.surgery.export.regularise import does_nothing, regularise
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, in_groups, kv_heads_needed
 from headprune.surgery.export.stock import original_config
-from headprune.surgery.export.target import refuse_unknown, target
+from headprune.surgery.export.target import refuse_other_weights, refuse_unknown, target
 
 CONFIG_CODE = Path(configuration_nemotron_nas.__file__)
 # Family -> the biases that its projections have, as this architecture says it.
@@ -39,14 +38,15 @@ FFN_STEP = 256  # engines round the width that `ffn_mult` gives up to a multiple
 @target("nemotron-nas", "engines with DeciLMForCausalLM: vLLM, TensorRT-LLM, MLX, ExLlama")
 def write_nemotron_nas(model: PreTrainedModel, folder: Path, options: dict[str, Any]) -> list[str]:
     refuse_unknown(options)
-    refuse_adapters(model, "export")
+    refuse_other_weights(model)
     original = original_config(model.config)
     refuse_other_families(model, original)
     expected = small_output(model)
     changed = regularise(model, common_query_heads(attention_sites(model), original))
     check = same_output(expected, small_output(model), "the even model")
     head_maps = [site.head_map for site in attention_sites(model)]
-    model.save_pretrained(folder, state_dict=without_empty_attentions(model.state_dict(), head_maps))
+    # Not the pruned model's own, which adds its code.
+    PreTrainedModel.save_pretrained(model, folder, state_dict=without_empty_attentions(model.state_dict(), head_maps))
     config = nas_config(original, head_maps, attention_sites(model)[0].head_dim)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(CONFIG_CODE, folder / CONFIG_CODE.name)

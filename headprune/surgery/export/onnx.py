@@ -57,6 +57,7 @@ def write_onnx(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> l
         model.float()
     refuse_two_files(model, path)
     refuse_blocks(model)
+    refuse_dynamic_rope(model)
     inputs = example_inputs(model, *TRACED)
     wrapped = Outputs(model.eval(), list(inputs)).eval()
     outputs = list(outputs_of(wrapped, inputs))
@@ -100,7 +101,10 @@ def save_graph(wrapped: Outputs, inputs: dict[str, Tensor], outputs: list[str], 
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UnsupportedModel(f"torch's ONNX exporter does not take {name}: {cause}") from error
+        raise UnsupportedModel(
+            f"torch's ONNX exporter does not take {name}: {cause} Export to stock, which torch.compile takes, or try its older "
+            "exporter (torch.onnx.export with dynamo=False), and what that gives for other lengths."
+        ) from error
     if program is None:
         raise UnsupportedModel(f"torch's ONNX exporter gave nothing for {name}.")
     program.save(str(path))
@@ -156,6 +160,16 @@ def refuse_blocks(model: PreTrainedModel) -> None:
         raise UnsupportedModel(
             f"{type(model).__name__} attends to blocks of long texts and to all of short ones; a graph holds one of both. Put "
             '"attention_type": "original_full" into its config.json, or call set_attention_type, to export the attention to all.'
+        )
+
+
+def refuse_dynamic_rope(model: PreTrainedModel) -> None:
+    """Its rotation changes where a text is longer than those that the model was trained on."""
+    kinds = (getattr(module, "rope_type", None) for module in model.modules())
+    if any("dynamic" in (kind.values() if isinstance(kind, dict) else [kind]) for kind in kinds):
+        raise UnsupportedModel(
+            f"{type(model).__name__} rotates long texts by their length (dynamic NTK), and all texts of a graph are rotated alike. "
+            'Put "rope_type": "default" into its config.json, which is the same up to max_position_embeddings.'
         )
 
 

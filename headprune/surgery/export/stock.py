@@ -17,11 +17,10 @@ from headprune.head_map import HeadMap
 from headprune.models import attention_sites
 from headprune.models.site import AttentionSite, HeadModules
 from headprune.nn.replace import own_attention, restore_multihead_attention
-from headprune.surgery.checkpoint import refuse_adapters
 from headprune.surgery.export.regularise import fill
 from headprune.surgery.export.same_output import same_output, small_output
 from headprune.surgery.export.slots import Slots, common_counts, in_groups
-from headprune.surgery.export.target import refuse_unknown, target
+from headprune.surgery.export.target import refuse_other_weights, refuse_unknown, target
 from headprune.surgery.modeling_headprune import differs_by_itself, forget_counts
 from headprune.surgery.record import SECTION, record_of
 from headprune.surgery.remote_code import stock_class
@@ -30,7 +29,7 @@ from headprune.surgery.remote_code import stock_class
 @target("stock", "the unmodified transformers class, and everything that reads its folders")
 def write_stock(model: PreTrainedModel, folder: Path, options: dict[str, Any]) -> list[str]:
     refuse_unknown(options)
-    refuse_adapters(model, "export")
+    refuse_other_weights(model)
     dense, notes = stock_model(model)
     dense.save_pretrained(folder)
     return notes

@@ -17,8 +17,9 @@ from headprune.arguments import check_arguments
 from headprune.errors import InvalidInput, UnsupportedModel, unknown_name
 from headprune.files import refuse_unwritable, whole_file
 from headprune.model_folder import refuse_replacing, whole_model
+from headprune.models.quantised import refuse_quantised
 from headprune.models.streamed import refuse_streamed
-from headprune.nn.given import plain_module
+from headprune.nn.given import plain_module, refuse_sharded
 from headprune.surgery.checkpoint import refuse_adapters
 from headprune.surgery.companions import copy_companions, origin_of, refuse_companion
 from headprune.surgery.manifest import mark_exported
@@ -93,6 +94,7 @@ def export(
     """
     if isinstance(model, nn.Module):
         model = plain_module(model)  # type: ignore[assignment]  # another class is refused below
+        refuse_sharded(model)
     check_arguments(export, {"to": to, "output": output, "source": source})
     found = get_target(to)
     missing = [package for package in found.packages if importlib.util.find_spec(package) is None]
@@ -132,17 +134,30 @@ def get_target(name: str) -> Target:
 
 
 def writes_file(target: Target, output: Path) -> bool:
-    return target.suffix is not None and output.suffix == target.suffix
+    return target.suffix is not None and output.suffix.lower() == target.suffix
 
 
 def refuse_output(to: str, output: Path, overwrite: bool) -> None:
-    """InvalidInput where an export to the target `to` may not be written as `output`."""
-    if writes_file(get_target(to), output):
+    """InvalidInput where an export to the target `to` may not be written as `output`, or that is called like another one's file."""
+    found = get_target(to)
+    if not writes_file(found, output) and any(writes_file(other, output) for other in _targets.values()):
+        own = "a folder" if found.suffix is None else f"a name that ends in {found.suffix}, or a folder"
+        raise InvalidInput(f"{output} ends in {output.suffix}, and an export to {to} writes no such file; give {own}.")
+    if writes_file(found, output):
         refuse_unwritable(output, file=True)
         if output.exists() and not overwrite:
             raise InvalidInput(f"{output} is there already; give another name, or --overwrite (overwrite=True) where it may go.")
     else:
         refuse_replacing(output, overwrite)
+
+
+def refuse_other_weights(model: PreTrainedModel) -> None:
+    """UnsupportedModel where adapters or rounded numbers stand in for the weights, which the target writes as they are."""
+    refuse_adapters(model, "export")
+    refuse_quantised(
+        model,
+        "this export does not write; export the model before quantising it: engines round weights themselves (dtype=q8_0 for gguf)",
+    )
 
 
 def refuse_unknown(options: dict[str, Any], known: tuple[str, ...] = ()) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headprune.errors import UnsupportedModel
-from headprune.surgery.checkpoint import load, refuse_adapters
+from headprune.surgery.checkpoint import load
 from headprune.surgery.export.regularise import regularise
 from headprune.surgery.export.same_output import same_output, small_output
-from headprune.surgery.export.target import refuse_unknown, target
+from headprune.surgery.export.target import refuse_other_weights, refuse_unknown, target
 from headprune.surgery.modeling_headprune import PREFIX, differs_by_itself
 from headprune.surgery.record import SECTION
 from headprune.surgery.remote_code import write_remote_code
@@ -22,7 +22,7 @@ from headprune.surgery.remote_code import write_remote_code
 @target("vllm", "vLLM's Transformers backend, with --trust-remote-code")
 def write_vllm(model: PreTrainedModel, folder: Path, options: dict[str, Any]) -> list[str]:
     refuse_unknown(options)
-    refuse_adapters(model, "export")
+    refuse_other_weights(model)
     if not model._can_set_attn_implementation():
         raise UnsupportedModel(f"{type(model).__name__} does not dispatch its attention, as vLLM needs it. Export to stock.")
     expected = small_output(model)

@@ -100,6 +100,7 @@ def test_layers_are_blocks_and_whole_groups_cost_no_cache(tmp_path):
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, None)
     assert "+0 cache values" in str(report)
     assert "key/value heads: 2, none, 1" in str(report)
+    assert [path.name for path in (tmp_path / "out").glob("*.py")] == ["configuration_nemotron_nas.py"]
 
 
 def test_the_config_loads_as_objects_and_saves_the_same(tmp_path):

@@ -14,7 +14,7 @@ from tiny_models import bert, llama, tokens
 
 from headprune.errors import InvalidInput, UnsupportedModel
 from headprune.models import attention_sites
-from headprune.surgery import cut
+from headprune.surgery import cut, load, save
 from headprune.surgery.export import export, onnx
 
 pytest.importorskip("onnxscript")
@@ -117,10 +117,10 @@ def test_torchs_exporter_is_quiet(tmp_path, capfd, recwarn):
 
 
 def test_a_model_that_torchs_exporter_gives_up_is_refused_without_what_it_traced(tmp_path, capfd):
-    """Its rotation asks how long the text is. torch prints the graph each time that it gives up: hundreds of lines."""
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    with pytest.raises(UnsupportedModel, match="ONNX exporter does not take LlamaForCausalLM: Could not guard"):
-        export(llama(rope_parameters=rope), "onnx", tmp_path / "model.onnx")
+    """Longformer asks how long the text is. torch prints the graph each time that it gives up: hundreds of lines."""
+    model = ENCODERS["longformer"].make()
+    with pytest.raises(UnsupportedModel, match=r"does not take Longformer\w+: Could not guard.*Export to stock, .*dynamo=False"):
+        export(model, "onnx", tmp_path / "model.onnx")
     told = capfd.readouterr()
     assert "forward" not in told.out + told.err
 
@@ -181,3 +181,17 @@ def test_attention_to_blocks_of_a_long_text_is_refused(tmp_path):
     with torch.no_grad():
         expected = model(**inputs).logits
     assert np.abs(run(tmp_path / "model.onnx", inputs)["logits"] - expected.numpy()).max() < 1e-4
+
+
+def test_a_rotation_by_the_length_is_refused_and_the_same_for_short_texts_is_taken(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = save(llama(layers=1, rope_parameters=rope), tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match=r'dynamic NTK.*Put "rope_type": "default" into its config\.json'):
+        export(load(model), "onnx", tmp_path / "model.onnx")
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"rope_type": "dynamic"', '"rope_type": "default"'))
+    export(load(model), "onnx", tmp_path / "model.onnx")
+    with torch.no_grad():
+        expected = llama(layers=1, rope_parameters=rope)(input_ids=tokens(2, 100)).logits
+    found = run(tmp_path / "model.onnx", {"input_ids": tokens(2, 100), "attention_mask": torch.ones(2, 100, dtype=torch.long)})
+    assert np.abs(found["logits"] - expected.numpy()).max() < 1e-4
