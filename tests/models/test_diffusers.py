@@ -80,6 +80,22 @@ def test_denoisers_go_the_whole_way(make, kinds, tmp_path):
         torch.testing.assert_close(run(hp.load(tmp_path / "pruned", model=copy.deepcopy(model))), run(pruned), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("make", [dit, pixart, unet])
+def test_an_attention_of_a_denoiser_may_lose_all_heads(make, tmp_path):
+    model, batch = built(make)
+    first, second = hp.attention_sites(model)[:2]
+    keep = {first.name: [], second.name: [1]}
+    run = lambda one: one(**batch).sample  # noqa: E731
+    with torch.no_grad():
+        with hp.gated(model, keep):
+            expected = run(model)
+        cut = copy.deepcopy(model)
+        hp.cut(cut, keep, run=run)
+        torch.testing.assert_close(run(cut), expected, rtol=1e-5, atol=1e-5)
+        hp.save(cut, tmp_path / "cut")
+        torch.testing.assert_close(run(hp.load(tmp_path / "cut", model=model)), run(cut), rtol=0, atol=0)
+
+
 def test_two_streams_in_one_attention_are_refused_by_name():
     """Stable Diffusion 3's: heads lie in two sets of projections."""
     model = diffusers.SD3Transformer2DModel(
