@@ -67,7 +67,11 @@ class Guessed:
         if hasattr(module, "config"):
             follow_groups(module, head_map)
         if not head_map.query_heads:
-            empty_alike(module, site.output.name.removeprefix(f"{site.name}.").partition(".")[0])
+            self.empty(module, site.output.name.removeprefix(f"{site.name}.").partition(".")[0])
+
+    def empty(self, module: Foreign, output: str) -> None:
+        """Makes `module`, which has no head any more, return as much as it did with heads. output: its output projection."""
+        empty_alike(module, output)
 
 
 def inputs(name: str, module: Foreign, parts: dict[str, str], head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:

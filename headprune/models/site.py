@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any, Literal, TypeAlias
 
@@ -116,13 +116,13 @@ class AttentionSite:
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
     The projections come first by role: there is one of each role, or (a second position projection, a gate) several, of which the
-    first counts. extras: what else the heads own. head_modules: modules of single heads. windowed: what the module sees as a batch
-    are the windows of each sample, one sample after another. in_turn: or, where True, the first of every sample, then the second
-    of every sample (SegGPT's picture and prompt). proven: False where the layout was only guessed from names, so that a cut must
-    be checked by a forward pass. cached: what a cache holds of one token; by default the keys and values of each key/value head.
-    gate_width: features that each head computes of a token to gate its output with, in the query projection (behind the query) or
-    in one of their own. own_keys: False where keys and values are those of an earlier attention (Gemma 3n, Gemma 4): it has no
-    projections for them, and caches nothing.
+    first counts; of outputs, one for each stream of tokens, all count. extras: what else the heads own. head_modules: modules of
+    single heads. windowed: what the module sees as a batch are the windows of each sample, one sample after another. in_turn: or,
+    where True, the first of every sample, then the second of every sample (SegGPT's picture and prompt). proven: False where the
+    layout was only guessed from names, so that a cut must be checked by a forward pass. cached: what a cache holds of one token; by
+    default the keys and values of each key/value head. gate_width: features that each head computes of a token to gate its output
+    with, in the query projection (behind the query) or in one of their own. own_keys: False where keys and values are those of an
+    earlier attention (Gemma 3n, Gemma 4): it has no projections for them, and caches nothing.
     """
 
     name: str
@@ -167,6 +167,18 @@ class AttentionSite:
     def output(self) -> ProjectionHeads:
         """The output projection."""
         return self.projection("output")
+
+    @property
+    def outputs(self) -> tuple[ProjectionHeads, ...]:
+        """Its output projection, or (joint attention) that of each stream of tokens; the inputs of all lie alike."""
+        return tuple(part for part in self.projections if part.role == "output")
+
+    def by_output(self) -> list[AttentionSite]:
+        """The site with each of its output projections alone. The first has its name, others that of their projection."""
+        inputs = tuple(part for part in self.projections if part.role != "output")
+        first, *others = self.outputs
+        alone = [(self.name, first), *((part.name, part) for part in others)]
+        return [replace(self, name=name, projections=(*inputs, part)) for name, part in alone]
 
     @property
     def cache(self) -> CachedFeatures:

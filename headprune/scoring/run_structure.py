@@ -56,7 +56,9 @@ class RunStructure:
 
 def run_structure(model: nn.Module, sites: Mapping[str, AttentionSite], call: Arguments, tolerance: float) -> RunStructure | None:
     """The structure of `call` (args, kwargs) of the model, in eval mode and without gradients; None where the batch taken
-    twice does not do twice what it does, so that masks cannot be folded into it."""
+    twice does not do twice what it does, so that masks cannot be folded into it, or a gate acts in two places (joint attention)."""
+    if any(len(site.outputs) > 1 for site in sites.values()):
+        return None
     for batch_dim in (0, 1):
         arguments = argument_dims(*call, batch_dim)
         if arguments is None or not any(dim is not None for dim in arguments):

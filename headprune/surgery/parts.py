@@ -48,6 +48,11 @@ def parts_of(sites: Iterable[AttentionSite], behind: Mapping[str, FeedForward]) 
     return found
 
 
+def keep_by_output(sites: Iterable[AttentionSite], keep: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """`keep` for the output projections of `sites`, each of which is re-solved by itself (`AttentionSite.by_output`)."""
+    return {part.name: keep[site.name] for site in sites if site.name in keep for part in site.by_output()}
+
+
 def columns_of(part: Part, keep: Mapping[str, Sequence[int]], weight: Tensor) -> Tensor:
     """The inputs of `part` that stay: those of the heads that are kept, or all."""
     if isinstance(part, AttentionSite) and part.name in keep:
