@@ -34,7 +34,7 @@ def gated(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Iterator[nn.Mo
             site = sites[name]
             open_heads = torch.zeros(site.head_map.query_heads)
             open_heads[list(heads)] = 1.0
-            stack.enter_context(output_input_hook(site, gate_columns(open_heads[site.head_of_column()])))
+            stack.enter_context(output_input_hook(site, gate_columns(site.by_column(open_heads))))
         yield model
 
 

@@ -58,7 +58,7 @@ class Guessed:
         return AttentionSite(name, module, module, head_map, head_dim, head_dim, out.out_features, kind, projections, proven=False)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        module: Foreign = site.module
+        module: Foreign = site.dispatcher
         module.headprune_head_dim = site.head_dim
         for count in counts_of(module):
             setattr(module, count, head_map.query_heads)

@@ -31,7 +31,8 @@ class ProjectionHeads:
     `features` [heads, width] numbers output features of `module` (query, key, value) or input features (output):
     query heads for "query" and "output", key/value heads for "key" and "value". A fused projection appears once per role.
     whole: its features all stay when heads go (a norm over all of them still reads them), or another role takes them away;
-    `features` says which are used.
+    `features` says which are used. beside: features of no head, which always stay (those of a feed-forward, in an output
+    projection of both).
     """
 
     role: Role
@@ -39,6 +40,7 @@ class ProjectionHeads:
     module: Foreign
     features: Tensor
     whole: bool = False
+    beside: Tensor | None = None
 
     @property
     def per_kv_head(self) -> bool:
@@ -58,6 +60,11 @@ class ProjectionHeads:
         weight = plain_weight(self.module)
         rows = weight if self.weight_dim == 0 else weight.t()
         return rows[self.features.to(weight.device)]
+
+    def features_of(self, heads: Sequence[int]) -> Tensor:
+        """Those that stay with `heads`, ascending, int64."""
+        own = self.features[list(heads)].flatten()
+        return (own if self.beside is None else torch.cat([own, self.beside])).sort().values
 
     def parameters_per_head(self) -> int:
         """Number of parameters that go with one head."""
@@ -186,15 +193,20 @@ class AttentionSite:
         return self.cached or CachedFeatures(kv_head=self.head_dim + self.value_dim)
 
     def columns(self, query_heads: Sequence[int]) -> Tensor:
-        """The output projection's input features of these query heads, ascending, int64."""
-        return self.output.features[list(query_heads)].flatten().sort().values
+        """The output projection's input features that stay with these query heads, ascending, int64."""
+        return self.output.features_of(query_heads)
 
     def head_of_column(self) -> Tensor:
-        """[input features of the output projection], int64: the query head that each one comes from."""
-        features = self.output.features
-        owner = torch.empty(features.numel(), dtype=torch.long, device="cpu")
-        owner[features.flatten()] = torch.arange(features.shape[0], device="cpu").repeat_interleave(features.shape[1])
+        """[input features of the output projection], int64: the query head that each one comes from; of no head: `query_heads`."""
+        heads, width = self.output.features.shape
+        owner = torch.full((len(self.columns(range(heads))),), heads, device="cpu")
+        owner[self.output.features.flatten()] = torch.arange(heads, device="cpu").repeat_interleave(width)
         return owner
+
+    def by_column(self, gates: Tensor) -> Tensor:
+        """gates [..., query_heads] -> [..., input features of the output projection]; 1 where one is of no head."""
+        of_none = gates.new_ones(*gates.shape[:-1], 1)
+        return torch.cat([gates, of_none], dim=-1)[..., self.head_of_column().to(gates.device)]
 
     def parameters_per_head(self, per_kv_head: bool) -> int:
         """Parameters that go with one query head, or with one key/value head."""

@@ -37,6 +37,7 @@ from headprune.surgery.parts import (
     in_order_of_pass,
     keep_by_output,
     masked_to,
+    owner_of,
     parts_of,
     set_weight_and_bias,
     weight_and_bias,
@@ -298,7 +299,7 @@ def resolve(
     """
     weight, bias = old
     columns = columns_of(part, {} if keep is None else {part.name: keep}, weight).to(weight.device)
-    layer = Layer(weight[:, columns], 1 if keep is None else len(keep), bias is not None)
+    layer = Layer(weight[:, columns], owner_of(part, columns), bias is not None)
     whole = train + held_out
     if not train.tokens or not held_out.tokens:  # a single sample, packed ones, or a batch without a token that counts
         train = held_out = whole

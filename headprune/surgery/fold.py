@@ -38,6 +38,6 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
     for name, gate in touched.items():
         for output in sites[name].outputs:
             weight = output.module.weight
-            columns = gate.to(weight.device, torch.float64)[sites[name].head_of_column().to(weight.device)]
+            columns = sites[name].by_column(gate.to(weight.device, torch.float64))
             shape = [-1 if dim == output.weight_dim else 1 for dim in range(weight.dim())]
             weight.copy_((weight.double() * columns.view(shape)).to(weight.dtype))

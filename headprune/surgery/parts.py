@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headprune.models.feed_forward import FeedForward
-from headprune.models.gating import output_input_hooks
+from headprune.models.gating import gate_columns, output_input_hooks
 from headprune.models.site import AttentionSite, Foreign, is_conv1d
 
 Part = AttentionSite | FeedForward  # what is re-solved: `output.module` is the linear layer
@@ -60,10 +60,18 @@ def columns_of(part: Part, keep: Mapping[str, Sequence[int]], weight: Tensor) ->
     return torch.arange(weight.shape[1])
 
 
+def owner_of(part: Part, columns: Tensor) -> Tensor:
+    """[columns], int64, on the CPU: the head that each of these inputs of `part` is of, the heads among them numbered from 0. What
+    is of no head counts as one more."""
+    if not isinstance(part, AttentionSite):
+        return torch.zeros(len(columns), dtype=torch.long, device="cpu")
+    return part.head_of_column()[columns.cpu()].unique(return_inverse=True)[1]
+
+
 def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    columns = torch.zeros(site.output.features.numel())
-    columns[site.columns(tuple(keep))] = 1.0
-    return lambda inputs: inputs * columns.to(inputs)
+    open_heads = torch.zeros(site.head_map.query_heads)
+    open_heads[list(keep)] = 1.0
+    return gate_columns(site.by_column(open_heads))
 
 
 @contextmanager

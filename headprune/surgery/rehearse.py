@@ -138,7 +138,7 @@ def gated_site(site: AttentionSite, kept: Sequence[int]) -> AbstractContextManag
     """A context in which the site's heads but `kept` are gated."""
     open_heads = torch.zeros(site.head_map.query_heads)
     open_heads[list(kept)] = 1.0
-    return output_input_hook(site, gate_columns(open_heads[site.head_of_column()]))
+    return output_input_hook(site, gate_columns(site.by_column(open_heads)))
 
 
 def received(calls: dict[str, Call], name: str) -> Callable[..., Any]:

@@ -29,6 +29,17 @@ def sd35():
     return sd3(qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
+def flux():
+    """As Flux: attentions of two streams, then of one beside a feed-forward."""
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=16,
+        pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    batch = {"hidden_states": torch.randn(2, 6, 4), "encoder_hidden_states": torch.randn(2, 5, 16)}
+    batch |= {"pooled_projections": torch.randn(2, 16), "timestep": torch.tensor([0.1, 0.7])}
+    return model, batch | {"img_ids": torch.randint(0, 4, (6, 3)).float(), "txt_ids": torch.zeros(5, 3)}
+
+
 def built(make, dtype=torch.float32):
     torch.manual_seed(0)
     model, batch = make()
@@ -52,7 +63,7 @@ def some_heads(sites, seed):
     return keep | {sites[seed % len(sites)].name: [], sites[(seed + 1) % len(sites)].name: [seed % 4]}
 
 
-JOINT = pytest.mark.parametrize("make", [sd3, sd35])
+JOINT = pytest.mark.parametrize("make", [sd3, sd35, flux])
 
 
 @JOINT
@@ -74,7 +85,7 @@ def test_a_gate_gradient_is_that_of_a_gate_on_both_outputs(make):
     assert max(len(site.outputs) for site in sites.values()) == 2
     gates = {name: torch.ones(2, 4, requires_grad=True) for name in sites}
     for sample in range(2):
-        alone = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
+        alone = {name: part if name.endswith("_ids") else part[sample : sample + 1] for name, part in batch.items()}
         with gates_in_place(sites, frozenset(), {name: rows[sample] for name, rows in gates.items()}):
             loss(model, alone).sum().backward()
     observed = hp.observe(model, [batch], {"gate_gradient"}, loss_fn=loss)
@@ -85,8 +96,8 @@ def test_a_gate_gradient_is_that_of_a_gate_on_both_outputs(make):
 @JOINT
 def test_a_joint_denoiser_goes_the_whole_way(make, tmp_path):
     model, batch = built(make)
-    batches = [{**batch, "hidden_states": torch.randn_like(batch["hidden_states"])} for _ in range(6)]
-    scores = hp.score(model, batches, ["fisher", "ablation", "magnitude_l2"], loss_fn=loss)
+    batches = [{**batch, "hidden_states": torch.randn_like(batch["hidden_states"])} for _ in range(14)]
+    scores = hp.score(model, batches[:2], ["fisher", "ablation", "magnitude_l2"], loss_fn=loss)
     plan = hp.plan(scores["fisher"], hp.Budget(heads=0.5), min_heads=0)
     run = lambda one: one(**batch).sample  # noqa: E731
     plainly, pruned = copy.deepcopy(model), copy.deepcopy(model)
@@ -99,8 +110,9 @@ def test_a_joint_denoiser_goes_the_whole_way(make, tmp_path):
     torch.testing.assert_close(run(hp.load(tmp_path / "pruned", model=model)), run(pruned), rtol=0, atol=0)
 
 
-def test_gates_fold_into_both_outputs():
-    model, batch = built(sd3)
+@JOINT
+def test_gates_fold_into_all_outputs(make):
+    model, batch = built(make)
     sites = {site.name: site for site in hp.attention_sites(model)}
     gates = {name: torch.rand(4) for name in sites}
     with gates_in_place(sites, frozenset(), gates):
