@@ -59,7 +59,8 @@ class JoinedWithFeedForward(Guessed):
     guesses = False
 
     def site(self, name: str, module: Foreign) -> AttentionSite | None:
-        attention, output = getattr(module, "attn", None), getattr(module, "proj_out", None)
+        attention: Foreign = getattr(module, "attn", None)
+        output: Foreign = getattr(module, "proj_out", None)
         parts = parts_of(attention, PARTS[:3])
         if len(parts) < 3 or at(attention, "to_out.0") is not None or not isinstance(output, nn.Linear):
             return None

@@ -65,7 +65,9 @@ def owner_of(part: Part, columns: Tensor) -> Tensor:
     is of no head counts as one more."""
     if not isinstance(part, AttentionSite):
         return torch.zeros(len(columns), dtype=torch.long, device="cpu")
-    return part.head_of_column()[columns.cpu()].unique(return_inverse=True)[1]
+    heads: Tensor = part.head_of_column()[columns.cpu()]
+    numbered: Tensor = heads.unique(return_inverse=True)[1]
+    return numbered
 
 
 def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Tensor]:
