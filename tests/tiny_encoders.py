@@ -255,6 +255,7 @@ T5 = {
     "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4, "vocab_size": VOCABULARY,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0,
 }  # fmt: skip
+LONG_T5 = {**T5, "encoder_attention_type": "transient-global", "local_radius": 2, "global_block_size": 2}
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None}
 MOONSHINE = {
     "hidden_size": 32, "intermediate_size": 48, "vocab_size": VOCABULARY, "initializer_range": 0.2, "attention_bias": True,
@@ -291,6 +292,8 @@ SEQ2SEQ = {
     "led": Family("LEDForConditionalGeneration", "LEDConfig", LED, long_target_batch, ("eager",)),
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
+    "longt5": Family("LongT5ForConditionalGeneration", "LongT5Config", {**T5, "local_radius": 2}, target_batch, ("eager",)),
+    "longt5_global": Family("LongT5ForConditionalGeneration", "LongT5Config", LONG_T5, target_batch, ("eager",)),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
     "moonshine": Family("MoonshineForConditionalGeneration", "MoonshineConfig", MOONSHINE, spoken_batch),
     "prophetnet": Family("ProphetNetForConditionalGeneration", "ProphetNetConfig", PROPHETNET, target_batch, ("eager",)),

@@ -44,6 +44,7 @@ from headprune.models.ibert_forward import EmptiedIBert, EmptiedQuantLinear
 from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
 from headprune.models.levit_forward import EmptiedSmaller
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
+from headprune.models.longt5_forward import BlockPositions, EmptiedBlocks
 from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions, PositionsThird
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
@@ -67,12 +68,13 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
-        EmptiedGraniteSpeech, EmptiedIBert, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram,
+        BlockPositions, Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBlocks, EmptiedBloom, EmptiedConv1D,
+        EmptiedGiver, EmptiedGraniteSpeech, EmptiedIBert, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram,
         EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
         EmptiedReader, EmptiedSmaller, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon,
         OwnConvBert, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM,
-        OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, PositionsThird, QuarteredHeads, SharedPositions, SwitchesAttention,
+        OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, PositionsThird, QuarteredHeads, SharedPositions,
+        SwitchesAttention,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
