@@ -222,6 +222,12 @@ def target_batch(side: str) -> dict[str, Tensor]:
     return {**padded(side=side), "labels": labels}
 
 
+def given_target_batch(side: str) -> dict[str, Tensor]:
+    """For a model that does not shift its labels."""
+    batch = target_batch(side)
+    return {**batch, "decoder_input_ids": batch["labels"].clamp(min=1).roll(1, dims=1)}
+
+
 def long_target_batch(side: str) -> dict[str, Tensor]:
     return {**target_batch(side), **padded(length=12, side=side)}
 
@@ -256,6 +262,7 @@ T5 = {
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0,
 }  # fmt: skip
 LONG_T5 = {**T5, "encoder_attention_type": "transient-global", "local_radius": 2, "global_block_size": 2}
+FSMT = {**BART, "langs": ["en", "de"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY}
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None}
 MOONSHINE = {
     "hidden_size": 32, "intermediate_size": 48, "vocab_size": VOCABULARY, "initializer_range": 0.2, "attention_bias": True,
@@ -292,6 +299,7 @@ SEQ2SEQ = {
     "led": Family("LEDForConditionalGeneration", "LEDConfig", LED, long_target_batch, ("eager",)),
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
+    "fsmt": Family("FSMTForConditionalGeneration", "FSMTConfig", FSMT, given_target_batch, ("eager",)),
     "longt5": Family("LongT5ForConditionalGeneration", "LongT5Config", {**T5, "local_radius": 2}, target_batch, ("eager",)),
     "longt5_global": Family("LongT5ForConditionalGeneration", "LongT5Config", LONG_T5, target_batch, ("eager",)),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),

@@ -2,6 +2,7 @@
 
 from headprune.models import (
     bert,
+    fsmt,
     fused,
     fused_vision,
     grouped,
@@ -32,6 +33,7 @@ __all__ = [
     "ProjectionHeads",
     "attention_sites",
     "bert",
+    "fsmt",
     "fused",
     "fused_vision",
     "gated",

@@ -40,6 +40,7 @@ from headprune.models.emptied import (
     EmptiedWithBias,
 )
 from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
+from headprune.models.fsmt_forward import EmptiedFsmt, OwnFsmt
 from headprune.models.ibert_forward import EmptiedIBert, EmptiedQuantLinear
 from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
 from headprune.models.levit_forward import EmptiedSmaller
@@ -69,11 +70,11 @@ BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
         BlockPositions, Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBlocks, EmptiedBloom, EmptiedConv1D,
-        EmptiedGiver, EmptiedGraniteSpeech, EmptiedIBert, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram,
-        EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
+        EmptiedFsmt, EmptiedGiver, EmptiedGraniteSpeech, EmptiedIBert, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer,
+        EmptiedNgram, EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
         EmptiedReader, EmptiedSmaller, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon,
-        OwnConvBert, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM,
-        OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, PositionsThird, QuarteredHeads, SharedPositions,
+        OwnConvBert, OwnFsmt, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced,
+        OwnWavLM, OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, PositionsThird, QuarteredHeads, SharedPositions,
         SwitchesAttention,
     )
 }  # fmt: skip
