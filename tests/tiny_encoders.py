@@ -222,6 +222,11 @@ def target_batch(side: str) -> dict[str, Tensor]:
     return {**padded(side=side), "labels": labels}
 
 
+def written_batch(side: str) -> dict[str, Tensor]:
+    """Pictures of writing, and what it says."""
+    return {"pixel_values": picture_batch(side)["pixel_values"], "labels": target_batch(side)["labels"]}
+
+
 def given_target_batch(side: str) -> dict[str, Tensor]:
     """For a model that does not shift its labels."""
     batch = target_batch(side)
@@ -287,6 +292,15 @@ BERT_GPT2 = {
     },
     "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
+VIT_TROCR = {
+    "encoder": {"model_type": "vit", **SIZES, **QUIET, "image_size": 16, "patch_size": 4},
+    "decoder": {
+        "model_type": "trocr", "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 32, "init_std": 0.2, "dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "is_decoder": True, "add_cross_attention": True, "cross_attention_hidden_size": 32,
+    },
+    "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
 LED = {**BART, "attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
 SEQ2SEQ = {
     "bigbird_pegasus": Family(
@@ -306,6 +320,7 @@ SEQ2SEQ = {
     "moonshine": Family("MoonshineForConditionalGeneration", "MoonshineConfig", MOONSHINE, spoken_batch),
     "prophetnet": Family("ProphetNetForConditionalGeneration", "ProphetNetConfig", PROPHETNET, target_batch, ("eager",)),
     "t5": Family("T5ForConditionalGeneration", "T5Config", T5, target_batch),
+    "trocr": Family("VisionEncoderDecoderModel", "VisionEncoderDecoderConfig", VIT_TROCR, written_batch, ("eager",)),
     "umt5": Family("UMT5ForConditionalGeneration", "UMT5Config", T5, target_batch),
     "whisper": Family("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, spectrogram_batch),
 }

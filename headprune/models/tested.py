@@ -29,8 +29,8 @@ TESTED: dict[str, tuple[str, ...]] = {
         "Qwen3NextAttention", "Qwen3VLTextAttention", "Qwen3VLVisionAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention",
         "RobertaAttention", "Sam2Attention", "Sam2MultiScaleAttention", "SamAttention", "SamHQAttention", "SamHQVisionAttention",
         "SamHQVisionSdpaAttention", "SamVisionAttention", "SamVisionSdpaAttention", "SegGptAttention", "SmolLM3Attention",
-        "StableLmAttention", "SwinAttention", "Swinv2Attention", "T5Attention", "TimeSformerAttention", "UMT5Attention",
-        "ViTAttention", "VideoMAEAttention", "VisionAttention", "VitDetAttention", "Wav2Vec2BertSelfAttention",
+        "StableLmAttention", "SwinAttention", "Swinv2Attention", "T5Attention", "TimeSformerAttention", "TrOCRAttention",
+        "UMT5Attention", "ViTAttention", "VideoMAEAttention", "VisionAttention", "VitDetAttention", "Wav2Vec2BertSelfAttention",
         "Wav2Vec2ConformerSelfAttention", "WavLMAttention", "WhisperAttention", "XLNetRelativeAttention",
     ),
 }  # fmt: skip

@@ -42,7 +42,7 @@ from headprune.models.emptied import (
 from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
 from headprune.models.fsmt_forward import EmptiedFsmt, OwnFsmt
 from headprune.models.ibert_forward import EmptiedIBert, EmptiedQuantLinear
-from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
+from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder, OwnTrOCR
 from headprune.models.levit_forward import EmptiedSmaller
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
 from headprune.models.longt5_forward import BlockPositions, EmptiedBlocks
@@ -74,8 +74,8 @@ BEHAVIOURS = {
         EmptiedNgram, EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
         EmptiedReader, EmptiedSmaller, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon,
         OwnConvBert, OwnFsmt, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced,
-        OwnWavLM, OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, PositionsThird, QuarteredHeads, SharedPositions,
-        SwitchesAttention,
+        OwnTrOCR, OwnWavLM, OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, PositionsThird, QuarteredHeads,
+        SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.
