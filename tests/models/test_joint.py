@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import headprune as hp
+from headprune.evaluation.token_counts import count_tokens_of_sites
 from headprune.schedules.gates.reach import gates_in_place
 from headprune.surgery.fold import fold_gates
 from headprune.surgery.verify import cut_error
@@ -119,6 +120,13 @@ def test_gates_fold_into_all_outputs(make):
         expected = model(**batch).sample
     fold_gates(model, gates)
     torch.testing.assert_close(model(**batch).sample, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_of_both_streams_are_counted():
+    model, batch = built(flux)
+    sites = hp.attention_sites(model)
+    counts = count_tokens_of_sites(model, sites, lambda: model(**batch))
+    assert {(count.queries, count.keys, count.pairs) for count in counts.values()} == {(2 * 11, 2 * 11, 2 * 11 * 11)}
 
 
 @pytest.mark.parametrize("criterion", ["least_squares", "output_norm"])
