@@ -42,16 +42,15 @@ class BlockPositions(Behaviour):
     def positions(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """What the stock forward makes for all heads. mask: of all blocks; for transient global attention of all tokens."""
         family, glances = sys.modules[type(self).__module__], hasattr(self, "global_block_size")
-        if mask is None and glances:
-            mask = states.new_ones(states.shape[:2])
+        tokens = states.new_ones(states.shape[:2]) if mask is None else mask
+        seen = family._get_local_attention_mask(tokens, self.block_len, states.device) if glances else mask
         shape = (1, 1, self.all_position_heads, self.block_len, 3 * self.block_len)
         bias = self.compute_bias(self.block_len) if self.has_relative_attention_bias else states.new_zeros(shape)
-        seen = family._get_local_attention_mask(mask, self.block_len, states.device) if glances else mask
         if seen is not None:
             bias = bias + torch.where(seen > 0, 0.0, -1e10).transpose(1, 2)
         if glances:
-            _, segments = family._make_global_fixed_block_ids(mask, self.global_block_size)
-            side = family._split_into_blocks(self.compute_side_bias(mask, segments), self.block_len, dim=-2)
+            _, segments = family._make_global_fixed_block_ids(tokens, self.global_block_size)
+            side = family._split_into_blocks(self.compute_side_bias(tokens, segments), self.block_len, dim=-2)
             bias = torch.cat([bias, side.transpose(1, 2)], dim=-1).to(states)
         return bias
 
