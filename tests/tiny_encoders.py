@@ -222,6 +222,17 @@ def target_batch(side: str) -> dict[str, Tensor]:
     return {**padded(side=side), "labels": labels}
 
 
+def written_batch(side: str) -> dict[str, Tensor]:
+    """Pictures of writing, and what it says."""
+    return {"pixel_values": picture_batch(side)["pixel_values"], "labels": target_batch(side)["labels"]}
+
+
+def given_target_batch(side: str) -> dict[str, Tensor]:
+    """For a model that does not shift its labels."""
+    batch = target_batch(side)
+    return {**batch, "decoder_input_ids": batch["labels"].clamp(min=1).roll(1, dims=1)}
+
+
 def long_target_batch(side: str) -> dict[str, Tensor]:
     return {**target_batch(side), **padded(length=12, side=side)}
 
@@ -255,6 +266,8 @@ T5 = {
     "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4, "vocab_size": VOCABULARY,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "decoder_start_token_id": 0,
 }  # fmt: skip
+LONG_T5 = {**T5, "encoder_attention_type": "transient-global", "local_radius": 2, "global_block_size": 2}
+FSMT = {**BART, "langs": ["en", "de"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY}
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "begin_suppress_tokens": None}
 MOONSHINE = {
     "hidden_size": 32, "intermediate_size": 48, "vocab_size": VOCABULARY, "initializer_range": 0.2, "attention_bias": True,
@@ -279,6 +292,15 @@ BERT_GPT2 = {
     },
     "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
+VIT_TROCR = {
+    "encoder": {"model_type": "vit", **SIZES, **QUIET, "image_size": 16, "patch_size": 4},
+    "decoder": {
+        "model_type": "trocr", "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 32, "init_std": 0.2, "dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "is_decoder": True, "add_cross_attention": True, "cross_attention_hidden_size": 32,
+    },
+    "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
 LED = {**BART, "attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
 SEQ2SEQ = {
     "bigbird_pegasus": Family(
@@ -291,10 +313,14 @@ SEQ2SEQ = {
     "led": Family("LEDForConditionalGeneration", "LEDConfig", LED, long_target_batch, ("eager",)),
     "bert_gpt2": Family("EncoderDecoderModel", "EncoderDecoderConfig", BERT_GPT2, target_batch),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, target_batch),
+    "fsmt": Family("FSMTForConditionalGeneration", "FSMTConfig", FSMT, given_target_batch, ("eager",)),
+    "longt5": Family("LongT5ForConditionalGeneration", "LongT5Config", {**T5, "local_radius": 2}, target_batch, ("eager",)),
+    "longt5_global": Family("LongT5ForConditionalGeneration", "LongT5Config", LONG_T5, target_batch, ("eager",)),
     "mbart": Family("MBartForConditionalGeneration", "MBartConfig", BART, target_batch),
     "moonshine": Family("MoonshineForConditionalGeneration", "MoonshineConfig", MOONSHINE, spoken_batch),
     "prophetnet": Family("ProphetNetForConditionalGeneration", "ProphetNetConfig", PROPHETNET, target_batch, ("eager",)),
     "t5": Family("T5ForConditionalGeneration", "T5Config", T5, target_batch),
+    "trocr": Family("VisionEncoderDecoderModel", "VisionEncoderDecoderConfig", VIT_TROCR, written_batch, ("eager",)),
     "umt5": Family("UMT5ForConditionalGeneration", "UMT5Config", T5, target_batch),
     "whisper": Family("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, spectrogram_batch),
 }

@@ -40,23 +40,30 @@ def count_tokens_of_sites(model: nn.Module, sites: Sequence[AttentionSite], run:
 @contextmanager
 def counting(site: AttentionSite, count: TokenCount) -> Iterator[None]:
     """Inside the block `count` grows with every call of `site`."""
+    streams = len(site.outputs)
     read: list[torch.Size] = []  # by this call; DeBERTa projects positions behind the states
+    given: list[torch.Size] = []
 
     def keys_of(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read.append(places_of(args, kwargs))
 
     def queries_of(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = places_of(args, kwargs)
-        keys = read[0] if read else given  # of an earlier attention
+        given.append(places_of(args, kwargs))
+        if len(given) < streams:
+            return
+        queries, keys = sum(places.numel() for places in given), read[:streams] or given  # of an earlier attention
+        count.queries += queries
+        count.keys += sum(places.numel() for places in keys)
+        count.pairs += queries * sum(math.prod(places[1:]) if len(places) > 1 else places.numel() for places in keys)
         read.clear()
-        count.queries += given.numel()
-        count.keys += keys.numel()
-        count.pairs += given.numel() * (math.prod(keys[1:]) if len(keys) > 1 else keys.numel())
+        given.clear()
 
     with ExitStack() as stack:
         if site.own_keys:
-            stack.callback(site.projection("key").module.register_forward_pre_hook(keys_of, with_kwargs=True).remove)
-        stack.callback(site.output.module.register_forward_pre_hook(queries_of, with_kwargs=True).remove)
+            for part in [part for part in site.projections if part.role == "key"][:streams]:
+                stack.callback(part.module.register_forward_pre_hook(keys_of, with_kwargs=True).remove)
+        for output in site.outputs:
+            stack.callback(output.module.register_forward_pre_hook(queries_of, with_kwargs=True).remove)
         yield
 
 

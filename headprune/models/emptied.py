@@ -34,7 +34,7 @@ class Emptied(Behaviour):
         keys = self.keys(states if source is None else source, source is not None, kwargs)
         nothing = states.new_zeros(*self.places(states), 0)
         # The projection runs, so that hooks on it do too; its bias is what the layer gives without heads.
-        output = nothing if self.headprune_output is None else getattr(self, self.headprune_output)(nothing)
+        output = nothing if self.headprune_output is None else projected(getattr(self, self.headprune_output), nothing)
         return self.result(output, no_weights(states, keys), args, kwargs)
 
     def keys(self, states: Tensor, cross: bool, kwargs: dict[str, Any]) -> int:
@@ -163,6 +163,13 @@ class EmptiedConv1D(Behaviour):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs.new_zeros(*inputs.shape[:-1], self.nf) + self.bias
+
+
+def projected(layers: nn.Module, states: Tensor) -> Tensor:
+    """`states` through a projection: a layer, or (diffusers) a list of a layer and what comes behind it."""
+    for layer in layers if isinstance(layers, nn.ModuleList) else [layers]:
+        states = layer(states)
+    return states
 
 
 def no_weights(states: Tensor, keys: int) -> Tensor:

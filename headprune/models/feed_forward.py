@@ -32,6 +32,10 @@ class FeedForward:
         """Itself: what is to be re-solved, as the output projection of an attention is."""
         return self
 
+    @property
+    def outputs(self) -> tuple[FeedForward, ...]:
+        return (self,)
+
 
 @torch.no_grad()
 def feed_forwards(model: nn.Module, sites: Sequence[AttentionSite], run: Callable[[], Any]) -> dict[str, FeedForward]:

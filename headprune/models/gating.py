@@ -34,7 +34,7 @@ def gated(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> Iterator[nn.Mo
             site = sites[name]
             open_heads = torch.zeros(site.head_map.query_heads)
             open_heads[list(heads)] = 1.0
-            stack.enter_context(output_input_hook(site, gate_columns(open_heads[site.head_of_column()])))
+            stack.enter_context(output_input_hook(site, gate_columns(site.by_column(open_heads))))
         yield model
 
 
@@ -47,17 +47,16 @@ def gate_columns(columns: Tensor) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def output_input_hook(site: AttentionSite | FeedForward, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Inside the block `change` sees the output projection's input [batch, tokens, features], and may return another."""
+    """Inside the block `change` sees the input [batch, tokens, features] of each output projection, and may return another."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = change(args[0])
         return None if changed is None else (changed, *args[1:])
 
-    handle = site.output.module.register_forward_pre_hook(hook)
-    try:
+    with ExitStack() as stack:
+        for output in site.outputs:
+            stack.callback(output.module.register_forward_pre_hook(hook).remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Guessed:
         return AttentionSite(name, module, module, head_map, head_dim, head_dim, out.out_features, kind, projections, proven=False)
 
     def after_cut(self, site: AttentionSite, head_map: HeadMap, kept: tuple[int, ...]) -> None:
-        module: Foreign = site.module
+        module: Foreign = site.dispatcher
         module.headprune_head_dim = site.head_dim
         for count in counts_of(module):
             setattr(module, count, head_map.query_heads)
@@ -67,7 +67,11 @@ class Guessed:
         if hasattr(module, "config"):
             follow_groups(module, head_map)
         if not head_map.query_heads:
-            empty_alike(module, site.output.name.removeprefix(f"{site.name}.").partition(".")[0])
+            self.empty(module, site.output.name.removeprefix(f"{site.name}.").partition(".")[0])
+
+    def empty(self, module: Foreign, output: str) -> None:
+        """Makes `module`, which has no head any more, return as much as it did with heads. output: its output projection."""
+        empty_alike(module, output)
 
 
 def inputs(name: str, module: Foreign, parts: dict[str, str], head_map: HeadMap, head_dim: int) -> tuple[ProjectionHeads, ...]:

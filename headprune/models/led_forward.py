@@ -1,4 +1,5 @@
-"""The forward of an attention in LED's decoder that has lost heads: the stock one with the width of the heads that are there."""
+"""The forward of an attention in the decoders of LED and TrOCR that has lost heads: the stock one with the width of the heads that
+are there."""
 
 from __future__ import annotations
 
@@ -66,6 +67,13 @@ class OwnLedDecoder(KeepsKeys):
 
     def made(self, states: Tensor) -> tuple[Tensor, Tensor]:
         return self.split(self.k_proj(states)), self.split(self.v_proj(states))
+
+
+class OwnTrOCR(OwnLedDecoder):
+    """TrOCR's does not hand back the cache."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return super().forward(*args, **kwargs)[:2]
 
 
 class EmptiedLedDecoder(Emptied):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any, Literal, TypeAlias
 
@@ -31,7 +31,8 @@ class ProjectionHeads:
     `features` [heads, width] numbers output features of `module` (query, key, value) or input features (output):
     query heads for "query" and "output", key/value heads for "key" and "value". A fused projection appears once per role.
     whole: its features all stay when heads go (a norm over all of them still reads them), or another role takes them away;
-    `features` says which are used.
+    `features` says which are used. beside: features of no head, which always stay (those of a feed-forward, in an output
+    projection of both).
     """
 
     role: Role
@@ -39,6 +40,7 @@ class ProjectionHeads:
     module: Foreign
     features: Tensor
     whole: bool = False
+    beside: Tensor | None = None
 
     @property
     def per_kv_head(self) -> bool:
@@ -58,6 +60,11 @@ class ProjectionHeads:
         weight = plain_weight(self.module)
         rows = weight if self.weight_dim == 0 else weight.t()
         return rows[self.features.to(weight.device)]
+
+    def features_of(self, heads: Sequence[int]) -> Tensor:
+        """Those that stay with `heads`, ascending, int64."""
+        own = self.features[list(heads)].flatten()
+        return (own if self.beside is None else torch.cat([own, self.beside])).sort().values
 
     def parameters_per_head(self) -> int:
         """Number of parameters that go with one head."""
@@ -116,13 +123,13 @@ class AttentionSite:
     `name` is its path in the model ("model.layers.3.self_attn"), `module` the module there. `dispatcher` is the module
     that calls the attention function (in BERT `attention.self`, elsewhere `module` itself); it carries the head map.
     The projections come first by role: there is one of each role, or (a second position projection, a gate) several, of which the
-    first counts. extras: what else the heads own. head_modules: modules of single heads. windowed: what the module sees as a batch
-    are the windows of each sample, one sample after another. in_turn: or, where True, the first of every sample, then the second
-    of every sample (SegGPT's picture and prompt). proven: False where the layout was only guessed from names, so that a cut must
-    be checked by a forward pass. cached: what a cache holds of one token; by default the keys and values of each key/value head.
-    gate_width: features that each head computes of a token to gate its output with, in the query projection (behind the query) or
-    in one of their own. own_keys: False where keys and values are those of an earlier attention (Gemma 3n, Gemma 4): it has no
-    projections for them, and caches nothing.
+    first counts; of outputs, one for each stream of tokens, all count. extras: what else the heads own. head_modules: modules of
+    single heads. windowed: what the module sees as a batch are the windows of each sample, one sample after another. in_turn: or,
+    where True, the first of every sample, then the second of every sample (SegGPT's picture and prompt). proven: False where the
+    layout was only guessed from names, so that a cut must be checked by a forward pass. cached: what a cache holds of one token; by
+    default the keys and values of each key/value head. gate_width: features that each head computes of a token to gate its output
+    with, in the query projection (behind the query) or in one of their own. own_keys: False where keys and values are those of an
+    earlier attention (Gemma 3n, Gemma 4): it has no projections for them, and caches nothing.
     """
 
     name: str
@@ -179,20 +186,37 @@ class AttentionSite:
         return window if getattr(self.dispatcher, "is_causal", True) else 2 * window - 1
 
     @property
+    def outputs(self) -> tuple[ProjectionHeads, ...]:
+        """Its output projection, or (joint attention) that of each stream of tokens; the inputs of all lie alike."""
+        return tuple(part for part in self.projections if part.role == "output")
+
+    def by_output(self) -> list[AttentionSite]:
+        """The site with each of its output projections alone. The first has its name, others that of their projection."""
+        inputs = tuple(part for part in self.projections if part.role != "output")
+        first, *others = self.outputs
+        alone = [(self.name, first), *((part.name, part) for part in others)]
+        return [replace(self, name=name, projections=(*inputs, part)) for name, part in alone]
+
+    @property
     def cache(self) -> CachedFeatures:
         """What a cache holds of one token."""
         return self.cached or CachedFeatures(kv_head=self.head_dim + self.value_dim)
 
     def columns(self, query_heads: Sequence[int]) -> Tensor:
-        """The output projection's input features of these query heads, ascending, int64."""
-        return self.output.features[list(query_heads)].flatten().sort().values
+        """The output projection's input features that stay with these query heads, ascending, int64."""
+        return self.output.features_of(query_heads)
 
     def head_of_column(self) -> Tensor:
-        """[input features of the output projection], int64: the query head that each one comes from."""
-        features = self.output.features
-        owner = torch.empty(features.numel(), dtype=torch.long, device="cpu")
-        owner[features.flatten()] = torch.arange(features.shape[0], device="cpu").repeat_interleave(features.shape[1])
+        """[input features of the output projection], int64: the query head that each one comes from; of no head: `query_heads`."""
+        heads, width = self.output.features.shape
+        owner = torch.full((len(self.columns(range(heads))),), heads, device="cpu")
+        owner[self.output.features.flatten()] = torch.arange(heads, device="cpu").repeat_interleave(width)
         return owner
+
+    def by_column(self, gates: Tensor) -> Tensor:
+        """gates [..., query_heads] -> [..., input features of the output projection]; 1 where one is of no head."""
+        of_none = gates.new_ones(*gates.shape[:-1], 1)
+        return torch.cat([gates, of_none], dim=-1)[..., self.head_of_column().to(gates.device)]
 
     def parameters_per_head(self, per_kv_head: bool) -> int:
         """Parameters that go with one query head, or with one key/value head."""

@@ -1,5 +1,6 @@
 """T5 and its relatives: `q`, `k`, `v`, `o`, and a table of relative positions, which the first layer reads for all layers
-(headprune.models.t5_positions) or, in UMT5, each layer for itself: there a head's column of the table goes with it."""
+(headprune.models.t5_positions; in LongT5's encoder headprune.models.longt5_forward) or, in UMT5, each layer for itself: there a
+head's column of the table goes with it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from headprune.head_map import HeadMap
 from headprune.models.adapters import head_map_of, register_adapter
 from headprune.models.behaviour import original_class
 from headprune.models.head_counts import set_head_counts
+from headprune.models.longt5_forward import BlockPositions, EmptiedBlocks
 from headprune.models.own_positions import remember_positions
 from headprune.models.quantised import weight_shape
 from headprune.models.site import AttentionSite, Foreign, HeadTensor, Kind, Role, contiguous_heads
@@ -45,10 +47,11 @@ class T5Like:
                 empty(site.module, "o")
             return
         remember_positions(site.module, site.head_map.query_heads, kept)
+        in_blocks = hasattr(site.module, "block_len")
         if head_map.query_heads:
-            specialise(site.module, SharedPositions)
+            specialise(site.module, BlockPositions if in_blocks else SharedPositions)
         else:
-            empty(site.module, "o", EmptiedT5)
+            empty(site.module, "o", EmptiedBlocks if in_blocks else EmptiedT5)
 
 
 def shares_positions(module: Foreign) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 TOKENS = 6
 FRAMES = 64
+TOWERS = ("vision_config", "image_config", "encoder")  # what reads pictures; the last in a vision encoder-decoder (TrOCR, Donut)
 SIDE = 64  # of a picture, for models that take any size (SegFormer, RT-DETR)
 
 
@@ -31,9 +32,8 @@ def tiny_inputs(model: nn.Module) -> dict[str, Any] | None:
         inputs |= packed_picture(model, taken, inputs.get("input_ids"))
     elif "pixel_values" in taken:
         alone = main == "pixel_values" and not inputs
-        inputs |= pixels(
-            getattr(config, "vision_config", getattr(config, "image_config", config)), rows_of(inputs), SIDE if alone else None
-        )
+        tower = next((getattr(config, part) for part in TOWERS if hasattr(config, part)), config)
+        inputs |= pixels(tower, rows_of(inputs), SIDE if alone else None)
         inputs |= with_places(config, inputs)
         inputs |= prompt_beside(taken, inputs)
     if "bbox" in taken and "input_ids" in inputs:

@@ -180,7 +180,7 @@ class MaskedLosses:
         with ExitStack() as stack:
             for name, row in gates.items():
                 site = self.sites[name]
-                stack.enter_context(output_input_hook(site, gate_columns(row[site.head_of_column()])))
+                stack.enter_context(output_input_hook(site, gate_columns(site.by_column(row))))
             return self.sample_losses(batch)
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -58,6 +58,17 @@ def checked_losses(found: Any) -> Tensor:
         return found
     shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
     raise InvalidInput(f"loss_fn gave {shown}; expected per-sample losses [n] or their mean.")
+
+
+def refuse_joint(sites: Iterable[AttentionSite]) -> None:
+    """InvalidInput where a site has an output projection for each of several streams of tokens."""
+    for site in sites:
+        if len(site.outputs) > 1:
+            names = " and ".join(output.name for output in site.outputs)
+            raise InvalidInput(
+                f"{site.name} projects its heads twice, by {names}, and what goes into a projection is measured of one alone. "
+                "Choose a criterion of gate gradients (fisher), of masks (ablation) or of weights (magnitude_l2)."
+            )
 
 
 class Observer:

@@ -56,7 +56,9 @@ class RunStructure:
 
 def run_structure(model: nn.Module, sites: Mapping[str, AttentionSite], call: Arguments, tolerance: float) -> RunStructure | None:
     """The structure of `call` (args, kwargs) of the model, in eval mode and without gradients; None where the batch taken
-    twice does not do twice what it does, so that masks cannot be folded into it."""
+    twice does not do twice what it does, so that masks cannot be folded into it, or a gate acts in two places (joint attention)."""
+    if any(len(site.outputs) > 1 for site in sites.values()):
+        return None
     for batch_dim in (0, 1):
         arguments = argument_dims(*call, batch_dim)
         if arguments is None or not any(dim is not None for dim in arguments):
@@ -125,7 +127,7 @@ def run(model: nn.Module, call: Arguments) -> Any:
 
 
 def closed(site: AttentionSite) -> AbstractContextManager[None]:
-    return output_input_hook(site, gate_columns(torch.zeros(site.output.features.numel())))
+    return output_input_hook(site, gate_columns(site.by_column(torch.zeros(site.head_map.query_heads))))
 
 
 def closed_in_second(site: AttentionSite, traced: Sequence[Call]) -> AbstractContextManager[None]:
@@ -158,10 +160,10 @@ def gate_dims(outputs: Mapping[nn.Module, AttentionSite], traced: Sequence[Call]
 
 def gate_rows(site: AttentionSite, gates: Tensor, dim: int) -> Callable[[Tensor], Tensor]:
     """A change of the output projection's input: row r of `gates` [rows, query_heads] for the r-th part of its batch."""
-    owner = site.head_of_column()
+    of_columns = site.by_column(gates)
 
     def change(inputs: Tensor) -> Tensor:
-        columns = gates[:, owner.to(gates.device)].to(inputs)
+        columns = of_columns.to(inputs)
         columns = columns.repeat_interleave(inputs.shape[dim] // len(columns), dim=0)
         shape = [1] * inputs.dim()
         shape[dim], shape[-1] = columns.shape

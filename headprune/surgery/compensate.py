@@ -35,7 +35,9 @@ from headprune.surgery.parts import (
     columns_of,
     from_first_loss,
     in_order_of_pass,
+    keep_by_output,
     masked_to,
+    owner_of,
     parts_of,
     set_weight_and_bias,
     weight_and_bias,
@@ -89,7 +91,7 @@ def resolve_outputs(
             tokens as it has inputs, by least squares: Gram matrices of all its inputs.
         progress: called with (layers done, layers).
     """
-    solver = get_solver(method)
+    solver, keep = get_solver(method), keep_by_output(sites, keep)
     reports: list[Resolved] = []
     with pass_of(model), torch.no_grad():
         passes = Passes.of(model, sites, batches, forward, token_mask, keep, feed_forward)
@@ -216,8 +218,8 @@ class Passes:
         keep: Keep | None = None,
         feed_forward: bool = False,
     ) -> Passes:
-        """keep: where heads go; only from there on, and only what it names, is to be re-solved. Raises InvalidInput where there are
-        no batches."""
+        """keep: where heads go (`keep_by_output`); only from there on, and only what it names, is to be re-solved. Raises
+        InvalidInput where there are no batches."""
         batches = list(several(batches))
         if not batches:
             raise InvalidInput("the calibration set is empty; compensation needs at least one batch.")
@@ -226,7 +228,7 @@ class Passes:
         def run() -> Any:
             return runs(model, batches[0])
 
-        sites, repeated = in_order_of_pass(sites, run)
+        sites, repeated = in_order_of_pass([part for site in sites for part in site.by_output()], run)
         if keep is not None:
             sites = from_first_loss(sites, keep)
         behind = feed_forwards(model, sites, run) if feed_forward else {}
@@ -297,7 +299,7 @@ def resolve(
     """
     weight, bias = old
     columns = columns_of(part, {} if keep is None else {part.name: keep}, weight).to(weight.device)
-    layer = Layer(weight[:, columns], 1 if keep is None else len(keep), bias is not None)
+    layer = Layer(weight[:, columns], owner_of(part, columns), bias is not None)
     whole = train + held_out
     if not train.tokens or not held_out.tokens:  # a single sample, packed ones, or a batch without a token that counts
         train = held_out = whole

@@ -13,7 +13,7 @@ from headprune.models.site import AttentionSite
 from headprune.scoring.passes import pass_of
 from headprune.surgery.compensate import HELD_OUT_EVERY, Passes, Target, is_held_out, resolve, sample_weights
 from headprune.surgery.normal_equations import NormalEquations, get_solver
-from headprune.surgery.parts import Weights
+from headprune.surgery.parts import Weights, keep_by_output
 from headprune.surgery.readout import distances, readout
 from headprune.surgery.walk import Walk
 
@@ -52,7 +52,7 @@ class CompensatedError:
         method: str = "least_squares",
         held_out_every: int = HELD_OUT_EVERY,
     ) -> None:
-        self.solver, self._every = get_solver(method), held_out_every
+        self.solver, self._every, self._sites = get_solver(method), held_out_every, sites
         self._known: dict[tuple[Heads, ...], float] = {}
         self._path: list[tuple[Heads, Stand]] = []
         with pass_of(model), torch.no_grad():
@@ -64,7 +64,8 @@ class CompensatedError:
 
     def __call__(self, plans: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
         """One error for each plan (site name -> heads to keep)."""
-        wanted = [tuple(tuple(plan[site.name]) for site in self.passes.sites) for plan in plans]
+        keeps = [keep_by_output(self._sites, plan) for plan in plans]
+        wanted = [tuple(tuple(keep[site.name]) for site in self.passes.sites) for keep in keeps]
         with pass_of(self.passes.model), torch.no_grad():
             self._known |= {keep: self._error(keep) for keep in sorted(set(wanted) - set(self._known))}
         return [self._known[keep] for keep in wanted]

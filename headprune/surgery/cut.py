@@ -148,8 +148,7 @@ def cut_site(site: AttentionSite, kept: tuple[int, ...]) -> None:
     for projection in site.projections:
         heads = kept_kv if projection.per_kv_head else kept
         if not projection.whole or not heads:
-            features = projection.features[list(heads)].flatten()
-            by_module.setdefault(id(projection.module), []).append((projection, features))
+            by_module.setdefault(id(projection.module), []).append((projection, projection.features_of(heads)))
     slices: list[Slice] = []
     for parts in by_module.values():
         # Fused projections keep their layout: the features that stay, in their old order.

@@ -34,10 +34,10 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
             shown = gate.tolist() if isinstance(gate, Tensor) else gate
             raise InvalidInput(f"gates of {name}: {shown!r:.80}; expected a tensor of {heads} finite numbers.")
     touched = {name: gate for name, gate in gates.items() if not bool((gate == 1).all())}
-    check_owned_alone(model, [replace(sites[name], projections=(sites[name].output,)) for name in touched])
+    check_owned_alone(model, [replace(sites[name], projections=sites[name].outputs) for name in touched])
     for name, gate in touched.items():
-        site = sites[name]
-        weight = site.output.module.weight
-        columns = gate.to(weight.device, torch.float64)[site.head_of_column().to(weight.device)]
-        shape = [-1 if dim == site.output.weight_dim else 1 for dim in range(weight.dim())]
-        weight.copy_((weight.double() * columns.view(shape)).to(weight.dtype))
+        for output in sites[name].outputs:
+            weight = output.module.weight
+            columns = sites[name].by_column(gate.to(weight.device, torch.float64))
+            shape = [-1 if dim == output.weight_dim else 1 for dim in range(weight.dim())]
+            weight.copy_((weight.double() * columns.view(shape)).to(weight.dtype))

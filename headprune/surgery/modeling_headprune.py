@@ -40,10 +40,12 @@ from headprune.models.emptied import (
     EmptiedWithBias,
 )
 from headprune.models.emptied_sharing import EmptiedGiver, EmptiedReader
+from headprune.models.fsmt_forward import EmptiedFsmt, OwnFsmt
 from headprune.models.ibert_forward import EmptiedIBert, EmptiedQuantLinear
-from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder
+from headprune.models.led_forward import EmptiedLedDecoder, OwnLedDecoder, OwnTrOCR
 from headprune.models.levit_forward import EmptiedSmaller
 from headprune.models.longformer_forward import EmptiedLongformer, OwnLongformer
+from headprune.models.longt5_forward import BlockPositions, EmptiedBlocks
 from headprune.models.own_head_dim import OwnHeadDim
 from headprune.models.own_positions import GroupedFalcon, OwnPositions, PositionsThird
 from headprune.models.own_width import OwnWidth, OwnWidthProjected
@@ -67,12 +69,13 @@ EXPANDED = "headprune_expanded"
 BEHAVIOURS = {
     kind.__name__: kind
     for kind in (
-        Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBloom, EmptiedConv1D, EmptiedGiver,
-        EmptiedGraniteSpeech, EmptiedIBert, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer, EmptiedNgram,
-        EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
+        BlockPositions, Emptied, EmptiedAlbert, EmptiedAlone, EmptiedAsAsked, EmptiedBlocks, EmptiedBloom, EmptiedConv1D,
+        EmptiedFsmt, EmptiedGiver, EmptiedGraniteSpeech, EmptiedIBert, EmptiedLedDecoder, EmptiedLinear, EmptiedLongformer,
+        EmptiedNgram, EmptiedOnDemand, EmptiedOpenAI, EmptiedPooled, EmptiedPooledAlone, EmptiedProphetNet, EmptiedQuantLinear,
         EmptiedReader, EmptiedSmaller, EmptiedT5, EmptiedTimm, EmptiedWavLM, EmptiedWindows, EmptiedWithBias, GroupedFalcon,
-        OwnConvBert, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced, OwnWavLM,
-        OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, PositionsThird, QuarteredHeads, SharedPositions, SwitchesAttention,
+        OwnConvBert, OwnFsmt, OwnHeadDim, OwnLedDecoder, OwnLongformer, OwnNgram, OwnPositions, OwnProphetNet, OwnReduced,
+        OwnTrOCR, OwnWavLM, OwnWidth, OwnWidthProjected, OwnWindows, PicksHeads, PositionsThird, QuarteredHeads,
+        SharedPositions, SwitchesAttention,
     )
 }  # fmt: skip
 # Ways to compute the same attention; any other name is an engine's own, which takes equal groups alone.

@@ -111,12 +111,16 @@ def factored(gram: Tensor) -> tuple[Tensor, float]:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a solver knows of the output projection: weight [outputs, inputs] of the heads that stay, how many those are, and
-    whether there is a bias to be changed."""
+    """What a solver knows of the output projection: weight [outputs, inputs] of the heads that stay, the number of the head that
+    each input is of, and whether there is a bias to be changed."""
 
     weight: Tensor
-    heads: int
+    owner: Tensor
     bias: bool
+
+    @property
+    def heads(self) -> int:
+        return int(self.owner.max()) + 1 if len(self.owner) else 0
 
 
 Solve = Callable[[NormalEquations, Layer, Sequence[float]], Iterator[tuple[float, Tensor]]]
@@ -165,8 +169,7 @@ def mask_tuning(equations: NormalEquations, layer: Layer, settings: Sequence[flo
         return
     weight = layer.weight.double().cpu().T  # [inputs, outputs]
     inputs = len(weight)
-    owner = torch.arange(inputs) // max(inputs // layer.heads, 1)
-    pick = torch.nn.functional.one_hot(owner, layer.heads).double()  # [inputs, heads]
+    pick = torch.nn.functional.one_hot(layer.owner, layer.heads).double()  # [inputs, heads]
     gram = pick.T @ (equations.gram[:inputs, :inputs] * (weight @ weight.T)) @ pick
     pull = pick.T @ (equations.cross[:inputs] * weight).sum(dim=1)
     more = torch.linalg.solve(gram + torch.eye(layer.heads, dtype=torch.float64), pull)  # factor - 1

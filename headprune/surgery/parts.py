@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headprune.models.feed_forward import FeedForward
-from headprune.models.gating import output_input_hooks
+from headprune.models.gating import gate_columns, output_input_hooks
 from headprune.models.site import AttentionSite, Foreign, is_conv1d
 
 Part = AttentionSite | FeedForward  # what is re-solved: `output.module` is the linear layer
@@ -48,6 +48,11 @@ def parts_of(sites: Iterable[AttentionSite], behind: Mapping[str, FeedForward]) 
     return found
 
 
+def keep_by_output(sites: Iterable[AttentionSite], keep: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """`keep` for the output projections of `sites`, each of which is re-solved by itself (`AttentionSite.by_output`)."""
+    return {part.name: keep[site.name] for site in sites if site.name in keep for part in site.by_output()}
+
+
 def columns_of(part: Part, keep: Mapping[str, Sequence[int]], weight: Tensor) -> Tensor:
     """The inputs of `part` that stay: those of the heads that are kept, or all."""
     if isinstance(part, AttentionSite) and part.name in keep:
@@ -55,10 +60,20 @@ def columns_of(part: Part, keep: Mapping[str, Sequence[int]], weight: Tensor) ->
     return torch.arange(weight.shape[1])
 
 
+def owner_of(part: Part, columns: Tensor) -> Tensor:
+    """[columns], int64, on the CPU: the head that each of these inputs of `part` is of, the heads among them numbered from 0. What
+    is of no head counts as one more."""
+    if not isinstance(part, AttentionSite):
+        return torch.zeros(len(columns), dtype=torch.long, device="cpu")
+    heads: Tensor = part.head_of_column()[columns.cpu()]
+    numbered: Tensor = heads.unique(return_inverse=True)[1]
+    return numbered
+
+
 def masked_to(site: AttentionSite, keep: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    columns = torch.zeros(site.output.features.numel())
-    columns[site.columns(tuple(keep))] = 1.0
-    return lambda inputs: inputs * columns.to(inputs)
+    open_heads = torch.zeros(site.head_map.query_heads)
+    open_heads[list(keep)] = 1.0
+    return gate_columns(site.by_column(open_heads))
 
 
 @contextmanager

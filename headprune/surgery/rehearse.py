@@ -138,7 +138,7 @@ def gated_site(site: AttentionSite, kept: Sequence[int]) -> AbstractContextManag
     """A context in which the site's heads but `kept` are gated."""
     open_heads = torch.zeros(site.head_map.query_heads)
     open_heads[list(kept)] = 1.0
-    return output_input_hook(site, gate_columns(open_heads[site.head_of_column()]))
+    return output_input_hook(site, gate_columns(site.by_column(open_heads)))
 
 
 def received(calls: dict[str, Call], name: str) -> Callable[..., Any]:
@@ -170,16 +170,18 @@ def check_cut(site: AttentionSite, kept: tuple[int, ...], cut_site: Callable[...
         except Exception as error:
             way_out = "" if site.proven else f" {FIXED}"
             raise UnsupportedModel(f"{described} cannot be cut: without those heads it fails with {error!r}.{way_out}") from error
-    found, expected = first_output(returned), first_output(gated)
-    if found is None or expected is None or form(returned) != form(gated):
+    streams = len(site.outputs)
+    all_found, all_expected = first_tensors(returned, streams), first_tensors(gated, streams)
+    if not len(all_found) == len(all_expected) == streams or form(returned) != form(gated):
         raise UnsupportedModel(f"{described} cannot lose these heads: it would return {form(returned)}, not {form(gated)}.")
-    allowed = max(TOLERANCE, 16 * torch.finfo(found.dtype).eps) * expected.abs().max().clamp(min=1e-3)
-    if found.shape != expected.shape or not (found - expected).abs().max() <= allowed:
-        difference = "another shape" if found.shape != expected.shape else f"{(found - expected).abs().max():.1e} off"
-        raise UnsupportedModel(
-            f"{described} gives something else when heads are cut than when they are gated ({difference}): its heads are not "
-            "where they seem to be, or they depend on each other. It cannot be pruned."
-        )
+    for found, expected in zip(all_found, all_expected):
+        allowed = max(TOLERANCE, 16 * torch.finfo(found.dtype).eps) * expected.abs().max().clamp(min=1e-3)
+        if found.shape != expected.shape or not (found - expected).abs().max() <= allowed:
+            difference = "another shape" if found.shape != expected.shape else f"{(found - expected).abs().max():.1e} off"
+            raise UnsupportedModel(
+                f"{described} gives something else when heads are cut than when they are gated ({difference}): its heads are not "
+                "where they seem to be, or they depend on each other. It cannot be pruned."
+            )
 
 
 def gated_stand_in(site: AttentionSite, kept: tuple[int, ...], call: Call) -> tuple[AttentionSite, Call, Any]:
@@ -205,8 +207,9 @@ def called(site: AttentionSite, kept: tuple[int, ...], call: Call) -> tuple[Atte
         return site, call, site.module(*call.args, **call.kwargs)
 
 
-def first_output(returned: Any) -> Tensor | None:
-    return first_tensor(tree_leaves(returned))
+def first_tensors(returned: Any, count: int) -> list[Tensor]:
+    """The first `count` tensors in what a module returned; fewer where there are fewer."""
+    return [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)][:count]
 
 
 def form(returned: Any) -> str:

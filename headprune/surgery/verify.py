@@ -25,11 +25,12 @@ def gated_twin(dense: nn.Module, pruned: nn.Module, keep: Mapping[str, Sequence[
     with own_attention(twin, keep=True), own_attention(pruned):  # what is written to the twin stays in it
         small = {site.name: site for site in attention_sites(pruned)}
         for site in attention_sites(twin):
-            module, source = site.output.module, small[site.name].output.module
-            columns = site.columns(tuple(keep[site.name])).to(module.weight.device)
-            module.weight.data.index_copy_(0 if is_conv1d(module) else 1, columns, source.weight.data)
-            if module.bias is not None:
-                module.bias.data.copy_(source.bias.data)
+            columns = site.columns(tuple(keep[site.name]))
+            for output, pruned_output in zip(site.outputs, small[site.name].outputs, strict=True):
+                module, source = output.module, pruned_output.module
+                module.weight.data.index_copy_(0 if is_conv1d(module) else 1, columns.to(module.weight.device), source.weight.data)
+                if module.bias is not None:
+                    module.bias.data.copy_(source.bias.data)
     for name in resolved:
         twin.get_submodule(name).load_state_dict(pruned.get_submodule(name).state_dict())
     return twin

@@ -80,11 +80,17 @@ def test_denoisers_go_the_whole_way(make, kinds, tmp_path):
         torch.testing.assert_close(run(hp.load(tmp_path / "pruned", model=copy.deepcopy(model))), run(pruned), rtol=0, atol=0)
 
 
-def test_two_streams_in_one_attention_are_refused_by_name():
-    """Stable Diffusion 3's: heads lie in two sets of projections."""
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=16,
-        caption_projection_dim=32, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=8,
-    )  # fmt: skip
-    with pytest.raises(hp.UnsupportedModel, match=r"transformer_blocks\.0\.attn"):
-        hp.attention_sites(model)
+@pytest.mark.parametrize("make", [dit, pixart, unet])
+def test_an_attention_of_a_denoiser_may_lose_all_heads(make, tmp_path):
+    model, batch = built(make)
+    first, second = hp.attention_sites(model)[:2]
+    keep = {first.name: [], second.name: [1]}
+    run = lambda one: one(**batch).sample  # noqa: E731
+    with torch.no_grad():
+        with hp.gated(model, keep):
+            expected = run(model)
+        cut = copy.deepcopy(model)
+        hp.cut(cut, keep, run=run)
+        torch.testing.assert_close(run(cut), expected, rtol=1e-5, atol=1e-5)
+        hp.save(cut, tmp_path / "cut")
+        torch.testing.assert_close(run(hp.load(tmp_path / "cut", model=model)), run(cut), rtol=0, atol=0)

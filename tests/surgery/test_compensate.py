@@ -3,15 +3,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_encoders import ENCODERS
 from tiny_models import bert, llama, repeated, tokens
 from torch import nn
 
 from headprune.errors import InvalidInput
 from headprune.models import attention_sites, gated
 from headprune.planning import PruningPlan
-from headprune.surgery import compensate, prune
+from headprune.surgery import compensate, prune, resolve_outputs
 from headprune.surgery.normal_equations import Layer, NormalEquations, factored, get_solver
 
+THREE_HEADS, TWO_HEADS = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 1])  # of the inputs of a projection
 END = {bert: "output.dense", llama: "mlp.down_proj"}
 
 
@@ -288,7 +290,7 @@ def test_mask_tuning_is_the_damped_least_squares_of_one_factor_a_head():
     residual = inputs[:, :2] @ weight[:, :2].T * 0.5 + 0.1 * torch.randn(200, 5)
     equations = NormalEquations.empty(6, 5)
     equations.add(inputs.float(), residual.float())
-    ((_, change),) = get_solver("mask_tuning").solve(equations, Layer(weight.float(), 3, False), (1.0,))
+    ((_, change),) = get_solver("mask_tuning").solve(equations, Layer(weight.float(), THREE_HEADS, False), (1.0,))
     outputs = torch.stack([(inputs[:, 2 * h : 2 * h + 2] @ weight[:, 2 * h : 2 * h + 2].T).flatten() for h in range(3)], dim=1)
     factors = torch.linalg.solve(outputs.T @ outputs + torch.eye(3), outputs.T @ residual.flatten())
     assert factors[0] == pytest.approx(0.5, abs=0.05)
@@ -302,7 +304,18 @@ def test_mask_tuning_takes_factors_from_minus_ten_to_ten(factor, taken):
     inputs, weight = torch.randn(2000, 6), torch.randn(5, 6)
     equations = NormalEquations.empty(6, 5)
     equations.add(inputs, (factor - 1) * inputs[:, :2] @ weight[:, :2].T)
-    assert bool(list(get_solver("mask_tuning").solve(equations, Layer(weight, 3, False), (1.0,)))) == taken
+    assert bool(list(get_solver("mask_tuning").solve(equations, Layer(weight, THREE_HEADS, False), (1.0,)))) == taken
+
+
+def test_mask_tuning_finds_one_factor_for_both_parts_of_a_head():
+    """ConvBERT's heads own features in two places."""
+    model = ENCODERS["convbert"].make()
+    site = attention_sites(model)[0]
+    keep, old = [0, 2, 3], site.output.module.weight.detach().clone()
+    (report,) = resolve_outputs(model, [site], {site.name: keep}, batches_for(), method="mask_tuning")
+    assert report.ridge is not None
+    factors = (site.output.module.weight / old)[:, site.output.features[keep]].detach()  # [hidden, heads, features of a head]
+    torch.testing.assert_close(factors, factors[:1, :, :1].expand_as(factors), rtol=1e-3, atol=1e-3)
 
 
 def test_the_bias_takes_the_mean_of_what_is_missing():
@@ -310,10 +323,10 @@ def test_the_bias_takes_the_mean_of_what_is_missing():
     inputs, residual = torch.randn(50, 4), torch.randn(50, 3) + 2.0
     equations = NormalEquations.empty(4, 3)
     equations.add(inputs, residual)
-    ((_, change),) = get_solver("bias").solve(equations, Layer(torch.randn(3, 4), 2, True), (0.0,))
+    ((_, change),) = get_solver("bias").solve(equations, Layer(torch.randn(3, 4), TWO_HEADS, True), (0.0,))
     assert torch.allclose(change[-1].float(), residual.mean(dim=0), atol=1e-5)
     assert (change[:-1] == 0).all()
-    assert list(get_solver("bias").solve(equations, Layer(torch.randn(3, 4), 2, False), (0.0,))) == []
+    assert list(get_solver("bias").solve(equations, Layer(torch.randn(3, 4), TWO_HEADS, False), (0.0,))) == []
 
 
 @pytest.mark.parametrize("method", ["mask_tuning", "bias"])

@@ -37,7 +37,7 @@ def gates_in_place(sites: Mapping[str, AttentionSite], operator: frozenset[str],
             if name in operator:
                 stack.enter_context(gated_attention(site.dispatcher, gate))
             else:
-                stack.enter_context(output_input_hook(site, gate_columns(gate[site.head_of_column().to(gate.device)])))
+                stack.enter_context(output_input_hook(site, gate_columns(site.by_column(gate))))
         yield
 
 

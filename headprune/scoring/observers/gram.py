@@ -19,7 +19,7 @@ from headprune.models.quantised import plain_weight
 from headprune.models.site import AttentionSite, is_conv1d
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.observations import Need
-from headprune.scoring.observer import Observer, Setting, observes
+from headprune.scoring.observer import Observer, Setting, observes, refuse_joint
 
 
 @observes(Need.GRAM)
@@ -28,6 +28,7 @@ class Grams(Observer):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
+        refuse_joint(setting.sites)
         # Columns in the order of heads, whatever the layout.
         self._columns = {site.name: site.output.features.flatten() for site in setting.sites}
         places = [summing_device(site, setting.gram_device) for site in setting.sites]

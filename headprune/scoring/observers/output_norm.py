@@ -14,7 +14,7 @@ from headprune.models.packed import is_packed, sample_lengths
 from headprune.models.site import AttentionSite
 from headprune.models.tokens import valid_tokens
 from headprune.scoring.observations import Need
-from headprune.scoring.observer import Observer, Setting, observes
+from headprune.scoring.observer import Observer, Setting, observes, refuse_joint
 from headprune.scoring.observers.sample_rows import SampleRows
 
 
@@ -25,6 +25,7 @@ class OutputNorms(Observer):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
+        refuse_joint(setting.sites)
         self._grams = {site.name: head_grams(site) for site in setting.sites}
         self._rows = SampleRows(setting, ("projected_norm",))
         self._seen: set[str] = set()
