@@ -79,10 +79,15 @@ def main(folder: Path) -> None:
     bad[3] = {**bad[3], "labels": torch.full_like(bad[3]["labels"], -100)}
     said["nan"] = message(lambda: hp.score(llama(), bad, "fisher"))
     dense, model = pruned_llama()
-    result = hp.recover(model, text_batches(6), text_batches(2), teacher=dense, steps=6, lr=1e-3, output_dir=folder / "recovery")
+    options = {"teacher": dense, "steps": 6, "lr": 1e-3, "output_dir": folder / "recovery"}
+    result = hp.recover(model, text_batches(6), text_batches(3), **options)
+    said["again"] = hp.recover(pruned_llama()[1], text_batches(6), text_batches(3), **options).to_json()
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / f"model{rank}.safetensors")
     said["recovery"] = result.to_json()
     _, model = pruned_llama()
+    said["own data"] = message(lambda: hp.recover(model, text_batches(6)[rank:], steps=2))
+    said["own steps"] = message(lambda: hp.recover(model, text_batches(6), steps=2 + rank))
+    said["own folder"] = message(lambda: hp.recover(model, text_batches(6), steps=2, output_dir=folder / "own" if rank else None))
     broken = hp.recover(model, text_batches(6), loss_fn=nan_on_rank_1_from(3), steps=9, lr=1e-3)
     said["broken"] = broken.stopped_because
     weights = sharded(text_batches(6))

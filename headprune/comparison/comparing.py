@@ -22,7 +22,7 @@ from headprune.recovery.budget import TrainingBudget
 from headprune.recovery.methods import get_method
 from headprune.recovery.result import told_apart
 from headprune.scoring import get_criterion, score
-from headprune.scoring.batch_identity import data_identity
+from headprune.scoring.batch_identity import checksum, data_identity
 from headprune.surgery import prune, search_plan
 
 
@@ -73,6 +73,7 @@ def compare_methods(
     texts = Texts.of(task)
     settings = {
         "task": task.name, "data": [data_identity(list(part)) for part in (texts.train, texts.held_out, texts.calibration)],
+        "test data and options": checksum({name: value for name, value in vars(task).items() if not name.startswith("_")}),
         "heads": None if plan else heads, "plan": None if plan is None else dict(plan), "criterion": criterion, "trials": trials,
         "feed_forward": feed_forward, "steps": steps, "lr": lr, "repeats": repeats, "seed": seed, **told_apart(model),
     }  # fmt: skip

@@ -92,7 +92,7 @@ def measured(
     everything = sum(attention[key][-1] for key in keys.values())
     length = sequence_length(model, sites, inputs) or first.shape[1]
     own = {name: key for name, key in keys.items() if key != key_of(shapes[name])}
-    table = LatencyTable(*setting, first.shape[0], length, attention, max(0, whole - everything), own)
+    table = LatencyTable(*setting, first.shape[0], length, attention, max(0, whole - everything), own, tuple(keys))
     if file is not None:
         table.save(file)
     return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
@@ -12,6 +12,8 @@ from headprune.files import read_json, write_json
 from headprune.head_map import HeadMap
 from headprune.scoring.site_shape import SiteShape
 
+MAY_LACK = ("lengths", "sites")  # of an older file
+
 
 @dataclass(frozen=True)
 class LatencyTable:
@@ -20,7 +22,7 @@ class LatencyTable:
     machine: device and software that it was measured on. batch, length: of the inputs, the latter in tokens of the first attention.
     attention: for each geometry of a site (`key_of`), the time with 0, 1, 2, ... query heads, one more than it has. rest: the whole
     model's time less its attentions'. lengths: site -> its key in `attention`, where it runs other lengths than the first site of
-    its geometry (a decoder's beside the encoder's, layers that attend within windows).
+    its geometry (a decoder's beside the encoder's, layers that attend within windows). sites: the model's attentions; (): not told.
     """
 
     machine: str
@@ -30,6 +32,7 @@ class LatencyTable:
     attention: dict[str, tuple[int, ...]]
     rest: int
     lengths: Mapping[str, str] = field(default_factory=dict)
+    sites: tuple[str, ...] = ()
 
     def cost(self, shape: SiteShape, head_map: HeadMap, site: str | None = None) -> int:
         """Nanoseconds of an attention of `shape` that has the heads of `head_map`; site: its name, where lengths differ. Raises
@@ -64,6 +67,15 @@ class LatencyTable:
                 f"the latency table was measured on {self.machine}, this is {' or '.join(machines)}; measure it here again."
             )
 
+    def refuse_other_model(self, sites: Collection[str]) -> None:
+        """InvalidInput where `rest` is not that of a model with these attentions: others of the same geometry may be fewer."""
+        if self.sites and set(self.sites) != set(sites):
+            only = next(name for name in (*sites, *self.sites) if (name in self.sites) != (name in sites))
+            raise InvalidInput(
+                f"the latency table is of another model, with {len(self.sites)} attentions; this one has {len(sites)}, and {only} "
+                f"is in {'the table' if only in self.sites else 'this model'} alone. Measure this model."
+            )
+
     def save(self, path: str | Path) -> None:
         """Writes latency.json, through a temporary name."""
         content = {**vars(self), "attention": {key: list(times) for key, times in self.attention.items()}}
@@ -74,10 +86,11 @@ class LatencyTable:
         """Raises InvalidInput where the file is no latency table."""
         document = read_json(path, "latency_table")
         try:
-            values = {name: document[name] for name in cls.__dataclass_fields__ if name in document or name != "lengths"}
+            values = {name: document[name] for name in cls.__dataclass_fields__ if name in document or name not in MAY_LACK}
             attention = {key: tuple(map(index, times)) for key, times in values["attention"].items()}
             lengths = dict(values.get("lengths", {}))
-            return cls(**{**values, "attention": attention, "rest": index(values["rest"]), "lengths": lengths})
+            sites = tuple(map(str, values.get("sites", ())))
+            return cls(**{**values, "attention": attention, "rest": index(values["rest"]), "lengths": lengths, "sites": sites})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInput(f"{path} is not a complete latency_table file: {error!r}.") from None
 

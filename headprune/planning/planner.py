@@ -111,6 +111,8 @@ def check_scores_and_budget(scores: Any, budget: Any) -> None:
         raise InvalidInput(f"scores is {scores!r:.80}; expected the HeadScores of one criterion, as hp.score gives them{several}.")
     if not isinstance(budget, Budget):
         raise InvalidInput(f"the budget is {budget!r:.80}; expected what is to be removed, such as hp.Budget(heads=0.5).")
+    if budget.quantity == "latency":
+        budget.measured().refuse_other_model(scores)
 
 
 def granularity_for(granularity: str | None, budget: Budget, one_by_one: bool = False) -> str:

@@ -26,7 +26,7 @@ from headprune.recovery.master_weights import master_weights, mixed_precision
 from headprune.recovery.methods import get_method
 from headprune.recovery.objective import Objective
 from headprune.recovery.quantise import GROUP, rounded_layers
-from headprune.recovery.result import WHAT, Recovery, first_rank, keep_result, taken_up, told_apart
+from headprune.recovery.result import WHAT, Recovery, first_rank, keep_result, refuse_differing_ranks, taken_up, told_apart
 from headprune.recovery.rewind import RateRewind, Source, put_back, rewound_state
 from headprune.recovery.rounded_weights import refuse_untrainable, rounded_weights
 from headprune.recovery.session import Session, as_it_was, own_random_state, trained
@@ -178,7 +178,8 @@ def recover(
             teacher is None if dropout is None else dropout, data_collator, callbacks, progress, shards, place,
             training_arguments,
         )  # fmt: skip
-        device = session.device
+        device = session.device  # where the ranks meet
+        refuse_differing_ranks(settings, folder is not None)
         stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())  # whose random state is kept
         at_first = place if shards else device  # sharded layers go there one by one
         stack.enter_context(as_it_was(model))

@@ -12,13 +12,16 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from headprune.errors import HeadpruneError
+from headprune.errors import HeadpruneError, InvalidInput
 from headprune.files import read_json, whole_file, write_json
 from headprune.models.quantised import parts_of
-from headprune.settings import refuse_other_settings
+from headprune.recovery.budget import of_first_rank
+from headprune.scoring.ranks import together, world_size
+from headprune.settings import refuse_other_settings, same_setting
 
 log = logging.getLogger("headprune")
 WHAT, RESULT, WEIGHTS, BEST = "recovery", "recovery.json", "recovered.safetensors", "best.safetensors"
@@ -95,10 +98,37 @@ def taken_up(model: nn.Module, folder: Path | None, settings: Mapping[str, Any])
     return result
 
 
-def keep_result(model: nn.Module, folder: Path | None, result: Recovery) -> None:
-    """Leaves the weights and the result in `folder`, and nothing that was only for going on."""
-    if folder is None or not first_rank():
+def refuse_differing_ranks(settings: Mapping[str, Any], keeps: bool) -> None:
+    """InvalidInput, on every rank, unless all were asked for the same, or some would wait for ever. Each may come with weights of
+    its own, which become those of rank 0. keeps: whether there is a folder."""
+    if world_size() == 1:
         return
+    own = {**settings, "output_dir": "given" if keeps else "not given"}
+    found: list[Any] = [None] * world_size()
+    with together() as group:
+        dist.all_gather_object(found, own, group=group)
+    for rank, asked in enumerate(found):
+        other = sorted(name for name in own if name != "weights" and not same_setting(found[0][name], asked[name]))
+        if other:
+            raise InvalidInput(
+                f"recover: the ranks were asked for different things ({', '.join(other)}: {found[0][other[0]]!r} of rank 0, "
+                f"{asked[other[0]]!r} of rank {rank}); give all of them the same: each takes its share of the batches itself."
+            )
+
+
+def keep_result(model: nn.Module, folder: Path | None, result: Recovery) -> None:
+    """Leaves the weights and the result in `folder`, and nothing that was only for going on. Each rank waits until they are there:
+    asked for the same again, all are to find them."""
+    if folder is None:
+        return
+    try:
+        if first_rank():
+            write_result(model, folder, result)
+    finally:
+        of_first_rank(0.0)
+
+
+def write_result(model: nn.Module, folder: Path, result: Recovery) -> None:
     with whole_file(folder / WEIGHTS) as draft:
         save_model(model, str(draft))
     write_json(folder / RESULT, "recovery", result.to_json())
@@ -109,7 +139,7 @@ def keep_result(model: nn.Module, folder: Path | None, result: Recovery) -> None
 
 
 def first_rank() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 SAMPLES = 64  # entries of each tensor that tell one model from another

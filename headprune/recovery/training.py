@@ -18,7 +18,7 @@ from transformers.training_args import ParallelMode
 
 from headprune.errors import InvalidInput
 from headprune.files import write_text
-from headprune.models.batches import unlabelled
+from headprune.models.batches import length_of, unlabelled
 from headprune.recovery.batches import opened
 from headprune.recovery.budget import TrainingBudget, TrainingClock, of_first_rank
 from headprune.recovery.good_state import GoodState
@@ -104,12 +104,14 @@ class RecoveryTrainer(Trainer):
         return found
 
     def mean_quality(self) -> float:
-        total = torch.zeros(2, dtype=torch.float64)
+        total, rows = torch.zeros(2, dtype=torch.float64), length_of(self.eval_dataset)
+        batches = math.inf if rows is None else math.ceil(rows / self.args.eval_batch_size)
         model: Any = self.model
-        for batch in self.get_eval_dataloader():
+        for turn, batch in enumerate(self.get_eval_dataloader()):
             with self.accelerator.autocast():
                 loss = self.objective(model, opened(self._prepare_inputs(batch)))
-            total += torch.tensor([float(loss), 1.0], dtype=torch.float64)
+            if turn * self.args.world_size + self.args.process_index < batches:  # behind them the first ones come again
+                total += torch.tensor([float(loss), 1.0], dtype=torch.float64)
         total = self.accelerator.reduce(total.float().to(self.args.device), "sum")
         return -float(total[0] / total[1])
 

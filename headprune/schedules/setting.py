@@ -20,7 +20,7 @@ from headprune.schedules.composition import shapes_of
 from headprune.schedules.quality import has_loss, mean_loss, refuse_not_finite
 from headprune.schedules.recovering import Recover, RecoverySettings
 from headprune.scoring import HeadScores, Need, check_normalization, get_criterion
-from headprune.scoring.batch_identity import data_identity
+from headprune.scoring.batch_identity import checksum, data_identity
 from headprune.scoring.observer import LossFunction, observer_of
 from headprune.scoring.passes import in_eval_mode
 from headprune.scoring.site_shape import SiteShape
@@ -140,7 +140,8 @@ class Setting:
         shapes = {name: str(shape.head_map) for name, shape in shapes_of(self.dense).items()}
         model = {**told_apart(self.dense), "sites": shapes}
         data = {"batches": data_identity(self.batches), "train": data_identity(self.train)}
-        return {"budget": self.budget.to_json(), "model": model, **data, **content}
+        table = {} if self.budget.table is None else {"latency table": checksum(self.budget.table)}
+        return {"budget": self.budget.to_json(), **table, "model": model, **data, **content}
 
 
 OPTIONS = [entry.name for entry in fields(Setting) if entry.name not in ("dense", "batches", "budget", "planning")]

@@ -191,6 +191,19 @@ def test_other_data_of_the_same_task_make_another_comparison(done, monkeypatch):
         compare(folder)
 
 
+@pytest.mark.parametrize("other", [{"test": [{"input_ids": [3]}]}, {"pooling": "cls"}])
+def test_other_test_data_or_another_metric_make_another_comparison(tmp_path, other):
+    def asked(**attributes):
+        task = SmallRows()
+        vars(task).update(attributes)
+        return hp.compare_methods(bert(), task, methods=[], steps=0, trials=0, repeats=0, folder=tmp_path)
+
+    first = {"test": [{"input_ids": [2]}], "pooling": "mean"}
+    assert asked(**first) == asked(**first, _cache=[1])
+    with pytest.raises(InvalidInput, match="other settings \\(test data"):
+        asked(**first | other)
+
+
 def test_a_fine_tune_that_diverges_leaves_no_figures_and_is_tried_again(tmp_path):
     row = compare(tmp_path, methods=["unstructured"], lr=1e30, steps=4).row("unstructured")
     assert "the fine-tune failed" in row.note

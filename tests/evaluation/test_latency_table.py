@@ -71,6 +71,7 @@ def test_attentions_of_one_geometry_that_run_other_lengths_are_timed_by_themselv
     model, table = t5_table(5)
     sites = attention_sites(model)
     assert len({key_of(SiteShape.of(site)) for site in sites}) == 1
+    assert table.sites == tuple(site.name for site in sites)
     assert len(table.attention) == 3  # the encoder's, the decoder's own, and the decoder's over the encoder
     assert {name.partition(".")[0] for name in table.lengths} == {"decoder"}
     table.save(tmp_path / "latency.json")

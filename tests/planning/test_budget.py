@@ -137,6 +137,16 @@ def test_where_fewer_heads_take_longer_nothing_is_the_nearest_that_can_be_met():
         plan(scores, Budget(latency=0.5, table=slower))
 
 
+@pytest.mark.parametrize(("sites", "alone"), [(("a",), "b is in this model"), (("a", "b", "c"), "c is in the table")])
+def test_a_table_of_a_model_with_other_attentions_of_the_same_geometry_is_refused(sites, alone, tmp_path):
+    scores, measured = table()
+    plan(scores, Budget(latency=0.3, table=replace(measured, sites=("b", "a"))))
+    replace(measured, sites=sites).save(tmp_path / "latency.json")
+    other = LatencyTable.load(tmp_path / "latency.json")
+    with pytest.raises(InvalidInput, match=f"another model, with {len(sites)} attentions; this one has 2, and {alone} alone"):
+        plan(scores, Budget(latency=0.3, table=other))
+
+
 @pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
 def test_a_fraction_may_be_of_any_real_type(number):
     assert str(Budget(heads=number)) == "50% of heads away"

@@ -42,7 +42,14 @@ def test_every_rank_makes_the_plan_of_one(folder):
 
 @pytest.mark.parametrize(
     ("case", "message"),
-    [("different", "the ranks were given different batches"), ("too few", "1 batches for 2 ranks"), ("nan", "NaN or infinite")],
+    [
+        ("different", "the ranks were given different batches"),
+        ("too few", "1 batches for 2 ranks"),
+        ("nan", "NaN or infinite"),
+        ("own data", "the ranks were asked for different things (train: '6 batches"),
+        ("own steps", "(steps: 2 of rank 0, 3 of rank 1)"),
+        ("own folder", "(output_dir: 'not given' of rank 0, 'given' of rank 1)"),
+    ],
 )
 def test_no_rank_is_left_waiting(folder, case, message):
     assert all(message in said(folder, rank)[case] for rank in (0, 1))
@@ -51,13 +58,14 @@ def test_no_rank_is_left_waiting(folder, case, message):
 def test_recovery_on_two_ranks_is_that_of_batches_twice_as_large(folder):
     dense, model = pruned_llama()
     alone = hp.recover(
-        model, text_batches(6), text_batches(2), teacher=dense, steps=6, lr=1e-3, gradient_accumulation_steps=2
+        model, text_batches(6), text_batches(3), teacher=dense, steps=6, lr=1e-3, gradient_accumulation_steps=2
     )  # fmt: skip
     for rank in (0, 1):
         found = load_file(folder / f"model{rank}.safetensors")
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
         recovery = said(folder, rank)["recovery"]
+        assert said(folder, rank)["again"]["evaluations"] == recovery["evaluations"]
         torch.testing.assert_close(torch.tensor(recovery["evaluations"]), torch.tensor(alone.evaluations), rtol=1e-4, atol=1e-5)
 
 

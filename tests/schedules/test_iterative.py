@@ -153,6 +153,17 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         schedules.one_shot(tiny(), batches(), hp.Budget(heads=0.5), loss_fn=loss, folder=tmp_path / "mine")
 
 
+def test_a_folder_of_another_latency_table_is_refused(tmp_path):
+    def asked(*times):
+        table = LatencyTable("here", "float32", 1, 8, {key_of(SiteShape.of(attention_sites(tiny())[0])): times}, 100)
+        options = {"loss_fn": loss, "criterion": "random", "folder": tmp_path / "run"}
+        return schedules.one_shot(tiny(), batches(), hp.Budget(latency=0.3, table=table), **options)
+
+    assert asked(0, 10, 20, 30, 40).history == asked(0, 10, 20, 30, 40).history
+    with pytest.raises(InvalidInput, match="other settings \\(latency table"):
+        asked(0, 12, 22, 31, 40)
+
+
 @pytest.mark.parametrize("name", ["one_shot", "iterative", "lottery_ticket"])
 @pytest.mark.parametrize(
     ("options", "message"),
