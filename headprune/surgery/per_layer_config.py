@@ -1,4 +1,4 @@
-"""transformers' own per-layer head counts (`per_layer_config`, 5.14 and later): what its caches and other engines read."""
+"""transformers' own per-layer head counts (`per_layer_config`, since 5.14): what its caches and other engines read."""
 
 from __future__ import annotations
 
