@@ -6,21 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from headprune.models.emptied import Emptied, count_tokens, no_weights
-from headprune.models.led_forward import KeepsKeys
+from headprune.models.led_forward import OwnHeads
 
 
-class OwnFsmt(KeepsKeys):
+class OwnFsmt(OwnHeads):
     encoder_decoder_attention: bool
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    out_proj: nn.Module
-    scaling: float
-    dropout: float
 
     def forward(
         self,
@@ -33,22 +26,16 @@ class OwnFsmt(KeepsKeys):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query, key [tokens, batch, features]; key_padding_mask bool [batch, keys], True where there is padding."""
-        states, source = query.transpose(0, 1), self.source(key)
-        keys, values = self.keys_and_values(states, source, layer_state)
-        scores = self.split(self.q_proj(states) * self.scaling) @ keys.transpose(-2, -1)
-        scores = scores if attn_mask is None else scores + attn_mask
+        states, mask = query.transpose(0, 1), attn_mask
         if key_padding_mask is not None and key_padding_mask.dim():
-            scores = scores.masked_fill(key_padding_mask[:, None, None], torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1)
-        output: Tensor = self.out_proj((F.dropout(weights, self.dropout, self.training) @ values).transpose(1, 2).flatten(2))
+            padding, hidden = key_padding_mask[:, None, None], torch.finfo(states.dtype).min
+            mask = torch.where(padding, hidden, states.new_zeros(()) if mask is None else mask)
+        output, weights = self.attend(states, self.source(key), layer_state, mask)
         return output.transpose(0, 1), weights if output_attentions else None
 
     def source(self, key: Tensor | None) -> Tensor | None:
         """The encoder's tokens, [batch, tokens, features]; None in attention to a decoder's or encoder's own."""
         return key.transpose(0, 1) if self.encoder_decoder_attention and key is not None else None
-
-    def made(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.k_proj(states)), self.split(self.v_proj(states))
 
 
 class EmptiedFsmt(OwnFsmt, Emptied):

@@ -1,5 +1,5 @@
-"""The forward of an attention in the decoders of LED and TrOCR that has lost heads: the stock one with the width of the heads that
-are there."""
+"""The forward of an attention in the decoders of LED and TrOCR (and, in headprune.models.fsmt_forward, in FSMT) that has lost heads:
+the stock one with the width of the heads that are there."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class KeepsKeys(Behaviour):
         return apart.transpose(1, 2)
 
 
-class OwnLedDecoder(KeepsKeys):
+class OwnHeads(KeepsKeys):
+    """BART's attention with as many heads as its projections have."""
+
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -50,6 +52,20 @@ class OwnLedDecoder(KeepsKeys):
     scaling: float
     dropout: float
 
+    def attend(self, states: Tensor, source: Tensor | None, cache: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the layer gives and its weights. states, source: [batch, tokens, features]; mask: added to the scores."""
+        query = self.split(self.q_proj(states) * self.scaling)
+        key, value = self.keys_and_values(states, source, cache)
+        scores = query @ key.transpose(-2, -1)
+        weights = (scores if mask is None else scores + mask).softmax(dim=-1)
+        output = (F.dropout(weights, self.dropout, self.training) @ value).transpose(1, 2).flatten(2)
+        return self.out_proj(output), weights
+
+    def made(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.k_proj(states)), self.split(self.v_proj(states))
+
+
+class OwnLedDecoder(OwnHeads):
     def forward(
         self,
         hidden_states: Tensor,
@@ -58,15 +74,8 @@ class OwnLedDecoder(KeepsKeys):
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Any, ...]:
-        query = self.split(self.q_proj(hidden_states) * self.scaling)
-        key, value = self.keys_and_values(hidden_states, key_value_states, past_key_values)
-        scores = query @ key.transpose(-2, -1)
-        weights = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1)
-        output = (F.dropout(weights, self.dropout, self.training) @ value).transpose(1, 2).flatten(2)
-        return self.out_proj(output), weights if output_attentions else None, past_key_values
-
-    def made(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.k_proj(states)), self.split(self.v_proj(states))
+        output, weights = self.attend(hidden_states, key_value_states, past_key_values, attention_mask)
+        return output, weights if output_attentions else None, past_key_values
 
 
 class OwnTrOCR(OwnLedDecoder):
