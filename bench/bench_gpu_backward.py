@@ -9,8 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headprune import ops
 from headprune.head_map import HeadMap
-from headprune.ops.attention import operands
-from headprune.ops.call import AttentionCall
+from headprune.ops.call import AttentionCall, operands
 
 pytestmark = pytest.mark.gpu
 TOKENS = 16384

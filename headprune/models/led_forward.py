@@ -1,4 +1,4 @@
-"""The forward of an attention in the decoders of LED and TrOCR (and, in headprune.models.fsmt_forward, in FSMT) that has lost heads:
+"""The forward of an attention in the decoders of LED and TrOCR (in FSMT: headprune.models.fsmt_forward) that has lost heads:
 the stock one with the width of the heads that are there."""
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """`make gpu` is run where there is no second chance: it names all that needs a GPU, and its limits leave the benchmarks time."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+from child_process import environment
 
 ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -36,3 +40,11 @@ def test_the_benchmarks_have_two_minutes_at_least_and_all_ends_within_nine():
     assert len(limits) == 4
     assert end - sum(limits) - killed * len(limits) >= 120
     assert end + killed <= 9 * 60
+
+
+def test_every_benchmark_can_be_collected():
+    """What a benchmark imports may have moved; those for a GPU run nowhere else."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "bench"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert all(path.name in done.stdout for path in (ROOT / "bench").glob("bench_*.py"))
